@@ -1,0 +1,25 @@
+"""Errors that a user can act on. Floor 0: knows nothing of the rest of the package.
+
+Each message names the value found, what was expected and the remedy. Launch scripts print it
+and exit with code 2; library callers catch it as `ValueError`.
+"""
+
+
+class UserError(ValueError):
+    """A mistake in the input that its author can mend."""
+
+
+class ConfigError(UserError):
+    """A configuration that can't be run as written."""
+
+
+class DataError(UserError):
+    """Data that is missing, damaged or not what its description says."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or doesn't belong to this run."""
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is NaN or infinite; nothing has moved since the last good step."""

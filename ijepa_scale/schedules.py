@@ -1,0 +1,70 @@
+"""Learning rate, weight decay and EMA momentum as pure functions of the step. Floor 0."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """What one training step is set to."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The published schedules. Source: the I-JEPA paper (arXiv 2301.08243), appendix A, and its released code.
+
+    `steps_per_epoch` counts optimiser steps; `warmup` and `epochs` are epochs and may be fractions.
+    """
+
+    steps_per_epoch: int
+    epochs: float
+    warmup_epochs: float
+    ipe_scale: float
+    start_lr: float
+    lr: float
+    final_lr: float
+    weight_decay: float
+    final_weight_decay: float
+    momentum: tuple[float, float]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return int(self.epochs * self.steps_per_epoch)
+
+    def __call__(self, step: int) -> Hyper:
+        """Returns the settings of optimiser step `step`, counted from 0.
+
+        Learning rate and weight decay are read at step + 1 and the momentum at step, as published.
+        """
+        return Hyper(
+            lr=self.learning_rate(step + 1), weight_decay=self.decay(step + 1), momentum=self.ema_momentum(step)
+        )
+
+    def learning_rate(self, s: int) -> float:
+        """Returns the linear warm-up then cosine at s = step + 1."""
+        warmup = int(self.warmup_epochs * self.steps_per_epoch)
+        horizon = int(self.ipe_scale * self.epochs * self.steps_per_epoch)
+        if s < warmup:
+            return self.start_lr + s / warmup * (self.lr - self.start_lr)
+        progress = (s - warmup) / max(1, horizon - warmup)
+        cosine = self.final_lr + (self.lr - self.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return max(self.final_lr, cosine)
+
+    def decay(self, s: int) -> float:
+        """Returns the cosine from `weight_decay` to `final_weight_decay` at s = step + 1, never past the final one."""
+        horizon = int(self.ipe_scale * self.epochs * self.steps_per_epoch)
+        final, first = self.final_weight_decay, self.weight_decay
+        value = final + (first - final) * 0.5 * (1.0 + math.cos(math.pi * s / horizon))
+        return max(final, value) if final <= first else min(final, value)
+
+    def ema_momentum(self, step: int) -> float:
+        """Returns the linear ramp from momentum[0] to momentum[1], at `step` counted from 0."""
+        first, last = self.momentum
+        return first + step * (last - first) / (self.steps_per_epoch * self.epochs * self.ipe_scale)

@@ -1,0 +1,46 @@
+"""Where sequences of different lengths begin and end in a packed tensor. Floor 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Lengths of the sequences that lie one after another along a packed token dimension.
+
+    `lengths` lives on the host, so nothing that reads it synchronises; `cu_seqlens` (S + 1,) int32
+    lives on the device, as variable-length attention kernels want it.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...] | list[int], device: torch.device | str = "cpu") -> SequenceLayout:
+        """Returns the layout of sequences of these lengths (each at least 1)."""
+        bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        bounds[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+        return cls(tuple(int(n) for n in lengths), bounds.to(device, non_blocking=True))
+
+    @property
+    def total(self) -> int:
+        """Tokens of all sequences together."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; 0 where there is none."""
+        return max(self.lengths, default=0)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Returns (count, length) of consecutive sequences of equal length, in order."""
+        return [(len(list(group)), length) for length, group in groupby(self.lengths)]
+
+    def to(self, device: torch.device | str) -> SequenceLayout:
+        """Returns the same layout with `cu_seqlens` on `device` (asynchronous from pinned memory)."""
+        return SequenceLayout(self.lengths, self.cu_seqlens.to(device, non_blocking=True))
