@@ -1,1 +1,1 @@
-"""TODO"""
+"""Watching a run: numbers added up on the device, written as rows, drawn as pictures. Floor 3."""

@@ -1,0 +1,63 @@
+"""One row of `metrics.jsonl`: its fields and their units. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ijepa_scale.metrics.meters import STEP
+from ijepa_scale.schedules import Hyper
+
+Row = dict[str, float | int | None]
+
+FIELDS = (
+    "step",  # optimiser steps done
+    "epoch",
+    "images_seen",  # over all processes, up to and with this step
+    "loss",  # mean since the last row, over processes
+    "grad_norm",  # before clipping
+    "lr",
+    "weight_decay",
+    "momentum",
+    "data_wait_ms",  # per step, in next() of the loader
+    "step_ms",  # per step, wall, evaluation and checkpoints left out
+    "images_per_s",  # over all processes
+    "mfu",  # share of the peak of all devices; null where the peak is unknown
+    "peak_bytes",  # of device memory; null on the CPU
+    "target_std",  # `feature_std`: 0 is collapse
+    "context_tokens",  # per image
+    "target_tokens",  # per target block
+)
+
+
+def training_row(
+    means: Mapping[str, float],
+    *,
+    step: int,
+    epoch: int,
+    images_seen: int,
+    hyper: Hyper,
+    images_per_step: int,
+    flops_per_image: float | None = None,
+    peak_flops: float | None = None,
+) -> Row:
+    """Returns a row of all `FIELDS` from what `Meters.flush` returned; a field nobody measured is None.
+
+    `images_per_step` counts all processes; `flops_per_image` is a whole training image (forward and
+    backward) and `peak_flops` the sum of all devices' peaks, FLOP/s. Extra means are kept at the end.
+    """
+    step_s = means[STEP] / 1e3
+    images_per_s = images_per_step / step_s if step_s > 0 else None
+    known = {
+        "step": step,
+        "epoch": epoch,
+        "images_seen": images_seen,
+        "lr": hyper.lr,
+        "weight_decay": hyper.weight_decay,
+        "momentum": hyper.momentum,
+        "images_per_s": images_per_s,
+        "mfu": None,
+    }
+    if images_per_s is not None and flops_per_image is not None and peak_flops is not None:
+        known["mfu"] = images_per_s * flops_per_image / peak_flops
+    row: Row = {name: known[name] if name in known else means.get(name) for name in FIELDS}
+    return row | {name: value for name, value in means.items() if name not in row}

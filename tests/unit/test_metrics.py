@@ -1,0 +1,188 @@
+import io
+import json
+import math
+
+import pytest
+import torch
+
+from ijepa_scale.errors import DataError
+from ijepa_scale.metrics.meters import Meters, feature_std
+from ijepa_scale.metrics.progress import Progress, describe, duration
+from ijepa_scale.metrics.row import FIELDS, training_row
+from ijepa_scale.metrics.sinks import JsonlSink, Sinks, TensorBoardSink, open_sinks, read_rows
+from ijepa_scale.schedules import Hyper
+
+HYPER = Hyper(lr=9.1e-4, weight_decay=0.05, momentum=0.996)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_meters_average_and_start_anew():
+    meters = Meters("cpu")
+    meters.add("loss", torch.tensor(1.0, requires_grad=True), count=3)
+    meters.add("loss", torch.tensor(5.0), count=1)
+    meters.add("grad_norm", 2.5)
+    values = meters.flush()
+    assert values["loss"] == 2.0 and values["grad_norm"] == 2.5
+    assert set(meters.flush()) == {"data_wait_ms", "step_ms"}
+
+
+def test_meters_leave_the_callers_tensor_alone():
+    loss = torch.tensor(1.0)
+    meters = Meters("cpu")
+    for _ in range(3):
+        meters.add("loss", loss)
+    assert loss.item() == 1.0 and meters.flush()["loss"] == 1.0
+
+
+def test_meters_hand_one_vector_to_reduce():
+    seen = []
+
+    def reduce(vector):
+        seen.append(vector.clone())
+        return vector * 2
+
+    meters = Meters("cpu")
+    meters.add("b", 1.0)
+    meters.add("a", torch.tensor(3.0))
+    values = meters.flush(reduce)
+    assert len(seen) == 1 and seen[0].shape == (4,) and seen[0].dtype == torch.float64
+    assert (values["a"], values["b"]) == (6.0, 2.0)
+
+
+def test_meters_time_waiting_and_steps_without_pauses():
+    clock = Clock()
+
+    def batches():
+        for number in range(2):
+            clock.now_s += 0.25  # the loader works
+            yield number
+
+    meters = Meters("cpu", clock)
+    for _ in meters.timed(batches()):
+        clock.now_s += 0.75  # the step
+        meters.end_step()
+        with meters.paused():
+            clock.now_s += 100.0
+    values = meters.flush()
+    assert values["data_wait_ms"] == pytest.approx(250.0)
+    assert values["step_ms"] == pytest.approx(1000.0)
+
+
+def test_feature_std_sees_the_image_and_not_the_place():
+    images = torch.randn(64, 1, 8, generator=torch.Generator().manual_seed(0))
+    places = torch.arange(5.0)[None, :, None]
+    assert feature_std(images + places).item() == pytest.approx(1.0, abs=0.1)
+    assert feature_std(places.expand(64, 5, 8)).item() == 0.0  # differs from place to place, and still collapsed
+    assert math.isnan(feature_std(torch.randn(1, 5, 8)).item())
+
+
+def test_training_row_has_every_field():
+    means = {"loss": 0.5, "step_ms": 500.0, "data_wait_ms": 10.0, "extra": 7.0}
+    row = training_row(
+        means, step=3, epoch=0, images_seen=192, hyper=HYPER, images_per_step=64, flops_per_image=1e9, peak_flops=1e12
+    )
+    assert tuple(row)[: len(FIELDS)] == FIELDS
+    assert row["images_per_s"] == 128.0 and row["mfu"] == pytest.approx(0.128)
+    assert row["grad_norm"] is None and row["extra"] == 7.0
+    assert training_row(means, step=3, epoch=0, images_seen=192, hyper=HYPER, images_per_step=64)["mfu"] is None
+
+
+def test_jsonl_has_each_step_once_after_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (10, 20, 30):
+        sink.write({"step": step, "loss": 1.0})
+    sink.close()
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')  # killed while writing
+    sink = JsonlSink(path, drop_from=21)
+    sink.write({"step": 30, "loss": 2.0})
+    sink.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    JsonlSink(path, drop_from=0).close()
+    assert path.read_text() == ""
+
+
+def test_jsonl_appends_after_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    sink = JsonlSink(path)
+    sink.write({"step": 2, "loss": float("nan"), "mfu": None})
+    sink.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2, "loss": None, "mfu": None},
+    ]
+
+
+@pytest.mark.parametrize("damage", ["not json", "[1]", '{"loss": 1}'])
+def test_jsonl_refuses_a_damaged_file(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    text = f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n'
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is .*not a JSON object with a step; mend it or move"):
+        JsonlSink(path, drop_from=2)
+    assert path.read_text() == text
+
+
+def test_tensorboard_holds_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for drop_from, loss in ((None, 1.0), (2, 2.0)):
+        sink = TensorBoardSink(tmp_path, drop_from)
+        for step in (1, 2, 3)[1 if drop_from else 0 :]:
+            sink.write({"step": step, "loss": loss, "lr": 0.1, "mfu": None})
+        sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "schedule/lr"}
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 2.0)]
+
+
+def test_only_rank_0_writes(tmp_path):
+    with open_sinks(tmp_path / "other", rank=1, tensorboard=True) as sinks:
+        sinks.write({"step": 0})
+    assert not (tmp_path / "other").exists()
+    with open_sinks(tmp_path / "first", rank=0, tensorboard=False) as sinks:
+        sinks.write({"step": 0})
+    assert [p.name for p in (tmp_path / "first").iterdir()] == ["metrics.jsonl"]
+    Sinks().write({"step": 0})
+
+
+ROW = {"step": 120, "loss": 0.34123, "lr": 9.1e-4, "images_per_s": 1234.4, "data_wait_ms": 2.0, "step_ms": 282.4}
+
+
+def test_progress_prints_lines_where_there_is_no_terminal():
+    stream = io.StringIO()
+    progress = Progress(800, stream=stream)
+    progress.advance()
+    progress.show(ROW)
+    progress.close()
+    assert stream.getvalue() == "step 120/800  loss 0.3412  lr 9.1e-04  1234 img/s  wait 1%  eta 00:03:12\n"
+
+
+def test_progress_bar_and_silence():
+    stream = io.StringIO()
+    progress = Progress(800, mode="bar", first_step=119, stream=stream)
+    progress.advance()
+    progress.show(ROW)
+    progress.note("saved")
+    progress.close()
+    assert "120/800" in stream.getvalue() and "loss 0.3412" in stream.getvalue() and "saved\n" in stream.getvalue()
+    stream = io.StringIO()
+    progress = Progress(800, mode="none", stream=stream)
+    progress.show(ROW)
+    progress.note("saved")
+    assert stream.getvalue() == ""
+
+
+def test_describe_leaves_out_what_is_unknown():
+    assert describe({"step": 1, "knn": 0.5, "loss": None}) == ""
+    assert duration(90061) == "1d 01:01:01"
