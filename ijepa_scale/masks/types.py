@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from ijepa_kernels.attention import SequenceLayout
 from torch import Tensor
+
+from ijepa_kernels.attention import SequenceLayout
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""Masks of the images that share block sizes and one cut, in host memory. Floor 1: no step, no seed.
+
+Legend: E context blocks, M target blocks, B images, N patches of an image, T patches of a target block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ijepa_scale.masks.types import DenseMasks
+
+
+@dataclass(frozen=True)
+class GroupMasks:
+    """Masks of consecutive images of one group, after the group's cut where there is one."""
+
+    context: np.ndarray  # (E, B, N) bool: the patch is context
+    targets: np.ndarray  # (M, B, T) int64, ascending along T
+
+    def rows(self, start: int, stop: int) -> GroupMasks:
+        """Returns the masks of the images [start, stop) of these."""
+        return GroupMasks(self.context[:, start:stop], self.targets[:, start:stop])
+
+    def dense(self) -> DenseMasks:
+        """Returns the masks as rectangular tensors; every image must keep the same number of context tokens."""
+        blocks, images, _ = self.context.shape
+        places = np.nonzero(self.context)[2].reshape(blocks, images, -1)
+        return DenseMasks(torch.from_numpy(places), torch.from_numpy(self.targets.copy()))
+
+
+def block_places(top: np.ndarray, left: np.ndarray, size: tuple[int, int], columns: int) -> np.ndarray:
+    """Returns the patches (..., h * w) int64, ascending, of blocks with these upper left corners (...)."""
+    height, width = size
+    inside = (np.arange(height)[:, None] * columns + np.arange(width)).ravel()
+    return (top * columns + left)[..., None] + inside
+
+
+def shortest(context: np.ndarray) -> int:
+    """Returns the fewest context tokens of any block and image of (E, B, N) bool."""
+    return int(context.sum(axis=2).min())
+
+
+def cut_first(context: np.ndarray) -> np.ndarray:
+    """Returns (E, B, N) bool in which every image keeps its first tokens, as many as the shortest has."""
+    return context & (np.cumsum(context, axis=2) <= shortest(context))
+
+
+def cut_by_key(context: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Returns (E, B, N) bool in which every image keeps the tokens of smallest key, as many as the shortest has.
+
+    With independent uniform keys (E, B, N) this is a uniformly random subset.
+    """
+    keep = shortest(context)
+    order = np.argpartition(np.where(context, keys, np.inf), keep - 1, axis=2)[:, :, :keep]
+    cut = np.zeros_like(context)
+    np.put_along_axis(cut, order, True, axis=2)
+    return cut

@@ -1,0 +1,85 @@
+"""The default mask draw: the paper's multi-block masks over the whole grid, for a group at once. Floor 1.
+
+Differs from the reference: the last row and column take part, scale and aspect are independent, and a
+cut keeps a random subset of the context instead of the top of the image. Every number is keyed by
+(seed, step, place in the global batch), none by how the batch is divided.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ijepa_scale import rng
+from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.masks.group import GroupMasks, block_places, cut_by_key
+from ijepa_scale.masks.sizes import Size, context_aspect, multiblock_size
+
+# Streams: "mask-size" per group (target scale, target aspect, context scale); "mask-place" per image (one
+# number per target, then one per context block); "mask-cut" per image (one key per context block and patch).
+
+
+def block_sizes(config: MaskConfig, grid: Size, *, seed: int, step: int, group: int) -> tuple[Size, Size]:
+    """Returns the sizes of target and context blocks of a group."""
+    scale, aspect, context_scale = rng.uniform(seed, "mask-size", step, np.array([group]), 3)[0].tolist()
+    target = multiblock_size(grid, config.target_scale, config.target_aspect, (scale, aspect))
+    context = multiblock_size(grid, config.context_scale, context_aspect(config, grid), (context_scale, 0.0))
+    return target, context
+
+
+def sample_multiblock(
+    config: MaskConfig, grid: Size, *, seed: int, step: int, group: int, places: np.ndarray
+) -> GroupMasks:
+    """Returns the masks of the images at `places` (B,) int64 of the global batch, the whole of one group.
+
+    `config` must have passed `sizes.check`.
+    """
+    target_size, context_size = block_sizes(config, grid, seed=seed, step=step, group=group)
+    num_targets, num_contexts = config.num_target_blocks, config.num_context_blocks
+    draws = rng.uniform(seed, "mask-place", step, places, num_targets + num_contexts).T
+    tops, lefts = grid[0] - target_size[0] + 1, grid[1] - target_size[1] + 1  # upper ends included
+    corner = (draws[:num_targets] * (tops * lefts)).astype(np.int64)
+    targets = block_places(corner // lefts, corner % lefts, target_size, grid[1])
+    taken_out = targets[:0] if config.allow_overlap else targets
+    context = np.stack([_contexts(config.min_keep, context_size, grid, taken_out, u) for u in draws[num_targets:]])
+    if config.context == "truncate":
+        patches = grid[0] * grid[1]
+        keys = rng.uniform(seed, "mask-cut", step, places, num_contexts * patches)
+        context = cut_by_key(context, keys.reshape(len(places), num_contexts, patches).swapaxes(0, 1))
+    return GroupMasks(context, targets)
+
+
+def _contexts(min_keep: int, size: Size, grid: Size, targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Returns (B, N) bool: one context block per image without its targets (M, B, T).
+
+    The place is uniform among all places at which more than `min_keep` patches are left: what redrawing
+    until success converges to, without the redraws. An image that has no such place keeps the patches of
+    its last target, then of the last two, ... (as the reference does, but that gives up after 20 failures
+    even where a place exists). With no target taken out every place serves, so this ends.
+    """
+    num_images, patches = len(draws), grid[0] * grid[1]
+    context = np.zeros((num_images, patches), dtype=bool)
+    pending = np.arange(num_images)
+    for num_out in range(len(targets), -1, -1):
+        free = np.ones((len(pending), patches), dtype=bool)
+        free[np.arange(len(pending))[:, None], targets[:num_out, pending]] = False
+        allowed = (_counts(free.reshape(-1, *grid), size) > min_keep).reshape(len(pending), -1)
+        chosen = (draws[pending] * allowed.sum(axis=1)).astype(np.int64)  # the chosen-th allowed place
+        corner = np.argmax(np.cumsum(allowed, axis=1) > chosen[:, None], axis=1)
+        lefts = grid[1] - size[1] + 1
+        block = np.zeros_like(free)
+        np.put_along_axis(block, block_places(corner // lefts, corner % lefts, size, grid[1]), True, axis=1)
+        context[pending] = block & free
+        pending = pending[~allowed.any(axis=1)]
+        if not len(pending):
+            break
+    assert not len(pending), "sizes.check lets only context blocks of more than min_keep patches pass"
+    return context
+
+
+def _counts(free: np.ndarray, size: Size) -> np.ndarray:
+    """Returns the free patches (B, tops, lefts) of a block at each of its places in (B, H, W) bool."""
+    height, width = size
+    table = np.zeros((len(free), free.shape[1] + 1, free.shape[2] + 1), dtype=np.int32)
+    table[:, 1:, 1:] = free.cumsum(axis=1, dtype=np.int32).cumsum(axis=2, dtype=np.int32)
+    down = table[:, height:] - table[:, : table.shape[1] - height]
+    return down[:, :, width:] - down[:, :, : table.shape[2] - width]

@@ -1,0 +1,72 @@
+"""The published mask draw, quirks included, from an explicit generator. Floor 1.
+
+Kept so that published runs can be reproduced number by number; `multiblock` is the corrected draw.
+Quirks: one number gives a block's scale and aspect; the last row and column are never used; the cut
+keeps the first tokens in row-major order, so it removes the bottom of images.
+
+Source: released I-JEPA code (arXiv 2301.08243), multi-block mask collator; behaviour only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.masks.group import GroupMasks, block_places, cut_first
+from ijepa_scale.masks.sizes import Size, context_aspect, reference_size
+
+_PATIENCE = 20  # failed places after which one target fewer is taken out of the context
+
+
+def block_sizes(config: MaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
+    """Returns the sizes of target and context blocks at a step: a function of the step counter alone."""
+    generator = torch.Generator().manual_seed(step)
+    target_draw = torch.rand(1, generator=generator).item()  # host tensor: no synchronisation
+    context_draw = torch.rand(1, generator=generator).item()
+    target = reference_size(grid, config.target_scale, config.target_aspect, target_draw)
+    return target, reference_size(grid, config.context_scale, context_aspect(config, grid), context_draw)
+
+
+def sample_reference(
+    config: MaskConfig, grid: Size, *, step: int, count: int, generator: torch.Generator
+) -> GroupMasks:
+    """Returns the masks of `count` images as the published collator draws them for one batch.
+
+    Places come from `generator` one after another (it is advanced): image by image, targets before
+    contexts, row before column. The published collator draws them from its process's global
+    generator, so one seeded as that one was, and passed from batch to batch, reproduces its stream
+    for steps 0, 1, .... `config` must have passed `sizes.check`, or this may not end.
+    """
+    target_size, context_size = block_sizes(config, grid, step)
+    patches = grid[0] * grid[1]
+    targets = np.empty((config.num_target_blocks, count, target_size[0] * target_size[1]), dtype=np.int64)
+    context = np.zeros((config.num_context_blocks, count, patches), dtype=bool)
+    for image in range(count):
+        for block in range(config.num_target_blocks):
+            targets[block, image] = _draw_block(target_size, grid, generator)
+        taken_out = targets[:0, image] if config.allow_overlap else targets[:, image]
+        for block in range(config.num_context_blocks):
+            context[block, image] = _draw_context(config, context_size, grid, taken_out, generator)
+    return GroupMasks(cut_first(context) if config.context == "truncate" else context, targets)
+
+
+def _draw_block(size: Size, grid: Size, generator: torch.Generator) -> np.ndarray:
+    """Returns the patches of one block at a random place; the upper ends are excluded, as published."""
+    top = int(torch.randint(0, grid[0] - size[0], (1,), generator=generator))
+    left = int(torch.randint(0, grid[1] - size[1], (1,), generator=generator))
+    return block_places(np.asarray(top), np.asarray(left), size, grid[1])
+
+
+def _draw_context(
+    config: MaskConfig, size: Size, grid: Size, targets: np.ndarray, generator: torch.Generator
+) -> np.ndarray:
+    """Returns (N,) bool: a context block without `targets` (M, T), or the first of them after failures."""
+    failures = 0
+    while True:
+        kept = np.zeros(grid[0] * grid[1], dtype=bool)
+        kept[_draw_block(size, grid, generator)] = True
+        kept[targets[: max(0, len(targets) - failures // _PATIENCE)]] = False
+        if kept.sum() > config.min_keep:
+            return kept
+        failures += 1
