@@ -1,5 +1,6 @@
 """The configuration of a run: schema, YAML files, translation of published files. Floor 1."""
 
+from ijepa_scale.config.files import Loaded, load_config, read_config, to_yaml
 from ijepa_scale.config.schema import (
     AugmentConfig,
     CheckpointConfig,
@@ -16,6 +17,10 @@ from ijepa_scale.config.schema import (
 )
 
 __all__ = [
+    "Loaded",
+    "load_config",
+    "read_config",
+    "to_yaml",
     "AugmentConfig",
     "CheckpointConfig",
     "DataConfig",

@@ -29,6 +29,18 @@ def _interval(problems: list[str], name: str, value: Any, low: float, high: floa
     return first, last
 
 
+def _numbers(problems: list[str], name: str, value: Any, count: int) -> tuple[float, ...]:
+    """Returns `value` as `count` numbers (ones where it isn't that), noting what is wrong."""
+    try:
+        numbers = tuple(float(v) for v in value)
+        if len(numbers) != count:
+            raise ValueError
+    except (TypeError, ValueError):
+        problems.append(f"{name} is {value!r}; give {count} numbers")
+        return (1.0,) * count
+    return numbers
+
+
 def _at_least(problems: list[str], low: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value >= low:
@@ -168,10 +180,9 @@ class AugmentConfig:
         if self.color_jitter > 1.25:
             problems.append(f"color_jitter is {self.color_jitter}; give at most 1.25 (factors would turn negative)")
         for name in ("mean", "std"):
-            value = tuple(float(v) for v in getattr(self, name))
-            object.__setattr__(self, name, value)
-            if len(value) != 3 or (name == "std" and min(value) <= 0):
-                problems.append(f"{name} is {value}; give three numbers" + (" above 0" if name == "std" else ""))
+            object.__setattr__(self, name, _numbers(problems, name, getattr(self, name), 3))
+        if min(self.std) <= 0:
+            problems.append(f"std is {self.std}; give three numbers above 0")
         _raise("augment", problems)
 
 
@@ -209,9 +220,10 @@ class OptimizerConfig:
         _choose(problems, "impl", self.impl, ("auto", "torch", "apex", "deepspeed"))
         _at_least(problems, 0, lr=self.lr, start_lr=self.start_lr, final_lr=self.final_lr, eps=self.eps)
         _at_least(problems, 0, weight_decay=self.weight_decay, final_weight_decay=self.final_weight_decay)
-        betas = tuple(float(b) for b in self.betas)
+        num_problems = len(problems)
+        betas = _numbers(problems, "betas", self.betas, 2)
         object.__setattr__(self, "betas", betas)
-        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        if len(problems) == num_problems and not all(0 <= b < 1 for b in betas):
             problems.append(f"betas is {betas}; give two numbers in [0, 1)")
         if self.clip_norm is not None and not self.clip_norm > 0:
             problems.append(f"clip_norm is {self.clip_norm}; give a number above 0, or null for no clipping")

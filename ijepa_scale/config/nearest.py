@@ -1,0 +1,44 @@
+"""The known name that a mistyped one was probably meant to be. Floor 1: strings only."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """Returns the most similar of `known`, or None where nothing is similar.
+
+    An abbreviation counts as similar: `learning_rate` finds `lr`, and `wd` finds `weight_decay`.
+    """
+    by_lower = {candidate.lower(): candidate for candidate in reversed(list(known))}
+    lower = name.lower()
+    if lower in by_lower:
+        return by_lower[lower]
+    for candidate in by_lower:
+        if _initials(lower) == candidate or _initials(candidate) == lower:
+            return by_lower[candidate]
+    match = difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.6)
+    return by_lower[match[0]] if match else None
+
+
+def nearest_dotted(key: str, known: Collection[str]) -> str | None:
+    """Returns the known dotted key nearest to `key`: in its own section first, then in any other."""
+    section, _, leaf = key.rpartition(".")
+    for section_key in (section, nearest(section, {k.rpartition(".")[0] for k in known if "." in k})):
+        if section_key:
+            siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section_key]
+            near = nearest(leaf, siblings)
+            if near:
+                return f"{section_key}.{near}"
+    by_leaf: dict[str, str] = {}
+    for k in known:
+        by_leaf.setdefault(k.rpartition(".")[2], k)
+    near = nearest(leaf, by_leaf)
+    return by_leaf[near] if near else nearest(key, known)
+
+
+def _initials(name: str) -> str | None:
+    """Returns the first letters of a name of several words, or None."""
+    words = [word for word in name.split("_") if word]
+    return "".join(word[0] for word in words) if len(words) > 1 else None
