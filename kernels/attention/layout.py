@@ -19,6 +19,10 @@ class SequenceLayout:
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
+    bound: int = 0  # power of two, at least the longest length: changes so rarely that kernels may specialise to it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bound", 1 << max(0, self.longest - 1).bit_length())
 
     @classmethod
     def of(cls, lengths: tuple[int, ...] | list[int], device: torch.device | str = "cpu") -> SequenceLayout:

@@ -1,0 +1,35 @@
+"""The specification of `attention`: explicit softmax, in fp32 at least, one sequence at a time. Floor 1, for tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ijepa_kernels.attention.layout import SequenceLayout
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None = None) -> Tensor:
+    """Returns softmax(q k^T / sqrt(head_dim)) v within each sequence, in the dtype of `q`.
+
+    Without a layout q, k and v are (B, heads, N, head_dim); with one they are (total, heads, head_dim)
+    and no sequence sees another.
+
+    Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2.1.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if layout is None:
+        return _softmax_attention(q.to(wide), k.to(wide), v.to(wide)).to(q.dtype)
+    pieces, start = [], 0
+    for length in layout.lengths:
+        rows = slice(start, start + length)
+        one = [x[rows].to(wide).transpose(0, 1) for x in (q, k, v)]
+        pieces.append(_softmax_attention(*one).transpose(0, 1).to(q.dtype))
+        start += length
+    return torch.cat(pieces) if pieces else torch.zeros_like(q)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    scores = scores - scores.amax(dim=-1, keepdim=True).detach()
+    weights = scores.exp()
+    return (weights / weights.sum(dim=-1, keepdim=True)) @ v
