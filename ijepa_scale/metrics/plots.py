@@ -1,0 +1,156 @@
+"""Pictures of a run: its curves, and what the masks hide. Floor 3: files in, PNG out, no window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ijepa_scale.errors import DataError
+from ijepa_scale.masks.types import DenseMasks, Masks
+from ijepa_scale.metrics.sinks import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#3366aa", "#dd7733", "#339966", "#888888"
+_TARGET_COLORS = ("#dd7733", "#339966", "#aa3377", "#ccaa22", "#33bbcc", "#884422")
+
+
+def draw_curves(metrics: str | Path, path: str | Path) -> Path:
+    """Returns the path of a PNG with loss, kNN accuracy, target std and learning rate over the steps of `metrics`.
+
+    Raises:
+        DataError: `metrics` holds no row with a loss.
+    """
+    rows = read_rows(metrics)
+    if not any(row.get("loss") is not None for row in rows):
+        raise DataError(f"{metrics} holds {len(rows)} rows and no loss; train at least logging.every steps first")
+    figure = _figure(width=9.0, height=6.0)
+    loss, knn, std, lr = figure.subplots(2, 2, sharex=True).flatten()
+    _line(loss, rows, "loss", _BLUE, title="Loss")
+    _knn(knn, rows)
+    _line(std, rows, "target_std", _GREEN, title="Target features: std over images (0 is collapse)")
+    std.set_ylim(bottom=0.0)
+    _line(lr, rows, "lr", _GREY, title="Learning rate")
+    lr.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
+    for axes in (std, lr):
+        axes.set_xlabel("Step")
+    return _save(figure, path)
+
+
+def _line(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, *, title: str) -> None:
+    """Draws one field over the steps."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    axes.plot([p[0] for p in points], [p[1] for p in points], color=color, linewidth=1.6)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _knn(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Draws the online kNN accuracy beside the untrained encoder's."""
+    percent = [row | {"knn": 100 * row["knn"]} for row in rows if row.get("knn") is not None]
+    untrained = [100 * row["knn_untrained"] for row in rows if row.get("knn_untrained") is not None]
+    _line(axes, percent, "knn", _ORANGE, title="kNN accuracy of the target encoder (%)")
+    for line in axes.lines:
+        line.set(marker="o", markersize=3.5, label="trained")
+    if untrained:
+        axes.axhline(untrained[0], color=_GREY, linestyle="--", linewidth=1.2, label="untrained")
+    axes.margins(y=0.15)
+    if percent or untrained:
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=_GREY)
+
+
+def mask_grids(masks: Masks, num_images: int, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which patches are context (B, E, H, W) and target (B, M, H, W), bool, for `num_images` = B images.
+
+    `grid` is (H, W). Synchronises: for pictures only.
+    """
+    num_patches = grid[0] * grid[1]
+    if isinstance(masks, DenseMasks):
+        context, targets = ([index.cpu() for index in part.unbind()] for part in (masks.context, masks.targets))
+        rows = [[block[b] for block in context] for b in range(num_images)]
+        cols = [[block[b] for block in targets] for b in range(num_images)]
+    else:
+        context_parts = list((masks.context_index.cpu() % num_patches).split(list(masks.context_layout.lengths)))
+        sequences = len(context_parts)  # E * B: each target block repeats them
+        context_lengths = [len(part) for part in context_parts] * (len(masks.predictor_layout.lengths) // sequences)
+        lengths = [n - c for n, c in zip(masks.predictor_layout.lengths, context_lengths, strict=True)]
+        target_parts = list((masks.target_index.cpu() % num_patches).split(lengths))
+        rows = [context_parts[b::num_images] for b in range(num_images)]
+        cols = [target_parts[b::sequences] for b in range(num_images)]
+    return _paint(rows, grid), _paint(cols, grid)
+
+
+def _paint(places: list[list[Tensor]], grid: tuple[int, int]) -> np.ndarray:
+    """Returns (B, blocks, H, W) bool from each image's and block's patch numbers."""
+    painted = torch.zeros(len(places), len(places[0]), grid[0] * grid[1], dtype=torch.bool)
+    for b, blocks in enumerate(places):
+        for block, index in enumerate(blocks):
+            painted[b, block, index] = True
+    return painted.unflatten(2, grid).numpy()
+
+
+def draw_masks(images: Tensor, context: np.ndarray, targets: np.ndarray, path: str | Path) -> Path:
+    """Returns the path of a PNG: each image whole, what the context encoder sees, and the blocks to be predicted.
+
+    `images` (B, 3, h, w) are uint8, or floats in [0, 1]; a few look best. `context` (B, E, H, W) and
+    `targets` (B, M, H, W) are those of `mask_grids`.
+    """
+    pixels = images.detach().cpu().permute(0, 2, 3, 1).numpy()
+    pixels = pixels.astype(np.float64) / 255 if pixels.dtype == np.uint8 else pixels.clip(0.0, 1.0)
+    count, num_targets = len(pixels), targets.shape[1]
+    figure = _figure(width=1.55 * count + 1.3, height=4.9)
+    axes = figure.subplots(3, count, squeeze=False)
+    patch = pixels.shape[1] // context.shape[2], pixels.shape[2] // context.shape[3]
+    for b, image in enumerate(pixels):
+        seen = np.kron(context[b].any(0), np.ones(patch))[..., None]
+        hidden = np.full_like(image, 0.93)
+        axes[0, b].imshow(image)
+        axes[1, b].imshow(np.where(seen, image, hidden))
+        axes[2, b].imshow(image * 0.25 + 0.7)
+        for block in range(num_targets):
+            _outline(axes[2, b], image, targets[b, block], patch, _TARGET_COLORS[block % len(_TARGET_COLORS)])
+    for axis in axes.flatten():
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    for row, label in enumerate(("Image", "Context", f"{num_targets} target blocks")):
+        axes[row, 0].set_ylabel(label, fontsize=10)
+    return _save(figure, path)
+
+
+def _outline(axes: Axes, image: np.ndarray, block: np.ndarray, patch: tuple[int, int], color: str) -> None:
+    """Shows one rectangular block of `image` with a coloured frame."""
+    rows, columns = np.flatnonzero(block.any(1)), np.flatnonzero(block.any(0))
+    top, bottom = rows[0] * patch[0], (rows[-1] + 1) * patch[0]
+    left, right = columns[0] * patch[1], (columns[-1] + 1) * patch[1]
+    corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]) - 0.5
+    axes.imshow(image[top:bottom, left:right], extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5), zorder=2)
+    axes.plot(corners[:, 0], corners[:, 1], color=color, linewidth=1.8, zorder=3, clip_on=False)
+    axes.set_xlim(-0.5, image.shape[1] - 0.5)
+    axes.set_ylim(image.shape[0] - 0.5, -0.5)
+
+
+def _figure(*, width: float, height: float) -> Figure:
+    """Returns an empty figure, inches, without pyplot: no global state, no display."""
+    from matplotlib.figure import Figure  # takes 0.5 s to import: only where a picture is drawn
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    """Writes the PNG through a temporary name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    temporary.replace(path)
+    return path

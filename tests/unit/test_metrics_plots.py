@@ -1,0 +1,88 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ijepa_kernels.attention import SequenceLayout
+from ijepa_scale.errors import DataError
+from ijepa_scale.masks.types import DenseMasks, PackedMasks
+from ijepa_scale.metrics.plots import draw_curves, draw_masks, mask_grids
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def curve(steps=800, every=10):
+    rows = [{"step": 0, "knn": 0.526, "knn_untrained": 0.526}]
+    for step in range(every, steps + 1, every):
+        loss = 0.12 + 0.3 * np.exp(-step / 120) + 0.004 * np.sin(step)
+        rows.append({"step": step, "loss": loss, "lr": 1e-3 * (1 - step / steps), "target_std": 0.6 + step / 4000})
+        if step % 200 == 0:
+            rows.append({"step": step, "knn": 0.526 + 0.14 * step / steps, "knn_untrained": 0.526})
+    return rows
+
+
+def test_curves_are_drawn(tmp_path):
+    png = draw_curves(write_rows(tmp_path / "metrics.jsonl", curve()), tmp_path / "pictures" / "curves.png")
+    picture = np.asarray(Image.open(png).convert("RGB"))
+    assert picture.shape[0] > 600 and picture.shape[1] > 900
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50  # not an empty page
+    assert [p.name for p in png.parent.iterdir()] == ["curves.png"]
+
+
+def test_curves_without_knn_are_drawn(tmp_path):
+    rows = [{"step": 10, "loss": 0.5, "lr": 1e-3, "target_std": None}]
+    assert draw_curves(write_rows(tmp_path / "metrics.jsonl", rows), tmp_path / "curves.png").exists()
+
+
+def test_curves_without_a_loss_are_refused(tmp_path):
+    with pytest.raises(DataError, match="holds 1 rows and no loss; train at least logging.every steps"):
+        draw_curves(write_rows(tmp_path / "metrics.jsonl", [{"step": 0, "knn": 0.5}]), tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+GRID = (3, 4)
+CONTEXT = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]  # (E, B, K)
+TARGETS = [[[8], [9]], [[10], [11]], [[8], [11]]]  # (M, B, T)
+
+
+def packed() -> PackedMasks:
+    n = GRID[0] * GRID[1]
+    context_index = torch.tensor([b * n + p for block in CONTEXT for b, places in enumerate(block) for p in places])
+    target_index = torch.tensor(
+        [b * n + p for block in TARGETS for _ in CONTEXT for b, places in enumerate(block) for p in places]
+    )
+    none = torch.empty(0)
+    return PackedMasks(
+        context_index=context_index,
+        context_layout=SequenceLayout.of([2] * 4),
+        target_index=target_index,
+        predictor_layout=SequenceLayout.of([3] * 12),
+        predictor_source=none,
+        target_rows=none,
+        weights=none,
+    )
+
+
+@pytest.mark.parametrize("masks", [DenseMasks(torch.tensor(CONTEXT), torch.tensor(TARGETS)), packed()], ids=type)
+def test_mask_grids_say_which_patches(masks):
+    context, targets = mask_grids(masks, 2, GRID)
+    assert context.shape == (2, 2, 3, 4) and targets.shape == (2, 3, 3, 4)
+    for b in range(2):
+        for e, block in enumerate(CONTEXT):
+            assert np.flatnonzero(context[b, e]).tolist() == block[b]
+        for m, block in enumerate(TARGETS):
+            assert np.flatnonzero(targets[b, m]).tolist() == block[b]
+
+
+def test_masks_are_drawn(tmp_path):
+    images = torch.full((2, 3, 12, 16), 200, dtype=torch.uint8)
+    context, targets = mask_grids(DenseMasks(torch.tensor(CONTEXT), torch.tensor(TARGETS)), 2, GRID)
+    png = draw_masks(images, context, targets, tmp_path / "masks.png")
+    assert Image.open(png).size[0] > 300
+    as_floats = draw_masks(images / 255, context, targets, tmp_path / "floats.png")
+    assert np.array_equal(np.asarray(Image.open(png)), np.asarray(Image.open(as_floats)))
