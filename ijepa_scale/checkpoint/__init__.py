@@ -1,1 +1,1 @@
-"""TODO"""
+"""Saving and resuming. Floor 3."""

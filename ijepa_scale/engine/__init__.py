@@ -1,1 +1,1 @@
-"""TODO"""
+"""Ways of spreading a training step over processes, behind one protocol. Floor 3."""

@@ -1,0 +1,206 @@
+"""Checkpoints on disk: atomic, hashed, readable by any engine on any number of processes. Floor 3.
+
+A checkpoint is a folder `step-00001000` of one safetensors file per writing process and a
+`manifest.json`. The manifest says which elements of which tensor lie in which file, so a reader asks
+for the elements it needs and never for a process count. Nothing in it is executable.
+
+It is written beside its final name and renamed when complete: a folder with its final name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ijepa_scale.engine.protocol import Piece
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_UNFINISHED = ".unfinished-"
+
+
+def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extra: dict[str, Any], keep: int) -> Path:
+    """Writes `folder/step-XXXXXXXX` from all processes' pieces and returns its path.
+
+    Communicates; every process calls it. `folder` is on a file system that all processes see.
+    Afterwards the `keep` newest checkpoints are left.
+    """
+    final = folder / f"step-{step:08d}"
+    unfinished = folder / f"{_UNFINISHED}{final.name}"
+    if world.is_main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    world.barrier()
+    written = [piece for piece in pieces if piece.write and piece.tensor.numel()]
+    entry: dict[str, Any] = {}
+    if written:
+        name = f"process-{world.rank:05d}.safetensors"
+        save_file({piece.name: piece.tensor.cpu().contiguous() for piece in written}, str(unfinished / name))
+        _flush(unfinished / name)
+        entry = {
+            "name": name,
+            "bytes": (unfinished / name).stat().st_size,
+            "sha256": _sha256(unfinished / name),
+            "pieces": [[p.name, p.start, p.tensor.numel(), list(p.shape)] for p in written],
+        }
+    entries = world.gather_objects(entry)
+    if world.is_main:
+        body = _manifest(step, [e for e in entries if e], extra)  # type: ignore[misc]
+        text = json.dumps(body, sort_keys=True)
+        manifest = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
+        (unfinished / _MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
+        _flush(unfinished / _MANIFEST)
+        _flush(unfinished)
+        if final.exists():  # the same step, written again after a resume from an earlier one
+            shutil.rmtree(final)
+        os.replace(unfinished, final)
+        _flush(folder)
+        _prune(folder, keep)
+    world.barrier()
+    return final
+
+
+def _manifest(step: int, entries: list[dict[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for index, entry in enumerate(entries):
+        for name, start, length, shape in entry["pieces"]:
+            tensors.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append([index, start, length])
+    files = [{key: entry[key] for key in ("name", "bytes", "sha256")} for entry in entries]
+    return {"format": FORMAT, "step": step, "files": files, "tensors": tensors, "extra": extra}
+
+
+def newest(folder: Path) -> Path | None:
+    """Returns the complete checkpoint of the highest step in `folder`, or None where there is none."""
+    complete = sorted(path for path in folder.glob("step-*") if (path / _MANIFEST).is_file())
+    return complete[-1] if complete else None
+
+
+class Checkpoint:
+    """A checkpoint opened for reading. Files are verified against their hashes when first read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        body = _read_manifest(path)
+        self.step: int = body["step"]
+        self.extra: dict[str, Any] = body["extra"]
+        self._files: list[dict[str, Any]] = body["files"]
+        self.tensors: dict[str, Any] = body["tensors"]
+        self._open: dict[int, Any] = {}
+
+    def load(self, pieces: Iterable[Piece]) -> None:
+        """Fills the pieces' tensors, whichever engine and number of processes wrote the checkpoint.
+
+        Raises:
+            CheckpointError: tensors are missing, superfluous or of another shape; or a file is damaged.
+        """
+        wanted = list(pieces)
+        self._check_names(wanted)
+        for piece in wanted:
+            filled = 0
+            for index, start, length in self.tensors[piece.name]["pieces"]:
+                low, high = max(start, piece.start), min(start + length, piece.start + piece.tensor.numel())
+                if low < high:
+                    part = self._file(index).get_slice(piece.name)[low - start : high - start]
+                    piece.tensor[low - piece.start : high - piece.start].copy_(part)
+                    filled += high - low
+            if filled != piece.tensor.numel():
+                raise CheckpointError(
+                    f"{self.path}: {piece.name} holds {filled} of the {piece.tensor.numel()} elements from "
+                    f"{piece.start} on; a process's file is missing from the manifest: use an older checkpoint"
+                )
+
+    def full(self, prefix: str) -> dict[str, Tensor]:
+        """Returns the full fp32 tensors whose names begin with `prefix`, which is cut off the names."""
+        names = [name for name in self.tensors if name.startswith(prefix)]
+        shapes = {name: tuple(self.tensors[name]["shape"]) for name in names}
+        flat = {name: torch.empty(torch.Size(shapes[name]).numel()) for name in names}
+        for name in names:
+            for index, start, length in self.tensors[name]["pieces"]:
+                flat[name][start : start + length] = self._file(index).get_tensor(name)
+        return {name.removeprefix(prefix): flat[name].view(shapes[name]) for name in names}
+
+    def _check_names(self, wanted: list[Piece]) -> None:
+        problems = []
+        for piece in wanted:
+            stored = self.tensors.get(piece.name)
+            if stored is None:
+                problems.append(f"{piece.name} is missing")
+            elif tuple(stored["shape"]) != piece.shape:
+                problems.append(f"{piece.name} has shape {tuple(stored['shape'])}, the model {piece.shape}")
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise CheckpointError(
+                f"{self.path} is not of this model: {'; '.join(problems[:5])}{more}; "
+                "give the config it was trained with, or another folder"
+            )
+
+    def _file(self, index: int) -> Any:
+        if index not in self._open:
+            entry = self._files[index]
+            path = self.path / entry["name"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                raise CheckpointError(
+                    f"{path} is damaged: {size} bytes, expected {entry['bytes']} with sha256 {entry['sha256'][:12]}...; "
+                    f"remove {self.path} to resume from an older checkpoint"
+                )
+            self._open[index] = safe_open(str(path), framework="pt")
+        return self._open[index]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / _MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {_MANIFEST}; give a folder like RUN/checkpoints/step-00001000")
+    try:
+        manifest = json.loads(file.read_text())
+        body = manifest["body"]
+        intact = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() == manifest["sha256"]
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{file} is damaged; remove {path} to resume from an older checkpoint")
+    if body["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {body['format']}, this version reads {FORMAT}; use a fitting version")
+    for entry in body["files"]:
+        if Path(entry["name"]).name != entry["name"]:
+            raise CheckpointError(f"{file} names a file outside its folder: {entry['name']!r}; do not trust it")
+    return body
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for path in sorted(p for p in folder.glob("step-*") if (p / _MANIFEST).is_file())[:-keep]:
+        shutil.rmtree(path)
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

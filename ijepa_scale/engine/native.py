@@ -1,0 +1,247 @@
+"""The engines that PyTorch alone provides: one process, DDP, FSDP2 and HSDP. Floor 3."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_blocks
+from ijepa_scale.engine.protocol import Piece, StepInfo
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import ConfigError, NonFiniteError
+from ijepa_scale.optim import build_optimizer, clean_name, set_hyper
+from ijepa_scale.schedules import Hyper
+
+logger = logging.getLogger(__name__)
+
+
+class LossRecord:
+    """The micro-batches' losses of one step, and the word of all processes on whether they are finite."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.losses: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        """Returns the mean of the recorded losses, () fp32, and forgets them."""
+        mean = torch.stack(self.losses).mean()
+        self.losses.clear()
+        return mean
+
+    def check(self, step: int, loss: Tensor, *also: Tensor) -> None:
+        """Raises on every process where the loss of one, or a tensor of `also`, isn't finite.
+
+        Communicates one number per process; synchronises: the step's one host read.
+
+        Raises:
+            NonFiniteError: names the processes and the step.
+        """
+        words = self.world.gather(torch.stack([loss, *(a.to(loss) for a in also)]))
+        values = words.tolist()  # host sync: it decides whether anything may move
+        bad = [(rank, row[0]) for rank, row in enumerate(values) if not _finite(row[0])]
+        if bad:
+            which = ", ".join(f"process {rank} has loss {value}" for rank, value in bad)
+            raise NonFiniteError(f"step {step}: {which}; expected finite losses. {NOTHING_MOVED}")
+        if not all(_finite(value) for row in values for value in row):
+            bad_ranks = [rank for rank, row in enumerate(values) if not all(map(_finite, row))]
+            raise NonFiniteError(
+                f"step {step}: the gradient norm is {values[bad_ranks[0]][-1]} on processes {bad_ranks} though every "
+                f"loss is finite. {NOTHING_MOVED}"
+            )
+
+
+NOTHING_MOVED = (
+    "Weights, optimiser, target and schedule have not moved: resume from the last checkpoint with a lower "
+    "optimizer.lr, a longer schedule.warmup_epochs, optimizer.clip_norm or engine.precision=fp32, and look at the "
+    "images of this step"
+)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+class PlainEngine:
+    """One process, no wrapping; also the base of the other engines of this module."""
+
+    def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
+        if world.size > 1 and type(self) is PlainEngine:
+            raise ConfigError(
+                f"engine.strategy is plain but {world.size} processes are running; use ddp, fsdp2 or deepspeed, "
+                "or start one process"
+            )
+        self.world = world
+        self._config = config
+        self._optimizer_config = optimizer
+        self._record = LossRecord(world)
+        self._autocast = torch.autocast(
+            world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
+        )  # re-entered at each forward
+
+    def prepare(self, module: nn.Module, target: nn.Module) -> None:
+        """Moves both modules to the device, and applies checkpointing, compilation and wrapping."""
+        checkpoint_blocks(module, self._config.checkpointing)
+        if self._config.compile:
+            compile_blocks(module)
+            compile_blocks(target)
+        self.module = module.to(self.world.device)
+        self.target_module = target.to(self.world.device).requires_grad_(False).eval()
+        self._wrap()
+        self.optimizer = build_optimizer(self.module, self._optimizer_config)
+        self._shards = (
+            [_local(p) for p in self.target_module.parameters()],
+            [_local(p) for p in self.module.encoder.parameters()],
+        )
+
+    def _wrap(self) -> None:
+        self._callable: nn.Module = self.module
+
+    def model(self, *args: Any) -> Tensor:
+        """Returns the trainable module's output."""
+        with self._autocast:
+            return self._callable(*args)
+
+    @torch.no_grad()
+    def target(self, *args: Any) -> Tensor:
+        """Returns the target encoder's output, without gradients."""
+        with self._autocast:
+            return self.target_module(*args)
+
+    def accumulate(self, batch: Batch) -> Iterator[Batch]:
+        """Yields the micro-batches on the device; gradients are reduced on the last one."""
+        parts = self._config.accumulation
+        for index, micro in enumerate(batch.split(parts)):
+            self._reduce_gradients(index == parts - 1)
+            yield micro.to(self.world.device)
+
+    def _reduce_gradients(self, reduce: bool) -> None:
+        """Sets whether the coming backward reduces gradients over the processes."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one micro-batch's mean loss."""
+        self._record.losses.append(loss.detach().float())
+        (loss / self._config.accumulation).backward()
+
+    def step(self, hyper: Hyper, step: int) -> StepInfo:
+        """Moves the trainable weights, or raises on every process before anything has moved."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)  # type: ignore[misc]
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss = self._record.take()
+        self._record.check(step, loss, norm)
+        if self._optimizer_config.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._optimizer_config.clip_norm, norm, foreach=True)
+        set_hyper(self.optimizer.param_groups, hyper)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepInfo(loss=loss, grad_norm=norm)
+
+    def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns this process's fp32 shards of (target encoder, context encoder)."""
+        return self._shards
+
+    def target_updated(self) -> None:
+        """Does nothing: the shards are the parameters."""
+
+    def pieces(self) -> list[Piece]:
+        """Returns this process's parts of weights, optimiser states and target."""
+        pieces = []
+        for name, parameter in self.module.named_parameters():
+            name = clean_name(name)
+            state = self.optimizer.state[parameter]
+            if not state:  # before the first step: made here, so that loading has somewhere to write
+                state["step"] = torch.zeros((), device=self.world.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            pieces.append(self._piece(f"model.{name}", parameter))
+            pieces += [self._piece(f"optimizer.{key}.{name}", state[key]) for key in ("exp_avg", "exp_avg_sq")]
+        pieces += [self._piece(f"target.{clean_name(n)}", p) for n, p in self.target_module.named_parameters()]
+        return pieces
+
+    def _piece(self, name: str, tensor: Tensor) -> Piece:
+        return Piece(
+            name=name,
+            tensor=tensor.detach().view(-1),
+            start=0,
+            shape=tuple(tensor.shape),
+            write=self.world.is_main,
+        )
+
+    def loaded(self, optimizer_step: int) -> None:
+        """Sets Adam's step counter."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(optimizer_step)
+
+
+class DdpEngine(PlainEngine):
+    """Replicated weights, gradients averaged while backward runs."""
+
+    def _wrap(self) -> None:
+        self._callable = DistributedDataParallel(
+            self.module, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
+        )
+
+    def _reduce_gradients(self, reduce: bool) -> None:
+        self._callable.require_backward_grad_sync = reduce
+
+
+class Fsdp2Engine(PlainEngine):
+    """Sharded weights, gradients, optimiser and target; over all processes, or within groups of them (HSDP)."""
+
+    def _wrap(self) -> None:
+        size, replicas = self.world.size, self._config.replicas
+        if size % replicas:
+            raise ConfigError(
+                f"{size} processes don't split into engine.replicas {replicas}; choose a divisor of {size}"
+            )
+        kind = self.world.device.type
+        if replicas > 1:
+            mesh = init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+        else:
+            mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+        self._mesh = mesh
+        low = torch.bfloat16 if self._config.precision == "bf16" else None
+        # inputs aren't cast: the residual stream stays fp32, as under autocast everywhere else
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in blocks(self.module):
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self._config.reshard_after_forward)
+        fully_shard(self.module, mesh=mesh, mp_policy=policy, reshard_after_forward=self._config.reshard_after_forward)
+        # The target never runs backward, so nothing but this frees its gathered weights: left gathered, its
+        # next output would be stale.
+        for block in blocks(self.target_module):
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(self.target_module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        self._callable = self.module
+
+    def _reduce_gradients(self, reduce: bool) -> None:
+        self.module.set_requires_gradient_sync(reduce)
+
+    def _piece(self, name: str, tensor: Tensor) -> Piece:
+        assert isinstance(tensor, DTensor)
+        shard_size, shard_rank = self._mesh["shard"].size(), self._mesh["shard"].get_local_rank()
+        rows = tensor.shape[0] if tensor.ndim else 1
+        rows_each = -(-rows // shard_size)
+        row_numel = tensor.numel() // max(rows, 1)
+        local = tensor.to_local().detach()
+        assert local.numel() == max(0, min(rows_each, rows - shard_rank * rows_each)) * row_numel
+        return Piece(
+            name=name,
+            tensor=local.view(-1),
+            start=min(shard_rank * rows_each, rows) * row_numel,
+            shape=tuple(tensor.shape),
+            write=self.world.rank < shard_size,  # the first replica
+        )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()

@@ -1,0 +1,62 @@
+"""Activation checkpointing and compilation, applied to a model from outside. Floor 3.
+
+Order: checkpointing, then compilation, then the engine's sharding. Each acts block by block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from ijepa_scale.models.vit import Block
+
+# Kept by selective checkpointing: what is dear to compute. The rest (norms, GELU, adds) is recomputed.
+_KEPT_OPERATIONS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def block_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Yields the lists of transformer blocks, bare or wrapped, in the order of the module tree."""
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList) and len(child) and isinstance(child[0], (Block, CheckpointWrapper)):
+            yield child
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """Returns the transformer blocks, each in its checkpointing wrapper where it has one."""
+    return [block for children in block_lists(module) for block in children]
+
+
+def checkpoint_blocks(module: nn.Module, mode: str) -> None:
+    """Makes each block recompute its activations in backward: all of them (full), or the cheap ones (selective)."""
+    if mode == "none":
+        return
+    options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_matrix_products)}
+    for children in block_lists(module):
+        for index, block in enumerate(children):
+            children[index] = checkpoint_wrapper(block, **(options if mode == "selective" else {}))
+
+
+def _keep_matrix_products(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compiles each block's forward, whole, for any number of tokens.
+
+    `forward` itself is compiled, not the module call: hooks of FSDP2 and ZeRO-3 stay outside the graph.
+    """
+    for block in blocks(module):
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)  # type: ignore[method-assign]

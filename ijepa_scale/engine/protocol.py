@@ -1,0 +1,82 @@
+"""What every engine offers the training step. Floor 3.
+
+The step knows these names alone; autocast, loss scaling by accumulation, gradient synchronisation
+and sharding are the engine's. The crux is `local_shards`: this process's fp32 tensors of the context
+encoder and of the target encoder, cut alike and in the same order, so that the target update is one
+fused operation without communication under every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.world import World
+from ijepa_scale.schedules import Hyper
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """What one optimiser step did."""
+
+    loss: Tensor  # () fp32: this process's mean over its micro-batches, on the device
+    grad_norm: Tensor | float  # global, before clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of a full fp32 tensor that this process holds: elements [start, start + len) of it, flattened.
+
+    `tensor` is a 1-D view into the engine's own memory, so that loading writes into it. Every engine
+    cuts along the flattened tensor, so any engine can read what any other wrote.
+    """
+
+    name: str
+    tensor: Tensor
+    start: int
+    shape: tuple[int, ...]  # of the full tensor
+    write: bool = True  # false: another process writes these elements; this one only reads them
+
+
+class Engine(Protocol):
+    """One way of spreading a training step over processes."""
+
+    world: World
+
+    def prepare(self, module: nn.Module, target: nn.Module) -> None:
+        """Takes over the trainable and the frozen module, both built on the CPU from one seed."""
+
+    def model(self, *args: Any) -> Tensor:
+        """Returns the trainable module's output, under the engine's precision."""
+
+    def target(self, *args: Any) -> Tensor:
+        """Returns the target encoder's output, without gradients, under the engine's precision."""
+
+    def accumulate(self, batch: Batch) -> Iterator[Batch]:
+        """Yields the micro-batches, on the device; gradients are reduced when they have to be."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one micro-batch's mean loss, scaled for accumulation."""
+
+    def step(self, hyper: Hyper, step: int) -> StepInfo:
+        """Moves the trainable weights, or raises on every process before anything has moved.
+
+        Raises:
+            NonFiniteError: a loss or the gradient norm is NaN or infinite on some process.
+        """
+
+    def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns this process's fp32 shards of (target encoder, context encoder), cut alike."""
+
+    def target_updated(self) -> None:
+        """Is told that the target's shards have moved."""
+
+    def pieces(self) -> list[Piece]:
+        """Returns all state this process must save, each element on at least one process."""
+
+    def loaded(self, optimizer_step: int) -> None:
+        """Is told that `pieces` have been filled from a checkpoint taken after that many optimiser steps."""

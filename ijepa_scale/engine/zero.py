@@ -1,0 +1,219 @@
+"""The DeepSpeed engine: ZeRO stages 1, 2 and 3, with an exact EMA target under each. Floor 3.
+
+Parameters and optimiser states are fp32 under every precision; bf16 is DeepSpeed's `torch_autocast`,
+which gathers in bf16. So the target's shards are fp32 too, and its update is local:
+stage 3 shards the target as it shards the encoder, stages 1 and 2 replicate both.
+
+Uses attributes of DeepSpeed that aren't public (`grad_position`, `fp32_partitioned_groups_flat`,
+`single_partition_of_fp32_groups`, `_hp_mapping`): the version is pinned and each is under test.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_scale import environment
+from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.ds_config import compose, load_ds_config
+from ijepa_scale.engine.native import NOTHING_MOVED, LossRecord
+from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_blocks
+from ijepa_scale.engine.protocol import Piece, StepInfo
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import NonFiniteError
+from ijepa_scale.optim import build_optimizer, clean_name, set_hyper
+from ijepa_scale.schedules import Hyper
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Returns the `deepspeed` module, quietened, with its run-time compilation for CPUs switched off."""
+    environment.export_accelerator(device.type)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # a shared-memory all-reduce that would be compiled for a minute; gloo serves
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO over all processes."""
+
+    def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
+        assert config.ds_config is not None
+        self.world = world
+        self._config = config
+        self._optimizer_config = optimizer
+        self._plan = load_ds_config(config.ds_config)
+        self._record = LossRecord(world)
+        self._autocast = torch.autocast(
+            world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
+        )  # for the target, and for stages that leave it to us
+
+    def prepare(self, module: nn.Module, target: nn.Module, *, micro_batch: int = 1) -> None:
+        """Hands both modules to DeepSpeed. `micro_batch` only reaches its throughput log."""
+        deepspeed = import_deepspeed(self.world.device)
+        self._stage = int(self._plan["zero_optimization"]["stage"])
+        checkpoint_blocks(module, self._config.checkpointing)
+        module.to(self.world.device)
+        target = target.to(self.world.device).requires_grad_(False).eval()
+        settings = compose(
+            self._plan,
+            micro_batch=micro_batch,
+            accumulation=self._config.accumulation,
+            clip_norm=self._optimizer_config.clip_norm,
+            precision=self._config.precision,
+            world=self.world.size,
+        )
+        if self._stage == 3:
+            # one gather per block, and the way to compile blocks under ZeRO-3
+            for part in (module, target):
+                deepspeed.utils.set_z3_leaf_modules(part, [type(block) for block in blocks(part)[:1]])
+        offload = "offload_optimizer" in self._plan["zero_optimization"]
+        optimizer = build_optimizer(module, self._optimizer_config, offload=offload)
+        self._names = {id(p): clean_name(n) for n, p in module.named_parameters()}
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self.module = module
+        self.zero = self._engine.optimizer
+        self.target_module = target
+        self._target_callable: nn.Module = target
+        if self._stage == 3:
+            self._target_callable, *_ = deepspeed.initialize(model=target, config=settings, dist_init_required=False)
+        if self._config.compile:
+            compile_blocks(module)
+            compile_blocks(target)
+
+    def model(self, *args: Any) -> Tensor:
+        """Returns the trainable module's output (DeepSpeed applies autocast)."""
+        return self._engine(*args)
+
+    @torch.no_grad()
+    def target(self, *args: Any) -> Tensor:
+        """Returns the target encoder's output, without gradients."""
+        with self._autocast:
+            return self._target_callable(*args)
+
+    def accumulate(self, batch: Batch) -> Iterator[Batch]:
+        """Yields the micro-batches on the device; stages 2 and 3 reduce gradients on each."""
+        parts = self._config.accumulation
+        for index, micro in enumerate(batch.split(parts)):
+            yield micro.to(self.world.device)
+            if index < parts - 1:
+                self._engine.step()  # counts the micro-batch; moves nothing before the last
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one micro-batch's mean loss; DeepSpeed divides by the accumulation."""
+        self._record.losses.append(loss.detach().float())
+        self._engine.backward(loss)
+
+    def step(self, hyper: Hyper, step: int) -> StepInfo:
+        """Moves the trainable weights, or raises on every process before anything has moved."""
+        loss = self._record.take()
+        self._record.check(step, loss)
+        set_hyper(self.zero.param_groups, hyper)
+        self._engine.step()
+        if self.zero.overflow:  # DeepSpeed skips such a step on every process, without a word
+            raise NonFiniteError(f"step {step}: the gradient norm is not finite though every loss is. {NOTHING_MOVED}")
+        return StepInfo(loss=loss, grad_norm=self._engine.get_global_grad_norm())
+
+    def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns this process's fp32 shards of (target encoder, context encoder)."""
+        context = list(self.module.encoder.parameters())
+        target = list(self.target_module.parameters())
+        if self._stage < 3:
+            return [q.detach() for q in target], [p.detach() for p in context]
+        shards = [self._trimmed(p) for p in context]
+        return (
+            [q.ds_tensor.detach()[: len(s)] for q, s in zip(target, shards, strict=True)],
+            shards,
+        )
+
+    def target_updated(self) -> None:
+        """Drops gathered copies of the target's weights (stage 3), which would be stale."""
+        if self._stage == 3:
+            self._target_callable.optimizer.partition_all_parameters()
+
+    def pieces(self) -> list[Piece]:
+        """Returns this process's parts of weights, optimiser states and target."""
+        self._make_moments()
+        return [*self._trainable_pieces(), *self._target_pieces()]
+
+    def loaded(self, optimizer_step: int) -> None:
+        """Brings the working copies of the weights in line with the masters, and sets Adam's step counter."""
+        for state in self.zero.optimizer.state.values():
+            state["step"].fill_(optimizer_step)
+        if self._stage < 3:
+            self.zero.update_lp_params()
+            for group in range(len(self.zero.bit16_groups)):
+                self.zero._update_model_bit16_weights(group)
+        else:
+            for group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+                self.zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+                self.zero._unflatten_partitioned_parameters(group)
+            self.zero.invalidate_secondary_tensor()
+            self._engine.optimizer.partition_all_parameters()
+        self.target_updated()
+
+    def _masters(self) -> list[Tensor]:
+        return self.zero.single_partition_of_fp32_groups if self._stage < 3 else self.zero.fp32_partitioned_groups_flat
+
+    def _make_moments(self) -> None:
+        """Makes Adam's states where no step has been taken yet, so that loading has somewhere to write."""
+        for master in self._masters():
+            state = self.zero.optimizer.state[master]
+            if not state:
+                state["step"] = torch.zeros((), device=master.device)
+                for key in _MOMENTS:
+                    state[key] = torch.zeros_like(master)
+
+    def _trimmed(self, parameter: nn.Parameter) -> Tensor:
+        """Returns this process's fp32 master of a stage-3 parameter, without padding."""
+        group, offset, chunk = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        length = max(0, min(chunk, parameter.ds_numel - self.world.rank * chunk))
+        return self.zero.fp32_partitioned_groups_flat[group].detach()[offset : offset + length]
+
+    def _trainable_pieces(self) -> Iterator[Piece]:
+        for parameter in self.module.parameters():
+            name = self._names[id(parameter)]
+            if self._stage == 3:
+                group, offset, chunk = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                start, shape = self.world.rank * chunk, tuple(parameter.ds_shape)
+                length = max(0, min(chunk, parameter.ds_numel - start))
+                start = min(start, parameter.ds_numel)
+            else:
+                mapping = parameter._hp_mapping
+                if mapping is None:  # lies wholly in other processes' partitions
+                    continue
+                group, shape = mapping.param_group_index, tuple(parameter.shape)
+                offset, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+                start = mapping.lp_fragment_address.start
+            master = self._masters()[group]
+            flats = {"model": master, **{f"optimizer.{k}": self.zero.optimizer.state[master][k] for k in _MOMENTS}}
+            for kind, flat in flats.items():
+                yield Piece(
+                    name=f"{kind}.{name}", tensor=flat.detach()[offset : offset + length], start=start, shape=shape
+                )
+
+    def _target_pieces(self) -> Iterator[Piece]:
+        names = [clean_name(name) for name, _ in self.target_module.named_parameters()]
+        shards, sources = self.local_shards()
+        for name, shard, parameter in zip(names, shards, self.module.encoder.parameters(), strict=True):
+            sharded = self._stage == 3
+            chunk = self.zero.grad_position[self.zero.get_param_id(parameter)][2] if sharded else 0
+            yield Piece(
+                name=f"target.{name}",
+                tensor=shard.view(-1),
+                start=min(self.world.rank * chunk, parameter.ds_numel) if sharded else 0,
+                shape=tuple(parameter.ds_shape if sharded else parameter.shape),
+                write=sharded or self.world.is_main,
+            )

@@ -1,0 +1,156 @@
+"""The only reader and writer of environment variables. Floor 0: knows nothing of the rest.
+
+Turns what `python`, `torchrun`, `deepspeed` and Slurm's `srun` leave in the environment into one
+`Launch`, and puts it back in the form that `torch.distributed` and DeepSpeed read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ijepa_scale.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Who this process is among the processes of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    address: str | None = None  # of rank 0; null: this process is alone
+    port: int | None = None
+    launcher: str = "python"  # python | torchrun or deepspeed | srun
+
+
+def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """Returns this process's place, from torchrun's and DeepSpeed's variables, else from Slurm's, else alone.
+
+    Raises:
+        ConfigError: some but not all variables of a launcher are there, or don't fit together.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env or "WORLD_SIZE" in env:
+        missing = [
+            name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env
+        ]
+        if missing:
+            raise ConfigError(
+                f"RANK or WORLD_SIZE is set but {', '.join(missing)} missing; start with torchrun or deepspeed, "
+                "or unset RANK and WORLD_SIZE to run one process"
+            )
+        world_size = int(env["WORLD_SIZE"])
+        launch = Launch(
+            rank=int(env["RANK"]),
+            world_size=world_size,
+            local_rank=int(env["LOCAL_RANK"]),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world_size))),
+            address=env["MASTER_ADDR"],
+            port=int(env["MASTER_PORT"]),
+            launcher="torchrun or deepspeed",
+        )
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and env.get("SLURM_STEP_ID") is not None:
+        launch = _from_slurm(env)
+    else:
+        launch = Launch()
+    if not 0 <= launch.rank < launch.world_size:
+        raise ConfigError(f"rank {launch.rank} is outside the {launch.world_size} processes; check the launcher")
+    return launch
+
+
+def _from_slurm(env: Mapping[str, str]) -> Launch:
+    """Returns the place that srun gave this task. Source: the srun manual, "Output environment variables"."""
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
+    job = int(env.get("SLURM_JOB_ID", "0"))
+    return Launch(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])),
+        local_rank=int(env.get("SLURM_LOCALID", "0")),
+        local_world_size=_tasks_on_node(tasks, int(env.get("SLURM_NODEID", "0"))),
+        address=env.get("MASTER_ADDR") or first_host(nodes),
+        # the same on each task without talking, and apart for jobs that share a node
+        port=int(env.get("MASTER_PORT") or 20_000 + (job * 31 + int(env.get("SLURM_STEP_ID", "0"))) % 20_000),
+        launcher="srun",
+    )
+
+
+def _tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """Returns the tasks of one node from Slurm's form, e.g. '8(x2),4'."""
+    counts: list[int] = []
+    for part in tasks_per_node.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ConfigError(f"SLURM_TASKS_PER_NODE is {tasks_per_node!r}; expected a form like 8(x2),4")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[min(node, len(counts) - 1)]
+
+
+def first_host(nodelist: str) -> str:
+    """Returns the first host of a Slurm node list such as 'gpu[003-007,011],login1'."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
+    if match is None:
+        raise ConfigError(f"SLURM_JOB_NODELIST is {nodelist!r}; expected a form like gpu[003-007]; set MASTER_ADDR")
+    prefix, numbers, suffix = match[1], match[2], match[3] or ""
+    return prefix if numbers is None else prefix + re.split(r"[-,]", numbers)[0] + suffix
+
+
+def export(launch: Launch) -> None:
+    """Writes `launch` into the environment in torchrun's names, which torch.distributed and DeepSpeed read."""
+    os.environ.update(
+        RANK=str(launch.rank),
+        WORLD_SIZE=str(launch.world_size),
+        LOCAL_RANK=str(launch.local_rank),
+        LOCAL_WORLD_SIZE=str(launch.local_world_size),
+        MASTER_ADDR=launch.address or "127.0.0.1",
+        MASTER_PORT=str(launch.port or free_port()),
+    )
+
+
+def export_accelerator(device_type: str) -> None:
+    """Tells DeepSpeed which accelerator to use; must run before `deepspeed` is imported."""
+    os.environ["DS_ACCELERATOR"] = device_type
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """Returns this process's environment with `changes`, for starting a child process."""
+    return {**os.environ, **changes}
+
+
+def default_threads(processes: int) -> None:
+    """Sets OMP_NUM_THREADS to this process's share of the cores, unless the user has set it."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, processes))))
+
+
+def threads() -> int | None:
+    """Returns OMP_NUM_THREADS, or None where it isn't set."""
+    value = os.environ.get("OMP_NUM_THREADS")
+    return int(value) if value else None
+
+
+def free_port() -> int:
+    """Returns a TCP port that was free on this host a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def git_revision(folder: str) -> str | None:
+    """Returns the git revision of `folder`, with '+' behind it when files differ from it; None outside git."""
+    try:
+        revision = subprocess.run(
+            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", folder, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=30, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+" if changed else "")

@@ -1,0 +1,91 @@
+"""AdamW and its parameter groups. Floor 2: modules and tensors, no process."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ijepa_scale.config import OptimizerConfig
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.schedules import Hyper
+
+CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
+COMPILE_PREFIX = "_orig_mod."
+
+
+def clean_name(name: str) -> str:
+    """Returns a parameter's name without what checkpointing and compilation put into it."""
+    return name.replace(CHECKPOINT_PREFIX, "").replace(COMPILE_PREFIX, "")
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Returns the four published groups: encoder and predictor weights, then their biases and 1-D parameters.
+
+    Weights decay, biases and 1-D parameters don't; `mask_token` is 3-D and decays. Groups without
+    parameters are left out. Each group carries `decay` (bool), which `set_hyper` reads.
+
+    Source: the I-JEPA paper's released code, as stated in the project's specification.
+    """
+    groups: list[dict[str, Any]] = []
+    for decay in (True, False):
+        for part in ("encoder", "predictor"):
+            named = [
+                (name, p)
+                for name, p in ((clean_name(n), p) for n, p in module.named_parameters())
+                if p.requires_grad
+                and name.startswith(f"{part}.")
+                and (p.ndim > 1 and not name.endswith(".bias")) == decay
+            ]
+            if named:
+                groups.append(
+                    {"params": [p for _, p in named], "decay": decay, "name": f"{part}{'' if decay else ' 1-D'}"}
+                )
+    return groups
+
+
+def set_hyper(groups: Iterable[dict[str, Any]], hyper: Hyper) -> None:
+    """Sets learning rate and weight decay of the groups that `parameter_groups` made."""
+    for group in groups:
+        group["lr"] = hyper.lr
+        group["weight_decay"] = hyper.weight_decay if group["decay"] else 0.0
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig, *, offload: bool = False) -> torch.optim.Optimizer:
+    """Returns AdamW over the module's groups; `auto` is PyTorch's fused kernel.
+
+    Args:
+        module: the trainable module, on its device.
+        config: the optimizer section.
+        offload: the states live in host memory (DeepSpeed CPU offload).
+
+    Raises:
+        ConfigError: the chosen implementation isn't installed, or isn't NVIDIA's.
+    """
+    groups = parameter_groups(module)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
+    if config.impl in ("auto", "torch"):
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    if config.impl == "apex":
+        return _apex_adam()(groups, adam_w_mode=True, **settings)
+    adam = importlib.import_module("deepspeed.ops.adam")
+    if offload:
+        return adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return adam.FusedAdam(groups, adam_w_mode=True, **settings)
+
+
+def _apex_adam() -> Any:
+    """Returns apex's FusedAdam, having made sure that apex is NVIDIA's: the PyPI name is another project."""
+    try:
+        optimizers = importlib.import_module("apex.optimizers")
+        importlib.import_module("amp_C")
+        return optimizers.FusedAdam
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"optimizer.impl is apex but NVIDIA's apex with its CUDA extensions isn't installed ({error}); build "
+            "it from github.com/NVIDIA/apex (the PyPI package of that name is another project), or set "
+            "optimizer.impl=torch"
+        ) from error
