@@ -1,1 +1,11 @@
-"""TODO"""
+"""Encoder, predictor and both as one module. Floor 2: plain nn.Modules, knows no process and no optimiser."""
+
+from ijepa_scale.models.jepa import JEPA
+from ijepa_scale.models.layers import Block
+from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.models.registry import build_encoder, build_jepa, build_predictor, build_target
+from ijepa_scale.models.vit import VisionTransformer
+
+__all__ = [
+    "JEPA", "Block", "Predictor", "VisionTransformer", "build_encoder", "build_jepa", "build_predictor", "build_target",
+]  # fmt: skip

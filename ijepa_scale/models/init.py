@@ -1,0 +1,59 @@
+"""The only owner of initialisation. Floor 2: a generator in, weights out; global generators aren't touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_scale.models.layers import Block
+
+STD = 0.02
+CUT = 2.0  # absolute
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, generator: torch.Generator, rescale_residual: bool = False) -> None:
+    """Fills every parameter of an encoder or predictor in place, in `modules()` order, from `generator` alone.
+
+    Linear and convolution weights and the mask token are normal with std 0.02, biases 0, layer norms 1
+    and 0. `rescale_residual` then divides `attn.proj.weight` and `mlp.fc2.weight` of block l, counted from
+    1, by sqrt(2 l). Run it on the CPU before anything is sharded: other devices draw other numbers.
+
+    Raises:
+        ValueError: a parameter belongs to no layer that is known here.
+
+    Source: the released I-JEPA code's behaviour; the rescaling is its stated intent, which a second pass undoes.
+    """
+    known: set[int] = set()
+    for layer in module.modules():
+        own = dict(layer.named_parameters(recurse=False))
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            _normal(layer.weight, generator)
+            if layer.bias is not None:
+                layer.bias.zero_()
+        elif isinstance(layer, nn.LayerNorm):
+            layer.weight.fill_(1.0)
+            layer.bias.zero_()
+        elif set(own) == {"mask_token"}:
+            _normal(own["mask_token"], generator)
+        else:
+            own = {}
+        known.update(id(parameter) for parameter in own.values())
+    unknown = [name for name, parameter in module.named_parameters() if id(parameter) not in known]
+    if unknown:
+        raise ValueError(f"no initialisation is known for {', '.join(unknown)}; add it to models/init.py")
+    if rescale_residual:
+        _rescale(module)
+
+
+def _normal(weight: Tensor, generator: torch.Generator) -> None:
+    # Not trunc_normal_: with the cut 100 std away, its inverse-CDF draw turns about one weight in 2^24 into the
+    # cut itself, -2.0 among weights of 0.02, and nothing else.
+    weight.normal_(0.0, STD, generator=generator).clamp_(-CUT, CUT)
+
+
+def _rescale(module: nn.Module) -> None:
+    blocks = [layer for layer in module.modules() if isinstance(layer, Block)]
+    for layer, block in enumerate(blocks, start=1):
+        block.attn.proj.weight.div_((2.0 * layer) ** 0.5)
+        block.mlp.fc2.weight.div_((2.0 * layer) ** 0.5)

@@ -1,0 +1,145 @@
+"""Builds models from names and sizes, with the weights of a seed. Floor 2: the sizes live in planning."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import Any, TypeVar
+
+import torch
+
+from ijepa_scale import rng
+from ijepa_scale.config.schema import ModelConfig
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.models.init import initialise
+from ijepa_scale.models.jepa import JEPA
+from ijepa_scale.models.pos_embed import sincos_2d
+from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.models.vit import VisionTransformer
+from ijepa_scale.planning.architectures import resolve
+
+_Model = TypeVar("_Model", VisionTransformer, Predictor)
+_ENCODER_SIZES = ("width", "depth", "heads", "mlp_ratio")
+_PREDICTOR_SIZES = {"width": "predictor_width", "depth": "predictor_depth", "encoder_width": "width", "heads": "heads"}
+
+
+def build_encoder(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] = 224,
+    patch_size: int = 16,
+    rescale_residual: bool = False,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    **sizes: Any,
+) -> VisionTransformer:
+    """Returns the named encoder (vit_tiny, small, base, large, huge, giant) with the weights of `seed`.
+
+    `image_size` and `patch_size` are pixels; `width`, `depth`, `heads` and `mlp_ratio` replace the named
+    architecture's. Weights are drawn on the CPU, so `device` doesn't change them; on "meta" none are.
+
+    Raises:
+        ConfigError: unknown name or size, or sizes that don't divide; all problems in one message.
+    """
+    known = {size: size for size in _ENCODER_SIZES}
+    config = ModelConfig(
+        name=name,
+        image_size=image_size,
+        patch_size=patch_size,
+        rescale_residual=rescale_residual,
+        **_renamed("build_encoder", sizes, known),
+    )
+    return _encoder(config, seed, device)
+
+
+def build_predictor(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] = 224,
+    patch_size: int = 16,
+    rescale_residual: bool = False,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    **sizes: Any,
+) -> Predictor:
+    """Returns the predictor that belongs to the named encoder, with the weights of `seed`.
+
+    `depth` and `width` (384 by default) are the predictor's own; `encoder_width` and `heads` follow an
+    encoder whose sizes were replaced. The rest is as in `build_encoder`.
+
+    Raises:
+        ConfigError: unknown name or size, or sizes that don't divide; all problems in one message.
+    """
+    config = ModelConfig(
+        name=name,
+        image_size=image_size,
+        patch_size=patch_size,
+        rescale_residual=rescale_residual,
+        **_renamed("build_predictor", sizes, _PREDICTOR_SIZES),
+    )
+    return _predictor(config, seed, device)
+
+
+def build_jepa(model: ModelConfig, seed: int, device: torch.device | str | None = None) -> JEPA:
+    """Returns encoder and predictor as one module, equal to those of `build_encoder` and `build_predictor`.
+
+    Raises:
+        ConfigError: unknown name, or sizes that don't divide; all problems in one message.
+    """
+    return JEPA(_encoder(model, seed, device), _predictor(model, seed, device))
+
+
+def build_target(jepa: JEPA) -> VisionTransformer:
+    """Returns a frozen copy of the encoder, in evaluation mode. Copy before anything is sharded."""
+    return copy.deepcopy(jepa.encoder).requires_grad_(False).eval()
+
+
+def _encoder(model: ModelConfig, seed: int, device: torch.device | str | None) -> VisionTransformer:
+    sizes = resolve(model)
+    with torch.device("meta"):  # so that constructors draw nothing from the global generator
+        encoder = VisionTransformer(
+            grid=sizes.grid,
+            patch_size=sizes.patch_size,
+            width=sizes.width,
+            depth=sizes.depth,
+            heads=sizes.heads,
+            mlp_width=sizes.mlp_width,
+        )
+    return _materialise(encoder, rng.generator(seed, "init.encoder"), model.rescale_residual, device)
+
+
+def _predictor(model: ModelConfig, seed: int, device: torch.device | str | None) -> Predictor:
+    sizes = resolve(model)
+    with torch.device("meta"):
+        predictor = Predictor(
+            grid=sizes.grid,
+            encoder_width=sizes.width,
+            width=sizes.predictor_width,
+            depth=sizes.predictor_depth,
+            heads=sizes.heads,
+            mlp_width=sizes.predictor_mlp_width,
+        )
+    return _materialise(predictor, rng.generator(seed, "init.predictor"), model.rescale_residual, device)
+
+
+def _materialise(
+    model: _Model, generator: torch.Generator, rescale_residual: bool, device: torch.device | str | None
+) -> _Model:
+    """Returns the model of the meta device with weights drawn on the CPU, on `device`."""
+    device = torch.device("cpu" if device is None else device)
+    if device.type == "meta":
+        return model.to("meta")
+    buffers = {name: sincos_2d(buffer.shape[-1], model.grid)[None] for name, buffer in model.named_buffers()}
+    model.to_empty(device="cpu")
+    model.load_state_dict(buffers, strict=False)
+    initialise(model, generator, rescale_residual)
+    return model.to(device)
+
+
+def _renamed(builder: str, sizes: dict[str, Any], known: dict[str, str]) -> dict[str, Any]:
+    """Returns the fields of ModelConfig that `sizes` stand for."""
+    for size in sizes:
+        if size not in known:
+            near = difflib.get_close_matches(size, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{builder} knows no {size!r}; did you mean {near}? Choose from {', '.join(known)}")
+    return {known[size]: value for size, value in sizes.items()}

@@ -1,0 +1,131 @@
+"""The encoder: a vision transformer without class token. Floor 2: knows no mask sampler, loss or process.
+
+Every way through it is reachable through `forward`, because engines hook `__call__`; the named methods
+are aliases for readers. Shapes: B images, N patches, D channels, E context blocks, K kept tokens per
+block, C kept tokens of a packed batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_kernels.attention import SequenceLayout
+from ijepa_scale.models.layers import Block, LayerNorm, PatchEmbed
+from ijepa_scale.models.pos_embed import resample, sincos_2d
+
+
+class VisionTransformer(nn.Module):
+    """The context or target encoder of I-JEPA.
+
+    `pos_embed` (1, N, D) is a buffer: in the state dict, never trained, and fp32 where weights are sharded
+    in another dtype. Tokens come out in fp32. Build it with `build_encoder`, which initialises it.
+
+    Source: arXiv 2301.08243, section 3; ViT: arXiv 2010.11929.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self, *, grid: tuple[int, int], patch_size: int, width: int, depth: int, heads: int, mlp_width: int
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.patch_size = patch_size
+        self.width = width
+        self.patch_embed = PatchEmbed(patch_size, width)
+        self.register_buffer("pos_embed", sincos_2d(width, grid)[None])
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_width) for _ in range(depth))
+        self.norm = LayerNorm(width)
+
+    def forward(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+        last: int | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Returns the tokens of images (B, 3, H, W) after the final norm, fp32.
+
+        Without further arguments all tokens, (B, N, D). With `keep` (B, K) int64 only those places are
+        encoded, (B, K, D); with `keep` (E, B, K), E context blocks per image, (E * B, K, D), images
+        fastest. With `index` (C,) int64 into the flattened B * N places and their `layout`, packed
+        sequences, (C, D). With `last` = n a tuple of the all-token outputs of the last n blocks,
+        each after the final norm, deepest last.
+
+        Raises:
+            ValueError: images of another size than the grid's, arguments that don't go together, or
+                `last` outside 1 ... depth.
+        """
+        self._check(images, (keep is not None) + (index is not None) + (last is not None), index, layout)
+        tokens = self.patch_embed(images) + self.pos_embed
+        if last is not None:
+            return self._last(tokens, last)
+        if keep is not None:
+            tokens = _select(tokens, keep)
+        elif index is not None:
+            tokens = tokens.flatten(0, 1).index_select(0, index)
+        for block in self.blocks:
+            tokens = block(tokens, layout)
+        return self.norm(tokens)
+
+    def encode_blocks(self, images: Tensor, keep: Tensor) -> Tensor:
+        """Returns tokens (E * B, K, D) of the E context blocks `keep` (E, B, K); patches are embedded once."""
+        return self(images, keep)
+
+    def encode_packed(self, images: Tensor, index: Tensor, layout: SequenceLayout) -> Tensor:
+        """Returns tokens (C, D) of the packed sequences of `layout`, taken at `index` (C,) of B * N places."""
+        return self(images, index=index, layout=layout)
+
+    def features(self, images: Tensor, last: int = 1) -> tuple[Tensor, ...]:
+        """Returns the tokens (B, N, D) of the last `last` blocks, each after the final norm, deepest last."""
+        return self(images, last=last)
+
+    @torch.no_grad()
+    def set_image_size(self, image_size: int | tuple[int, int]) -> None:
+        """Makes the encoder take images of another size (pixels), by resampling its position embedding in place.
+
+        Raises:
+            ValueError: the size is no multiple of the patch size.
+        """
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        patch = self.patch_size
+        if height < patch or width < patch or height % patch or width % patch:
+            near = tuple(max(1, round(side / patch)) * patch for side in (height, width))
+            raise ValueError(f"image size {(height, width)} is no multiple of patch size {patch}; try {near}")
+        grid = height // patch, width // patch
+        self.pos_embed = resample(self.pos_embed, self.grid, grid)
+        self.grid = grid
+
+    def _last(self, tokens: Tensor, last: int) -> tuple[Tensor, ...]:
+        if not 1 <= last <= len(self.blocks):
+            raise ValueError(f"last is {last}; give 1 to {len(self.blocks)}, the encoder's blocks")
+        outputs = []
+        for place, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens)
+            if place > len(self.blocks) - last:
+                outputs.append(self.norm(tokens))
+        return tuple(outputs)
+
+    def _check(self, images: Tensor, ways: int, index: Tensor | None, layout: SequenceLayout | None) -> None:
+        if ways > 1 or (index is None) != (layout is None):
+            raise ValueError(
+                "the encoder was given more than one of keep, index and last, or one of index and layout alone; "
+                "give keep, or index with its layout, or last, or none of them"
+            )
+        expected = tuple(side * self.patch_size for side in self.grid)
+        if images.dim() != 4 or tuple(images.shape[2:]) != expected:
+            raise ValueError(
+                f"images are {tuple(images.shape)}; this encoder takes (B, 3, {expected[0]}, {expected[1]}): "
+                "build it with that image_size, or call set_image_size to resample the position embedding"
+            )
+
+
+def _select(tokens: Tensor, keep: Tensor) -> Tensor:
+    """Returns tokens (E * B, K, D) of (B, N, D) at `keep` (E, B, K), or (B, K, D) at (B, K)."""
+    num_images, num_patches, width = tokens.shape
+    offsets = torch.arange(num_images, device=keep.device)[:, None] * num_patches
+    kept = tokens.flatten(0, 1).index_select(0, (keep + offsets).flatten())
+    return kept.view(-1, keep.shape[-1], width)
