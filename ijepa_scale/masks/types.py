@@ -25,6 +25,10 @@ class DenseMasks:
         """Returns the masks on `device`."""
         return DenseMasks(self.context.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
 
+    def mean_tokens(self) -> tuple[float, float]:
+        """Returns tokens per context block and per target block, averaged over the images."""
+        return float(self.context.shape[2]), float(self.targets.shape[2])
+
 
 @dataclass(frozen=True)
 class PackedMasks:
@@ -50,6 +54,11 @@ class PackedMasks:
             for name, value in vars(self).items()
         }
         return replace(self, **fields)
+
+    def mean_tokens(self) -> tuple[float, float]:
+        """Returns tokens per context block and per target block, averaged over the images."""
+        num_targets = len(self.target_rows) / len(self.predictor_layout.lengths)
+        return self.context_layout.total / len(self.context_layout.lengths), num_targets
 
 
 Masks = DenseMasks | PackedMasks

@@ -1,0 +1,67 @@
+"""The training step of I-JEPA, as the paper writes it. Floor 4.
+
+What makes it fast or distributed is the engine's; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from ijepa_scale.augment import Augment
+from ijepa_scale.config import ObjectiveConfig
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.ema import update_target
+from ijepa_scale.engine.protocol import Engine, StepInfo
+from ijepa_scale.masks import Masks, MaskSampler
+from ijepa_scale.metrics.meters import Meters, feature_std
+from ijepa_scale.objective import jepa_loss, jepa_targets
+from ijepa_scale.schedules import Hyper
+
+
+class TrainStep:
+    """One optimiser step: called with this process's part of a global batch."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        augment: Augment,
+        masks: MaskSampler,
+        schedule: Callable[[int], Hyper],
+        objective: ObjectiveConfig,
+        batch_size: int,
+        meters: Meters,
+    ) -> None:
+        self._engine = engine
+        self._augment = augment
+        self._masks = masks
+        self._schedule = schedule
+        self._objective = objective
+        self._batch_size = batch_size  # of all processes
+        self._meters = meters
+
+    def __call__(self, batch: Batch) -> StepInfo:
+        """Returns what the step did; moves weights, optimiser and target, or raises before any has moved."""
+        hyper = self._schedule(batch.step)  # learning rate, weight decay, momentum
+        for micro in self._engine.accumulate(batch):
+            images = self._augment(micro)  # (B, 3, H, W)
+            masks = self._masks(micro.step, micro.position, len(micro), self._batch_size).to(images.device)
+            tokens = self._engine.target(images)  # (B, N, D), no gradient
+            prediction = self._engine.model(images, masks)  # encode the context, predict the targets
+            self._engine.backward(jepa_loss(prediction, jepa_targets(tokens, masks), masks, self._objective))
+            self._observe(tokens, masks)
+        info = self._engine.step(hyper, batch.step)
+        update_target(*self._engine.local_shards(), hyper.momentum)
+        self._engine.target_updated()
+        self._meters.add("loss", info.loss)
+        self._meters.add("grad_norm", info.grad_norm)
+        self._meters.end_step()
+        return info
+
+    def _observe(self, tokens: Tensor, masks: Masks) -> None:
+        self._meters.add("target_std", feature_std(layer_norm(tokens, tokens.shape[-1:])))
+        for name, tokens in zip(("context_tokens", "target_tokens"), masks.mean_tokens(), strict=True):
+            self._meters.add(name, tokens)
