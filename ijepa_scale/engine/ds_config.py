@@ -1,0 +1,226 @@
+"""DeepSpeed JSON files: read and checked, then composed with the run's own settings. Floor 3: knows no engine.
+
+A file names the ZeRO stage, its buckets and offload. Batch, accumulation, clipping, precision and the
+optimiser are the YAML's alone, so a file can't contradict it. DeepSpeed is imported inside functions;
+importing it chooses an accelerator, so callers that force one export it first.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ijepa_scale.config.nearest import nearest
+from ijepa_scale.errors import ConfigError
+
+# What else a file may hold: it changes what is printed or measured, not what is trained.
+DIAGNOSTICS = ("comms_logger", "dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
+
+# Settings that the YAML owns, and where.
+OWNED = {
+    "train_batch_size": "data.batch_size",
+    "train_micro_batch_size_per_gpu": "data.batch_size_per_process and engine.accumulation",
+    "gradient_accumulation_steps": "engine.accumulation",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "the section optimizer",
+    "scheduler": "the sections optimizer and schedule",
+    "bf16": "engine.precision",
+    "bfloat16": "engine.precision",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "data_types": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "communication_data_type": "engine.precision",
+    "activation_checkpointing": "engine.checkpointing",
+    "compile": "engine.compile",
+    "zero_allow_untested_optimizer": "optimizer.impl",
+    "zero_force_ds_cpu_optimizer": "optimizer.impl",
+}
+
+# Settings with one right value under stage 3, written into every composed configuration.
+FORCED_STAGE3: dict[str, tuple[Any, str]] = {
+    "memory_efficient_linear": (False, "with torch.compile it makes gradients of 3-D inputs zero"),
+    "stage3_param_persistence_threshold": (0, "parameters kept gathered would hide the target encoder's updates"),
+}
+
+_STAGE3_ONLY = (
+    "enable_sanity_checks leaf_module log_trace_cache_warnings memory_efficient_linear offload_param "
+    "override_module_apply sub_group_size zero_hpz_partition_size zero_quantized_gradients "
+    "zero_quantized_nontrainable_weights zero_quantized_weights"
+).split()
+
+# Settings that DeepSpeed knows and this package doesn't run with: (refused value or None for any, why).
+_UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "compute_grad_norm": (False, "the finite check and optimizer.clip_norm need the norm"),
+    "leaf_module": (None, "the engine makes each block a leaf by itself"),
+    "offload_param": (None, "the target encoder is updated in its shards on the device; use offload_optimizer"),
+    "zenflow": (None, "it updates weights late, so the training would be another one"),
+    "zero_quantized_gradients": (True, "the training would be another one; leave it out"),
+    "zero_quantized_nontrainable_weights": (True, "the target encoder would lose its small updates; leave it out"),
+    "zero_quantized_weights": (True, "DeepSpeed can't combine it with autocast; leave it out"),
+}
+
+
+def load_ds_config(path: str | Path) -> dict[str, Any]:
+    """Returns the content of a DeepSpeed JSON file, checked; `zero_optimization` is there with a stage of 1 to 3.
+
+    Raises:
+        ConfigError: Unreadable file, settings that the YAML owns, unknown or ineffective keys, stage
+            0, or DeepSpeed isn't installed; all problems of the file in one message.
+    """
+    content = _read(Path(path))
+    problems = list(_top_level_problems(content))
+    zero = content.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3) or isinstance(zero["stage"], bool):
+        stage = zero.get("stage") if isinstance(zero, dict) else zero
+        if stage is None:
+            problems.append("zero_optimization.stage is missing; write 1, 2 or 3, or use engine.strategy=ddp")
+        elif stage == 0 and not isinstance(stage, bool):
+            problems.append("zero_optimization.stage is 0, which is plain data parallelism; use engine.strategy=ddp")
+        else:
+            problems.append(f"zero_optimization.stage is {stage!r}; write 1, 2 or 3")
+    else:
+        problems.extend(_zero_problems(zero))
+    if problems:
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    return content
+
+
+def compose(
+    plan: Mapping[str, Any], *, micro_batch: int, accumulation: int, clip_norm: float | None, precision: str, world: int
+) -> dict[str, Any]:
+    """Returns the whole configuration for `deepspeed.initialize`, with every default that has bitten written out.
+
+    `micro_batch` counts images per process and micro-batch, `world` processes, and `clip_norm` None
+    means no clipping. `plan` isn't changed.
+    """
+    settings: dict[str, Any] = copy.deepcopy(dict(plan))
+    settings.setdefault("steps_per_print", None)
+    settings |= {
+        "train_batch_size": micro_batch * accumulation * world,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0 if clip_norm is None else clip_norm,  # DeepSpeed's default is 1.0
+        # autocast and not the bf16 mode: parameters, shards and accumulation stay fp32
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW; DeepSpeed's would be compiled
+    }
+    if settings["zero_optimization"]["stage"] == 3:
+        settings["zero_optimization"] |= {key: value for key, (value, _) in FORCED_STAGE3.items()}
+    return settings
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such DeepSpeed file; ds_configs/ holds ready ones") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}; write a JSON object with zero_optimization")
+    return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return content
+
+
+def _top_level_problems(content: Mapping[str, Any]) -> Iterator[str]:
+    for key in content:
+        if key in OWNED:
+            yield f"{key} is set by the YAML ({OWNED[key]}); remove it here"
+        elif key.startswith("stage3_"):
+            yield f"{key} has no effect outside zero_optimization; move it there"
+        elif key != "zero_optimization" and key not in DIAGNOSTICS:
+            near = nearest(key, ("zero_optimization", *DIAGNOSTICS))
+            allowed = ", ".join(("zero_optimization", *DIAGNOSTICS))
+            yield f"{key}: unknown; " + (f"did you mean {near}?" if near else f"there are {allowed}")
+
+
+def _zero_problems(zero: Mapping[str, Any]) -> list[str]:
+    """Returns what is wrong inside `zero_optimization`, by DeepSpeed's own schema and by the rules of this package."""
+    schema = _schema()
+    stage3_only, deprecated = set(_STAGE3_ONLY), {}
+    for name, info in schema.model_fields.items():
+        if info.alias or name.startswith("stage3_"):
+            stage3_only.add(info.alias or name)
+        if (info.json_schema_extra or {}).get("deprecated"):
+            deprecated[name] = str(info.json_schema_extra.get("new_param") or "its successor")
+    known = {info.alias or name for name, info in schema.model_fields.items()}
+    problems = []
+    for key, value in zero.items():
+        problems.extend(_key_problems(key, value, known, deprecated))
+        if key in stage3_only & known and zero["stage"] < 3:
+            problems.append(f"zero_optimization.{key} has no effect under stage {zero['stage']}; remove it here")
+        wanted, reason = FORCED_STAGE3.get(key, (value, ""))
+        if zero["stage"] == 3 and value != wanted:
+            problems.append(f"zero_optimization.{key} is {value!r}; it must be {json.dumps(wanted)}: {reason}")
+    return problems or list(_schema_problems(schema, zero))
+
+
+def _key_problems(key: str, value: Any, known: set[str], deprecated: Mapping[str, str]) -> Iterator[str]:
+    """Yields what is wrong with one setting, its type apart."""
+    name = f"zero_optimization.{key}"
+    if key not in known:
+        near = nearest(key, sorted(known - set(deprecated)))
+        yield f"{name}: unknown to DeepSpeed" + (f"; did you mean {near}?" if near else "; remove it")
+    elif key in deprecated:
+        yield f"{name} is deprecated; write {deprecated[key]} instead"
+    elif value == "auto":
+        yield f"{name} is 'auto', which only other trainers fill in; write a value"
+    elif key == "zero_hpz_partition_size" and value != 1:
+        yield f"{name} is {value}; write 1: the second copies of the target encoder's weights would go stale"
+    elif key in _UNSUPPORTED and value is not None:
+        refused, reason = _UNSUPPORTED[key]
+        if refused is None or value == refused:
+            yield f"{name} can't be {json.dumps(value)} here: {reason}"
+    elif key == "offload_optimizer" and isinstance(value, dict):
+        if value.get("device") not in ("cpu", "none"):
+            device = value.get("device")
+            yield f"{name}.device is {device!r}; write 'cpu': the target's update can't read states on disk"
+        if value.get("super_offload") or value.get("ratio", 1.0) != 1.0:
+            yield f"{name} needs DeepSpeed's own CPU Adam for super_offload or ratio; leave them out"
+
+
+def _schema_problems(schema: Any, zero: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what DeepSpeed's schema refuses: types, ranges, keys of sub-sections."""
+    import pydantic
+
+    try:
+        schema(**zero)
+    except pydantic.ValidationError as error:
+        for each in error.errors():
+            name = ".".join(("zero_optimization", *map(str, each["loc"])))
+            if each["type"] == "extra_forbidden":
+                section = schema.model_fields[each["loc"][0]].annotation
+                fields = next(kind.model_fields for kind in _members(section) if hasattr(kind, "model_fields"))
+                near = nearest(str(each["loc"][-1]), list(fields))
+                yield f"{name}: unknown to DeepSpeed" + (f"; did you mean {near}?" if near else "; remove it")
+            else:
+                yield f"{name} is {each['input']!r}; {each['msg'][:1].lower()}{each['msg'][1:]}"
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Returns the alternatives of an optional type."""
+    return typing.get_args(annotation) or (annotation,)
+
+
+def _schema() -> Any:
+    try:
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.strategy=deepspeed needs DeepSpeed, which can't be imported ({error}); "
+            "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20', or use engine.strategy=fsdp2"
+        ) from None
+    return DeepSpeedZeroConfig
