@@ -1,1 +1,1 @@
-"""TODO"""
+"""How good the features are. Floor 4."""

@@ -1,0 +1,73 @@
+"""The weighted k-nearest-neighbour classifier on frozen features. Floor 4: tensors in, a number out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+_CHUNK_ELEMENTS = 2**25  # similarities held at once: 128 MiB of float32
+
+
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    neighbors: int,
+    temperature: float,
+    num_classes: int,
+) -> Tensor:
+    """Returns the predicted classes (Q,) int64 of the test features (Q, D), the same on every call.
+
+    Each of the `neighbors` training features (N, D) nearest by cosine votes for its label (N,) with
+    weight exp(similarity / temperature); of classes with equal votes the lowest wins. Source: Wu et al.,
+    "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018, section 3.4.
+
+    Raises:
+        ValueError: there is no training feature, or a label is outside the classes.
+    """
+    if not len(train_features):
+        raise ValueError("0 training features; kNN needs at least 1 labelled training image")
+    low, high = int(train_labels.min()), int(train_labels.max())  # host sync
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels are from {low} to {high}; kNN needs them from 0 to {num_classes - 1}: label the images"
+        )
+    bank = normalize(train_features.float(), dim=1).T
+    votes_of = one_hot(train_labels.to(bank.device), num_classes).float()
+    predictions = []
+    for chunk in test_features.split(max(1, _CHUNK_ELEMENTS // len(train_features))):
+        similarity = normalize(chunk.float(), dim=1) @ bank
+        nearest, index = similarity.topk(min(neighbors, len(train_features)), dim=1)
+        weights = ((nearest - 1.0) / temperature).exp()  # -1: similarities end at 1, so nothing overflows
+        predictions.append(torch.einsum("qk,qkc->qc", weights, votes_of[index]).argmax(dim=1))
+    return torch.cat(predictions) if predictions else train_labels.new_empty(0)
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    neighbors: int,
+    temperature: float,
+    num_classes: int,
+) -> float:
+    """Returns the share, 0 to 1, of test features whose label `knn_predict` gets right. Synchronises.
+
+    Raises:
+        ValueError: as `knn_predict`, or there is no test feature.
+    """
+    if not len(test_features):
+        raise ValueError("0 test features; kNN needs at least 1 labelled test image")
+    predictions = knn_predict(
+        train_features,
+        train_labels,
+        test_features,
+        neighbors=neighbors,
+        temperature=temperature,
+        num_classes=num_classes,
+    )
+    return (predictions == test_labels.to(predictions.device)).double().mean().item()  # host sync
