@@ -157,7 +157,7 @@ def _zero_problems(zero: Mapping[str, Any]) -> list[str]:
         if (info.json_schema_extra or {}).get("deprecated"):
             deprecated[name] = str(info.json_schema_extra.get("new_param") or "its successor")
     known = {info.alias or name for name, info in schema.model_fields.items()}
-    problems = []
+    problems: list[str] = []
     for key, value in zero.items():
         problems.extend(_key_problems(key, value, known, deprecated))
         if key in stage3_only & known and zero["stage"] < 3:

@@ -1,0 +1,52 @@
+"""What an accelerator can do at most, with sources. Floor 1: names and numbers, asks no device."""
+
+from __future__ import annotations
+
+import re
+
+# Dense bf16 matrix products with fp32 accumulation, TFLOP/s, without sparsity. Searched in this order.
+# Sources: NVIDIA's data sheets of each product (halved where a sheet gives figures with sparsity only)
+# and white papers (Ampere GA102, Ada); AMD's product pages.
+_PEAKS: tuple[tuple[str, float], ...] = (
+    (r"\bB200\b", 2250.0),  # HGX B200: 36 PFLOP/s with sparsity over 8
+    (r"\bGH200\b", 989.0),
+    (r"\bH200 NVL\b", 835.5),  # 1671 with sparsity
+    (r"\bH200\b", 989.0),  # 1979 with sparsity
+    (r"\bH100 NVL\b", 835.5),  # 1671 with sparsity
+    (r"\bH100 PCIe\b", 756.0),  # 1513 with sparsity
+    (r"\bH100\b", 989.0),  # SXM: 1979 with sparsity
+    (r"\bH800 PCIe\b", 756.0),
+    (r"\bH800\b", 989.0),
+    (r"\bH20\b", 148.0),
+    (r"\bA100\b", 312.0),  # SXM and PCIe alike
+    (r"\bA800\b", 312.0),
+    (r"\bA30\b", 165.0),
+    (r"\bA40\b", 149.7),
+    (r"\bA10G\b", 70.0),  # AWS's variant of the A10
+    (r"\bA10\b", 125.0),
+    (r"\bL40S\b", 362.0),
+    (r"\bL40\b", 181.0),
+    (r"\bL4\b", 121.0),  # 242 with sparsity
+    (r"\bRTX A6000\b", 154.8),
+    (r"\bRTX 4090$", 165.2),  # Ada white paper, fp32 accumulation
+    (r"\bRTX 3090$", 71.0),  # GA102 white paper, fp32 accumulation
+    (r"\bMI300X\b", 1307.4),
+    (r"\bMI250X\b", 383.0),  # both dies
+)
+# Parts of a device: a MIG slice has no data sheet of its own; laptop parts differ by maker.
+_WITHOUT_PEAK = re.compile(r"\bMIG\b|\bLaptop\b", re.IGNORECASE)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Returns the peak of dense bf16 products, FLOP/s, or None where it isn't known (CPUs, unknown names).
+
+    `device_name` is what `torch.cuda.get_device_name` says. Without a peak there is no MFU: a wrong
+    one would be worse than none.
+    """
+    if _WITHOUT_PEAK.search(device_name):
+        return None
+    name = re.sub(r"[-_/]", " ", device_name).strip()
+    for pattern, teraflops in _PEAKS:
+        if re.search(pattern, name, re.IGNORECASE):
+            return teraflops * 1e12
+    return None

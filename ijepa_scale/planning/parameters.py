@@ -1,0 +1,66 @@
+"""How many numbers a model holds, in closed form. Floor 1: builds no module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ijepa_scale.config.schema import ModelConfig
+from ijepa_scale.planning.architectures import IMAGE_CHANNELS, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Numbers in each part. Position embeddings are part of the state but not trained."""
+
+    encoder: int  # trained
+    encoder_positions: int
+    predictor: int  # trained, mask token included
+    predictor_positions: int
+
+    @property
+    def trainable(self) -> int:
+        """What the optimiser moves."""
+        return self.encoder + self.predictor
+
+    @property
+    def target(self) -> int:
+        """What the target update moves: a copy of the trained encoder."""
+        return self.encoder
+
+    @property
+    def encoder_total(self) -> int:
+        """The encoder with its position embedding, as published figures count it."""
+        return self.encoder + self.encoder_positions
+
+    @property
+    def predictor_total(self) -> int:
+        """The predictor with its position embedding."""
+        return self.predictor + self.predictor_positions
+
+
+def count_parameters(model: ModelConfig) -> ParameterCounts:
+    """Returns the parameter counts of the model that `model` describes.
+
+    Raises:
+        ConfigError: unknown name, or sizes that don't divide.
+    """
+    sizes = resolve(model)
+    width, narrow = sizes.width, sizes.predictor_width
+    patch = IMAGE_CHANNELS * sizes.patch_size**2 * width + width
+    encoder = patch + sizes.depth * _block(width, sizes.mlp_width) + 2 * width
+    embed, mask_token, project = width * narrow + narrow, narrow, narrow * width + width
+    blocks = sizes.predictor_depth * _block(narrow, sizes.predictor_mlp_width)
+    return ParameterCounts(
+        encoder=encoder,
+        encoder_positions=sizes.num_patches * width,
+        predictor=embed + mask_token + blocks + 2 * narrow + project,
+        predictor_positions=sizes.num_patches * narrow,
+    )
+
+
+def _block(width: int, mlp_width: int) -> int:
+    """Returns the parameters of one pre-norm block: two norms, qkv, projection and MLP, all with bias."""
+    norms = 4 * width
+    attention = 4 * width * width + 4 * width
+    mlp = 2 * width * mlp_width + mlp_width + width
+    return norms + attention + mlp
