@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch import nn
+
+from ijepa_scale.models import build_encoder, build_predictor
+from ijepa_scale.models.init import initialise
+
+SIZES = {"image_size": 32, "patch_size": 8}
+
+
+def test_a_seed_fixes_every_bit_and_another_changes_every_weight():
+    first, again, other = (build_encoder("vit_tiny", depth=2, seed=seed, **SIZES).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    drawn = [name for name in first if name.endswith("weight") and "norm" not in name]
+    assert len(drawn) == 9 and not any(torch.equal(first[name], other[name]) for name in drawn)
+
+
+def test_encoder_and_predictor_draw_other_numbers():
+    encoder = build_encoder("vit_tiny", width=384, heads=12, depth=1, **SIZES)
+    predictor = build_predictor("vit_tiny", encoder_width=384, heads=12, depth=1, **SIZES)
+    assert not torch.equal(encoder.blocks[0].attn.qkv.weight, predictor.predictor_blocks[0].attn.qkv.weight)
+
+
+def test_the_global_generator_is_neither_read_nor_moved():
+    torch.manual_seed(1)
+    first = build_encoder("vit_tiny", depth=1, **SIZES).state_dict()
+    state = torch.get_rng_state()
+    build_encoder("vit_tiny", depth=1, **SIZES)
+    build_predictor("vit_tiny", depth=1, **SIZES)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = build_encoder("vit_tiny", depth=1, **SIZES).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("build", [build_encoder, build_predictor])
+def test_the_published_distributions(build):
+    model = build("vit_small", depth=3, **SIZES)
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            assert not value.any(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        else:
+            assert abs(value.mean()) < 5 * 0.02 / value.numel() ** 0.5, name
+            if value.numel() > 10_000:
+                assert value.std().item() == pytest.approx(0.02, rel=0.02), name
+            assert value.abs().max() < 0.02 * 6.5, name  # none of the outliers that truncating by inverse CDF makes
+
+
+def test_every_parameter_is_written():
+    encoder = build_encoder("vit_tiny", depth=2, **SIZES)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.fill_(float("nan"))
+    initialise(encoder, torch.Generator().manual_seed(0))
+    assert all(parameter.isfinite().all() for parameter in encoder.parameters())
+
+
+def test_rescaling_divides_the_two_last_projections_of_block_l_by_the_root_of_2l():
+    plain = dict(build_encoder("vit_tiny", depth=3, **SIZES).named_parameters())
+    rescaled = dict(build_encoder("vit_tiny", depth=3, rescale_residual=True, **SIZES).named_parameters())
+    for name, value in plain.items():
+        divisor = 1.0
+        if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+            divisor = {"0": 2**0.5, "1": 2.0, "2": 6**0.5}[name.split(".")[1]]
+        torch.testing.assert_close(rescaled[name], value / divisor)
+    predictor = build_predictor("vit_tiny", depth=2, rescale_residual=True, **SIZES)
+    assert predictor.predictor_blocks[1].mlp.fc2.weight.std().item() == pytest.approx(0.01, rel=0.02)
+
+
+def test_a_parameter_of_no_known_layer_is_refused():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(ValueError, match="no initialisation is known for 1.gamma; add it to models/init.py"):
+        initialise(nn.Sequential(nn.Linear(2, 2), Scale()), torch.Generator())
