@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from ijepa_scale.errors import DataError
+
 _CHUNK_ELEMENTS = 2**25  # similarities held at once: 128 MiB of float32
 
 
@@ -25,13 +27,13 @@ def knn_predict(
     "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018, section 3.4.
 
     Raises:
-        ValueError: there is no training feature, or a label is outside the classes.
+        DataError: there is no training feature, or a label is outside the classes.
     """
     if not len(train_features):
-        raise ValueError("0 training features; kNN needs at least 1 labelled training image")
+        raise DataError("0 training features; kNN needs at least 1 labelled training image")
     low, high = int(train_labels.min()), int(train_labels.max())  # host sync
     if low < 0 or high >= num_classes:
-        raise ValueError(
+        raise DataError(
             f"labels are from {low} to {high}; kNN needs them from 0 to {num_classes - 1}: label the images"
         )
     bank = normalize(train_features.float(), dim=1).T
@@ -40,7 +42,7 @@ def knn_predict(
     for chunk in test_features.split(max(1, _CHUNK_ELEMENTS // len(train_features))):
         similarity = normalize(chunk.float(), dim=1) @ bank
         nearest, index = similarity.topk(min(neighbors, len(train_features)), dim=1)
-        weights = ((nearest - 1.0) / temperature).exp()  # -1: similarities end at 1, so nothing overflows
+        weights = ((nearest - nearest[:, :1]) / temperature).exp()  # relative to the nearest: no overflow, never all 0
         predictions.append(torch.einsum("qk,qkc->qc", weights, votes_of[index]).argmax(dim=1))
     return torch.cat(predictions) if predictions else train_labels.new_empty(0)
 
@@ -58,10 +60,10 @@ def knn_accuracy(
     """Returns the share, 0 to 1, of test features whose label `knn_predict` gets right. Synchronises.
 
     Raises:
-        ValueError: as `knn_predict`, or there is no test feature.
+        DataError: as `knn_predict`, or there is no test feature.
     """
     if not len(test_features):
-        raise ValueError("0 test features; kNN needs at least 1 labelled test image")
+        raise DataError("0 test features; kNN needs at least 1 labelled test image")
     predictions = knn_predict(
         train_features,
         train_labels,

@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything is installed into .venv.
+
+PYTHON ?= python3
+FASHION_MNIST ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := torch==2.11.0 torchvision==0.26.0
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+CHECKED := ijepa_scale kernels launch benchmarks tests setup.py
+
+.PHONY: help install demo test lint clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s  %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Make .venv and install the package into it (PYTHON=python3.12 picks another Python)
+
+# The pair of torch and torchvision first: DeepSpeed's setup imports torch, and builds nothing with DS_BUILD_OPS=0.
+$(STAMP): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 12))' 2>/dev/null \
+		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.10 to 3.12 is needed: make $(or $(firstword $(MAKECMDGOALS)),install) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade pip 'setuptools>=77,<81' wheel
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e '.[test]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Pretrain on Fashion-MNIST with ZeRO-3 on 2 CPU processes, or on the GPUs there are (FASHION_MNIST=folder)
+	$(BIN)/python launch/demo.py $(if $(FASHION_MNIST),--fashion-mnist '$(FASHION_MNIST)')
+
+lint: $(STAMP) ## Check style and types
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+test: lint ## Check style and types, then run all tests
+	$(PYTEST) tests/unit $(wildcard tests/parity)
+	$(if $(wildcard tests/distributed),$(PYTEST) tests/distributed)
+
+clean: ## Delete caches (not .venv, runs or datasets)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find ijepa_scale kernels launch benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""What all tests share: one thread, GPU tests skipped by name, and the real photos where they are."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+CLOTHING = Path(__file__).parents[2] / "shared" / "data" / "clothing-small.tar"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def clothing_tar() -> Path:
+    """845 real JPEG photos in 10 classes, train/CLASS/*.jpg and val/CLASS/*.jpg."""
+    if not CLOTHING.exists():
+        pytest.skip(f"{CLOTHING.name} is not in ../shared/data")
+    return CLOTHING
