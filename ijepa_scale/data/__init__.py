@@ -1,1 +1,1 @@
-"""TODO"""
+"""From tar shards, class folders or nothing to batches of crops. Floor 2."""

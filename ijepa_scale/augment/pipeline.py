@@ -1,0 +1,101 @@
+"""From a batch of crops to normalised training images, on the batch's device. Floor 2: no model, no files.
+
+What happens to a sample depends on (seed, epoch, sample id) alone. Draws are made on the host, and everything
+that picks samples or sizes is known there, so nothing synchronises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ijepa_kernels.crop_resize import crop_resize
+from ijepa_scale import rng
+from ijepa_scale.augment import color
+from ijepa_scale.augment.blur import GaussianBlur
+from ijepa_scale.config.schema import AugmentConfig
+from ijepa_scale.data.batch import Batch
+
+# Columns of a sample's draws. New ones are added at the end: the earlier ones then stay what they were.
+_FLIP, _JITTER, _FACTORS, _ORDER, _GRAY, _BLUR, _SIGMA, _DRAWS = 0, 1, slice(2, 6), slice(6, 10), 10, 11, 12, 13
+_STRENGTHS = np.array([0.8, 0.8, 0.8, 0.2])  # brightness, contrast, saturation, hue at strength 1; SimCLR, app. A
+_OPERATIONS = (color.brightness, color.contrast, color.saturation, color.hue)
+_SIGMAS = (0.1, 2.0)  # pixels; SimCLR, appendix A
+
+
+class Augment:
+    """Resize, flip, colour jitter, grayscale, blur, normalise; what the configuration leaves at 0 costs nothing.
+
+    Sources: the order of operations is SimCLR's (arXiv 2002.05709, appendix A).
+    """
+
+    def __init__(
+        self, config: AugmentConfig, image_size: tuple[int, int], *, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.config, self.image_size, self.seed = config, image_size, seed
+        self.device = torch.device(device)
+        mean, std = (np.array(values, dtype=np.float64)[:, None, None] for values in (config.mean, config.std))
+        self._scale = torch.tensor(1.0 / (255.0 * std), dtype=torch.float32, device=self.device)
+        self._shift = torch.tensor(-mean / std, dtype=torch.float32, device=self.device)
+        self._blur = GaussianBlur(image_size, max_sigma=_SIGMAS[1], device=self.device) if config.blur else None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns (B, 3, h, w) float32 normalised images on this object's device; doesn't synchronise."""
+        batch = batch.to(self.device)
+        config = self.config
+        draws = rng.uniform(self.seed, "augment", batch.epoch, batch.sample_ids, _DRAWS)
+        flip = draws[:, _FLIP] < config.flip if config.flip else None
+        images = crop_resize(
+            batch.canvas, batch.sizes, self.image_size, interpolation=config.interpolation, flip=flip
+        ).float()
+        if config.color_jitter or config.grayscale or self._blur is not None:
+            images = self._photometric(images.mul_(1.0 / 255.0), draws).mul_(255.0)
+        return images.mul_(self._scale).add_(self._shift)
+
+    def _photometric(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        """Returns images in [0, 1] after jitter, grayscale and blur; may change `images`."""
+        config = self.config
+        if config.color_jitter:
+            self._jitter(images, draws)
+        if config.grayscale:
+            rows = np.flatnonzero(draws[:, _GRAY] < config.grayscale)
+            self._apply(images, rows, lambda part, _: color.grayscale(part).expand_as(part))
+        if self._blur is not None:
+            rows = np.flatnonzero(draws[:, _BLUR] < config.blur)
+            sigmas = _SIGMAS[0] + (_SIGMAS[1] - _SIGMAS[0]) * draws[:, _SIGMA]
+            self._apply(images, rows, self._blur, sigmas)
+        return images
+
+    def _jitter(self, images: Tensor, draws: np.ndarray) -> None:
+        """Runs the four colour operations on the images that are jittered, each image in its own order."""
+        jittered = draws[:, _JITTER] < self.config.color_jitter_probability
+        spread = _STRENGTHS * self.config.color_jitter
+        factors = (2.0 * draws[:, _FACTORS] - 1.0) * spread + np.array([1.0, 1.0, 1.0, 0.0])
+        order = np.argsort(draws[:, _ORDER], axis=1, kind="stable")  # (B, 4): the operation at each place
+        for place in range(len(_OPERATIONS)):
+            for number, operation in enumerate(_OPERATIONS):
+                rows = np.flatnonzero(jittered & (order[:, place] == number))
+                self._apply(images, rows, operation, factors[:, number])
+
+    def _apply(
+        self, images: Tensor, rows: np.ndarray, operation: Callable[..., Tensor], values: np.ndarray | None = None
+    ) -> None:
+        """Replaces images[rows] by operation(images[rows], values[rows]), in place."""
+        if not len(rows):
+            return
+        index = _to_device(torch.from_numpy(rows), self.device)
+        chosen = None
+        if values is not None:
+            chosen = _to_device(torch.from_numpy(values[rows].astype(np.float32)), self.device)[:, None, None, None]
+        images.index_copy_(0, index, operation(images.index_select(0, index), chosen))
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on `device`, through pinned memory where that avoids a synchronisation."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,297 @@
+"""Where each sample lies in a tar shard, found once and kept beside the tar. Floor 2: files only.
+
+A shard is an ordinary WebDataset tar: `KEY.jpg` with `KEY.cls` (an integer) or `KEY.json` ({"label": ...}).
+Members are never extracted to disk; only regular files, of bounded size and count, are accepted.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import re
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ijepa_scale.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+INDEX_VERSION = 1
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_MEMBER_BYTES = 64 << 20  # of an image; the largest JPEG of ImageNet has 15 MB
+MAX_LABEL_BYTES = 1 << 20
+MAX_MEMBERS = 20_000_000
+NO_LABEL = -1
+_BLOCK = 512
+_REMOTE = re.compile(r"^(pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://|hf:)")
+_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+
+
+class Names:
+    """An immutable list of strings in two arrays: 14 million of them pickle in a moment."""
+
+    def __init__(self, blob: np.ndarray, ends: np.ndarray) -> None:
+        self.blob, self.ends = blob, ends  # (bytes,) uint8 and (N,) int64
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        """Returns the packed form of `names`."""
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, item: int) -> str:
+        begin = int(self.ends[item - 1]) if item else 0
+        return self.blob[begin : int(self.ends[item])].tobytes().decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Samples of one tar, in the order of their images. Arrays (N,) int64; a label is -1 where there is none."""
+
+    path: Path
+    tar_bytes: int
+    tar_mtime_ns: int
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    keys: Names
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+def index_path(tar: str | Path) -> Path:
+    """Returns where the index of `tar` is kept."""
+    return Path(f"{tar}.idx.npz")
+
+
+def index_tar(path: str | Path) -> ShardIndex:
+    """Returns the index of a tar shard: the kept one where size and mtime still fit, else a new scan.
+
+    A new one is written beside the tar under a temporary name and renamed, so any number of processes may
+    do this at once; where the folder can't be written the scan is repeated by each process.
+
+    Raises:
+        DataError: a tar that is missing, empty, compressed, cut short or holds what a shard must not hold.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"shard {path} can't be read ({error.strerror}); check the path and its permissions") from None
+    kept = _load(path, status)
+    if kept is not None:
+        return kept
+    index = _scan(path, status)
+    _save(index)
+    return index
+
+
+def expand(pattern: str | Path) -> list[Path]:
+    """Returns the sorted tar files that a folder, a glob or a brace pattern (`{000..127}`, `{a,b}`) names.
+
+    Raises:
+        DataError: nothing matches, a file that braces name is missing, or the pattern isn't a local path.
+    """
+    text = str(pattern)
+    if _REMOTE.match(text):
+        raise DataError(f"{text!r} is no local path; copy the shards to a local folder and name that")
+    if os.path.isdir(text):
+        found = [entry for entry in Path(text).iterdir() if entry.suffix == ".tar"]
+        if not found:
+            raise DataError(f"folder {text!r} holds no *.tar file; name a folder of shards, a glob or a brace pattern")
+        return sorted(found)
+    paths: set[Path] = set()
+    for name in _braces(text):
+        matches = [name] if os.path.isfile(name) else glob.glob(name)
+        if not matches:
+            raise DataError(f"{name!r} matches no file; name a folder of shards, a glob or a {{000..127}} pattern")
+        paths.update(Path(match) for match in matches)
+    return sorted(paths)
+
+
+def _braces(text: str) -> list[str]:
+    """Returns what `{a,b}` and `{000..127}` in `text` stand for."""
+    begin = text.find("{")
+    end = text.find("}", begin)
+    if begin < 0 or end < 0:
+        return [text]
+    inner = text[begin + 1 : end]
+    bounds = _RANGE.match(inner)
+    if bounds:
+        first, last = bounds.groups()
+        if int(last) < int(first) or int(last) - int(first) > 1_000_000:
+            raise DataError(f"{{{inner}}} in {text!r} counts no shards; give {{FIRST..LAST}} with FIRST <= LAST")
+        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        parts = inner.split(",")
+    return [text[:begin] + part + rest for part in parts for rest in _braces(text[end + 1 :])]
+
+
+def _load(path: Path, status: os.stat_result) -> ShardIndex | None:
+    """Returns the kept index where there is one that fits the tar."""
+    kept = index_path(path)
+    try:
+        with np.load(kept, allow_pickle=False) as arrays:
+            version, tar_bytes, mtime_ns = (int(number) for number in arrays["stamp"])
+            if (version, tar_bytes, mtime_ns) != (INDEX_VERSION, status.st_size, status.st_mtime_ns):
+                return None
+            offsets, sizes, labels = (arrays[name].astype(np.int64) for name in ("offsets", "sizes", "labels"))
+            keys = Names(arrays["key_bytes"].astype(np.uint8), arrays["key_ends"].astype(np.int64))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logger.warning("index %s is damaged (%s); scanning the tar again", kept, error)
+        return None
+    one_length = len({len(offsets), len(sizes), len(labels), len(keys)}) == 1
+    if not one_length or not len(offsets) or min(offsets.min(), sizes.min()) < 0:
+        logger.warning("index %s is damaged (its columns disagree); scanning the tar again", kept)
+        return None
+    if (offsets + sizes).max() > status.st_size or sizes.max() > MAX_MEMBER_BYTES:
+        logger.warning("index %s is damaged (it points outside the tar); scanning the tar again", kept)
+        return None
+    return ShardIndex(path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, keys)
+
+
+def _save(index: ShardIndex) -> None:
+    """Writes the index beside its tar, whole or not at all; a folder that can't be written is only logged."""
+    target = index_path(index.path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = file.name
+            np.savez(
+                file,
+                stamp=np.array([INDEX_VERSION, index.tar_bytes, index.tar_mtime_ns], dtype=np.int64),
+                offsets=index.offsets,
+                sizes=index.sizes.astype(np.int32),  # below MAX_MEMBER_BYTES
+                labels=index.labels,
+                key_bytes=index.keys.blob,
+                key_ends=index.keys.ends,
+            )
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except OSError as error:
+        logger.warning("index %s can't be kept (%s): every process scans the tar itself", target, error.strerror)
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+@dataclass
+class _Sample:
+    """What a scan knows of one key."""
+
+    image: str | None = None  # the image member's name
+    offset: int = 0
+    size: int = 0
+    label: int = NO_LABEL
+    label_from: str = ""
+
+
+def _scan(path: Path, status: os.stat_result) -> ShardIndex:
+    """Returns the index of a tar by walking over its headers."""
+    samples: dict[str, _Sample] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for number, member in enumerate(tar):
+                if number >= MAX_MEMBERS:
+                    raise DataError(f"shard {path} has over {MAX_MEMBERS} members; write smaller shards")
+                _add(path, tar, member, samples)
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+            end = tar.offset
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"shard {path} is no readable tar ({error}); copy or write it again, uncompressed") from None
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(_BLOCK)
+    if block != bytes(_BLOCK):  # tarfile ends silently at a damaged header, and where a copy broke off
+        raise DataError(f"shard {path} is cut short or damaged after byte {end}; copy or write it again")
+    for key, sample in samples.items():
+        if sample.image is None:
+            raise DataError(
+                f"sample {key!r} of shard {path} has no image ({', '.join(IMAGE_SUFFIXES)}); write it again"
+            )
+    if not samples:
+        raise DataError(f"shard {path} holds no image ({', '.join(IMAGE_SUFFIXES)}); drop it from the list")
+    ordered = sorted(samples.items(), key=lambda item: item[1].offset)
+    columns = np.array([(sample.offset, sample.size, sample.label) for _, sample in ordered], dtype=np.int64)
+    offsets, sizes, labels = (np.ascontiguousarray(column) for column in columns.T)
+    keys = Names.of(key for key, _ in ordered)
+    return ShardIndex(path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, keys)
+
+
+def _add(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, _Sample]) -> None:
+    """Notes one member under its sample."""
+    name = member.name
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts:
+        raise DataError(f"member {name!r} of shard {path} leaves its folder; write it again with relative names")
+    if member.isdir():
+        return
+    if not member.isreg() or member.issparse():
+        raise DataError(
+            f"member {name!r} of shard {path} is a link, a device or sparse; "
+            "write it again with regular files (tar --dereference --hard-dereference)"
+        )
+    stem, _, suffix = parts[-1].partition(".")
+    if not stem:  # `._photo.jpg` and the like: other systems' side files
+        return
+    key, kind = "/".join([*parts[:-1], stem]), suffix.lower().rpartition(".")[2]
+    sample = samples.setdefault(key, _Sample())
+    if kind in IMAGE_SUFFIXES:
+        if sample.image is not None:
+            raise DataError(
+                f"sample {key!r} of shard {path} has two images, {sample.image!r} and {name!r}; "
+                "give each its own name up to the first dot"
+            )
+        if not 0 < member.size <= MAX_MEMBER_BYTES:
+            raise DataError(
+                f"image {name!r} of shard {path} has {member.size} bytes; give 1 to {MAX_MEMBER_BYTES} (64 MiB)"
+            )
+        sample.image, sample.offset, sample.size = name, member.offset_data, member.size
+    elif kind == "cls" or (kind == "json" and sample.label_from != "cls"):
+        label = _label(path, tar, member, kind)
+        if label is not None:
+            sample.label, sample.label_from = label, kind
+
+
+def _label(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> int | None:
+    """Returns the label in a `.cls` or `.json` member; None where the JSON has no "label"."""
+    if member.size > MAX_LABEL_BYTES:
+        raise DataError(f"{member.name!r} of shard {path} has {member.size} bytes; a label has at most 1 MiB")
+    stream = tar.extractfile(member)
+    assert stream is not None  # a regular file
+    data = stream.read()
+    try:
+        if kind == "cls":
+            label = int(data)
+        else:
+            content = json.loads(data)
+            value = content.get("label") if isinstance(content, dict) else None
+            if value is None:
+                return None
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError
+            label = value
+        if not -(2**31) <= label < 2**31:
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise DataError(
+            f"{member.name!r} of shard {path} holds {data[:40]!r}, no label; give an integer (.cls) or "
+            '{"label": integer} (.json)'
+        ) from None
+    return label

@@ -1,0 +1,122 @@
+"""Which samples make up which batch: a pure function of (seed, step). Floor 2: numbers only, no files.
+
+Each pass over the set permutes the shards, groups them in windows, and permutes the samples inside a window;
+global batch t is a slice of that order. Nothing is kept between calls but a cache.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ijepa_scale import rng
+from ijepa_scale.errors import DataError
+
+_WINDOWS_KEPT = 3  # a batch may span windows; the next one begins in the last of them
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over the set: where its permuted shards and its windows begin."""
+
+    number: int
+    first_ids: np.ndarray  # (S,) int64: sample id of the first sample of each permuted shard
+    counts: np.ndarray  # (S,) int64: samples of each permuted shard
+    window_ends: np.ndarray  # (W,) int64: places, in this pass's order, at which the windows end
+
+
+class SampleOrder:
+    """Global batches of sample ids, drawn without replacement within an epoch.
+
+    `epoch` is the pass over the set: step // steps_per_epoch, with steps_per_epoch the full batches of a pass
+    (the last, incomplete one is dropped). A schedule that calls another number of steps an epoch doesn't
+    change this: the order still runs through whole passes. Keeps caches: not for several threads at once.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, batch_size: int, seed: int, window_shards: int) -> None:
+        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(self.shard_sizes.sum())
+        self.batch_size, self.seed, self.window_shards = batch_size, seed, window_shards
+        if batch_size < 1 or window_shards < 1:
+            raise DataError(f"batch {batch_size} and window of {window_shards} shards: give at least 1 of each")
+        if self.num_samples < batch_size:
+            raise DataError(
+                f"the set has {self.num_samples} samples, fewer than one batch of {batch_size}; "
+                "give a smaller data.batch_size or more shards"
+            )
+        self._first_ids = np.cumsum(self.shard_sizes) - self.shard_sizes
+        self._pass: _Pass | None = None
+        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full global batches of one pass over the set."""
+        return self.num_samples // self.batch_size
+
+    def epoch(self, step: int) -> int:
+        """Returns the pass over the set that global batch `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def batch(self, step: int) -> np.ndarray:
+        """Returns the sample ids of global batch `step`, int64 (batch_size,); costs O(one window)."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative; steps count from 0")
+        epoch, place = divmod(step, self.steps_per_epoch)
+        begin = place * self.batch_size
+        end = begin + self.batch_size
+        layout = self._layout(epoch)
+        pieces = []
+        window = int(np.searchsorted(layout.window_ends, begin, side="right"))
+        while begin < end:
+            window_begin = int(layout.window_ends[window - 1]) if window else 0
+            stop = min(end, int(layout.window_ends[window]))
+            pieces.append(self._window(layout, window)[begin - window_begin : stop - window_begin])
+            begin, window = stop, window + 1
+        return np.concatenate(pieces)
+
+    def part(self, step: int, rank: int, world: int) -> np.ndarray:
+        """Returns the consecutive slice of global batch `step` that process `rank` of `world` takes."""
+        size = self.part_size(world)
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is not among {world} processes; give 0 to {world - 1}")
+        return self.batch(step)[rank * size : (rank + 1) * size]
+
+    def part_size(self, world: int) -> int:
+        """Returns the images of a global batch that each of `world` processes takes.
+
+        Raises:
+            DataError: the batch doesn't divide among the processes.
+        """
+        if self.batch_size % world:
+            near = max(1, round(self.batch_size / world)) * world
+            raise DataError(f"batch {self.batch_size} is not divisible by {world} processes; try {near}")
+        return self.batch_size // world
+
+    def _layout(self, epoch: int) -> _Pass:
+        """Returns the permuted shards of one pass."""
+        if self._pass is None or self._pass.number != epoch:
+            shards = rng.permutation(len(self.shard_sizes), self.seed, "order.shards", epoch)
+            counts = self.shard_sizes[shards]
+            ends = np.cumsum(counts)
+            last = np.arange(self.window_shards, len(shards) + self.window_shards, self.window_shards) - 1
+            window_ends = ends[np.minimum(last, len(shards) - 1)]
+            self._pass = _Pass(epoch, self._first_ids[shards], counts, window_ends)
+        return self._pass
+
+    def _window(self, layout: _Pass, window: int) -> np.ndarray:
+        """Returns the sample ids of one window of a pass, permuted."""
+        key = (layout.number, window)
+        if key not in self._windows:
+            shards = slice(window * self.window_shards, (window + 1) * self.window_shards)
+            firsts, counts = layout.first_ids[shards], layout.counts[shards]
+            ids = np.concatenate([np.arange(f, f + n, dtype=np.int64) for f, n in zip(firsts, counts, strict=True)])
+            # A number of its own for each window of each pass: there are no more windows than shards.
+            number = layout.number * len(self.shard_sizes) + window
+            self._windows[key] = ids[rng.permutation(len(ids), self.seed, "order.window", number)]
+            while len(self._windows) > _WINDOWS_KEPT:
+                self._windows.popitem(last=False)
+        self._windows.move_to_end(key)
+        return self._windows[key]

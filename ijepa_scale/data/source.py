@@ -1,0 +1,243 @@
+"""Where a sample's bytes and label come from: tar shards, class folders, or nothing at all. Floor 2.
+
+Samples are numbered 0 .. num_samples - 1 through the shards in their sorted order. Files are opened at the first
+read in each process and read with `os.pread`, so a source may be forked or pickled at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ijepa_scale import rng
+from ijepa_scale.data.index import NO_LABEL, Names, ShardIndex, expand, index_tar
+from ijepa_scale.errors import DataError
+
+FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+_OPEN_FILES = 64
+_SPLITS = {"train", "val", "valid", "validation", "test"}
+
+
+class SampleSource(Protocol):
+    """A set of images that can be read in any order."""
+
+    num_samples: int
+    shard_sizes: np.ndarray  # (S,) int64, sum = num_samples: samples that lie close together
+    fingerprint: str  # changes when the list of samples does, and not when the files move
+    classes: list[str] | None  # names of the labels, where they are known
+
+    def read(self, sample_id: int) -> bytes | np.ndarray:
+        """Returns the encoded image, or its pixels (H, W, 3) uint8 where there is nothing to decode."""
+
+    def label(self, sample_id: int) -> int:
+        """Returns the label; -1 where there is none."""
+
+    def name(self, sample_id: int) -> str:
+        """Returns what a person calls the sample, for messages."""
+
+
+class ShardSource:
+    """Samples of indexed tar shards."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        if not paths:
+            raise DataError("the list of shards is empty; name a folder of shards, a glob or a brace pattern")
+        self._shards = [index_tar(path) for path in paths]
+        self.shard_sizes = np.array([len(shard) for shard in self._shards], dtype=np.int64)
+        self.num_samples = int(self.shard_sizes.sum())
+        self.classes: list[str] | None = None
+        self.fingerprint = _shard_fingerprint(self._shards)
+        self._ends = np.cumsum(self.shard_sizes)
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor of this process
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+    def read(self, sample_id: int) -> bytes:
+        """Returns the encoded image.
+
+        Raises:
+            DataError: the tar can't be read or has changed since it was indexed.
+        """
+        shard, row = self._locate(sample_id)
+        index = self._shards[shard]
+        size = int(index.sizes[row])
+        try:
+            data = os.pread(self._file(shard), size, int(index.offsets[row]))
+        except OSError as error:
+            raise DataError(f"shard {index.path} can't be read ({error.strerror}); check the disk") from None
+        if len(data) != size:
+            raise DataError(f"shard {index.path} has become shorter than its index; start again with the whole file")
+        return data
+
+    def label(self, sample_id: int) -> int:
+        """Returns the label; -1 where there is none."""
+        shard, row = self._locate(sample_id)
+        return int(self._shards[shard].labels[row])
+
+    def name(self, sample_id: int) -> str:
+        """Returns tar and key."""
+        shard, row = self._locate(sample_id)
+        return f"{self._shards[shard].path}:{self._shards[shard].keys[row]}"
+
+    def _locate(self, sample_id: int) -> tuple[int, int]:
+        """Returns (shard, row in it) of a sample."""
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"sample {sample_id} is not among {self.num_samples}; give 0 to {self.num_samples - 1}")
+        shard = int(np.searchsorted(self._ends, sample_id, side="right"))
+        return shard, int(sample_id - (self._ends[shard] - self.shard_sizes[shard]))
+
+    def _file(self, shard: int) -> int:
+        """Returns an open file descriptor of a shard, closing the one used longest ago where there are many."""
+        if shard not in self._files:
+            index = self._shards[shard]
+            descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(descriptor)
+            if (status.st_size, status.st_mtime_ns) != (index.tar_bytes, index.tar_mtime_ns):
+                os.close(descriptor)
+                raise DataError(f"shard {index.path} has changed since it was indexed; start again")
+            self._files[shard] = descriptor
+            if len(self._files) > _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+
+class ImageFolderSource:
+    """Images in class folders, numbered class by class: labels as torchvision's ImageFolder gives them.
+
+    ROOT/train is taken where ROOT holds splits (train, val, test) only. All of it is one shard: files are
+    read in any order at the same cost, so the whole set is shuffled together.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = _class_root(Path(root))
+        self.classes: list[str] | None = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
+        names: list[str] = []
+        counts: list[int] = []
+        for name in self.classes:
+            found = _images(self.root, name)
+            if not found:
+                raise DataError(
+                    f"class folder {self.root / name} holds no image ({', '.join(FOLDER_SUFFIXES)}); drop it"
+                )
+            names += found
+            counts.append(len(found))
+        if not names:
+            raise DataError(
+                f"folder {self.root} holds no class folders; give ROOT or ROOT/train with ROOT/train/CLASS/*.jpg"
+            )
+        self._names = Names.of(names)
+        self._class_ends = np.cumsum(counts)
+        self.num_samples = len(names)
+        self.shard_sizes = np.array([len(names)], dtype=np.int64)
+        digest = hashlib.sha256(self._names.blob.tobytes())
+        digest.update(self._names.ends.tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def read(self, sample_id: int) -> bytes:
+        """Returns the encoded image.
+
+        Raises:
+            DataError: the file can't be read.
+        """
+        path = self.root / self._names[sample_id]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(f"image {path} can't be read ({error.strerror}); check the path and the disk") from None
+
+    def label(self, sample_id: int) -> int:
+        """Returns the number of the class folder."""
+        return int(np.searchsorted(self._class_ends, sample_id, side="right"))
+
+    def name(self, sample_id: int) -> str:
+        """Returns the path."""
+        return str(self.root / self._names[sample_id])
+
+
+class SyntheticSource:
+    """Noise images that cost next to nothing: windows of one fixed texture. For benchmarks and tests."""
+
+    _SHARD = 1024
+    _CLASSES = 1000
+
+    def __init__(self, num_samples: int, image_size: tuple[int, int] = (256, 256), seed: int = 0) -> None:
+        self.num_samples = num_samples
+        full, rest = divmod(num_samples, self._SHARD)
+        self.shard_sizes = np.array([self._SHARD] * full + [rest] * bool(rest), dtype=np.int64)
+        self.classes: list[str] | None = None
+        self.fingerprint = f"synthetic-{num_samples}-{image_size[0]}x{image_size[1]}-{seed}"
+        self._shape = (*image_size, 3)
+        self._bytes = image_size[0] * image_size[1] * 3
+        texture = np.random.Generator(np.random.Philox(key=rng.key(seed, "synthetic")))
+        self._texture = texture.integers(0, 256, 2 * self._bytes + 1, dtype=np.uint8)
+
+    def read(self, sample_id: int) -> np.ndarray:
+        """Returns pixels (H, W, 3) uint8, a view: not to be written to."""
+        begin = sample_id * 7919 % (self._bytes + 1)  # a prime stride spreads neighbours over the texture
+        return self._texture[begin : begin + self._bytes].reshape(self._shape)
+
+    def label(self, sample_id: int) -> int:
+        """Returns one of 1000 labels."""
+        return sample_id % self._CLASSES
+
+    def name(self, sample_id: int) -> str:
+        """Returns the number."""
+        return f"synthetic:{sample_id}"
+
+
+def build_source(
+    reader: str, pattern: str | Path | None, *, num_samples: int = 1_281_167, image_size: tuple[int, int] = (256, 256)
+) -> SampleSource:
+    """Returns the source that `data.reader` and `data.train` describe; the sizes are those of a synthetic one.
+
+    Raises:
+        DataError: no pattern, an unknown reader, or data that can't be read.
+    """
+    if reader == "synthetic":
+        return SyntheticSource(num_samples, image_size)
+    if reader not in ("shards", "imagefolder"):
+        raise DataError(f"reader {reader!r} is unknown; choose shards, imagefolder or synthetic")
+    if pattern is None:
+        raise DataError(f"reader {reader!r} has no data to read; name it, e.g. data.train=/data/imagenet/train")
+    return ShardSource(expand(pattern)) if reader == "shards" else ImageFolderSource(pattern)
+
+
+def _shard_fingerprint(shards: list[ShardIndex]) -> str:
+    """Returns a hash of what the samples are and where they lie, whatever folder the shards are in."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.path.name}|{shard.tar_bytes}|{len(shard)}|".encode("utf-8", "surrogateescape"))
+        for array in (shard.offsets, shard.sizes, shard.labels, shard.keys.ends, shard.keys.blob):
+            digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _class_root(root: Path) -> Path:
+    """Returns the folder whose sub-folders are the classes."""
+    if not root.is_dir():
+        raise DataError(f"folder {root} doesn't exist; give ROOT or ROOT/train with ROOT/train/CLASS/*.jpg in it")
+    folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
+    return root / "train" if "train" in folders and folders <= _SPLITS else root
+
+
+def _images(root: Path, folder: str) -> list[str]:
+    """Returns the images below a class folder relative to `root`, in torchvision's order."""
+    found = []
+    for parent, _, files in sorted(os.walk(root / folder, followlinks=True)):
+        relative = os.path.relpath(parent, root)
+        found += [os.path.join(relative, file) for file in sorted(files) if file.lower().endswith(FOLDER_SUFFIXES)]
+    return found
+
+
+__all__ = ["NO_LABEL", "ImageFolderSource", "SampleSource", "ShardSource", "SyntheticSource", "build_source"]

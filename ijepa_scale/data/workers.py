@@ -1,0 +1,45 @@
+"""Worker processes that make items in order. Floor 2: knows nothing of what the items are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+def ordered_loader(
+    dataset: Dataset[Any], items: Iterable[Any], *, workers: int, prefetch: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """Returns a loader of dataset[i] for i in `items`, whole and in order, made by `workers` processes (0: here).
+
+    Workers come from a fork server: the training process itself can't be forked safely once CUDA or threads have
+    started, and spawning imports torch once per worker instead of once. First batch of 2 workers: 2.6 s on one
+    busy core (Zen 4), once per run. A worker runs one thread and leaves Ctrl-C to the main process.
+    """
+    options: dict[str, Any] = {}
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "ijepa_scale.data.loader"])
+        options = {"multiprocessing_context": context, "prefetch_factor": prefetch, "worker_init_fn": _start_worker}
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        **options,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _unchanged(item: Any) -> Any:
+    return item

@@ -1,0 +1,86 @@
+"""Resizing as two batched matrix products with per-sample filter matrices: the specification, and the CUDA path."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def crop_resize(
+    canvas: Tensor,
+    sizes: np.ndarray,
+    output: tuple[int, int],
+    *,
+    interpolation: str = "bilinear",
+    flip: np.ndarray | None = None,
+) -> Tensor:
+    """Returns the crops resized to `output`: (B, 3, h, w) uint8; see `ijepa_kernels.crop_resize.crop_resize`.
+
+    Computed in float32 whatever autocast says: bfloat16 weights are up to 2.9 of 255 off. Between the passes
+    the values are rounded to uint8, as PIL stores them. What lies outside a crop has weight 0.
+    """
+    batch, channels, canvas_height, canvas_width = canvas.shape
+    height, width = output
+    device = canvas.device
+    sizes = np.asarray(sizes, dtype=np.int64)
+    flips = np.zeros(batch, dtype=bool) if flip is None else np.asarray(flip, dtype=bool)
+    with torch.autocast(device.type, enabled=False):
+        across = filter_matrix(sizes[:, 1], width, canvas_width, interpolation, device, flips)  # (B, w, Wc)
+        down = filter_matrix(sizes[:, 0], height, canvas_height, interpolation, device)  # (B, h, Hc)
+        rows = canvas.reshape(batch, channels * canvas_height, canvas_width).float()
+        narrow = _round(torch.bmm(rows, across.transpose(1, 2)))  # horizontal pass first
+        narrow = narrow.view(batch, channels, canvas_height, width)
+        return _round(torch.matmul(down[:, None], narrow)).to(torch.uint8)
+
+
+def filter_matrix(
+    sizes: np.ndarray,
+    output: int,
+    canvas: int,
+    interpolation: str,
+    device: torch.device,
+    flip: np.ndarray | None = None,
+) -> Tensor:
+    """Returns (B, output, canvas) float32 weights on `device`: row j of sample b makes output pixel j from a line.
+
+    Output pixel j lies at (j + 1/2) * s, s = size / output; the filter is stretched by max(s, 1), cut at the
+    crop's edges and normalised to sum 1.
+    """
+    ratio = sizes.astype(np.float64) / output
+    places = np.arange(output) + 0.5
+    centres = ratio[:, None] * places  # (B, output), float64 on the host
+    if flip is not None:
+        centres = np.where(flip[:, None], centres[:, ::-1], centres)
+    stretch = np.maximum(ratio, 1.0)[:, None]
+    table = np.concatenate([centres, stretch, sizes[:, None]], axis=1).astype(np.float32)
+    packed = _to_device(torch.from_numpy(table), device)
+    pixels = torch.arange(canvas, dtype=torch.float32, device=device)
+    distance = ((pixels + 0.5 - packed[:, :output, None]) / packed[:, output, None, None]).abs()
+    weights = _kernel(distance, interpolation)
+    weights = weights * (pixels < packed[:, output + 1, None, None])
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _kernel(x: Tensor, interpolation: str) -> Tensor:
+    """Returns the filter at distance x >= 0: the triangle, or Keys' cubic with a = -0.5.
+
+    Source: R. Keys, "Cubic convolution interpolation for digital image processing", 1981, equation 4.
+    """
+    if interpolation == "bilinear":
+        return (1.0 - x).clamp(min=0.0)
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return torch.where(x < 1.0, near, torch.where(x < 2.0, far, 0.0))
+
+
+def _round(values: Tensor) -> Tensor:
+    """Returns the values as uint8 would hold them, still floating point; in place."""
+    return values.add_(0.5).floor_().clamp_(0.0, 255.0)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on `device`, through pinned memory where that avoids a synchronisation."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
