@@ -51,10 +51,9 @@ def cut_first(context: np.ndarray) -> np.ndarray:
 def cut_by_key(context: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Returns (E, B, N) bool in which every image keeps the tokens of smallest key, as many as the shortest has.
 
-    With independent uniform keys (E, B, N) this is a uniformly random subset.
+    With independent uniform keys (E, B, N) in [0, 1) this is a uniformly random subset.
     """
-    keep = shortest(context)
-    order = np.argpartition(np.where(context, keys, np.inf), keep - 1, axis=2)[:, :, :keep]
-    cut = np.zeros_like(context)
-    np.put_along_axis(cut, order, True, axis=2)
-    return cut
+    keep, patches = shortest(context), context.shape[2]
+    ranks = (keys * 2.0**40).astype(np.int64) * patches + np.arange(patches)  # the place makes equal keys differ
+    ranks = np.where(context, ranks, np.iinfo(np.int64).max)
+    return ranks <= np.partition(ranks, keep - 1, axis=2)[:, :, keep - 1 : keep]

@@ -60,20 +60,26 @@ def _contexts(min_keep: int, size: Size, grid: Size, targets: np.ndarray, draws:
     context = np.zeros((num_images, patches), dtype=bool)
     pending = np.arange(num_images)
     for num_out in range(len(targets), -1, -1):
-        free = np.ones((len(pending), patches), dtype=bool)
-        free[np.arange(len(pending))[:, None], targets[:num_out, pending]] = False
-        allowed = (_counts(free.reshape(-1, *grid), size) > min_keep).reshape(len(pending), -1)
+        free = np.ones((len(pending), *grid), dtype=bool)
+        free.reshape(-1)[np.arange(len(pending))[:, None] * patches + targets[:num_out, pending]] = False
+        allowed = (_counts(free, size) > min_keep).reshape(len(pending), -1)
         chosen = (draws[pending] * allowed.sum(axis=1)).astype(np.int64)  # the chosen-th allowed place
         corner = np.argmax(np.cumsum(allowed, axis=1) > chosen[:, None], axis=1)
         lefts = grid[1] - size[1] + 1
-        block = np.zeros_like(free)
-        np.put_along_axis(block, block_places(corner // lefts, corner % lefts, size, grid[1]), True, axis=1)
-        context[pending] = block & free
+        rows = _span(corner // lefts, size[0], grid[0])[:, :, None]
+        columns = _span(corner % lefts, size[1], grid[1])[:, None, :]
+        context[pending] = (free & rows & columns).reshape(len(pending), patches)
         pending = pending[~allowed.any(axis=1)]
         if not len(pending):
             break
     assert not len(pending), "sizes.check lets only context blocks of more than min_keep patches pass"
     return context
+
+
+def _span(start: np.ndarray, length: int, total: int) -> np.ndarray:
+    """Returns (B, total) bool: true at [start, start + length)."""
+    offset = np.arange(total) - start[:, None]
+    return (offset >= 0) & (offset < length)
 
 
 def _counts(free: np.ndarray, size: Size) -> np.ndarray:

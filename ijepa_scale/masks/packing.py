@@ -64,16 +64,17 @@ def pack_indices(
     target_of = np.broadcast_to(target_lengths[:, None], shape).ravel()
     image_of = np.broadcast_to(np.arange(num_images), shape).ravel()
 
-    # Places within each list, and where the list begins: `starts + within` addresses every token at once.
+    # Where each predictor sequence begins, and where its two lists begin among the lists given.
+    total = context_of + target_of
+    starts = _starts(total)
     context_starts = np.broadcast_to(_starts(context_lengths.ravel()).reshape(context_lengths.shape), shape).ravel()
     target_starts = np.broadcast_to(_starts(target_lengths.ravel()).reshape(num_targets, 1, num_images), shape).ravel()
-    total = context_of + target_of
-    within = _within(total)
-    is_target = within >= np.repeat(context_of, total)
-    source = np.repeat(context_starts, total) + within
-    source[is_target] = len(context) + np.arange(target_of.sum())
+    within_target = np.arange(target_of.sum()) - np.repeat(_starts(target_of), target_of)
+    target_rows = np.repeat(starts + context_of, target_of) + within_target
+    target_list = np.repeat(target_starts, target_of) + within_target
+    source = np.arange(total.sum()) + np.repeat(context_starts - starts, total)  # right for the context tokens
+    source[target_rows] = len(context) + np.arange(len(target_rows))
 
-    target_list = np.repeat(target_starts, target_of) + _within(target_of)
     share = 1.0 / (num_images * num_targets * num_contexts * target_of)
     context_image = np.repeat(np.tile(np.arange(num_images), num_contexts), context_lengths.ravel())
     return PackedMasks(
@@ -82,7 +83,7 @@ def pack_indices(
         target_index=_tensor(np.repeat(image_of, target_of) * num_patches + targets[target_list]),
         predictor_layout=SequenceLayout.of(total.tolist()),
         predictor_source=_tensor(source),
-        target_rows=_tensor(np.flatnonzero(is_target)),
+        target_rows=_tensor(target_rows),
         weights=torch.from_numpy(np.repeat(share, target_of).astype(np.float32)),
     )
 
@@ -90,11 +91,6 @@ def pack_indices(
 def _starts(lengths: np.ndarray) -> np.ndarray:
     """Returns where each of the lists of these lengths begins when they lie one after another."""
     return np.cumsum(lengths) - lengths
-
-
-def _within(lengths: np.ndarray) -> np.ndarray:
-    """Returns 0, 1, ... within each list, for lists of these lengths one after another."""
-    return np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:
