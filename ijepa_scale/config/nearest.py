@@ -23,19 +23,25 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def nearest_dotted(key: str, known: Collection[str]) -> str | None:
-    """Returns the known dotted key nearest to `key`: in its own section first, then in any other."""
+    """Returns the known dotted key nearest to `key`, or None.
+
+    A name that stands in another section wins, then a similar one in its own section, then anywhere.
+    """
     section, _, leaf = key.rpartition(".")
-    for section_key in (section, nearest(section, {k.rpartition(".")[0] for k in known if "." in k})):
-        if section_key:
-            siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section_key]
-            near = nearest(leaf, siblings)
-            if near:
-                return f"{section_key}.{near}"
     by_leaf: dict[str, str] = {}
-    for k in known:
-        by_leaf.setdefault(k.rpartition(".")[2], k)
-    near = nearest(leaf, by_leaf)
-    return by_leaf[near] if near else nearest(key, known)
+    for each in known:
+        by_leaf.setdefault(each.rpartition(".")[2], each)
+    own = nearest(section, {each.rpartition(".")[0] for each in known if "." in each}) if section else None
+    siblings = {each.rpartition(".")[2]: each for each in known if own and each.rpartition(".")[0] == own}
+    if leaf in siblings:
+        return siblings[leaf]
+    if leaf in by_leaf:
+        return by_leaf[leaf]
+    for names in (siblings, by_leaf):
+        near = nearest(leaf, names)
+        if near:
+            return names[near]
+    return None
 
 
 def _initials(name: str) -> str | None:
