@@ -10,7 +10,6 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from ijepa_scale.augment import Augment
 from ijepa_scale.config import ObjectiveConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.ema import update_target
@@ -28,7 +27,7 @@ class TrainStep:
         self,
         engine: Engine,
         *,
-        augment: Augment,
+        augment: Callable[[Batch], Tensor],
         masks: MaskSampler,
         schedule: Callable[[int], Hyper],
         objective: ObjectiveConfig,

@@ -1,0 +1,16 @@
+"""Makes the engine that a config asks for. Floor 3."""
+
+from __future__ import annotations
+
+from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.engine.native import DdpEngine, Fsdp2Engine, PlainEngine
+from ijepa_scale.engine.protocol import Engine
+from ijepa_scale.engine.world import World
+from ijepa_scale.engine.zero import ZeroEngine
+
+_ENGINES = {"plain": PlainEngine, "ddp": DdpEngine, "fsdp2": Fsdp2Engine, "deepspeed": ZeroEngine}
+
+
+def build_engine(world: World, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
+    """Returns the engine of `config.strategy`, which has been resolved: it isn't `auto` any more."""
+    return _ENGINES[config.strategy](world, config, optimizer)

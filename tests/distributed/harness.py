@@ -1,0 +1,66 @@
+"""Runs a function on several gloo processes and returns what each returned.
+
+A fork server imports torch, deepspeed and the package once; each case then forks from it. It is
+started before this process uses any threads of its own, which a plain fork would inherit broken.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ijepa_scale import environment
+from ijepa_scale.engine.world import World, start_world, stop_world
+from ijepa_scale.environment import Launch
+
+TIMEOUT_S = 240
+
+
+class ProcessFailed(AssertionError):
+    """A process raised; the message holds its traceback."""
+
+
+def run(function: Callable[..., Any], processes: int, *args: Any, alone: bool = False) -> list[Any]:
+    """Returns [function(world, *args) of each process], in rank order."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preload"])
+    port = environment.free_port()
+    results: multiprocessing.Queue = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(results, function, rank, processes, port, alone, args), daemon=True)
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        answers = [results.get(timeout=TIMEOUT_S) for _ in workers]
+    finally:
+        for worker in workers:
+            worker.join(timeout=5)
+            if worker.is_alive():
+                worker.kill()
+    failed = [text for _, text, _ in answers if text]
+    if failed:
+        raise ProcessFailed("\n".join(failed))
+    return [pickle.loads(value) for _, _, value in sorted(answers, key=lambda a: a[0])]
+
+
+def _work(
+    results: Any, function: Callable[..., Any], rank: int, processes: int, port: int, alone: bool, args: Any
+) -> None:
+    try:
+        torch.set_num_threads(1)
+        launch = Launch(
+            rank=rank, world_size=processes, local_rank=rank, local_world_size=processes, address="127.0.0.1", port=port
+        )
+        world: World = start_world(launch, torch.device("cpu"), alone=alone)
+        value = function(world, *args)
+        results.put((rank, "", pickle.dumps(value)))  # by value: this process ends before it is read
+        stop_world()
+    except BaseException:
+        results.put((rank, f"process {rank}:\n{traceback.format_exc()}", None))

@@ -1,0 +1,207 @@
+"""The same training, number by number, under every engine."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+
+from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import ConfigError, NonFiniteError
+from tests.distributed.harness import run
+from tests.distributed.training import curve, full_state, make, masks_config, part
+
+ENGINES = {
+    "ddp": (2, {"strategy": "ddp"}),
+    "fsdp2": (2, {"strategy": "fsdp2"}),
+    "fsdp2-reshard": (2, {"strategy": "fsdp2", "reshard_after_forward": True}),
+    "hsdp": (4, {"strategy": "fsdp2", "replicas": 2}),
+    "zero1": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero1.json"}),
+    "zero2": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero2.json"}),
+    "zero3": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero3_small.json"}),
+}
+STEPS = 20
+
+
+@functools.cache
+def reference(precision: str = "fp32", clip: float | None = None) -> dict:
+    return run(curve, 1, {"strategy": "plain", "precision": precision}, {"clip_norm": clip}, {}, STEPS, alone=True)[0]
+
+
+def worst(found: dict, expected: dict, kind: str) -> float:
+    """Returns the largest difference among the state's tensors of one kind; NaN, a gap in a tensor, counts."""
+    names = {name for name in expected["state"] if name.startswith(kind)}
+    assert names and names == {name for name in found["state"] if name.startswith(kind)}
+    differences = [float((found["state"][n] - expected["state"][n]).abs().max()) for n in names]
+    return math.inf if any(math.isnan(d) for d in differences) else max(differences)
+
+
+def loss_difference(found: dict, expected: dict) -> float:
+    assert len(found["losses"]) == len(expected["losses"])
+    return max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", ENGINES)
+def test_fp32_training_equals_one_process(name: str, accumulation: int) -> None:
+    processes, engine = ENGINES[name]
+    settings = {**engine, "precision": "fp32", "accumulation": accumulation}
+    results = run(curve, processes, settings, {}, {}, STEPS)
+    expected = reference()
+    assert expected["losses"][-1] < 0.7 * expected["losses"][0]  # the comparison is of a training that moves
+    for found in results:
+        assert loss_difference(found, expected) <= 1e-5
+        assert max(abs(a - b) for a, b in zip(found["norms"], expected["norms"], strict=True)) <= 1e-5
+        assert worst(found, expected, "target.") <= 1e-6
+        assert worst(found, expected, "model.") <= 1e-5
+        assert worst(found, expected, "optimizer.exp_avg.") <= 1e-6
+        assert worst(found, expected, "optimizer.exp_avg_sq.") <= 1e-8
+
+
+# One process with accumulation, in bf16 as well: what only the engine's own arithmetic can change.
+BF16_LOSS = 2e-3  # bf16 keeps 8 bits: products differ by 2^-9 = 2e-3 of their size where sums are cut differently
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_bf16_training_stays_with_one_process(name: str) -> None:
+    processes, engine = ENGINES[name]
+    found = run(curve, processes, {**engine, "precision": "bf16"}, {}, {}, STEPS)[0]
+    expected = reference("bf16")
+    difference = loss_difference(found, expected)
+    assert difference <= BF16_LOSS
+    assert worst(found, expected, "target.") <= 5e-3
+    assert loss_difference(expected, reference("fp32")) > 0  # it did run in bf16
+
+
+def test_one_process_with_accumulation_equals_without() -> None:
+    found = run(curve, 1, {"strategy": "plain", "precision": "fp32", "accumulation": 4}, {}, {}, STEPS, alone=True)[0]
+    assert loss_difference(found, reference()) <= 1e-5
+    assert worst(found, reference(), "target.") <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero3"])
+def test_clipping_is_the_same(name: str) -> None:
+    processes, engine = ENGINES[name]
+    found = run(curve, processes, {**engine, "precision": "fp32", "accumulation": 2}, {"clip_norm": 0.1}, {}, STEPS)[0]
+    expected = reference("fp32", 0.1)
+    assert min(expected["norms"]) > 0.1  # it does clip
+    assert loss_difference(expected, reference()) > 1e-4
+    assert loss_difference(found, expected) <= 1e-5
+    assert worst(found, expected, "target.") <= 1e-6
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "zero2", "zero3"])
+def test_checkpointing_changes_nothing(name: str, mode: str) -> None:
+    processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
+    settings = {**engine, "precision": "fp32", "checkpointing": mode}
+    found = run(curve, processes, settings, {}, {}, 5, alone=name == "plain")[0]
+    assert max(abs(a - b) for a, b in zip(found["losses"], reference()["losses"][:5], strict=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize(
+    "masks", [{"context": "packed"}, {"group_size": 3}], ids=["packed", "groups-across-micro-batches"]
+)
+def test_packed_and_ragged_masks_under_engines(name: str, masks: dict) -> None:
+    processes, engine = ENGINES.get(name, (2, {"strategy": "ddp"}))
+    expected = run(curve, 1, {"strategy": "plain", "precision": "fp32"}, {}, masks, 6, alone=True)[0]
+    found = run(curve, processes, {**engine, "precision": "fp32", "accumulation": 2}, {}, masks, 6)[0]
+    assert loss_difference(found, expected) <= 1e-5
+    assert worst(found, expected, "target.") <= 1e-6
+
+
+def spoiled_step(world: World, engine: dict, accumulation: int) -> tuple[str, bool]:
+    """Returns what a NaN in one process's images raised, and whether any state moved."""
+    settings = EngineConfig(**engine, precision="fp32", accumulation=accumulation)
+    built, step = make(world, settings, OptimizerConfig(), masks_config())
+    for index in range(2):
+        step(part(index, world))
+    before = full_state(world, built)
+    try:
+        step(part(2, world, spoil=(2, world.size - 1)))
+    except NonFiniteError as error:
+        after = full_state(world, built)
+        return str(error), any(not before[name].equal(after[name]) for name in before)
+    return "", True
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", ["plain", *ENGINES])
+def test_nan_on_one_process_stops_all_before_anything_moves(name: str, accumulation: int) -> None:
+    processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
+    for message, moved in run(spoiled_step, processes, engine, accumulation, alone=name == "plain"):
+        assert f"step 2: process {processes - 1} has loss nan" in message
+        assert not moved
+
+
+def spoiled_gradient(world: World, engine: dict) -> tuple[str, bool]:
+    """Returns what an infinite gradient under a finite loss raised, and whether any state moved."""
+    built, step = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
+    step(part(0, world))
+    before = full_state(world, built)
+    backward = built.backward
+    built.backward = lambda loss: backward(loss * 1e38 * 1e38 if world.rank == 0 else loss)  # type: ignore[method-assign]
+    record = built._record.check  # type: ignore[attr-defined]
+    built._record.check = lambda step, loss, *also: record(step, loss.new_zeros(()), *also)  # type: ignore[attr-defined]
+    try:
+        step(part(1, world))
+    except NonFiniteError as error:
+        after = full_state(world, built)
+        return str(error), any(not before[name].equal(after[name]) for name in before)
+    return "", True
+
+
+@pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_infinite_gradient_under_a_finite_loss_moves_nothing(name: str) -> None:
+    processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
+    for message, moved in run(spoiled_gradient, processes, engine, alone=name == "plain"):
+        assert "the gradient norm is" in message and "step 1" in message
+        assert not moved
+
+
+def target_follows_its_shards(world: World, engine: dict) -> float:
+    """Returns how much the target's output moves when its shards do."""
+    built, _ = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
+    images = part(0, world).canvas.float()
+    before = built.target(images).clone()
+    for shard in built.local_shards()[0]:
+        shard.mul_(1.5)
+    built.target_updated()
+    return float((built.target(images) - before).abs().max())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_targets_output_follows_its_shards(name: str) -> None:
+    processes, engine = ENGINES[name]
+    assert all(change > 0.1 for change in run(target_follows_its_shards, processes, engine))
+
+
+def sharded_elements(world: World, engine: dict) -> tuple[int, int, int]:
+    """Returns the elements of the target's local shards, of its pieces here, and of the full target."""
+    built, step = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
+    step(part(0, world))
+    pieces = [p for p in built.pieces() if p.name.startswith("target.")]
+    full = sum(math.prod(p.shape) for p in pieces)
+    return sum(s.numel() for s in built.local_shards()[0]), sum(p.tensor.numel() for p in pieces), full
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "zero3"])
+def test_sharded_engines_hold_a_part_of_the_target(name: str) -> None:
+    processes, engine = ENGINES[name]
+    results = run(sharded_elements, processes, engine)
+    assert all(abs(local / full - 0.5) < 0.02 and local == pieces for local, pieces, full in results)
+
+
+def plain_on_two(world: World) -> str:
+    try:
+        make(world, EngineConfig(strategy="plain"), OptimizerConfig(), masks_config())
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_plain_refuses_two_processes() -> None:
+    assert all("engine.strategy is plain but 2 processes are running" in text for text in run(plain_on_two, 2))
