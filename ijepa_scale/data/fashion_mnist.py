@@ -150,7 +150,7 @@ def load(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def write_fashion_mnist_shards(
     source: str | Path, to: str | Path, *, train_shards: int = 4, test_shards: int = 1
 ) -> Path:
-    """Returns `to`, which then holds train-0000.tar …, test-0000.tar …, classes.txt and a manifest.
+    """Returns `to`, which then holds train/0000.tar …, test/0000.tar …, classes.txt and a manifest.
 
     Images are lossless grey PNG files, labels `.cls`. Shards are written under a temporary name, the
     manifest last; where it is there and its shards have their sizes, nothing is done.
@@ -160,16 +160,18 @@ def write_fashion_mnist_shards(
     """
     source, to = Path(source), Path(to)
     names = {
-        split: [f"{split}-{shard:04d}.tar" for shard in range(count)]
+        split: [f"{split}/{shard:04d}.tar" for shard in range(count)]
         for split, count in (("train", train_shards), ("test", test_shards))
     }
     wanted = [name for part in names.values() for name in part]
     if _complete(to, wanted):
         return to
-    foreign = sorted(path.name for path in to.glob("*.tar") if path.name not in wanted)
+    found = (path.relative_to(to).as_posix() for path in to.rglob("*.tar"))
+    foreign = sorted(name for name in found if name not in wanted)
     if foreign:
         raise DataError(f"{to} holds {foreign[0]}, which isn't one of {', '.join(wanted)}; delete it or choose another")
-    to.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        (to / split).mkdir(parents=True, exist_ok=True)
     (to / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
         images, labels = load(source, split)

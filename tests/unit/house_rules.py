@@ -303,7 +303,7 @@ UNWANTED = re.compile(
 
 
 def tells_how_it_was_made(path: str, text: str) -> list[str]:
-    """Words about assistants and tools, and one machine's paths, in any text file."""
+    """Words about tools, and one machine's paths, in any text file."""
     return [
         f"{path}:{number}: {match[0]!r} doesn't belong here"
         for number, line in enumerate(text.splitlines(), start=1)

@@ -56,20 +56,20 @@ def read_shards(folder: Path, pattern: str) -> list[tuple[np.ndarray, int]]:
 
 def test_shards_hold_every_image_and_label(source, tmp_path):
     to = write_fashion_mnist_shards(fetch(source), tmp_path / "shards", train_shards=3, test_shards=1)
-    assert sorted(path.name for path in to.iterdir()) == [
-        "classes.txt", "manifest.json", "test-0000.tar", "train-0000.tar", "train-0001.tar", "train-0002.tar",
+    assert sorted(str(path.relative_to(to)) for path in to.rglob("*.*")) == [
+        "classes.txt", "manifest.json", "test/0000.tar", "train/0000.tar", "train/0001.tar", "train/0002.tar",
     ]  # fmt: skip
     assert (to / "classes.txt").read_text().splitlines()[9] == "Ankle boot"
     for split in ("train", "test"):
         images, labels = load(source, split)
-        samples = read_shards(to, f"{split}-*.tar")
+        samples = read_shards(to, f"{split}/*.tar")
         assert [label for _, label in samples] == labels.tolist()
         assert all(np.array_equal(image, expected) for (image, _), expected in zip(samples, images, strict=True))
 
 
 def test_shards_are_written_once_and_mended(source, tmp_path):
     to = write_fashion_mnist_shards(source, tmp_path / "shards", train_shards=2)
-    first = to / "train-0000.tar"
+    first = to / "train/0000.tar"
     content, inode = first.read_bytes(), first.stat().st_ino
     write_fashion_mnist_shards(source, to, train_shards=2)
     assert first.stat().st_ino == inode  # untouched
@@ -85,7 +85,7 @@ def test_shards_of_another_kind_are_left_alone(source, tmp_path):
     to = tmp_path / "shards"
     to.mkdir()
     (to / "mine.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"holds mine.tar, which isn't one of train-0000.tar, .*delete it or choose"):
+    with pytest.raises(DataError, match=r"holds mine.tar, which isn't one of train/0000.tar, .*delete it or choose"):
         write_fashion_mnist_shards(source, to)
     assert [path.name for path in to.iterdir()] == ["mine.tar"]
 

@@ -1,0 +1,83 @@
+"""The k-nearest-neighbour check of the target encoder while it is being trained. Floor 4."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ijepa_scale.config.schema import EvaluateConfig
+from ijepa_scale.data.evaluation import EvalReader, spread
+from ijepa_scale.data.source import SampleSource, build_source
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.features import Forward, extract_features, gather_features, local_ids
+from ijepa_scale.evaluate.knn import knn_accuracy
+
+
+class OnlineKnn:
+    """Accuracy of nearest neighbours between features of `evaluate.train` and `evaluate.test`.
+
+    Sources are opened and labels checked here, before the training starts. Each process encodes its part
+    of the images; the figure is the same on all processes, and for any number of them.
+    """
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        image_size: tuple[int, int],
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        world: World,
+    ) -> None:
+        self._config = config
+        self._image_size = image_size
+        self._normalisation = {"mean": mean, "std": std}
+        self._world = world
+        self._train = _Split("evaluate.train", config.reader, config.train, config.max_train)
+        self._test = _Split("evaluate.test", config.reader, config.test, config.max_test)
+        self._num_classes = int(max(self._train.labels.max(), self._test.labels.max())) + 1
+
+    def run(self, forward: Forward) -> float:
+        """Returns the accuracy, 0 to 1, of `forward` (images -> patch tokens) on the test images.
+
+        Synchronises and communicates: all processes call it together.
+        """
+        return knn_accuracy(
+            self._features(forward, self._train),
+            self._train.labels.to(self._world.device),
+            self._features(forward, self._test),
+            self._test.labels.to(self._world.device),
+            neighbors=self._config.neighbors,
+            temperature=self._config.temperature,
+            num_classes=self._num_classes,
+        )
+
+    def _features(self, forward: Forward, split: _Split) -> Tensor:
+        """Returns the features of all images of a split, in order."""
+        world = self._world
+        reader = EvalReader(
+            split.source,
+            self._image_size,
+            ids=local_ids(split.ids, world.rank, world.size),
+            batch_size=self._config.batch_size,
+            **self._normalisation,
+        )
+        return gather_features(extract_features(forward, reader, world.device), world.gather, len(split.ids))
+
+
+class _Split:
+    """The images chosen of a labelled set, evenly spread over it, and their labels."""
+
+    def __init__(self, name: str, reader: str, pattern: str | None, most: int) -> None:
+        self.source: SampleSource = build_source(reader, pattern)
+        self.ids: np.ndarray = spread(self.source.num_samples, most)
+        self.labels = torch.tensor([self.source.label(int(sample)) for sample in self.ids])
+        unlabelled = int((self.labels < 0).sum())
+        if unlabelled:
+            first = self.source.name(int(self.ids[int((self.labels < 0).nonzero()[0])]))
+            raise DataError(
+                f"{name}: {unlabelled} of {len(self.ids)} images have no label (the first is {first}); "
+                "give labelled images, or set evaluate.every=0"
+            )
