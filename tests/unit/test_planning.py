@@ -7,15 +7,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_scale.config import ModelConfig
+from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.masks import DenseMasks
+from ijepa_scale.masks import DenseMasks, MaskSampler
 from ijepa_scale.models import build_jepa, build_target
 from ijepa_scale.planning.architectures import ARCHITECTURES, resolve
 from ijepa_scale.planning.flops import encoder_forward_flops, mask_flops, train_flops
 from ijepa_scale.planning.hardware import peak_flops
-from ijepa_scale.planning.memory import choose_strategy, state_bytes
+from ijepa_scale.planning.memory import state_bytes
 from ijepa_scale.planning.parameters import count_parameters
+from ijepa_scale.planning.strategy import choose_strategy, resolve_engine
 
 HUGE14 = ModelConfig(name="vit_huge", patch_size=14)
 HUGE16_448 = ModelConfig(name="vit_huge", image_size=448)
@@ -150,9 +151,6 @@ def test_flops_of_masks_are_those_of_their_lengths() -> None:
 
 
 def test_packed_masks_cost_what_their_dense_equals_do() -> None:
-    from ijepa_scale.config import MaskConfig
-    from ijepa_scale.masks import MaskSampler
-
     model = ModelConfig(name="vit_tiny")
     sampler = MaskSampler(MaskConfig(context="packed", group_size=4), model.grid, seed=0)
     masks = sampler(0, 0, 4, 4)
@@ -253,6 +251,17 @@ def test_the_reason_carries_the_numbers() -> None:
 def test_unknown_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="device_memory_bytes is None; give the bytes of one cuda device"):
         choose_strategy(HUGE14, world=2, processes_per_node=2, device="cuda", device_memory_bytes=None)
+
+
+def test_auto_is_replaced_in_the_engines_configuration() -> None:
+    where = {"world": 16, "processes_per_node": 8, "device": "cuda", "device_memory_bytes": 24e9}
+    resolved, reason = resolve_engine(EngineConfig(accumulation=2), HUGE14, **where)
+    assert resolved == EngineConfig(strategy="fsdp2", replicas=2, accumulation=2)
+    assert reason.startswith("13.0 GB of replicated states are over 40% of 24 GB")
+    named = EngineConfig(strategy="ddp")
+    assert resolve_engine(named, HUGE14, **where) == (named, "strategy ddp as configured")
+    resolved, reason = resolve_engine(EngineConfig(ds_config="z.json"), HUGE14, **where)
+    assert resolved.strategy == "deepspeed" and reason == "ds_config names z.json"
 
 
 def test_resolve_applies_overrides() -> None:

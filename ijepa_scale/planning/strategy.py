@@ -1,0 +1,89 @@
+"""What `engine.strategy: auto` becomes, and why. Floor 1: formulas, asks no device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ijepa_scale.config.schema import EngineConfig, ModelConfig
+from ijepa_scale.planning.memory import state_bytes
+
+STATES_SHARE = 0.4  # of a device's memory; the rest is for activations, buffers and fragmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The engine that was chosen."""
+
+    strategy: str  # plain | ddp | fsdp2
+    reason: str  # with the numbers, for the log
+    reshard_after_forward: bool = False  # fsdp2
+    replicas: int = 1  # fsdp2: groups of processes that each hold everything (HSDP)
+
+
+def choose_strategy(
+    model: ModelConfig, *, world: int, processes_per_node: int, device: str, device_memory_bytes: float | None
+) -> Choice:
+    """Returns the fastest engine whose states take at most 40% of a device's memory, and why.
+
+    `device` is "cpu" or "cuda"; `device_memory_bytes` isn't read on the CPU or for one process. Sharding
+    stays inside a node where that is enough, so that only gradients cross the network.
+    """
+    if world == 1:
+        return Choice(strategy="plain", reason="one process")
+    if device == "cpu":
+        return Choice(strategy="ddp", reason=f"{world} processes on CPUs, which share the host's memory")
+    if not device_memory_bytes:
+        raise ValueError(f"device_memory_bytes is {device_memory_bytes}; give the bytes of one {device} device")
+    room = STATES_SHARE * device_memory_bytes
+    limit = f"{STATES_SHARE:.0%} of {device_memory_bytes / 1e9:.0f} GB"
+    replicated = state_bytes(model, "ddp").total
+    if replicated <= room:
+        return Choice(strategy="ddp", reason=f"{replicated / 1e9:.1f} GB of replicated states are within {limit}")
+    nodes = world // processes_per_node if world % processes_per_node == 0 and processes_per_node > 1 else 1
+    for reshard in (False, True):
+        for replicas in dict.fromkeys((nodes, 1)):
+            sharded = state_bytes(model, "fsdp2", world=world, replicas=replicas, reshard_after_forward=reshard).total
+            if sharded <= room or (reshard and replicas == 1):
+                verdict = "are within" if sharded <= room else "are the least there is, but over"
+                reason = (
+                    f"{replicated / 1e9:.1f} GB of replicated states are over {limit}; sharded over "
+                    f"{world // replicas} processes, weights {'resharded' if reshard else 'kept'} after forward, "
+                    f"{sharded / 1e9:.1f} GB {verdict} it"
+                )
+                return Choice(strategy="fsdp2", reason=reason, reshard_after_forward=reshard, replicas=replicas)
+    raise AssertionError("the last alternative is always taken")
+
+
+def resolve_engine(
+    engine: EngineConfig,
+    model: ModelConfig,
+    *,
+    world: int,
+    processes_per_node: int,
+    device: str,
+    device_memory_bytes: float | None,
+) -> tuple[EngineConfig, str]:
+    """Returns the engine's configuration with `strategy: auto` replaced, and the reason for the log.
+
+    A configuration that names a DeepSpeed file gets DeepSpeed; one that names a strategy is returned as
+    it is. The other arguments are those of `choose_strategy`.
+    """
+    if engine.strategy != "auto":
+        return engine, f"strategy {engine.strategy} as configured"
+    if engine.ds_config is not None:
+        return dataclasses.replace(engine, strategy="deepspeed"), f"ds_config names {engine.ds_config}"
+    choice = choose_strategy(
+        model,
+        world=world,
+        processes_per_node=processes_per_node,
+        device=device,
+        device_memory_bytes=device_memory_bytes,
+    )
+    resolved = dataclasses.replace(
+        engine,
+        strategy=choice.strategy,
+        reshard_after_forward=choice.reshard_after_forward,
+        replicas=choice.replicas,
+    )
+    return resolved, choice.reason
