@@ -52,6 +52,7 @@ class ZeroEngine:
         self.world = world
         self._config = config
         self._optimizer_config = optimizer
+        environment.export_accelerator(world.device.type)  # checking the file imports deepspeed, which picks one
         self._plan = load_ds_config(config.ds_config)
         self._record = LossRecord(world)
         self._autocast = torch.autocast(
