@@ -1,1 +1,1 @@
-"""TODO"""
+"""Training: one step, one loop. Floor 4."""

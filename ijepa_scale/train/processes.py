@@ -1,0 +1,84 @@
+"""Starts what a launch script runs: in this process, in children, or where a launcher put it. Floor 4."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from ijepa_scale import environment
+from ijepa_scale.config import EngineConfig
+from ijepa_scale.engine.world import World, choose_device, start_world, stop_world
+from ijepa_scale.environment import Launch
+from ijepa_scale.errors import ConfigError, UserError
+
+Main = Callable[[Any, Launch, torch.device], None]
+
+USER_ERROR_CODE = 2
+
+
+def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | None, processes: int | None) -> None:
+    """Runs `main(options, launch, device)` once per process of the run, and exits with 2 on a user's error.
+
+    `devices` starts a child process per device, `processes` that many; without either this process is
+    the one that torchrun, deepspeed or srun started, or alone. `main` is importable by name.
+    """
+    with user_errors(0):
+        launch = environment.detect_launch()
+    with user_errors(launch.rank):
+        count = len(devices) if devices else processes
+        if count is None:
+            _set_threads(launch)
+            main(options, launch, choose_device(engine, launch))
+            return
+        if launch.world_size > 1:
+            raise ConfigError(
+                f"--devices and --processes start processes, but {launch.launcher} has started {launch.world_size} "
+                "already; drop the flag or the launcher"
+            )
+        if count < 1:
+            raise ConfigError(f"--processes is {count}; give at least 1")
+    port = environment.free_port()
+    environment.default_threads(count)
+    try:
+        multiprocessing.spawn(_child, (main, options, engine, devices, count, port), nprocs=count)
+    except multiprocessing.ProcessExitedException as error:
+        sys.exit(error.exit_code)
+
+
+def _child(
+    rank: int, main: Main, options: Any, engine: EngineConfig, devices: list[str] | None, count: int, port: int
+) -> None:
+    with user_errors(rank):
+        launch = Launch(
+            rank=rank, world_size=count, local_rank=rank, local_world_size=count, address="127.0.0.1", port=port
+        )
+        _set_threads(launch)
+        main(options, launch, choose_device(engine, launch, devices[rank] if devices else None))
+
+
+def _set_threads(launch: Launch) -> None:
+    """Gives each process its share of the cores: PyTorch would give each of them all."""
+    if launch.local_world_size > 1 and environment.threads() is None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
+
+
+@contextlib.contextmanager
+def world_of(launch: Launch, device: torch.device, *, alone: bool) -> Iterator[World]:
+    """Yields the world and takes it down; not after an error, when the others may wait in a collective."""
+    yield start_world(launch, device, alone=alone)
+    stop_world()
+
+
+@contextlib.contextmanager
+def user_errors(rank: int) -> Iterator[None]:
+    """Prints a user's error as text, without a traceback, and exits with code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error (process {rank}): {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_CODE)
