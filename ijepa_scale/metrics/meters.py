@@ -60,7 +60,8 @@ class Meters:
         self._counts[name] = self._counts.get(name, 0) + count
 
     def timed(self, batches: Iterable) -> Iterator:
-        """Yields from `batches`, timing `next()` itself as the wait for data."""
+        """Yields from `batches`, timing `next()` itself as the wait for data. The time of the first row begins here."""
+        self._reset_timers()
         iterator = iter(batches)
         while True:
             before = self._clock()

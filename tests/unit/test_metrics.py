@@ -65,6 +65,7 @@ def test_meters_time_waiting_and_steps_without_pauses():
             yield number
 
     meters = Meters("cpu", clock)
+    clock.now_s += 50.0  # whatever comes before the first batch
     for _ in meters.timed(batches()):
         clock.now_s += 0.75  # the step
         meters.end_step()

@@ -1,0 +1,67 @@
+"""What a pretraining run came to, read from its rows. Floor 4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ijepa_scale.errors import DataError
+from ijepa_scale.metrics.sinks import JSONL_NAME, read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The ends of a run's curves. kNN accuracies are from 0 to 1, None where they weren't measured."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    knn: float | None
+    knn_untrained: float | None
+    training_s: float  # evaluation and checkpoints left out
+
+    def lines(self) -> list[str]:
+        """Returns the summary as text, one finding a line."""
+        lines = [f"loss      {self.first_loss:.4f} -> {self.last_loss:.4f} after {self.steps} steps"]
+        if self.knn is not None and self.knn_untrained is not None:
+            gain = 100 * (self.knn - self.knn_untrained)
+            lines.append(
+                f"kNN       {100 * self.knn_untrained:.1f}% untrained -> {100 * self.knn:.1f}% trained "
+                f"({gain:+.1f} points, held-out images)"
+            )
+        return [*lines, f"training  {self.training_s:.0f} s"]
+
+
+def summarize(folder: str | Path) -> Summary:
+    """Returns the summary of a run folder.
+
+    Raises:
+        DataError: the folder's metrics hold no row with a loss.
+    """
+    path = Path(folder) / JSONL_NAME
+    rows = read_rows(path)
+    trained = [row for row in rows if row.get("loss") is not None]
+    if not trained:
+        raise DataError(f"{path} holds {len(rows)} rows and no loss; train at least logging.every steps first")
+    return Summary(
+        steps=trained[-1]["step"],
+        first_loss=trained[0]["loss"],
+        last_loss=trained[-1]["loss"],
+        knn=_last(rows, "knn"),
+        knn_untrained=_last(rows, "knn_untrained"),
+        training_s=_training_s(trained),
+    )
+
+
+def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return values[-1] if values else None
+
+
+def _training_s(rows: Sequence[dict[str, Any]]) -> float:
+    """Returns the seconds that the steps took: each row's step time counts for the steps since the row before."""
+    steps = [0, *(row["step"] for row in rows)]
+    pairs = zip(rows, steps, strict=False)
+    return sum((row["step"] - before) * (row.get("step_ms") or 0.0) for row, before in pairs) / 1e3
