@@ -83,7 +83,7 @@ def resolve_engine(
     resolved = dataclasses.replace(
         engine,
         strategy=choice.strategy,
-        reshard_after_forward=choice.reshard_after_forward,
+        reshard_after_forward=choice.reshard_after_forward or engine.reshard_after_forward,
         replicas=choice.replicas,
     )
     return resolved, choice.reason

@@ -26,7 +26,7 @@ from ijepa_scale.masks import MaskSampler
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models.registry import build_jepa, build_target
 from ijepa_scale.planning.hardware import peak_flops
-from ijepa_scale.planning.memory import choose_strategy
+from ijepa_scale.planning.strategy import resolve_engine
 from ijepa_scale.schedules import Schedule
 from ijepa_scale.train.step import TrainStep
 
@@ -105,27 +105,17 @@ def _plain(value: Any) -> Any:
 
 def with_strategy(config: PretrainConfig, launch: Launch, device: torch.device) -> PretrainConfig:
     """Returns the configuration with `engine.strategy: auto` replaced, and logs the choice with its reason."""
-    engine = config.engine
-    if engine.strategy != "auto":
-        return config
-    if engine.ds_config is not None:
-        return dataclasses.replace(config, engine=dataclasses.replace(engine, strategy="deepspeed"))
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    choice = choose_strategy(
+    engine, reason = resolve_engine(
+        config.engine,
         config.model,
         world=launch.world_size,
         processes_per_node=launch.local_world_size,
         device=device.type,
         device_memory_bytes=memory,
     )
-    logger.info("engine.strategy auto is %s: %s", choice.strategy, choice.reason)
-    chosen = dataclasses.replace(
-        engine,
-        strategy=choice.strategy,
-        reshard_after_forward=choice.reshard_after_forward or engine.reshard_after_forward,
-        replicas=choice.replicas,
-    )
-    return dataclasses.replace(config, engine=chosen)
+    logger.info("engine.strategy is %s: %s", engine.strategy, reason)
+    return dataclasses.replace(config, engine=engine)
 
 
 def global_batch(config: PretrainConfig, processes: int) -> int:
