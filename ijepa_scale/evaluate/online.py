@@ -9,8 +9,9 @@ from torch import Tensor
 from ijepa_scale.config.schema import EvaluateConfig
 from ijepa_scale.data.evaluation import EvalReader, spread
 from ijepa_scale.data.source import SampleSource, build_source
+from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
-from ijepa_scale.evaluate.features import Forward, Gather, extract_features, gather_features, local_ids
+from ijepa_scale.evaluate.features import Forward, extract_features, gather_features, local_ids
 from ijepa_scale.evaluate.knn import knn_accuracy
 
 
@@ -18,8 +19,7 @@ class OnlineKnn:
     """Accuracy of nearest neighbours between features of `evaluate.train` and `evaluate.test`.
 
     Sources are opened and labels checked here, before the training starts. Each process encodes its part
-    of the images; the figure is the same on all processes, and for any number of them. `world` counts the
-    processes and `gather` is that of `Gather`.
+    of the images; the figure is the same on all processes, and for any number of them.
     """
 
     def __init__(
@@ -29,15 +29,12 @@ class OnlineKnn:
         *,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        rank: int,
-        world: int,
-        device: torch.device,
-        gather: Gather,
+        world: World,
     ) -> None:
         self._config = config
         self._image_size = image_size
         self._normalisation = {"mean": mean, "std": std}
-        self._rank, self._world, self._device, self._gather = rank, world, device, gather
+        self._world = world
         self._train = _Split("evaluate.train", config.reader, config.train, config.max_train)
         self._test = _Split("evaluate.test", config.reader, config.test, config.max_test)
         self._num_classes = int(max(self._train.labels.max(), self._test.labels.max())) + 1
@@ -49,9 +46,9 @@ class OnlineKnn:
         """
         return knn_accuracy(
             self._features(forward, self._train),
-            self._train.labels.to(self._device),
+            self._train.labels.to(self._world.device),
             self._features(forward, self._test),
-            self._test.labels.to(self._device),
+            self._test.labels.to(self._world.device),
             neighbors=self._config.neighbors,
             temperature=self._config.temperature,
             num_classes=self._num_classes,
@@ -62,11 +59,13 @@ class OnlineKnn:
         reader = EvalReader(
             split.source,
             self._image_size,
-            ids=local_ids(split.ids, self._rank, self._world),
+            ids=local_ids(split.ids, self._world.rank, self._world.size),
             batch_size=self._config.batch_size,
             **self._normalisation,
         )
-        return gather_features(extract_features(forward, reader, self._device), self._gather, len(split.ids))
+        return gather_features(
+            extract_features(forward, reader, self._world.device), self._world.gather, len(split.ids)
+        )
 
 
 class _Split:

@@ -9,19 +9,14 @@ from PIL import Image
 from ijepa_scale.config.schema import EvaluateConfig
 from ijepa_scale.data.evaluation import EvalReader
 from ijepa_scale.data.source import build_source
+from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.features import extract_features, gather_features, local_ids
 from ijepa_scale.evaluate.online import OnlineKnn
 
 CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)
 NORMALISATION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-
-
-def gather_alone(tensor):
-    return tensor[None]
-
-
-ALONE = {"rank": 0, "world": 1, "device": CPU, "gather": gather_alone}
 
 
 def write_shard(folder, name, count, *, labelled=True):
@@ -73,7 +68,7 @@ def test_features_of_several_processes_equal_those_of_one(tmp_path):
         reader = EvalReader(source, (8, 8), ids=local_ids(ids, rank, world), batch_size=3, **NORMALISATION)
         return extract_features(tokens, reader, CPU)
 
-    alone = gather_features(part(0, 1), gather_alone, 11)
+    alone = gather_features(part(0, 1), ALONE.gather, 11)
     together = gather_features(part(0, 4), lambda _: torch.stack([part(rank, 4) for rank in range(4)]), 11)
     assert alone.shape == (11, 3) and torch.equal(alone, together)
 
@@ -83,7 +78,7 @@ def test_accuracy_of_an_encoder_that_sees_and_of_one_that_does_not(tmp_path):
         train=write_shard(tmp_path / "train", "train", 30), test=write_shard(tmp_path / "test", "test", 12),
         max_train=24, batch_size=5, neighbors=3,
     )  # fmt: skip
-    online = OnlineKnn(config, (8, 8), **ALONE, **NORMALISATION)
+    online = OnlineKnn(config, (8, 8), world=ALONE, **NORMALISATION)
     assert online.run(tokens) == 1.0
     assert online.run(lambda images: torch.ones(len(images), 4, 2)) == pytest.approx(1 / 3)
 
@@ -94,4 +89,4 @@ def test_unlabelled_images_are_refused_before_the_start(tmp_path):
         test=write_shard(tmp_path / "test", "test", 6, labelled=False),
     )
     with pytest.raises(DataError, match=r"evaluate.test: 6 of 6 images have no label \(the first is .*test.tar:0000"):
-        OnlineKnn(config, (8, 8), **ALONE, **NORMALISATION)
+        OnlineKnn(config, (8, 8), world=ALONE, **NORMALISATION)
