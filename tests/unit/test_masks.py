@@ -142,6 +142,17 @@ def test_the_same_call_gives_the_same_masks_and_seed_and_step_change_them() -> N
     assert places(0, 0) != places(0, 1)
 
 
+@pytest.mark.parametrize("name", ["multiblock", "reference"])
+def test_a_sampler_remembers_nothing_that_shows(name) -> None:
+    config, calls = MaskConfig(sampler=name, group_size=4), [(0, 0), (1, 0), (0, 4), (7, 8), (0, 0), (1, 4), (0, 0)]
+    used = MaskSampler(config, (14, 14), seed=0)
+    for step, first in calls:
+        masks, fresh = used(step, first, 2, 12), MaskSampler(config, (14, 14), seed=0)(step, first, 2, 12)
+        assert torch.equal(masks.context, fresh.context) and torch.equal(masks.targets, fresh.targets)
+        masks.context.zero_()  # what a caller does to his masks stays his
+        masks.targets.zero_()
+
+
 def test_global_generators_are_neither_read_nor_moved() -> None:
     for name in ("multiblock", "reference"):
         sampler = MaskSampler(MaskConfig(sampler=name), (14, 14), seed=0)
@@ -194,6 +205,8 @@ def test_a_context_block_of_scale_one_is_the_whole_image_on_any_grid() -> None:
     for grid in ((16, 16), (8, 20), (24, 10)):
         config = MaskConfig(context_scale=(1.0, 1.0), min_keep=3)
         assert possible_sizes(config, grid).contexts == {grid}
+    half = MaskConfig(context_scale=(0.5, 0.5), min_keep=3)
+    assert possible_sizes(half, (8, 20)).contexts == {(6, 14)}  # 80 patches in the grid's own shape
 
 
 def test_a_side_cut_by_the_grid_lengthens_the_other() -> None:
