@@ -18,7 +18,7 @@ class Batch:
     and everything after it runs on the device. Host arrays key those later draws.
     """
 
-    canvas: Tensor  # (B, 3, Hc, Wc) uint8: each crop at the top left, the rest undefined
+    canvas: Tensor  # (B, 3, Hc, Wc) uint8: each crop at the top left, the rest undefined; channels last in memory
     sizes: np.ndarray  # (B, 2) int64, host: height and width of each crop, pixels
     sample_ids: np.ndarray  # (B,) int64, host: the sample's number in the whole set
     labels: Tensor  # (B,) int64; -1 where there is none

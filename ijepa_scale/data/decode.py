@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +24,8 @@ CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform numbers that one sample's crop takes
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _REDUCTIONS = (8, 4, 2)
-_FAILURES = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, IndexError, KeyError, TypeError, MemoryError)
+# What PIL's decoders raise on damaged bytes.
+_FAILURES = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -96,13 +99,12 @@ def decode_crop(
         decoded_by = next((step for step in _REDUCTIONS if step <= factor), 1)
         pixels = _decode_jpeg(data, size, decoded_by)
         if pixels is not None:
-            return _cut(pixels, box, decoded_by, factor // decoded_by)
+            return _cut(pixels, _coarse(box, size, factor), factor // decoded_by)
     image = _open(data)
-    box = choose_box(image.height, image.width, draws, scale, ratio)
-    top, left, h, w = box
+    size = (image.height, image.width)
+    box = choose_box(*size, draws, scale, ratio)
     factor = _reduction(box, output)
-    region = (left, top, left + w, top + h)
-    return np.asarray(image.reduce(factor, box=region) if factor > 1 else image.crop(region))
+    return _cut(np.asarray(image), _coarse(box, size, factor), factor)
 
 
 def _reduction(box: Box, output: tuple[int, int]) -> int:
@@ -111,15 +113,19 @@ def _reduction(box: Box, output: tuple[int, int]) -> int:
     return 1 << (room.bit_length() - 1) if room > 1 else 1
 
 
-def _cut(pixels: np.ndarray, box: Box, decoded_by: int, factor: int) -> np.ndarray:
-    """Returns the crop `box` (in full-size pixels) of an image decoded at 1 / decoded_by, reduced by `factor` more."""
-    height, width = pixels.shape[:2]
-    h = min(height, max(1, round(box[2] / decoded_by)))
-    w = min(width, max(1, round(box[3] / decoded_by)))
-    top = min(height - h, round(box[0] / decoded_by))
-    left = min(width - w, round(box[1] / decoded_by))
+def _coarse(box: Box, size: tuple[int, int], factor: int) -> Box:
+    """Returns `box` in blocks of factor x factor pixels, its edges rounded to whole ones inside the image."""
+    h, w = (max(1, round(side / factor)) for side in box[2:])
+    top = min(-(-size[0] // factor) - h, round(box[0] / factor))
+    left = min(-(-size[1] // factor) - w, round(box[1] / factor))
+    return top, left, h, w
+
+
+def _cut(pixels: np.ndarray, box: Box, factor: int) -> np.ndarray:
+    """Returns the crop `box`, in blocks of factor x factor of these pixels, each block averaged to one pixel."""
+    top, left, h, w = (number * factor for number in box)
     crop = pixels[top : top + h, left : left + w]
-    return crop if factor == 1 else np.asarray(Image.fromarray(crop).reduce(factor))
+    return np.asarray(Image.fromarray(crop).reduce(factor)) if factor > 1 else crop
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -128,7 +134,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: a subsampling that simplejpeg has no name for
         return None
     return (height, width) if space in ("YCbCr", "RGB", "Gray") else None  # CMYK: through PIL
 
@@ -138,7 +144,10 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], factor: int) -> np.ndarray 
     height, width = -(-size[0] // factor), -(-size[1] // factor)
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=factor)
-    except ValueError:  # also for what PIL only warns of: stray bytes between markers, of which ImageNet has some
+    except (
+        ValueError,
+        KeyError,
+    ):  # also for what PIL only warns of: stray bytes between markers, of which ImageNet has some
         return None
     return pixels if pixels.shape[:2] == (height, width) else None
 

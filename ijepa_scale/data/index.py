@@ -14,6 +14,7 @@ import re
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def _load(path: Path, status: os.stat_result) -> ShardIndex | None:
             keys = Names(arrays["key_bytes"].astype(np.uint8), arrays["key_ends"].astype(np.int64))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("index %s is damaged (%s); scanning the tar again", kept, error)
         return None
     one_length = len({len(offsets), len(sizes), len(labels), len(keys)}) == 1

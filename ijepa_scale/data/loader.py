@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _REPLACEMENTS = 8  # other samples tried in the place of a bad one
 _SEEN_BEFORE_STOP = 1000  # samples over which the bad share is judged first
+_WHOLE_BATCH = 8  # images: a batch of at least so many that is bad throughout ends the run at once
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class TrainLoader:
         self.num_bad += len(item.bad)
         fraction = self.num_bad / self.num_seen
         judged = self.num_seen >= _SEEN_BEFORE_STOP or self._max_bad_fraction == 0
-        if item.bad and ((judged and fraction > self._max_bad_fraction) or len(item.bad) >= self._images_per_step):
+        whole = len(item.bad) == self._images_per_step >= _WHOLE_BATCH
+        if item.bad and (whole or (judged and fraction > self._max_bad_fraction)):
             last = item.bad[-1]
             raise DataError(
                 f"{self.num_bad} of {self.num_seen} samples couldn't be decoded, over data.max_bad_fraction "

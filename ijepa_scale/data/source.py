@@ -29,7 +29,6 @@ class SampleSource(Protocol):
     num_samples: int
     shard_sizes: np.ndarray  # (S,) int64, sum = num_samples: samples that lie close together
     fingerprint: str  # changes when the list of samples does, and not when the files move
-    classes: list[str] | None  # names of the labels, where they are known
 
     def read(self, sample_id: int) -> bytes | np.ndarray:
         """Returns the encoded image, or its pixels (H, W, 3) uint8 where there is nothing to decode."""
@@ -50,7 +49,6 @@ class ShardSource:
         self._shards = [index_tar(path) for path in paths]
         self.shard_sizes = np.array([len(shard) for shard in self._shards], dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
-        self.classes: list[str] | None = None
         self.fingerprint = _shard_fingerprint(self._shards)
         self._ends = np.cumsum(self.shard_sizes)
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor of this process
@@ -121,7 +119,7 @@ class ImageFolderSource:
 
     def __init__(self, root: str | Path) -> None:
         self.root = _class_root(Path(root))
-        self.classes: list[str] | None = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
+        self.classes = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
         names: list[str] = []
         counts: list[int] = []
         for name in self.classes:
@@ -134,7 +132,7 @@ class ImageFolderSource:
             counts.append(len(found))
         if not names:
             raise DataError(
-                f"folder {self.root} holds no class folders; give ROOT or ROOT/train with ROOT/train/CLASS/*.jpg"
+                f"folder {self.root} holds no class folders; give the folder with CLASS/*.jpg in it, or its parent"
             )
         self._names = Names.of(names)
         self._class_ends = np.cumsum(counts)
@@ -175,7 +173,6 @@ class SyntheticSource:
         self.num_samples = num_samples
         full, rest = divmod(num_samples, self._SHARD)
         self.shard_sizes = np.array([self._SHARD] * full + [rest] * bool(rest), dtype=np.int64)
-        self.classes: list[str] | None = None
         self.fingerprint = f"synthetic-{num_samples}-{image_size[0]}x{image_size[1]}-{seed}"
         self._shape = (*image_size, 3)
         self._bytes = image_size[0] * image_size[1] * 3
@@ -226,7 +223,7 @@ def _shard_fingerprint(shards: list[ShardIndex]) -> str:
 def _class_root(root: Path) -> Path:
     """Returns the folder whose sub-folders are the classes."""
     if not root.is_dir():
-        raise DataError(f"folder {root} doesn't exist; give ROOT or ROOT/train with ROOT/train/CLASS/*.jpg in it")
+        raise DataError(f"folder {root} doesn't exist; give the folder with CLASS/*.jpg in it, or its parent")
     folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
     return root / "train" if "train" in folders and folders <= _SPLITS else root
 
