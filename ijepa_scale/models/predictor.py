@@ -69,14 +69,13 @@ class Predictor(nn.Module):
         return self._dense(context, keep, targets)
 
     def _dense(self, context: Tensor, keep: Tensor, targets: Tensor) -> Tensor:
-        num_context, num_images, num_kept = keep.shape
-        num_targets, _, num_predicted = targets.shape
-        shape = (num_targets, num_context, num_images)
+        num_context, num_kept = keep.shape[0], keep.shape[2]
+        num_targets = targets.shape[0]
         seen = self.predictor_embed(context) + self._positions(keep.flatten(0, 1))
         asked = self.mask_token + self._positions(targets)
-        seen = seen.view(num_context, num_images, num_kept, -1).expand(*shape, -1, -1)
-        asked = asked[:, None].expand(*shape, -1, -1)
-        tokens = torch.cat([seen, asked], dim=3).flatten(0, 2)
+        asked = asked[:, None].expand(-1, num_context, -1, -1, -1).flatten(0, 2)
+        # Not a view of something: torch.compile would make a graph of its own for the first block.
+        tokens = torch.cat([seen.repeat(num_targets, 1, 1), asked], dim=1)
         for block in self.predictor_blocks:
             tokens = block(tokens)
         return self.predictor_proj(self.predictor_norm(tokens[:, num_kept:]))

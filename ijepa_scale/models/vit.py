@@ -60,13 +60,9 @@ class VisionTransformer(nn.Module):
                 `last` outside 1 ... depth.
         """
         self._check(images, (keep is not None) + (index is not None) + (last is not None), index, layout)
-        tokens = self.patch_embed(images) + self.pos_embed
+        tokens = self._embed(images, keep, index)
         if last is not None:
             return self._last(tokens, last)
-        if keep is not None:
-            tokens = _select(tokens, keep)
-        elif index is not None:
-            tokens = tokens.flatten(0, 1).index_select(0, index)
         for block in self.blocks:
             tokens = block(tokens, layout)
         return self.norm(tokens)
@@ -99,6 +95,22 @@ class VisionTransformer(nn.Module):
         self.pos_embed = resample(self.pos_embed, self.grid, grid)
         self.grid = grid
 
+    def _embed(self, images: Tensor, keep: Tensor | None, index: Tensor | None) -> Tensor:
+        """Returns patches plus positions, fp32: all (B, N, D), (E * B, K, D) at `keep`, or (C, D) at `index`.
+
+        The sum comes last: were it a view, torch.compile would make a graph of its own for the first block.
+        """
+        patches = self.patch_embed(images)
+        num_images, num_patches, width = patches.shape
+        if keep is not None:
+            index = keep + torch.arange(num_images, device=keep.device)[:, None] * num_patches
+        if index is None:
+            return patches + self.pos_embed
+        shape = (-1, width) if keep is None else (-1, keep.shape[-1], width)
+        chosen = patches.flatten(0, 1).index_select(0, index.flatten())
+        positions = self.pos_embed[0].index_select(0, index.flatten() % num_patches)
+        return chosen.view(shape) + positions.view(shape)
+
     def _last(self, tokens: Tensor, last: int) -> tuple[Tensor, ...]:
         if not 1 <= last <= len(self.blocks):
             raise ValueError(f"last is {last}; give 1 to {len(self.blocks)}, the encoder's blocks")
@@ -121,11 +133,3 @@ class VisionTransformer(nn.Module):
                 f"images are {tuple(images.shape)}; this encoder takes (B, 3, {expected[0]}, {expected[1]}): "
                 "build it with that image_size, or call set_image_size to resample the position embedding"
             )
-
-
-def _select(tokens: Tensor, keep: Tensor) -> Tensor:
-    """Returns tokens (E * B, K, D) of (B, N, D) at `keep` (E, B, K), or (B, K, D) at (B, K)."""
-    num_images, num_patches, width = tokens.shape
-    offsets = torch.arange(num_images, device=keep.device)[:, None] * num_patches
-    kept = tokens.flatten(0, 1).index_select(0, (keep + offsets).flatten())
-    return kept.view(-1, keep.shape[-1], width)

@@ -134,8 +134,8 @@ def test_compiled_packed_attention_is_not_compiled_anew_for_other_lengths(varlen
         return function(q * 1.0, k, v, layout)
 
     torch._dynamo.reset()
-    for first in range(5, 15):  # 40 to 140 tokens in twelve sequences, whose longest has 16
-        layout = SequenceLayout.of([first, 15 - first // 2, 16] * 4)
+    for longest in range(9, 17):  # other lengths, another longest one, and one power of two above them all
+        layout = SequenceLayout.of([longest, 12 - longest // 2, 3] * 4)
         q, k, v, upstream = tensors((layout.total, 2, 8))
         got, expected = compiled(q, k, v, layout), attention_reference(q, k, v, layout)
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-6)
