@@ -6,6 +6,7 @@ Members are never extracted to disk; only regular files, of bounded size and cou
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import logging
@@ -173,6 +174,8 @@ def _save(index: ShardIndex) -> None:
     target = index_path(index.path)
     temporary = None
     try:
+        if not target.parent.stat().st_mode & 0o222:  # read-only on purpose, which root would get past
+            raise PermissionError(errno.EACCES, "the folder is read-only")
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = file.name
             np.savez(

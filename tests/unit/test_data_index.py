@@ -161,6 +161,16 @@ def test_a_folder_that_cannot_be_written_costs_a_scan_only(tmp_path, monkeypatch
     assert "can't be kept (Permission denied)" in caplog.text
 
 
+def test_a_folder_marked_read_only_is_left_alone(tmp_path, caplog):
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", IMAGE)])
+    tmp_path.chmod(0o555)
+    try:
+        assert len(index_tar(path)) == 1  # root could write there all the same
+    finally:
+        tmp_path.chmod(0o755)
+    assert not index_path(path).exists() and "the folder is read-only" in caplog.text
+
+
 def test_patterns(tmp_path):
     for name in ("s-008.tar", "s-009.tar", "s-010.tar", "t.tar", "note.txt"):
         (tmp_path / name).touch()
