@@ -20,7 +20,7 @@ install: $(STAMP) ## Make .venv and install the package into it (PYTHON=python3.
 # The pair of torch and torchvision first: DeepSpeed's setup imports torch, and builds nothing with DS_BUILD_OPS=0.
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 12))' 2>/dev/null \
-		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.10 to 3.12 is needed: make $(or $(firstword $(MAKECMDGOALS)),install) PYTHON=python3.12" >&2; exit 2; }
+		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there); Python 3.10 to 3.12 is needed: make $(or $(firstword $(MAKECMDGOALS)),install) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

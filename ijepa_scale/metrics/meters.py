@@ -24,8 +24,8 @@ def feature_std(features_BND: Tensor) -> Tensor:
 
     `features_BND` are the layer-normed features of all tokens (B images, N places, D dims). Per place
     and dim, the standard deviation over the images; then the mean over places and dims. Layer-normed
-    features have variance 1 over their dims, so healthy encoders stay near 0.5 to 1, and an encoder
-    whose output no longer depends on the image, even if it still depends on the place, goes to 0. NaN
+    features have variance 1 over their dims, so this lies between 0 and about 1; what counts is its course:
+    it goes to 0 when the output no longer depends on the image, even if it still depends on the place. NaN
     for a single image, which has nothing to be compared with. Doesn't synchronise.
     """
     if features_BND.shape[0] < 2:
