@@ -129,15 +129,16 @@ class ZeroEngine:
 
     def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns this process's fp32 shards of (target encoder, context encoder)."""
-        context = list(self.module.encoder.parameters())
-        target = list(self.target_module.parameters())
+        both = (self.target_module.parameters(), self.module.encoder.parameters())
         if self._stage < 3:
-            return [q.detach() for q in target], [p.detach() for p in context]
-        shards = [self._trimmed(p) for p in context]
-        return (
-            [q.ds_tensor.detach()[: len(s)] for q, s in zip(target, shards, strict=True)],
-            shards,
-        )
+            return tuple([p.detach() for p in parameters] for parameters in both)  # type: ignore[return-value]
+        # `ds_tensor` is this process's shard on the device, equal to the master even where that is offloaded
+        return tuple([p.ds_tensor.detach()[self._extent(p)] for p in parameters] for parameters in both)  # type: ignore[return-value]
+
+    def _extent(self, parameter: nn.Parameter) -> slice:
+        """Returns which elements of a stage-3 shard are the parameter's; the last shards end in padding."""
+        chunk = parameter.ds_tensor.numel()
+        return slice(0, max(0, min(chunk, parameter.ds_numel - self.world.rank * chunk)))
 
     def target_updated(self) -> None:
         """Drops gathered copies of the target's weights (stage 3), which would be stale."""
@@ -158,11 +159,10 @@ class ZeroEngine:
             for group in range(len(self.zero.bit16_groups)):
                 self.zero._update_model_bit16_weights(group)
         else:
+            self.zero._partition_all_parameters()
             for group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
                 self.zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
                 self.zero._unflatten_partitioned_parameters(group)
-            self.zero.invalidate_secondary_tensor()
-            self._engine.optimizer.partition_all_parameters()
         self.target_updated()
 
     def _masters(self) -> list[Tensor]:
@@ -177,20 +177,13 @@ class ZeroEngine:
                 for key in _MOMENTS:
                     state[key] = torch.zeros_like(master)
 
-    def _trimmed(self, parameter: nn.Parameter) -> Tensor:
-        """Returns this process's fp32 master of a stage-3 parameter, without padding."""
-        group, offset, chunk = self.zero.grad_position[self.zero.get_param_id(parameter)]
-        length = max(0, min(chunk, parameter.ds_numel - self.world.rank * chunk))
-        return self.zero.fp32_partitioned_groups_flat[group].detach()[offset : offset + length]
-
     def _trainable_pieces(self) -> Iterator[Piece]:
         for parameter in self.module.parameters():
             name = self._names[id(parameter)]
             if self._stage == 3:
-                group, offset, chunk = self.zero.grad_position[self.zero.get_param_id(parameter)]
-                start, shape = self.world.rank * chunk, tuple(parameter.ds_shape)
-                length = max(0, min(chunk, parameter.ds_numel - start))
-                start = min(start, parameter.ds_numel)
+                group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                shape, length = tuple(parameter.ds_shape), self._extent(parameter).stop
+                start = self._start(parameter)
             else:
                 mapping = parameter._hp_mapping
                 if mapping is None:  # lies wholly in other processes' partitions
@@ -201,20 +194,21 @@ class ZeroEngine:
             master = self._masters()[group]
             flats = {"model": master, **{f"optimizer.{k}": self.zero.optimizer.state[master][k] for k in _MOMENTS}}
             for kind, flat in flats.items():
-                yield Piece(
-                    name=f"{kind}.{name}", tensor=flat.detach()[offset : offset + length], start=start, shape=shape
-                )
+                part = flat.detach()[offset : offset + length]
+                yield Piece(name=f"{kind}.{name}", tensor=part, start=start, shape=shape)
+
+    def _start(self, parameter: nn.Parameter) -> int:
+        """Returns where this process's shard of a stage-3 parameter begins."""
+        return min(self.world.rank * parameter.ds_tensor.numel(), parameter.ds_numel)
 
     def _target_pieces(self) -> Iterator[Piece]:
-        names = [clean_name(name) for name, _ in self.target_module.named_parameters()]
-        shards, sources = self.local_shards()
-        for name, shard, parameter in zip(names, shards, self.module.encoder.parameters(), strict=True):
-            sharded = self._stage == 3
-            chunk = self.zero.grad_position[self.zero.get_param_id(parameter)][2] if sharded else 0
+        sharded = self._stage == 3
+        shards, _ = self.local_shards()
+        for (name, parameter), shard in zip(self.target_module.named_parameters(), shards, strict=True):
             yield Piece(
-                name=f"target.{name}",
+                name=f"target.{clean_name(name)}",
                 tensor=shard.view(-1),
-                start=min(self.world.rank * chunk, parameter.ds_numel) if sharded else 0,
+                start=self._start(parameter) if sharded else 0,
                 shape=tuple(parameter.ds_shape if sharded else parameter.shape),
                 write=sharded or self.world.is_main,
             )

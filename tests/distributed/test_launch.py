@@ -1,0 +1,96 @@
+"""launch/pretrain.py under python, its own processes, torchrun, deepspeed and srun's variables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ijepa_scale import environment
+from tests.distributed.commands import ZERO3, finish, losses, start, write_config, write_data
+
+FEW = ("schedule.stop_after=3", "evaluate.every=0")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("shards") / "data")
+
+
+@pytest.fixture(scope="module")
+def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("alone")
+    config = write_config(folder / "run.yaml", data, folder / "run")
+    log = finish(start(config, *FEW), config)
+    assert "done: 3 steps" in log
+    return losses(folder / "run")
+
+
+def same(found: dict, expected: dict) -> bool:
+    return found.keys() == expected.keys() and all(
+        abs(a - b) < 1e-5 for step in found for a, b in zip(found[step], expected[step], strict=True)
+    )
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+DEEPSPEED = (str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2")
+LAUNCHES = {
+    "processes": ((), ("--processes", "2")),
+    "devices": ((), ("--devices", "cpu", "cpu")),
+    "torchrun fsdp2": (TORCHRUN, ("engine.strategy=fsdp2",)),
+    "deepspeed zero3": (DEEPSPEED, ZERO3),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launchers_train_the_same(name: str, data: Path, expected: dict, tmp_path: Path) -> None:
+    launcher, arguments = LAUNCHES[name]
+    config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
+    finish(start(config, *arguments, *FEW, launcher=launcher), config)
+    assert same(losses(tmp_path / "run"), expected)
+
+
+def test_srun_variables_start_the_same(data: Path, expected: dict, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
+    job = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODEID": "0",
+        "MASTER_PORT": str(environment.free_port()),
+    }  # fmt: skip
+    tasks = [
+        start(config, *FEW, **job, SLURM_PROCID=str(task), SLURM_LOCALID=str(task))
+        for task in range(2)
+    ]  # fmt: skip
+    for task in tasks:
+        finish(task, config)
+    assert same(losses(tmp_path / "run"), expected)
+
+
+BAD = {
+    "batch": (
+        ("data.batch_size=9", "engine.accumulation=2"),
+        "batch 9 is not divisible by 1 processes x accumulation 2",
+    ),
+    "unknown key": (("optimizer.learning_rate=1",), "optimizer.lr"),
+    "masks": (("masks.min_keep=60",), "min_keep"),
+    "data": (("data.train=/nowhere",), "/nowhere"),
+    "plain on two": (("--processes", "2", "engine.strategy=plain"), "engine.strategy is plain but 2 processes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_text_and_code_2(name: str, data: Path, tmp_path: Path) -> None:
+    arguments, text = BAD[name]
+    config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
+    log = finish(start(config, *arguments), config, code=2)
+    assert text in log and "Traceback" not in log
+
+
+def test_resume_none_and_another_run_are_refused(data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
+    finish(start(config, *FEW), config)
+    log = finish(start(config, *FEW, "resume=none"), config, code=2)
+    assert "resume is none but" in log and "step-00000003 exists" in log
+    log = finish(start(config, *FEW, "seed=1", "augment.flip=0.25"), config, code=2)
+    assert "seed was 0, is 1" in log and "augment.flip was 0.5, is 0.25" in log
