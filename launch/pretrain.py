@@ -40,7 +40,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. optimizer.lr=1e-3 data.workers=8")
-    return parser.parse_intermixed_args()
+    flags = parser.parse_intermixed_args()
+    flags.overrides += [word for word in flags.devices or () if "=" in word]  # --devices takes all that follows
+    flags.devices = [word for word in flags.devices or () if "=" not in word] or None
+    return flags
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Checkpoint:
         """Fills the pieces' tensors, whichever engine and number of processes wrote the checkpoint.
 
         Raises:
-            CheckpointError: tensors are missing, superfluous or of another shape; or a file is damaged.
+            CheckpointError: tensors are missing or of another shape, or a file is damaged.
         """
         wanted = list(pieces)
         self._check_names(wanted)

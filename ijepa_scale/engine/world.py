@@ -83,7 +83,10 @@ def choose_device(config: EngineConfig, launch: Launch, device: str | None = Non
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         kind = f"cuda:{launch.local_rank}"
-    chosen = torch.device(kind)
+    try:
+        chosen = torch.device(kind)
+    except RuntimeError as error:
+        raise ConfigError(f"device {kind!r} isn't one; give cpu, cuda or cuda:N") from error
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
         if (chosen.index or 0) >= count:

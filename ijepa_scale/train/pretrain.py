@@ -12,8 +12,9 @@ import torch
 
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import PretrainConfig, to_yaml
+from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CheckpointError, ConfigError
+from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
 from ijepa_scale.evaluate.online import OnlineKnn
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.row import training_row
@@ -117,7 +118,7 @@ class _Loop:
             for batch in run.meters.timed(run.loader(self.start)):
                 if batch.step == 0 and self.world.is_main:
                     draw_first_batch(run, batch, self.folder / "masks.png")
-                run.step(batch)
+                self._step(batch)
                 self._after(batch.step + 1, sinks, progress)
             progress.close()
         return Result(
@@ -127,6 +128,15 @@ class _Loop:
             knn_untrained=self.knn_untrained,
             checkpoint=self.folder / "checkpoints" / f"step-{last:08d}",
         )
+
+    def _step(self, batch: Batch) -> None:
+        """Takes one step; where it can't be taken, saves the state before it, which has not moved."""
+        try:
+            self.run.step(batch)
+        except NonFiniteError:  # raised on every process alike, so all of them can save
+            if batch.step > self.start:
+                self._save(batch.step, keep=self.config.checkpoint.keep + 1)  # not at the cost of an older one
+            raise
 
     def _after(self, done: int, sinks: Sinks, progress: Progress) -> None:
         """Does what is due after `done` steps."""
@@ -177,7 +187,7 @@ class _Loop:
         beside = "" if self.knn_untrained is None else f"  untrained {100 * self.knn_untrained:.1f}%"
         progress.note(f"step {done}  kNN of the target encoder {100 * self.knn:.1f}%{beside}")
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, keep: int | None = None) -> None:
         extra = {
             "identity": self.run.identity(),
             "config": dataclasses.asdict(self.config),
@@ -191,7 +201,7 @@ class _Loop:
             self.run.engine.pieces(),
             world=self.world,
             extra=extra,
-            keep=self.config.checkpoint.keep,
+            keep=keep or self.config.checkpoint.keep,
         )
         if self.world.is_main:
             logger.info("saved %s", path)

@@ -156,7 +156,8 @@ def build_run(config: PretrainConfig, world: World) -> Run:
     batch_size = global_batch(config, world.size)
     masks = MaskSampler(config.masks, config.model.grid, seed=config.seed)  # first: it refuses what can't be drawn
     data = config.data
-    source = build_source(data.reader, data.train, num_samples=data.synthetic_samples)
+    source_size = tuple(max(256, side) for side in config.model.image_size)  # of synthetic images
+    source = build_source(data.reader, data.train, num_samples=data.synthetic_samples, image_size=source_size)
     order = SampleOrder(source.shard_sizes, batch_size, config.seed, data.window_shards)
     schedule = build_schedule(config, order.steps_per_epoch)
     augment = Augment(config.augment, config.model.image_size, seed=config.seed, device=world.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -75,6 +76,8 @@ BAD = {
     "unknown key": (("optimizer.learning_rate=1",), "optimizer.lr"),
     "masks": (("masks.min_keep=60",), "min_keep"),
     "data": (("data.train=/nowhere",), "/nowhere"),
+    "device": (("--devices", "gpu:0"), "device 'gpu:0' isn't one; give cpu, cuda or cuda:N"),
+    "no such GPU": (("--devices", "cuda:64"), "wants cuda:64 but this host has"),
     "plain on two": (("--processes", "2", "engine.strategy=plain"), "engine.strategy is plain but 2 processes"),
 }
 
@@ -94,3 +97,13 @@ def test_resume_none_and_another_run_are_refused(data: Path, tmp_path: Path) -> 
     assert "resume is none but" in log and "step-00000003 exists" in log
     log = finish(start(config, *FEW, "seed=1", "augment.flip=0.25"), config, code=2)
     assert "seed was 0, is 1" in log and "augment.flip was 0.5, is 0.25" in log
+
+
+def test_divergence_stops_with_code_2_and_keeps_the_state_before(data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
+    rates = ("optimizer.start_lr=1e30", "optimizer.lr=1e30", "evaluate.every=0")
+    log = finish(start(config, "--processes", "2", *rates), config, code=2)
+    bad = int(re.search(r"error \(process 0\): step (\d+): ", log)[1])
+    assert f"step {bad}: process 0 has loss nan, process 1 has loss nan" in log and "Traceback" not in log
+    assert sorted(losses(tmp_path / "run")) == list(range(1, bad + 1))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())[-1] == f"step-{bad:08d}"

@@ -134,8 +134,10 @@ def test_compiled_packed_attention_is_not_compiled_anew_for_other_lengths(varlen
         return function(q * 1.0, k, v, layout)
 
     torch._dynamo.reset()
-    for longest in range(9, 17):  # other lengths, another longest one, and one power of two above them all
-        layout = SequenceLayout.of([longest, 12 - longest // 2, 3] * 4)
+    for longest in range(9, 17):  # the longest sequence has another length and place each time, under one bound
+        lengths = [3, 5, 4, 8, 1]
+        lengths.insert(longest % 5, longest)
+        layout = SequenceLayout.of(lengths)
         q, k, v, upstream = tensors((layout.total, 2, 8))
         got, expected = compiled(q, k, v, layout), attention_reference(q, k, v, layout)
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-6)
@@ -143,6 +145,11 @@ def test_compiled_packed_attention_is_not_compiled_anew_for_other_lengths(varlen
         for a, b in gradients:
             torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
     assert counter.frame_count <= 2
+
+
+def test_the_bound_of_a_layout_is_the_next_power_of_two():
+    layouts = [SequenceLayout.of(lengths) for lengths in [(), (1,), (2, 1), (5, 8), (9, 3), (128,), (129,)]]
+    assert [layout.bound for layout in layouts] == [1, 1, 2, 8, 16, 128, 256]
 
 
 @pytest.mark.gpu

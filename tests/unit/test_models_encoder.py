@@ -141,6 +141,15 @@ def test_the_residual_stream_stays_in_fp32(way):
     torch.testing.assert_close(prediction.float(), exact, atol=0.1, rtol=0.1)  # 8 bits of mantissa, 4 blocks
 
 
+def test_layer_norms_have_eps_1e_6():
+    jepa = small_jepa(shake=0.0)
+    norms = [module for module in jepa.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 2 * 2 * 2 + 2
+    for norm in norms:
+        x = torch.tensor([0.001, -0.001]).repeat(norm.normalized_shape[0] // 2)  # variance 1e-6, as large as eps
+        torch.testing.assert_close(norm(x).abs(), torch.full_like(x, 0.5**0.5))
+
+
 def test_a_block_compiles_whole():
     encoder, images = small_jepa().encoder, images_of(2)
     expected = encoder(images)
