@@ -99,11 +99,11 @@ def choose_device(config: EngineConfig, launch: Launch, device: str | None = Non
 
 
 def start_world(launch: Launch, device: torch.device, *, alone: bool = False) -> World:
-    """Returns the world, with the process group made unless `alone` (one process, no collectives).
+    """Returns the world, with the process group made; not for one process that is `alone`, without collectives.
 
     Communicates: waits until all processes are there.
     """
-    if not alone and not dist.is_initialized():
+    if not (alone and launch.world_size == 1) and not dist.is_initialized():
         environment.export(launch)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if launch.world_size == 1:
