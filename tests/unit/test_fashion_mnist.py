@@ -81,6 +81,14 @@ def test_shards_are_written_once_and_mended(source, tmp_path):
     assert first.stat().st_ino != inode
 
 
+def test_another_number_of_shards_is_not_taken_for_the_same(source, tmp_path):
+    to = write_fashion_mnist_shards(source, tmp_path / "shards", train_shards=2)
+    write_fashion_mnist_shards(source, to, train_shards=3)
+    assert len(read_shards(to, "train/*.tar")) == 10 and (to / "train/0002.tar").exists()
+    with pytest.raises(DataError, match=r"holds train/0001.tar, which isn't one of train/0000.tar, test/0000.tar"):
+        write_fashion_mnist_shards(source, to, train_shards=1)
+
+
 def test_shards_of_another_kind_are_left_alone(source, tmp_path):
     to = tmp_path / "shards"
     to.mkdir()

@@ -103,7 +103,7 @@ def test_jsonl_has_each_step_once_after_a_resume(tmp_path):
     sink.close()
     with path.open("a") as file:
         file.write('{"step": 40, "lo')  # killed while writing
-    sink = JsonlSink(path, drop_from=21)
+    sink = JsonlSink(path, drop_from=30)
     sink.write({"step": 30, "loss": 2.0})
     sink.close()
     assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
