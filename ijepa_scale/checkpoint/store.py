@@ -156,8 +156,8 @@ class Checkpoint:
             size = path.stat().st_size if path.is_file() else None
             if size != entry["bytes"] or _sha256(path) != entry["sha256"]:
                 raise CheckpointError(
-                    f"{path} is damaged: {size} bytes, expected {entry['bytes']} with sha256 {entry['sha256'][:12]}...; "
-                    f"remove {self.path} to resume from an older checkpoint"
+                    f"{path} is damaged: {size} bytes, expected {entry['bytes']} with sha256 "
+                    f"{entry['sha256'][:12]}...; remove {self.path} to resume from an older checkpoint"
                 )
             self._open[index] = safe_open(str(path), framework="pt")
         return self._open[index]

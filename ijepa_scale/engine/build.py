@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.engine.native import DdpEngine, Fsdp2Engine, PlainEngine
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
 from ijepa_scale.engine.zero import ZeroEngine
 
-_ENGINES = {"plain": PlainEngine, "ddp": DdpEngine, "fsdp2": Fsdp2Engine, "deepspeed": ZeroEngine}
+_ENGINES: dict[str, Callable[[World, EngineConfig, OptimizerConfig], Engine]] = {
+    "plain": PlainEngine,
+    "ddp": DdpEngine,
+    "fsdp2": Fsdp2Engine,
+    "deepspeed": ZeroEngine,
+}
 
 
 def build_engine(world: World, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:

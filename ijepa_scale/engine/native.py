@@ -94,17 +94,18 @@ class PlainEngine:
         if self._config.compile:
             compile_blocks(module)
             compile_blocks(target)
-        self.module = module.to(self.world.device)
+        self.module: Any = module.to(self.world.device)
         self.target_module = target.to(self.world.device).requires_grad_(False).eval()
         self._wrap()
         self.optimizer = build_optimizer(self.module, self._optimizer_config)
+        encoder: Any = self.module.encoder
         self._shards = (
             [_local(p) for p in self.target_module.parameters()],
-            [_local(p) for p in self.module.encoder.parameters()],
+            [_local(p) for p in encoder.parameters()],
         )
 
     def _wrap(self) -> None:
-        self._callable: nn.Module = self.module
+        self._callable: Any = self.module
 
     def model(self, *args: Any) -> Tensor:
         """Returns the trainable module's output."""
@@ -135,7 +136,7 @@ class PlainEngine:
     def step(self, hyper: Hyper, step: int) -> StepInfo:
         """Moves the trainable weights, or raises on every process before anything has moved."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)  # type: ignore[misc]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss = self._record.take()
         self._record.check(step, loss, norm)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,10 +44,12 @@ def checkpoint_blocks(module: nn.Module, mode: str) -> None:
     """Makes each block recompute its activations in backward: all of them (full), or the cheap ones (selective)."""
     if mode == "none":
         return
-    options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_matrix_products)}
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_matrix_products)
     for children in block_lists(module):
         for index, block in enumerate(children):
-            children[index] = checkpoint_wrapper(block, **(options if mode == "selective" else {}))
+            children[index] = checkpoint_wrapper(block, **options)
 
 
 def _keep_matrix_products(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
@@ -59,4 +62,4 @@ def compile_blocks(module: nn.Module) -> None:
     `forward` itself is compiled, not the module call: hooks of FSDP2 and ZeRO-3 stay outside the graph.
     """
     for block in blocks(module):
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)

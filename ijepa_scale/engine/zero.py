@@ -84,10 +84,10 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        self.module = module
+        self.module: Any = module
         self.zero = self._engine.optimizer
         self.target_module = target
-        self._target_callable: nn.Module = target
+        self._target_callable: Any = target
         if self._stage == 3:
             self._target_callable, *_ = deepspeed.initialize(model=target, config=settings, dist_init_required=False)
         if self._config.compile:
@@ -129,13 +129,13 @@ class ZeroEngine:
 
     def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns this process's fp32 shards of (target encoder, context encoder)."""
-        both = (self.target_module.parameters(), self.module.encoder.parameters())
+        both: tuple[Any, Any] = (self.target_module.parameters(), self.module.encoder.parameters())
         if self._stage < 3:
             return tuple([p.detach() for p in parameters] for parameters in both)  # type: ignore[return-value]
         # `ds_tensor` is this process's shard on the device, equal to the master even where that is offloaded
         return tuple([p.ds_tensor.detach()[self._extent(p)] for p in parameters] for parameters in both)  # type: ignore[return-value]
 
-    def _extent(self, parameter: nn.Parameter) -> slice:
+    def _extent(self, parameter: Any) -> slice:
         """Returns which elements of a stage-3 shard are the parameter's; the last shards end in padding."""
         chunk = parameter.ds_tensor.numel()
         return slice(0, max(0, min(chunk, parameter.ds_numel - self.world.rank * chunk)))
@@ -197,14 +197,15 @@ class ZeroEngine:
                 part = flat.detach()[offset : offset + length]
                 yield Piece(name=f"{kind}.{name}", tensor=part, start=start, shape=shape)
 
-    def _start(self, parameter: nn.Parameter) -> int:
+    def _start(self, parameter: Any) -> int:
         """Returns where this process's shard of a stage-3 parameter begins."""
         return min(self.world.rank * parameter.ds_tensor.numel(), parameter.ds_numel)
 
     def _target_pieces(self) -> Iterator[Piece]:
         sharded = self._stage == 3
         shards, _ = self.local_shards()
-        for (name, parameter), shard in zip(self.target_module.named_parameters(), shards, strict=True):
+        named: Any = self.target_module.named_parameters()
+        for (name, parameter), shard in zip(named, shards, strict=True):
             yield Piece(
                 name=f"target.{clean_name(name)}",
                 tensor=shard.view(-1),
