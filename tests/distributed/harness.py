@@ -25,14 +25,19 @@ class ProcessFailed(AssertionError):
     """A process raised; the message holds its traceback."""
 
 
-def run(function: Callable[..., Any], processes: int, *args: Any, alone: bool = False) -> list[Any]:
+def run(
+    function: Callable[..., Any], processes: int, *args: Any, alone: bool = False, device: str = "cpu"
+) -> list[Any]:
     """Returns [function(world, *args) of each process], in rank order."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.preload"])
+    context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")  # CUDA can't be forked
+    if device == "cpu":
+        context.set_forkserver_preload(["tests.distributed.preload"])
     port = environment.free_port()
     results: multiprocessing.Queue = context.Queue()
     workers = [
-        context.Process(target=_work, args=(results, function, rank, processes, port, alone, args), daemon=True)
+        context.Process(
+            target=_work, args=(results, function, rank, processes, port, (alone, device), args), daemon=True
+        )
         for rank in range(processes)
     ]
     for worker in workers:
@@ -51,14 +56,21 @@ def run(function: Callable[..., Any], processes: int, *args: Any, alone: bool = 
 
 
 def _work(
-    results: Any, function: Callable[..., Any], rank: int, processes: int, port: int, alone: bool, args: Any
+    results: Any,
+    function: Callable[..., Any],
+    rank: int,
+    processes: int,
+    port: int,
+    where: tuple[bool, str],
+    args: Any,
 ) -> None:
+    alone, device = where
     try:
         torch.set_num_threads(1)
         launch = Launch(
             rank=rank, world_size=processes, local_rank=rank, local_world_size=processes, address="127.0.0.1", port=port
         )
-        world: World = start_world(launch, torch.device("cpu"), alone=alone)
+        world: World = start_world(launch, torch.device(device), alone=alone)
         value = function(world, *args)
         results.put((rank, "", pickle.dumps(value)))  # by value: this process ends before it is read
         stop_world()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 from ijepa_scale.checkpoint import store
+from ijepa_scale.checkpoint.encoder import load_encoder
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError
 from tests.distributed.harness import run
 from tests.distributed.test_engines import ENGINES, reference
-from tests.distributed.training import full_state, make, masks_config, part
+from tests.distributed.training import MODEL, full_state, make, masks_config, part
 
 HALF, STEPS = 6, 10
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -147,3 +149,17 @@ def test_an_older_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> Non
     assert filled[0].tensor.eq(2).all()
     shutil.rmtree(path)
     assert store.newest(tmp_path) is None
+
+
+def test_the_trained_encoder_comes_out_of_a_checkpoint(tmp_path: Path) -> None:
+    built, step = make(ALONE, EngineConfig(strategy="plain", precision="fp32"), OptimizerConfig(), masks_config())
+    step(part(0, ALONE))
+    extra = {"config": json.loads(json.dumps({"model": dataclasses.asdict(MODEL)}))}
+    store.save(tmp_path / "checkpoints", 1, built.pieces(), world=ALONE, extra=extra, keep=1)
+    images = part(1, ALONE).canvas.float() / 255
+    target = load_encoder(tmp_path)
+    assert torch.equal(target(images), built.target(images))
+    context = load_encoder(tmp_path / "checkpoints" / "step-00000001", which="context")
+    assert not torch.equal(context(images), target(images))
+    with pytest.raises(CheckpointError, match="which is 'teacher'; choose target or context"):
+        load_encoder(tmp_path, which="teacher")

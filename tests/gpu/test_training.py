@@ -1,0 +1,65 @@
+"""The training step on one GPU: it learns, agrees with the CPU, survives a checkpoint. Run: pytest -m gpu."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa_scale.checkpoint import store
+from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.engine.world import World
+from tests.distributed.harness import run
+from tests.distributed.training import curve, full_state, make, masks_config, part
+
+pytestmark = pytest.mark.gpu
+STEPS = 20
+
+
+def world(kind: str) -> World:
+    return World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(kind))
+
+
+def losses(kind: str, **engine: object) -> list[float]:
+    settings = EngineConfig(**{"strategy": "plain", "precision": "fp32", **engine})
+    _, step = make(world(kind), settings, OptimizerConfig(), masks_config())
+    return [float(step(part(index, world(kind))).loss) for index in range(STEPS)]
+
+
+def test_fp32_agrees_with_the_cpu() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    found, expected = losses("cuda:0"), losses("cpu")
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-4  # other kernels, 20 steps
+
+
+@pytest.mark.parametrize("change", [{}, {"accumulation": 2}, {"checkpointing": "full"}, {"compile": True}], ids=str)
+def test_bf16_stays_with_fp32(change: dict) -> None:
+    found, expected = losses("cuda:0", precision="bf16", **change), losses("cuda:0")
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-2
+    assert found[-1] < 0.7 * found[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero3"])
+def test_wrapped_engines_on_one_gpu(strategy: str) -> None:
+    engine = {"strategy": strategy}
+    if strategy.startswith("zero"):
+        engine = {"strategy": "deepspeed", "ds_config": f"ds_configs/{strategy}.json"}
+    found = run(curve, 1, {**engine, "precision": "fp32"}, {}, {}, STEPS, device="cuda:0")[0]["losses"]
+    expected = losses("cuda:0")
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-4
+
+
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+    settings = EngineConfig(strategy="plain", precision="bf16")
+    built, step = make(world("cuda:0"), settings, OptimizerConfig(), masks_config())
+    for index in range(3):
+        step(part(index, world("cuda:0")))
+    path = store.save(tmp_path, 3, built.pieces(), world=world("cuda:0"), extra={}, keep=1)
+    expected = step(part(3, world("cuda:0"))).loss
+    other, again = make(world("cuda:0"), settings, OptimizerConfig(), masks_config())
+    store.Checkpoint(path).load(other.pieces())
+    other.loaded(3)
+    assert torch.equal(again(part(3, world("cuda:0"))).loss, expected)
+    state = full_state(world("cuda:0"), other)
+    assert all(torch.equal(value, state[name]) for name, value in full_state(world("cuda:0"), built).items())
