@@ -36,6 +36,20 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
         ConfigError: some but not all variables of a launcher are there, or don't fit together.
     """
     env = os.environ if environment is None else environment
+    try:
+        launch = _detect(env)
+    except ValueError as error:  # of int()
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"a launcher's variable isn't a whole number ({error}); check RANK, WORLD_SIZE, SLURM_*"
+        ) from error
+    if not 0 <= launch.rank < launch.world_size:
+        raise ConfigError(f"rank {launch.rank} is outside the {launch.world_size} processes; check the launcher")
+    return launch
+
+
+def _detect(env: Mapping[str, str]) -> Launch:
     if "RANK" in env or "WORLD_SIZE" in env:
         missing = [
             name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env
@@ -46,7 +60,7 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
                 "or unset RANK and WORLD_SIZE to run one process"
             )
         world_size = int(env["WORLD_SIZE"])
-        launch = Launch(
+        return Launch(
             rank=int(env["RANK"]),
             world_size=world_size,
             local_rank=int(env["LOCAL_RANK"]),
@@ -55,13 +69,9 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
             port=int(env["MASTER_PORT"]),
             launcher="torchrun or deepspeed",
         )
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and env.get("SLURM_STEP_ID") is not None:
-        launch = _from_slurm(env)
-    else:
-        launch = Launch()
-    if not 0 <= launch.rank < launch.world_size:
-        raise ConfigError(f"rank {launch.rank} is outside the {launch.world_size} processes; check the launcher")
-    return launch
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and env.get("SLURM_STEP_ID") is not None:
+        return _from_slurm(env)
+    return Launch()
 
 
 def _from_slurm(env: Mapping[str, str]) -> Launch:

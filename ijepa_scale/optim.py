@@ -54,6 +54,16 @@ def set_hyper(groups: Iterable[dict[str, Any]], hyper: Hyper) -> None:
         group["weight_decay"] = hyper.weight_decay if group["decay"] else 0.0
 
 
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Sets Adam's step counter, wherever the implementation keeps it: by parameter (torch), or by group (apex)."""
+    for state in optimizer.state.values():
+        counter = state.get("step")
+        state["step"] = counter.fill_(step) if isinstance(counter, torch.Tensor) else step
+    for group in optimizer.param_groups:
+        if "step" in group or not isinstance(optimizer, torch.optim.AdamW):
+            group["step"] = step
+
+
 def build_optimizer(module: nn.Module, config: OptimizerConfig, *, offload: bool = False) -> torch.optim.Optimizer:
     """Returns AdamW over the module's groups; `auto` is PyTorch's fused kernel.
 
@@ -71,7 +81,10 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, offload: bool
         return torch.optim.AdamW(groups, fused=True, **settings)
     if config.impl == "apex":
         return _apex_adam()(groups, adam_w_mode=True, **settings)
-    adam = importlib.import_module("deepspeed.ops.adam")
+    try:
+        adam = importlib.import_module("deepspeed.ops.adam")
+    except ImportError as error:
+        raise ConfigError(f"optimizer.impl is deepspeed, which can't be imported ({error}); set it to torch") from error
     if offload:
         return adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return adam.FusedAdam(groups, adam_w_mode=True, **settings)

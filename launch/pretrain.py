@@ -4,7 +4,7 @@ python launch/pretrain.py --config configs/demo.yaml optimizer.lr=1e-3
 python launch/pretrain.py --config C.yaml --devices cuda:0 cuda:1
 torchrun --nproc-per-node 8 launch/pretrain.py --config C.yaml
 deepspeed launch/pretrain.py --config C.yaml engine.ds_config=ds_configs/zero3.json
-srun --ntasks-per-node 8 python launch/pretrain.py --config C.yaml
+srun --kill-on-bad-exit --ntasks-per-node 8 python launch/pretrain.py --config C.yaml
 """
 
 import argparse
@@ -28,7 +28,8 @@ def main(config: PretrainConfig, launch: Launch, device: torch.device) -> None:
         result = pretrain(config, world)
         if world.is_main:
             knn = "" if result.knn is None else f", kNN {result.knn:.1%} (untrained {result.knn_untrained or 0:.1%})"
-            print(f"done: {result.steps} steps, loss {result.loss}{knn}; {result.checkpoint}")
+            loss = "no step was left to take" if result.loss is None else f"loss {result.loss:.4f}"
+            print(f"done: {result.steps} steps, {loss}{knn}; {result.checkpoint}")
 
 
 def parse() -> argparse.Namespace:

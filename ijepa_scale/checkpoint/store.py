@@ -66,8 +66,8 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
         (unfinished / _MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
         _flush(unfinished / _MANIFEST)
         _flush(unfinished)
-        if final.exists():  # the same step, written again after a resume from an earlier one
-            shutil.rmtree(final)
+        if final.exists():  # the same step, written again
+            _remove(final)
         os.replace(unfinished, final)
         _flush(folder)
         _prune(folder, keep)
@@ -183,9 +183,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
+def _remove(path: Path) -> None:
+    """Removes a checkpoint; its name goes first, so that a kill in between leaves no half of it under that name."""
+    hidden = path.with_name(f"{_UNFINISHED}removed-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
+
+
 def _prune(folder: Path, keep: int) -> None:
     for path in sorted(p for p in folder.glob("step-*") if (p / _MANIFEST).is_file())[:-keep]:
-        shutil.rmtree(path)
+        _remove(path)
     for path in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path)
 

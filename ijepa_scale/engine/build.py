@@ -9,6 +9,7 @@ from ijepa_scale.engine.native import DdpEngine, Fsdp2Engine, PlainEngine
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
 from ijepa_scale.engine.zero import ZeroEngine
+from ijepa_scale.errors import ConfigError
 
 _ENGINES: dict[str, Callable[[World, EngineConfig, OptimizerConfig], Engine]] = {
     "plain": PlainEngine,
@@ -20,4 +21,8 @@ _ENGINES: dict[str, Callable[[World, EngineConfig, OptimizerConfig], Engine]] = 
 
 def build_engine(world: World, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
     """Returns the engine of `config.strategy`, which has been resolved: it isn't `auto` any more."""
+    if config.strategy == "fsdp2" and optimizer.impl in ("apex", "deepspeed"):
+        raise ConfigError(
+            f"optimizer.impl is {optimizer.impl}, whose kernels can't take fsdp2's sharded tensors; set it to torch"
+        )
     return _ENGINES[config.strategy](world, config, optimizer)

@@ -19,7 +19,7 @@ from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_bl
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, NonFiniteError
-from ijepa_scale.optim import build_optimizer, clean_name, set_hyper
+from ijepa_scale.optim import build_optimizer, clean_name, set_hyper, set_step
 from ijepa_scale.schedules import Hyper
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class LossRecord:
 
 
 NOTHING_MOVED = (
-    "Weights, optimiser, target and schedule have not moved: resume from the last checkpoint with a lower "
+    "Weights, optimiser, target and schedule have not moved (that state is in the run's folder `stopped`): resume "
+    "from the last checkpoint with a lower "
     "optimizer.lr, a longer schedule.warmup_epochs, optimizer.clip_norm or engine.precision=fp32, and look at the "
     "images of this step"
 )
@@ -180,8 +181,7 @@ class PlainEngine:
 
     def loaded(self, optimizer_step: int) -> None:
         """Sets Adam's step counter."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(optimizer_step)
+        set_step(self.optimizer, optimizer_step)
 
 
 class DdpEngine(PlainEngine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,9 @@ def choose_device(config: EngineConfig, launch: Launch, device: str | None = Non
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
-        kind = f"cuda:{launch.local_rank}"
+        # srun with a GPU bound to each task shows each of them one GPU, which is cuda:0
+        bound = launch.launcher == "srun" and torch.cuda.device_count() == 1
+        kind = f"cuda:{0 if bound else launch.local_rank}"
     try:
         chosen = torch.device(kind)
     except RuntimeError as error:
@@ -104,7 +106,8 @@ def start_world(launch: Launch, device: torch.device, *, alone: bool = False) ->
     Communicates: waits until all processes are there.
     """
     if not (alone and launch.world_size == 1) and not dist.is_initialized():
-        environment.export(launch)
+        # DeepSpeed takes the device's number from LOCAL_RANK
+        environment.export(launch if device.index is None else replace(launch, local_rank=device.index))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if launch.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -26,7 +26,7 @@ from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_bl
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
-from ijepa_scale.optim import build_optimizer, clean_name, set_hyper
+from ijepa_scale.optim import build_optimizer, clean_name, set_hyper, set_step
 from ijepa_scale.schedules import Hyper
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -143,6 +143,9 @@ class ZeroEngine:
     def target_updated(self) -> None:
         """Drops gathered copies of the target's weights (stage 3), which would be stale."""
         if self._stage == 3:
+            if self.world.device.type == "cuda":
+                # host sync: DeepSpeed gathers on a stream of its own, which doesn't wait for the update on ours
+                torch.cuda.current_stream().synchronize()
             self._target_callable.optimizer.partition_all_parameters()
 
     def pieces(self) -> list[Piece]:
@@ -152,8 +155,7 @@ class ZeroEngine:
 
     def loaded(self, optimizer_step: int) -> None:
         """Brings the working copies of the weights in line with the masters, and sets Adam's step counter."""
-        for state in self.zero.optimizer.state.values():
-            state["step"].fill_(optimizer_step)
+        set_step(self.zero.optimizer, optimizer_step)
         if self._stage < 3:
             self.zero.update_lp_params()
             for group in range(len(self.zero.bit16_groups)):

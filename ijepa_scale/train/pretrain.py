@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
 from ijepa_scale.evaluate.online import OnlineKnn
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.row import training_row
-from ijepa_scale.metrics.sinks import Sinks, open_sinks
+from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
 from ijepa_scale.planning.flops import train_flops
 from ijepa_scale.train.picture import draw_first_batch
 from ijepa_scale.train.setup import Run, build_run, versions
@@ -54,10 +55,16 @@ def pretrain(config: PretrainConfig, world: World) -> Result:
 
 def _find_checkpoint(config: PretrainConfig, world: World) -> Path | None:
     """Returns the checkpoint to start from; rank 0 looks, so that all processes see the same."""
-    if config.resume not in ("auto", "none"):
-        return Path(config.resume)
     found = world.broadcast_object(store.newest(Path(config.folder) / "checkpoints") if world.is_main else None)
     assert found is None or isinstance(found, Path)
+    if config.resume not in ("auto", "none"):
+        chosen = Path(config.resume)
+        if found is not None and chosen.resolve().parent == found.resolve().parent and chosen.name < found.name:
+            raise ConfigError(
+                f"resume is {chosen} but {found} is newer and in the same folder; set another folder for the branch, "
+                f"or remove the newer checkpoints"
+            )
+        return chosen
     if config.resume == "none" and found is not None:
         raise ConfigError(
             f"resume is none but {found} exists; set resume=auto to go on from it, or another folder to start anew"
@@ -72,9 +79,11 @@ class _Loop:
         self.run, self.folder = run, folder
         self.world, self.config = run.world, run.config
         self.start = 0
+        self.resumed = resume
         self.knn: float | None = None
         self.knn_untrained: float | None = None
         self.loss: float | None = None
+        self.versions = versions(self.world) if self.world.is_main else {}
         if resume is not None:
             self._resume(resume)
         evaluate = self.config.evaluate
@@ -103,6 +112,8 @@ class _Loop:
     def train(self) -> Result:
         """Returns the result after the last step."""
         run, last = self.run, self.run.last_step
+        if last == 0:
+            raise ConfigError("the run has 0 steps; give a larger schedule.epochs or schedule.stop_after")
         if self.world.is_main:
             self._describe()
         with open_sinks(
@@ -117,16 +128,17 @@ class _Loop:
                 self._evaluate(0, sinks, progress)
             for batch in run.meters.timed(run.loader(self.start)):
                 if batch.step == 0 and self.world.is_main:
-                    draw_first_batch(run, batch, self.folder / "masks.png")
+                    with run.meters.paused():
+                        draw_first_batch(run, batch, self.folder / "masks.png")
                 self._step(batch)
                 self._after(batch.step + 1, sinks, progress)
             progress.close()
         return Result(
-            steps=last,
+            steps=max(last, self.start),
             loss=self.loss,
             knn=self.knn,
             knn_untrained=self.knn_untrained,
-            checkpoint=self.folder / "checkpoints" / f"step-{last:08d}",
+            checkpoint=self.resumed if self.resumed and self.start >= last else self._path(last),
         )
 
     def _step(self, batch: Batch) -> None:
@@ -135,8 +147,12 @@ class _Loop:
             self.run.step(batch)
         except NonFiniteError:  # raised on every process alike, so all of them can save
             if batch.step > self.start:
-                self._save(batch.step, keep=self.config.checkpoint.keep + 1)  # not at the cost of an older one
+                # apart from the checkpoints: this state may be what diverges, and resuming must not choose it
+                self._save(batch.step, folder="stopped", keep=1)
             raise
+
+    def _path(self, done: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{done:08d}"
 
     def _after(self, done: int, sinks: Sinks, progress: Progress) -> None:
         """Does what is due after `done` steps."""
@@ -187,16 +203,16 @@ class _Loop:
         beside = "" if self.knn_untrained is None else f"  untrained {100 * self.knn_untrained:.1f}%"
         progress.note(f"step {done}  kNN of the target encoder {100 * self.knn:.1f}%{beside}")
 
-    def _save(self, done: int, keep: int | None = None) -> None:
+    def _save(self, done: int, folder: str = "checkpoints", keep: int | None = None) -> None:
         extra = {
             "identity": self.run.identity(),
             "config": dataclasses.asdict(self.config),
-            "versions": versions(self.world),
+            "versions": self.versions,
             "knn": self.knn,
             "knn_untrained": self.knn_untrained,
         }
         path = store.save(
-            self.folder / "checkpoints",
+            self.folder / folder,
             done,
             self.run.engine.pieces(),
             world=self.world,
@@ -207,10 +223,15 @@ class _Loop:
             logger.info("saved %s", path)
 
     def _describe(self) -> None:
-        """Writes the run folder's config.yaml and run.json."""
+        """Writes the run folder's config.yaml and run.json; rows of a run that left no checkpoint are put aside."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        rows = self.folder / JSONL_NAME
+        if self.start == 0 and rows.exists():
+            aside = next(name for n in count(1) if not (name := self.folder / f"metrics-{n}.jsonl").exists())
+            rows.rename(aside)
+            logger.warning("%s is of a run without checkpoint; moved to %s", rows, aside.name)
         (self.folder / "config.yaml").write_text(to_yaml(self.config))
-        (self.folder / "run.json").write_text(json.dumps(versions(self.world), indent=2) + "\n")
+        (self.folder / "run.json").write_text(json.dumps(self.versions, indent=2) + "\n")
         logger.info(
             "%s: %d images in %d shards, batch %d, %d steps of which %d are done; %s in %s on %d x %s",
             self.folder, self.run.source.num_samples, len(self.run.source.shard_sizes), self.run.batch_size,

@@ -40,6 +40,11 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
                 f"--devices and --processes start processes, but {launch.launcher} has started {launch.world_size} "
                 "already; drop the flag or the launcher"
             )
+        if devices and processes not in (None, len(devices)):
+            raise ConfigError(f"--processes is {processes} but --devices names {len(devices)}; give one of the flags")
+        twice = sorted({name for name in devices or () if name.startswith("cuda") and (devices or []).count(name) > 1})
+        if twice:
+            raise ConfigError(f"--devices names {', '.join(twice)} twice; a GPU can be one process's only")
         if count < 1:
             raise ConfigError(f"--processes is {count}; give at least 1")
     port = environment.free_port()

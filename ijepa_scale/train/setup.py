@@ -192,7 +192,7 @@ def build_run(config: PretrainConfig, world: World) -> Run:
 
 def versions(world: World) -> dict[str, Any]:
     """Returns what the run was made with: package versions, git revision, machine."""
-    found = {name: metadata.version(name) for name in ("ijepa_scale", *_PACKAGES)}
+    found = {name: _version(name) for name in ("ijepa_scale", *_PACKAGES)}
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "cpu"
     return {
         "packages": found,
@@ -201,3 +201,10 @@ def versions(world: World) -> dict[str, Any]:
         "device": device,
         "processes": world.size,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

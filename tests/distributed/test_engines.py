@@ -22,6 +22,10 @@ ENGINES = {
     "zero2": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero2.json"}),
     "zero3": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero3_small.json"}),
 }
+SHORT = {  # variants, over fewer steps: the file for large models, which keeps small ones gathered, and offload
+    f"{name}": (2, {"strategy": "deepspeed", "ds_config": f"ds_configs/{name}.json"})
+    for name in ("zero3", "zero2_offload", "zero3_offload")
+}
 STEPS = 20
 
 
@@ -60,6 +64,23 @@ def test_fp32_training_equals_one_process(name: str, accumulation: int) -> None:
         assert worst(found, expected, "optimizer.exp_avg_sq.") <= 1e-8
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_zero_variants_train_the_same(name: str) -> None:
+    processes, engine = SHORT[name]
+    found = run(curve, processes, {**engine, "precision": "fp32", "accumulation": 2}, {}, {}, 6)[0]
+    expected = run(curve, 1, {"strategy": "plain", "precision": "fp32"}, {}, {}, 6, alone=True)[0]
+    assert loss_difference(found, expected) <= 1e-5
+    assert worst(found, expected, "target.") <= 1e-6
+    assert worst(found, expected, "optimizer.") <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["plain", "fsdp2", "zero3"])
+def test_compiled_blocks_train_the_same(name: str) -> None:
+    processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
+    found = run(curve, processes, {**engine, "precision": "fp32", "compile": True}, {}, {}, 4, alone=name == "plain")[0]
+    assert max(abs(a - b) for a, b in zip(found["losses"], reference()["losses"][:4], strict=True)) <= 1e-5
+
+
 # One process with accumulation, in bf16 as well: what only the engine's own arithmetic can change.
 BF16_LOSS = 2e-3  # bf16 keeps 8 bits: products differ by 2^-9 = 2e-3 of their size where sums are cut differently
 
@@ -81,7 +102,7 @@ def test_one_process_with_accumulation_equals_without() -> None:
     assert worst(found, reference(), "target.") <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "hsdp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_clipping_is_the_same(name: str) -> None:
     processes, engine = ENGINES[name]
     found = run(curve, processes, {**engine, "precision": "fp32", "accumulation": 2}, {"clip_norm": 0.1}, {}, STEPS)[0]
@@ -154,9 +175,9 @@ def spoiled_gradient(world: World, engine: dict) -> tuple[str, bool]:
     return "", True
 
 
-@pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"])
 def test_infinite_gradient_under_a_finite_loss_moves_nothing(name: str) -> None:
-    processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
+    processes, engine = {**SHORT, **ENGINES}.get(name, (1, {"strategy": "plain"}))
     for message, moved in run(spoiled_gradient, processes, engine, alone=name == "plain"):
         assert "the gradient norm is" in message and "step 1" in message
         assert not moved
@@ -201,6 +222,18 @@ def plain_on_two(world: World) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def apex_on_fsdp2(world: World) -> str:
+    try:
+        make(world, EngineConfig(strategy="fsdp2"), OptimizerConfig(impl="apex"), masks_config())
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_foreign_kernels_are_refused_on_sharded_tensors() -> None:
+    assert "whose kernels can't take fsdp2's sharded tensors; set it to torch" in run(apex_on_fsdp2, 1)[0]
 
 
 def test_plain_refuses_two_processes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,6 +79,9 @@ BAD = {
     "data": (("data.train=/nowhere",), "/nowhere"),
     "device": (("--devices", "gpu:0"), "device 'gpu:0' isn't one; give cpu, cuda or cuda:N"),
     "no such GPU": (("--devices", "cuda:64"), "wants cuda:64 but this host has"),
+    "two counts": (("--processes", "3", "--devices", "cpu"), "--processes is 3 but --devices names 1"),
+    "one GPU twice": (("--devices", "cuda:0", "cuda:0"), "--devices names cuda:0 twice"),
+    "no steps": (("schedule.stop_after=0",), "the run has 0 steps"),
     "plain on two": (("--processes", "2", "engine.strategy=plain"), "engine.strategy is plain but 2 processes"),
 }
 
@@ -97,6 +101,15 @@ def test_resume_none_and_another_run_are_refused(data: Path, tmp_path: Path) -> 
     assert "resume is none but" in log and "step-00000003 exists" in log
     log = finish(start(config, *FEW, "seed=1", "augment.flip=0.25"), config, code=2)
     assert "seed was 0, is 1" in log and "augment.flip was 0.5, is 0.25" in log
+    log = finish(start(config, *FEW), config)
+    assert "done: 3 steps, no step was left to take" in log
+    run = tmp_path / "run"
+    shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000009")
+    log = finish(start(config, f"resume={run}/checkpoints/step-00000003"), config, code=2)
+    assert "step-00000009 is newer and in the same folder" in log
+    shutil.rmtree(run / "checkpoints")
+    log = finish(start(config, *FEW), config)
+    assert "moved to metrics-1.jsonl" in log and (run / "metrics-1.jsonl").exists()
 
 
 def test_divergence_stops_with_code_2_and_keeps_the_state_before(data: Path, tmp_path: Path) -> None:
@@ -106,4 +119,6 @@ def test_divergence_stops_with_code_2_and_keeps_the_state_before(data: Path, tmp
     bad = int(re.search(r"error \(process 0\): step (\d+): ", log)[1])
     assert f"step {bad}: process 0 has loss nan, process 1 has loss nan" in log and "Traceback" not in log
     assert sorted(losses(tmp_path / "run")) == list(range(1, bad + 1))
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())[-1] == f"step-{bad:08d}"
+    assert [p.name for p in (tmp_path / "run" / "stopped").iterdir()] == [f"step-{bad:08d}"]
+    log = finish(start(config, "schedule.stop_after=3", "evaluate.every=0"), config)  # not from the diverged state
+    assert "done: 3 steps" in log and "resumed" not in log
