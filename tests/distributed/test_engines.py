@@ -30,8 +30,9 @@ STEPS = 20
 
 
 @functools.cache
-def reference(precision: str = "fp32", clip: float | None = None) -> dict:
-    return run(curve, 1, {"strategy": "plain", "precision": precision}, {"clip_norm": clip}, {}, STEPS, alone=True)[0]
+def reference(precision: str = "fp32", clip: float | None = None, steps: int = STEPS, **masks: object) -> dict:
+    engine = {"strategy": "plain", "precision": precision}
+    return run(curve, 1, engine, {"clip_norm": clip}, masks, steps, alone=True)[0]
 
 
 def worst(found: dict, expected: dict, kind: str) -> float:
@@ -68,7 +69,7 @@ def test_fp32_training_equals_one_process(name: str, accumulation: int) -> None:
 def test_zero_variants_train_the_same(name: str) -> None:
     processes, engine = SHORT[name]
     found = run(curve, processes, {**engine, "precision": "fp32", "accumulation": 2}, {}, {}, 6)[0]
-    expected = run(curve, 1, {"strategy": "plain", "precision": "fp32"}, {}, {}, 6, alone=True)[0]
+    expected = reference(steps=6)
     assert loss_difference(found, expected) <= 1e-5
     assert worst(found, expected, "target.") <= 1e-6
     assert worst(found, expected, "optimizer.") <= 1e-6
@@ -114,7 +115,7 @@ def test_clipping_is_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["plain", "fsdp2", "zero3"])
 def test_checkpointing_changes_nothing(name: str, mode: str) -> None:
     processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
     settings = {**engine, "precision": "fp32", "checkpointing": mode}
@@ -122,13 +123,13 @@ def test_checkpointing_changes_nothing(name: str, mode: str) -> None:
     assert max(abs(a - b) for a, b in zip(found["losses"], reference()["losses"][:5], strict=True)) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize("name", ["plain", "fsdp2", "zero3"])
 @pytest.mark.parametrize(
     "masks", [{"context": "packed"}, {"group_size": 3}], ids=["packed", "groups-across-micro-batches"]
 )
 def test_packed_and_ragged_masks_under_engines(name: str, masks: dict) -> None:
     processes, engine = ENGINES.get(name, (2, {"strategy": "ddp"}))
-    expected = run(curve, 1, {"strategy": "plain", "precision": "fp32"}, {}, masks, 6, alone=True)[0]
+    expected = reference(steps=6, **masks)
     found = run(curve, processes, {**engine, "precision": "fp32", "accumulation": 2}, {}, masks, 6)[0]
     assert loss_difference(found, expected) <= 1e-5
     assert worst(found, expected, "target.") <= 1e-6
@@ -149,11 +150,10 @@ def spoiled_step(world: World, engine: dict, accumulation: int) -> tuple[str, bo
     return "", True
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["plain", *ENGINES])
-def test_nan_on_one_process_stops_all_before_anything_moves(name: str, accumulation: int) -> None:
+def test_nan_on_one_process_stops_all_before_anything_moves(name: str) -> None:
     processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
-    for message, moved in run(spoiled_step, processes, engine, accumulation, alone=name == "plain"):
+    for message, moved in run(spoiled_step, processes, engine, 2, alone=name == "plain"):
         assert f"step 2: process {processes - 1} has loss nan" in message
         assert not moved
 
