@@ -1,0 +1,1 @@
+"""Measurements of this project; each script says what it asks and prints what anyone can print again."""
