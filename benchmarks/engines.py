@@ -8,14 +8,9 @@ Prints a table and appends a JSONL row per engine and accumulation: largest diff
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
-from ijepa_scale import environment
+from benchmarks.common import append
 from tests.distributed.test_engines import ENGINES, STEPS, loss_difference, reference, worst
 from tests.distributed.training import curve
 
@@ -27,13 +22,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, help="file that the rows are appended to")
     options = parser.parse_args()
-    about = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "revision": environment.git_revision(str(Path(__file__).parent)),
-        "device": f"{platform.processor() or platform.machine()}, gloo",
-        "torch": torch.__version__,
-        "steps": STEPS,
-    }
     expected = reference()
     print("| engine | accumulation | largest loss difference | largest target weight difference |\n|---|---|---|---|")
     for name, (processes, engine) in ENGINES.items():
@@ -42,10 +30,13 @@ def main() -> None:
             found = run(curve, processes, settings, {}, {}, STEPS)[0]
             loss, target = loss_difference(found, expected), worst(found, expected, "target.")
             print(f"| {name} x{processes} | {accumulation} | {loss:.1e} | {target:.1e} |", flush=True)
-            row = {"engine": name, "processes": processes, "accumulation": accumulation, "loss": loss, "target": target}
-            if options.to:
-                with options.to.open("a") as file:
-                    file.write(json.dumps({**about, **row}) + "\n")
+            append(
+                options.to,
+                {
+                    "engine": name, "processes": processes, "accumulation": accumulation, "steps": STEPS,
+                    "loss": loss, "target": target,
+                },
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,6 +17,14 @@ class DataError(UserError):
     """Data that is missing, damaged or not what its description says."""
 
 
+class SampleError(DataError):
+    """One sample that can't be used; `kind` is what it is counted under."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or doesn't belong to this run."""
 

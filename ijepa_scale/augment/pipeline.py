@@ -50,7 +50,7 @@ class Augment:
         draws = rng.uniform(self.seed, "augment", batch.epoch, batch.sample_ids, _DRAWS)
         flip = draws[:, _FLIP] < config.flip if config.flip else None
         images = crop_resize(
-            batch.canvas, batch.sizes, self.image_size, interpolation=config.interpolation, flip=flip
+            batch.pixels, batch.sizes, self.image_size, interpolation=config.interpolation, flip=flip
         ).float()
         if config.color_jitter or config.grayscale or self._blur is not None:
             images = self._photometric(images.mul_(1.0 / 255.0), draws).mul_(255.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,10 +16,11 @@ class Batch:
     """One process's consecutive part of a global batch.
 
     The crop of each image has been chosen and cut out on the host, from its own keyed draw; resizing
-    and everything after it runs on the device. Host arrays key those later draws.
+    and everything after it runs on the device. Host arrays key those later draws. Crops lie one behind
+    the other without gaps: what is copied to the device is what was cut out, and nothing more.
     """
 
-    canvas: Tensor  # (B, 3, Hc, Wc) uint8: each crop at the top left, the rest undefined; channels last in memory
+    pixels: Tensor  # (bytes,) uint8: crop after crop, each (height, width, 3) RGB, row by row
     sizes: np.ndarray  # (B, 2) int64, host: height and width of each crop, pixels
     sample_ids: np.ndarray  # (B,) int64, host: the sample's number in the whole set
     labels: Tensor  # (B,) int64; -1 where there is none
@@ -29,33 +31,38 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def crop(self, row: int) -> Tensor:
+        """Returns the crop of image `row`, (h, w, 3) uint8, a view."""
+        height, width = self.sizes[row].tolist()
+        begin = int(self._ends()[row])
+        return self.pixels[begin : begin + height * width * 3].view(height, width, 3)
+
     def split(self, parts: int) -> Iterator[Batch]:
         """Yields `parts` consecutive micro-batches of equal size."""
         size, rest = divmod(len(self), parts)
         if rest:
             raise ValueError(f"{len(self)} images don't split into {parts} micro-batches; choose a divisor")
-        for part in range(parts):
-            rows = slice(part * size, (part + 1) * size)
-            yield Batch(
-                canvas=self.canvas[rows],
+        ends = self._ends()
+        for begin in range(0, len(self), max(1, size)):
+            rows = slice(begin, begin + size)
+            yield dataclasses.replace(
+                self,
+                pixels=self.pixels[int(ends[begin]) : int(ends[begin + size])],
                 sizes=self.sizes[rows],
                 sample_ids=self.sample_ids[rows],
                 labels=self.labels[rows],
-                step=self.step,
-                epoch=self.epoch,
-                position=self.position + part * size,
+                position=self.position + begin,
             )
 
-    def pin_memory(self) -> Batch:
-        """Returns the batch with its tensors in page-locked memory."""
-        return self._with(self.canvas.pin_memory(), self.labels.pin_memory())
-
     def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch with its tensors on `device` (asynchronous from pinned memory)."""
-        return self._with(self.canvas.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        """Returns the batch with its tensors on `device` (asynchronous from page-locked memory)."""
+        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.labels))
+        return dataclasses.replace(self, pixels=pixels, labels=labels)
 
-    def _with(self, canvas: Tensor, labels: Tensor) -> Batch:
-        return Batch(
-            canvas=canvas, sizes=self.sizes, sample_ids=self.sample_ids, labels=labels,
-            step=self.step, epoch=self.epoch, position=self.position,
-        )  # fmt: skip
+    def clone(self) -> Batch:
+        """Returns a copy that stays as it is when the loader goes on to the next batch."""
+        return dataclasses.replace(self, pixels=self.pixels.clone(), labels=self.labels.clone())
+
+    def _ends(self) -> np.ndarray:
+        """Returns (B + 1,): where each crop begins in `pixels`, and where the last one ends."""
+        return np.concatenate([[0], np.cumsum(3 * self.sizes[:, 0] * self.sizes[:, 1])])

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from ijepa_scale.errors import DataError
+from ijepa_scale.errors import SampleError
 
 MAX_PIXELS = 1 << 26  # 67 million, decoded to 200 MB; below the size at which PIL warns of decompression bombs
 CROP_TRIES = 10
@@ -24,6 +25,8 @@ CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform numbers that one sample's crop takes
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _REDUCTIONS = (8, 4, 2)
+_MCU_ROWS = 16  # the most rows that a JPEG codes together, of the subsamplings that the fast decoder reads
+_BYTES_FOLLOW = re.compile(r"extraneous bytes before marker 0xd[0-9a]")
 # What PIL's decoders raise on damaged bytes.
 _FAILURES = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
 
@@ -59,7 +62,7 @@ def decode(data: bytes | np.ndarray) -> np.ndarray:
     """Returns the whole image, (H, W, 3) uint8.
 
     Raises:
-        DataError: not an image, damaged, or larger than `MAX_PIXELS`.
+        SampleError: not an image, damaged, or larger than `MAX_PIXELS`.
     """
     if isinstance(data, np.ndarray):
         return data
@@ -86,25 +89,42 @@ def decode_crop(
     pixels; so a crop's sides are bounded by the output's, whatever the image.
 
     Raises:
-        DataError: not an image, damaged, or larger than `MAX_PIXELS`.
+        SampleError: not an image, damaged, or larger than `MAX_PIXELS`.
     """
     if isinstance(data, np.ndarray):
-        top, left, h, w = choose_box(data.shape[0], data.shape[1], draws, scale, ratio)
-        return data[top : top + h, left : left + w]
+        return _cut_drawn(data, draws, output, scale, ratio)
     size = _jpeg_size(data)
     if size is not None:
         _check_pixels(*size)
         box = choose_box(*size, draws, scale, ratio)
         factor = _reduction(box, output)
         decoded_by = next((step for step in _REDUCTIONS if step <= factor), 1)
-        pixels = _decode_jpeg(data, size, decoded_by)
+        coarse = _coarse(box, size, factor)
+        pixels = _decode_jpeg(data, size, decoded_by, rows=(coarse[0] + coarse[2]) * factor)
         if pixels is not None:
-            return _cut(pixels, _coarse(box, size, factor), factor // decoded_by)
-    image = _open(data)
-    size = (image.height, image.width)
+            return _cut(pixels, coarse, factor // decoded_by)
+    return _cut_drawn(np.asarray(_open(data)), draws, output, scale, ratio)
+
+
+def largest_crop(output: tuple[int, int], ratio: tuple[float, float]) -> int:
+    """Returns the most pixels that `decode_crop` returns for an `output` (height, width)."""
+    height, width = (2 * side + 1 for side in output)  # of the side that just isn't halved once more
+    # a crop's sides are rounded to whole pixels: half a pixel each, and once more when it is reduced
+    return math.ceil(max(height * (ratio[1] * (height + 1) + 2), width * ((width + 1) / ratio[0] + 2)))
+
+
+def _cut_drawn(
+    pixels: np.ndarray,
+    draws: Sequence[float],
+    output: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> np.ndarray:
+    """Returns the drawn crop of decoded pixels."""
+    size = (pixels.shape[0], pixels.shape[1])
     box = choose_box(*size, draws, scale, ratio)
     factor = _reduction(box, output)
-    return _cut(np.asarray(image), _coarse(box, size, factor), factor)
+    return _cut(pixels, _coarse(box, size, factor), factor)
 
 
 def _reduction(box: Box, output: tuple[int, int]) -> int:
@@ -139,8 +159,12 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (height, width) if space in ("YCbCr", "RGB", "Gray") else None  # CMYK: through PIL
 
 
-def _decode_jpeg(data: bytes, size: tuple[int, int], factor: int) -> np.ndarray | None:
-    """Returns a JPEG's pixels at 1 / factor of its size; None where PIL must have a look."""
+def _decode_jpeg(data: bytes, size: tuple[int, int], factor: int, rows: int | None = None) -> np.ndarray | None:
+    """Returns a JPEG's pixels at 1 / factor of its size, those above `rows` at least; None where PIL must look."""
+    if rows is not None:
+        pixels = _decode_top(data, size, factor, rows)
+        if pixels is not None:
+            return pixels
     height, width = -(-size[0] // factor), -(-size[1] // factor)
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=factor)
@@ -152,6 +176,41 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], factor: int) -> np.ndarray 
     return pixels if pixels.shape[:2] == (height, width) else None
 
 
+def _decode_top(data: bytes, size: tuple[int, int], factor: int, rows: int) -> np.ndarray | None:
+    """Returns the same pixels as a whole decode in the first `rows` rows (of the full size), or None.
+
+    The decoder is told a smaller height, so it stops there and then complains of the bytes that follow. It names
+    the first thing wrong only: when that is what it names, there is no damage in what was decoded.
+    """
+    height = -(-(rows + 2 * factor) // _MCU_ROWS) * _MCU_ROWS  # the last row's colours lack their neighbours below
+    place = _height_field(data)
+    if place is None or height + _MCU_ROWS > size[0]:
+        return None
+    lower = bytearray(data)
+    struct.pack_into(">H", lower, place, height)
+    shape = (height // factor, -(-size[1] // factor), 3)
+    pixels = np.empty(shape, dtype=np.uint8)
+    try:
+        options = {"min_height": shape[0], "min_width": shape[1], "min_factor": factor}
+        found = simplejpeg.decode_jpeg(lower, "RGB", buffer=pixels, **options).shape
+    except (ValueError, KeyError) as error:
+        found = shape if _BYTES_FOLLOW.search(str(error)) else None
+    return pixels if found == shape else None
+
+
+def _height_field(data: bytes) -> int | None:
+    """Returns where a JPEG of one pass says its height; None for progressive ones, which come in several."""
+    place = 2
+    while place + 9 < len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker in (0xC0, 0xC1):
+            return place + 5
+        if marker in (0xC2, 0xDA):
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
 def _open(data: bytes) -> Image.Image:
     """Returns the image as PIL decodes it, in RGB; its size has been checked before."""
     try:
@@ -161,12 +220,16 @@ def _open(data: bytes) -> Image.Image:
         if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits: PIL's own conversion would clip
             image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
         return image.convert("RGB")
-    except DataError:
+    except SampleError:
         raise
+    except UnidentifiedImageError:
+        message = f"no image of a known format ({', '.join(_FORMATS)}); replace or drop it"
+        raise SampleError(message, "not decodable") from None
     except (*_FAILURES, Image.DecompressionBombError) as error:
-        raise DataError(f"no decodable image ({type(error).__name__}: {error}); replace or drop it") from None
+        message = f"no decodable image ({type(error).__name__}: {error}); replace or drop it"
+        raise SampleError(message, "not decodable") from None
 
 
 def _check_pixels(height: int, width: int) -> None:
     if not 0 < height * width <= MAX_PIXELS:
-        raise DataError(f"image of {width} x {height} pixels; give at most {MAX_PIXELS} pixels")
+        raise SampleError(f"image of {width} x {height} pixels; give 1 to {MAX_PIXELS} pixels", "too many pixels")

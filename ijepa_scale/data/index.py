@@ -1,18 +1,16 @@
 """Where each sample lies in a tar shard, found once and kept beside the tar. Floor 2: files only.
 
 A shard is an ordinary WebDataset tar: `KEY.jpg` with `KEY.cls` (an integer) or `KEY.json` ({"label": ...}).
-Members are never extracted to disk; only regular files, of bounded size and count, are accepted.
+What of it can't be used is in the index too, counted by kind.
 """
 
 from __future__ import annotations
 
 import errno
 import glob
-import json
 import logging
 import os
 import re
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -22,17 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
+from ijepa_scale.data.scan import MAX_MEMBER_BYTES, NO_LABEL, Problems, scan_tar
 from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 1
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-MAX_MEMBER_BYTES = 64 << 20  # of an image; the largest JPEG of ImageNet has 15 MB
-MAX_LABEL_BYTES = 1 << 20
-MAX_MEMBERS = 20_000_000
-NO_LABEL = -1
-_BLOCK = 512
+INDEX_VERSION = 2
+# What a damaged index file can raise while it is read.
+_DAMAGE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
 _REMOTE = re.compile(r"^(pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://|hf:)")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 
@@ -69,6 +66,7 @@ class ShardIndex:
     sizes: np.ndarray
     labels: np.ndarray
     keys: Names
+    problems: Problems
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -86,7 +84,7 @@ def index_tar(path: str | Path) -> ShardIndex:
     do this at once; where the folder can't be written the scan is repeated by each process.
 
     Raises:
-        DataError: a tar that is missing, empty, compressed, cut short or holds what a shard must not hold.
+        DataError: a tar that is missing, compressed or no tar.
     """
     path = Path(path)
     try:
@@ -98,7 +96,11 @@ def index_tar(path: str | Path) -> ShardIndex:
     kept = _load(path, status)
     if kept is not None:
         return kept
-    index = _scan(path, status)
+    scan = scan_tar(path)
+    offsets, sizes, labels = scan.columns
+    index = ShardIndex(
+        path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, Names.of(scan.keys), scan.problems
+    )
     _save(index)
     return index
 
@@ -154,19 +156,32 @@ def _load(path: Path, status: os.stat_result) -> ShardIndex | None:
                 return None
             offsets, sizes, labels = (arrays[name].astype(np.int64) for name in ("offsets", "sizes", "labels"))
             keys = Names(arrays["key_bytes"].astype(np.uint8), arrays["key_ends"].astype(np.int64))
+            problems = Problems.loads(arrays["problems"].tobytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         logger.warning("index %s is damaged (%s); scanning the tar again", kept, error)
         return None
-    one_length = len({len(offsets), len(sizes), len(labels), len(keys)}) == 1
-    if not one_length or not len(offsets) or min(offsets.min(), sizes.min()) < 0:
+    if (
+        len({len(offsets), len(sizes), len(labels), len(keys)}) > 1
+        or min(offsets.min(initial=0), sizes.min(initial=0)) < 0
+    ):
         logger.warning("index %s is damaged (its columns disagree); scanning the tar again", kept)
         return None
-    if (offsets + sizes).max() > status.st_size or sizes.max() > MAX_MEMBER_BYTES:
+    if (offsets + sizes).max(initial=0) > status.st_size or sizes.max(initial=0) > MAX_MEMBER_BYTES:
         logger.warning("index %s is damaged (it points outside the tar); scanning the tar again", kept)
         return None
-    return ShardIndex(path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, keys)
+    return ShardIndex(path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, keys, problems)
 
 
 def _save(index: ShardIndex) -> None:
@@ -186,6 +201,7 @@ def _save(index: ShardIndex) -> None:
                 labels=index.labels,
                 key_bytes=index.keys.blob,
                 key_ends=index.keys.ends,
+                problems=np.frombuffer(index.problems.dumps(), dtype=np.uint8),
             )
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
@@ -195,107 +211,4 @@ def _save(index: ShardIndex) -> None:
             os.unlink(temporary)
 
 
-@dataclass
-class _Sample:
-    """What a scan knows of one key."""
-
-    image: str | None = None  # the image member's name
-    offset: int = 0
-    size: int = 0
-    label: int = NO_LABEL
-    label_from: str = ""
-
-
-def _scan(path: Path, status: os.stat_result) -> ShardIndex:
-    """Returns the index of a tar by walking over its headers."""
-    samples: dict[str, _Sample] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for number, member in enumerate(tar):
-                if number >= MAX_MEMBERS:
-                    raise DataError(f"shard {path} has over {MAX_MEMBERS} members; write smaller shards")
-                _add(path, tar, member, samples)
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-            end = tar.offset
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"shard {path} is no readable tar ({error}); copy or write it again, uncompressed") from None
-    with path.open("rb") as file:
-        file.seek(end)
-        block = file.read(_BLOCK)
-    if block != bytes(_BLOCK):  # tarfile ends silently at a damaged header, and where a copy broke off
-        raise DataError(f"shard {path} is cut short or damaged after byte {end}; copy or write it again")
-    for key, sample in samples.items():
-        if sample.image is None:
-            raise DataError(
-                f"sample {key!r} of shard {path} has no image ({', '.join(IMAGE_SUFFIXES)}); write it again"
-            )
-    if not samples:
-        raise DataError(f"shard {path} holds no image ({', '.join(IMAGE_SUFFIXES)}); drop it from the list")
-    ordered = sorted(samples.items(), key=lambda item: item[1].offset)
-    columns = np.array([(sample.offset, sample.size, sample.label) for _, sample in ordered], dtype=np.int64)
-    offsets, sizes, labels = (np.ascontiguousarray(column) for column in columns.T)
-    keys = Names.of(key for key, _ in ordered)
-    return ShardIndex(path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, keys)
-
-
-def _add(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, _Sample]) -> None:
-    """Notes one member under its sample."""
-    name = member.name
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts:
-        raise DataError(f"member {name!r} of shard {path} leaves its folder; write it again with relative names")
-    if member.isdir():
-        return
-    if not member.isreg() or member.issparse():
-        raise DataError(
-            f"member {name!r} of shard {path} is a link, a device or sparse; "
-            "write it again with regular files (tar --dereference --hard-dereference)"
-        )
-    stem, _, suffix = parts[-1].partition(".")
-    if not stem:  # `._photo.jpg` and the like: other systems' side files
-        return
-    key, kind = "/".join([*parts[:-1], stem]), suffix.lower().rpartition(".")[2]
-    sample = samples.setdefault(key, _Sample())
-    if kind in IMAGE_SUFFIXES:
-        if sample.image is not None:
-            raise DataError(
-                f"sample {key!r} of shard {path} has two images, {sample.image!r} and {name!r}; "
-                "give each its own name up to the first dot"
-            )
-        if not 0 < member.size <= MAX_MEMBER_BYTES:
-            raise DataError(
-                f"image {name!r} of shard {path} has {member.size} bytes; give 1 to {MAX_MEMBER_BYTES} (64 MiB)"
-            )
-        sample.image, sample.offset, sample.size = name, member.offset_data, member.size
-    elif kind == "cls" or (kind == "json" and sample.label_from != "cls"):
-        label = _label(path, tar, member, kind)
-        if label is not None:
-            sample.label, sample.label_from = label, kind
-
-
-def _label(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> int | None:
-    """Returns the label in a `.cls` or `.json` member; None where the JSON has no "label"."""
-    if member.size > MAX_LABEL_BYTES:
-        raise DataError(f"{member.name!r} of shard {path} has {member.size} bytes; a label has at most 1 MiB")
-    stream = tar.extractfile(member)
-    assert stream is not None  # a regular file
-    data = stream.read()
-    try:
-        if kind == "cls":
-            label = int(data)
-        else:
-            content = json.loads(data)
-            value = content.get("label") if isinstance(content, dict) else None
-            if value is None:
-                return None
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError
-            label = value
-        if not -(2**31) <= label < 2**31:
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise DataError(
-            f"{member.name!r} of shard {path} holds {data[:40]!r}, no label; give an integer (.cls) or "
-            '{"label": integer} (.json)'
-        ) from None
-    return label
+__all__ = ["NO_LABEL", "Names", "ShardIndex", "expand", "index_path", "index_tar"]

@@ -77,6 +77,18 @@ class SampleOrder:
             begin, window = stop, window + 1
         return np.concatenate(pieces)
 
+    def window(self, step: int) -> tuple[int, int]:
+        """Returns (pass, window in it) in which global batch `step` begins."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return epoch, int(np.searchsorted(self._layout(epoch).window_ends, place * self.batch_size, side="right"))
+
+    def shards(self, epoch: int, window: int) -> np.ndarray:
+        """Returns the shards of a window, int64, ascending; one behind the last of a pass is the next pass's first."""
+        if window >= -(-len(self.shard_sizes) // self.window_shards):
+            epoch, window = epoch + 1, 0
+        permuted = rng.permutation(len(self.shard_sizes), self.seed, "order.shards", epoch)
+        return np.sort(permuted[window * self.window_shards : (window + 1) * self.window_shards])
+
     def part(self, step: int, rank: int, world: int) -> np.ndarray:
         """Returns the consecutive slice of global batch `step` that process `rank` of `world` takes."""
         size = self.part_size(world)

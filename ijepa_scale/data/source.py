@@ -6,8 +6,12 @@ read in each process and read with `os.pread`, so a source may be forked or pick
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import logging
 import os
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +20,13 @@ import numpy as np
 
 from ijepa_scale import rng
 from ijepa_scale.data.index import NO_LABEL, Names, ShardIndex, expand, index_tar
+from ijepa_scale.data.scan import Problems
 from ijepa_scale.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+MANIFEST = "manifest.json"
 _OPEN_FILES = 64
 _SPLITS = {"train", "val", "valid", "validation", "test"}
 
@@ -39,6 +47,12 @@ class SampleSource(Protocol):
     def name(self, sample_id: int) -> str:
         """Returns what a person calls the sample, for messages."""
 
+    def prepare(self, shards: np.ndarray) -> None:
+        """Says that samples of these shards will be read soon; returns at once."""
+
+    def problems(self) -> Problems:
+        """Returns what the listing of the samples had to leave out."""
+
 
 class ShardSource:
     """Samples of indexed tar shards."""
@@ -47,6 +61,8 @@ class ShardSource:
         if not paths:
             raise DataError("the list of shards is empty; name a folder of shards, a glob or a brace pattern")
         self._shards = [index_tar(path) for path in paths]
+        if not any(len(shard) for shard in self._shards):
+            raise DataError(f"no shard holds a sample that can be read: {self.problems().summary()}")
         self.shard_sizes = np.array([len(shard) for shard in self._shards], dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
         self.fingerprint = _shard_fingerprint(self._shards)
@@ -86,6 +102,22 @@ class ShardSource:
         """Returns tar and key."""
         shard, row = self._locate(sample_id)
         return f"{self._shards[shard].path}:{self._shards[shard].keys[row]}"
+
+    def prepare(self, shards: np.ndarray) -> None:
+        """Has the system read these shards into its cache, in the background."""
+        paths = [self._shards[int(shard)].path for shard in shards]
+        threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
+
+    def problems(self) -> Problems:
+        """Returns what of the shards can't be used, with what their manifest says is missing."""
+        found = Problems()
+        for shard in self._shards:
+            found.extend(shard.problems)
+            if "cut short" in shard.problems.counts:
+                lost = manifest_samples(shard.path) - len(shard) - shard.problems.counts.total()
+                for _ in range(max(0, lost)):
+                    found.add("lost with the end of a shard", str(shard.path), "the manifest counts more samples")
+        return found
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """Returns (shard, row in it) of a sample."""
@@ -162,6 +194,13 @@ class ImageFolderSource:
         """Returns the path."""
         return str(self.root / self._names[sample_id])
 
+    def prepare(self, shards: np.ndarray) -> None:
+        """Does nothing: files in a folder have no common place."""
+
+    def problems(self) -> Problems:
+        """Returns none: only images are listed."""
+        return Problems()
+
 
 class SyntheticSource:
     """Noise images that cost next to nothing: windows of one fixed texture. For benchmarks and tests."""
@@ -192,6 +231,13 @@ class SyntheticSource:
         """Returns the number."""
         return f"synthetic:{sample_id}"
 
+    def prepare(self, shards: np.ndarray) -> None:
+        """Does nothing."""
+
+    def problems(self) -> Problems:
+        """Returns none."""
+        return Problems()
+
 
 def build_source(
     reader: str, pattern: str | Path | None, *, num_samples: int = 1_281_167, image_size: tuple[int, int] = (256, 256)
@@ -208,6 +254,43 @@ def build_source(
     if pattern is None:
         raise DataError(f"reader {reader!r} has no data to read; name it, e.g. data.train=/data/imagenet/train")
     return ShardSource(expand(pattern)) if reader == "shards" else ImageFolderSource(pattern)
+
+
+def check_problems(problems: Problems, num_samples: int, max_bad_fraction: float, *, log: bool = True) -> None:
+    """Logs what the listing of a set left out; with `log` false it only checks.
+
+    Raises:
+        DataError: it is more than `max_bad_fraction` of the set.
+    """
+    bad = problems.counts.total()
+    if not bad:
+        return
+    text = f"{bad} of {bad + num_samples} samples can't be used: {problems.summary()}"
+    if bad > max_bad_fraction * (bad + num_samples):
+        raise DataError(f"{text}; over data.max_bad_fraction {max_bad_fraction:g}: mend the data or raise the limit")
+    if log:
+        logger.warning("%s", text)
+    for problem in problems.named[1:] if log else ():
+        logger.warning("left out: %s: %s", problem.name, problem.reason)
+
+
+def manifest_samples(shard: Path) -> int:
+    """Returns the samples that the manifest beside a shard says it has; 0 where that can't be read."""
+    try:
+        rows = json.loads((shard.parent / MANIFEST).read_text())["shards"]
+        return sum(int(row["samples"]) for row in rows if row["name"] == shard.name)
+    except (OSError, ValueError, TypeError, LookupError):
+        return 0
+
+
+def _read_ahead(paths: list[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # who reads the shard will say what is wrong with it
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
 
 def _shard_fingerprint(shards: list[ShardIndex]) -> str:
@@ -237,4 +320,12 @@ def _images(root: Path, folder: str) -> list[str]:
     return found
 
 
-__all__ = ["NO_LABEL", "ImageFolderSource", "SampleSource", "ShardSource", "SyntheticSource", "build_source"]
+__all__ = [
+    "NO_LABEL",
+    "ImageFolderSource",
+    "SampleSource",
+    "ShardSource",
+    "SyntheticSource",
+    "build_source",
+    "check_problems",
+]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def ordered_loader(
-    dataset: Dataset[Any], items: Iterable[Any], *, workers: int, prefetch: int, pin_memory: bool
+    dataset: Dataset[Any], items: Iterable[Any], *, workers: int, prefetch: int, pin_memory: bool = False
 ) -> DataLoader[Any]:
     """Returns a loader of dataset[i] for i in `items`, whole and in order, made by `workers` processes (0: here).
 

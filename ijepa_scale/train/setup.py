@@ -16,7 +16,7 @@ from ijepa_scale.augment import Augment
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.source import SampleSource, build_source
+from ijepa_scale.data.source import SampleSource, build_source, check_problems
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
@@ -75,7 +75,7 @@ class Run:
             start_step=first_step,
             stop_step=self.last_step,
             max_bad_fraction=data.max_bad_fraction,
-            pin_memory=self.world.device.type == "cuda",
+            device=self.world.device,
         )
 
     def peak_flops(self) -> float | None:
@@ -158,6 +158,7 @@ def build_run(config: PretrainConfig, world: World) -> Run:
     data = config.data
     source_size = tuple(max(256, side) for side in config.model.image_size)  # of synthetic images
     source = build_source(data.reader, data.train, num_samples=data.synthetic_samples, image_size=source_size)
+    check_problems(source.problems(), source.num_samples, data.max_bad_fraction, log=world.is_main)
     order = SampleOrder(source.shard_sizes, batch_size, config.seed, data.window_shards)
     schedule = build_schedule(config, order.steps_per_epoch)
     augment = Augment(config.augment, config.model.image_size, seed=config.seed, device=world.device)

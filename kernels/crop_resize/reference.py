@@ -8,22 +8,23 @@ from torch import Tensor
 
 
 def crop_resize(
-    canvas: Tensor,
+    pixels: Tensor,
     sizes: np.ndarray,
     output: tuple[int, int],
     *,
     interpolation: str = "bilinear",
     flip: np.ndarray | None = None,
 ) -> Tensor:
-    """Returns the crops resized to `output`: (B, 3, h, w) uint8; see `ijepa_kernels.crop_resize.crop_resize`.
+    """Returns the crops resized to `output`: (B, 3, h, w) uint8 levels; see `ijepa_kernels.crop_resize.crop_resize`.
 
     Computed in float32 whatever autocast says: bfloat16 weights are up to 2.9 of 255 off. Between the passes
     the values are rounded to uint8, as PIL stores them. What lies outside a crop has weight 0.
     """
-    batch, channels, canvas_height, canvas_width = canvas.shape
     height, width = output
-    device = canvas.device
+    device = pixels.device
     sizes = np.asarray(sizes, dtype=np.int64)
+    canvas = padded(pixels, sizes)
+    batch, channels, canvas_height, canvas_width = canvas.shape
     flips = np.zeros(batch, dtype=bool) if flip is None else np.asarray(flip, dtype=bool)
     with torch.autocast(device.type, enabled=False):
         across = filter_matrix(sizes[:, 1], width, canvas_width, interpolation, device, flips)  # (B, w, Wc)
@@ -32,6 +33,18 @@ def crop_resize(
         narrow = _round(torch.bmm(rows, across.transpose(1, 2)))  # horizontal pass first
         narrow = narrow.view(batch, channels, canvas_height, width)
         return _round(torch.matmul(down[:, None], narrow)).to(torch.uint8)
+
+
+def padded(pixels: Tensor, sizes: np.ndarray) -> Tensor:
+    """Returns (B, 3, Hc, Wc) uint8: each crop at the top left of the smallest canvas that holds them all."""
+    canvas_height, canvas_width = sizes.max(axis=0, initial=1).tolist()
+    canvas = torch.zeros(len(sizes), 3, canvas_height, canvas_width, dtype=torch.uint8, device=pixels.device)
+    begin = 0
+    for row, (height, width) in enumerate(sizes.tolist()):
+        crop = pixels[begin : begin + 3 * height * width].view(height, width, 3)
+        canvas[row, :, :height, :width] = crop.permute(2, 0, 1)
+        begin += 3 * height * width
+    return canvas
 
 
 def filter_matrix(

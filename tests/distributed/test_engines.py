@@ -11,7 +11,7 @@ from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, NonFiniteError
 from tests.distributed.harness import run
-from tests.distributed.training import curve, full_state, make, masks_config, part
+from tests.distributed.training import curve, full_state, images_of, make, masks_config, part
 
 ENGINES = {
     "ddp": (2, {"strategy": "ddp"}),
@@ -189,7 +189,7 @@ def test_infinite_gradient_under_a_finite_loss_moves_nothing(name: str) -> None:
 def target_follows_its_shards(world: World, engine: dict) -> float:
     """Returns how much the target's output moves when its shards do."""
     built, _ = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
-    images = part(0, world).canvas.float()
+    images = images_of(part(0, world))
     before = built.target(images).clone()
     for shard in built.local_shards()[0]:
         shard.mul_(1.5)

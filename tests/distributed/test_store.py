@@ -18,7 +18,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError
 from tests.distributed.harness import run
 from tests.distributed.test_engines import ENGINES, reference
-from tests.distributed.training import MODEL, full_state, make, masks_config, part
+from tests.distributed.training import MODEL, full_state, images_of, make, masks_config, part
 
 HALF, STEPS = 6, 10
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -156,7 +156,7 @@ def test_the_trained_encoder_comes_out_of_a_checkpoint(tmp_path: Path) -> None:
     step(part(0, ALONE))
     extra = {"config": json.loads(json.dumps({"model": dataclasses.asdict(MODEL)}))}
     store.save(tmp_path / "checkpoints", 1, built.pieces(), world=ALONE, extra=extra, keep=1)
-    images = part(1, ALONE).canvas.float() / 255
+    images = images_of(part(1, ALONE))
     target = load_encoder(tmp_path)
     assert torch.equal(target(images), built.target(images))
     context = load_encoder(tmp_path / "checkpoints" / "step-00000001", which="context")

@@ -33,21 +33,21 @@ def masks_config(**changes: Any) -> MaskConfig:
 
 
 def images_of(batch: Batch) -> torch.Tensor:
-    """Stands for augmentation: the canvas as it is, to [-2, 2]."""
-    return (batch.canvas.float() / 63.75 - 2.0).contiguous()
+    """Stands for augmentation: the crops as they are, to [-2, 2]."""
+    return (batch.pixels.view(-1, 32, 32, 3).permute(0, 3, 1, 2).float() / 63.75 - 2.0).contiguous()
 
 
 def part(step: int, world: World, *, spoil: tuple[int, int] | None = None) -> Batch:
     """Returns this process's part of the global batch of `step`; `spoil` = (step, process) plants a NaN."""
     generator = np.random.default_rng(step)
-    canvas = torch.from_numpy(generator.integers(0, 256, (BATCH, 3, 32, 32), dtype=np.uint8))
+    images = torch.from_numpy(generator.integers(0, 256, (BATCH, 3, 32, 32), dtype=np.uint8)).permute(0, 2, 3, 1)
     size = BATCH // world.size
     rows = slice(world.rank * size, (world.rank + 1) * size)
     if spoil == (step, world.rank):
-        canvas = canvas.float()
-        canvas[rows] = float("nan")
+        images = images.float()
+        images[rows] = float("nan")
     return Batch(
-        canvas=canvas[rows],
+        pixels=images[rows].flatten(),
         sizes=np.full((size, 2), 32),
         sample_ids=np.arange(rows.start, rows.stop),
         labels=torch.zeros(size, dtype=torch.int64),

@@ -27,19 +27,21 @@ def images_of(count=6, size=(20, 23), seed=0):
 
 
 def a_batch(count=12, size=(20, 23), epoch=0, seed=0):
-    canvas = images_of(count, size, seed).contiguous(memory_format=torch.channels_last)
+    images = images_of(count, size, seed).permute(0, 2, 3, 1)
     generator = np.random.default_rng(seed)
     sizes = np.stack(
         [generator.integers(size[0] // 2, size[0] + 1, count), generator.integers(5, size[1] + 1, count)], 1
     )
     ids = generator.permutation(1000)[:count].astype(np.int64)
     labels = torch.full((count,), -1)
-    return Batch(canvas=canvas, sizes=sizes, sample_ids=ids, labels=labels, step=0, epoch=epoch, position=0)
+    pixels = torch.cat([image[:h, :w].flatten() for image, (h, w) in zip(images, sizes, strict=True)])
+    return Batch(pixels=pixels, sizes=sizes, sample_ids=ids, labels=labels, step=0, epoch=epoch, position=0)
 
 
 def rows(batch, chosen):
     return Batch(
-        canvas=batch.canvas[chosen], sizes=batch.sizes[chosen], sample_ids=batch.sample_ids[chosen],
+        pixels=torch.cat([batch.crop(row).flatten() for row in chosen]),
+        sizes=batch.sizes[chosen], sample_ids=batch.sample_ids[chosen],
         labels=batch.labels[chosen], step=99, epoch=batch.epoch, position=7,
     )  # fmt: skip
 
@@ -93,8 +95,8 @@ def test_without_augmentation_images_are_resized_and_normalised():
     images = Augment(config, (16, 18), seed=0)(batch)
     assert images.dtype == torch.float32 and images.shape == (12, 3, 16, 18)
     mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))
-    for row, (height, width) in enumerate(batch.sizes):
-        crop = Image.fromarray(batch.canvas[row, :, :height, :width].permute(1, 2, 0).numpy())
+    for row in range(len(batch)):
+        crop = Image.fromarray(batch.crop(row).numpy())
         expected = torch.from_numpy(np.asarray(crop.resize((18, 16), Image.Resampling.BILINEAR)).copy()) / 255.0
         assert ((images[row] * std + mean) - expected.permute(2, 0, 1)).abs().max() <= LEVEL + 1e-5
 
@@ -119,9 +121,9 @@ def test_seed_and_epoch_change_the_draws_and_nothing_else_does():
     assert not torch.equal(Augment(EVERYTHING, (16, 16), seed=0)(a_batch(epoch=1)), first)
 
 
-def test_probabilities_and_the_canvas_are_kept():
+def test_probabilities_and_the_pixels_are_kept():
     batch = a_batch(400, (8, 8))
-    before = batch.canvas.clone()
+    before = batch.pixels.clone()
     plain = Augment(AugmentConfig(**RAW), (8, 8), seed=0)(batch)
     share = {}
     for name, config in {
@@ -138,7 +140,7 @@ def test_probabilities_and_the_canvas_are_kept():
         if name == "grayscale":
             assert torch.equal(images[changed][:, 0], images[changed][:, 2])
     assert all(0.2 < value < 0.4 for value in share.values()), share
-    assert torch.equal(batch.canvas, before)
+    assert torch.equal(batch.pixels, before)
     always = Augment(AugmentConfig(**RAW, flip=1.0), (8, 8), seed=0)(batch)
     assert (always - plain.flip(-1)).abs().max() <= 1.01 * LEVEL
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from ijepa_scale.data.index import Names, expand, index_path, index_tar
+from ijepa_scale.data.scan import scan_tar
 from ijepa_scale.errors import DataError
 
 IMAGE = b"\xff\xd8\xff" + bytes(range(200))
@@ -28,7 +30,7 @@ def make_tar(path, members, format=tarfile.GNU_FORMAT):
     return path
 
 
-def contents(index):
+def contents_of(index):
     data = index.path.read_bytes()
     return [data[o : o + s] for o, s in zip(index.offsets, index.sizes, strict=True)]
 
@@ -54,54 +56,101 @@ def test_long_names_folders_labels_and_side_files(tmp_path, format):
     index = index_tar(make_tar(tmp_path / "a.tar", members, format))
     assert list(index.keys) == [long, "b", "c", "d", "e"]
     assert index.labels.tolist() == [12, 7, 3, -1, -5]
-    assert contents(index) == [IMAGE + b"%d" % n for n in range(1, 6)]
+    assert contents_of(index) == [IMAGE + b"%d" % n for n in range(1, 6)]
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("members", "kind", "reason"),
     [
-        ([("a.cls", b"12"), ("b.jpg", IMAGE)], "sample 'a' of shard .* has no image"),
-        ([("../a.jpg", IMAGE)], r"member '\.\./a\.jpg' of shard .* leaves its folder"),
-        ([("/a.jpg", IMAGE)], "member '/a.jpg' of shard .* leaves its folder"),
-        ([("0.jpg", IMAGE), ("a.jpg", tarfile.SYMTYPE)], "'a.jpg' of shard .* is a link.*--dereference"),
-        ([("0.jpg", IMAGE), ("a.jpg", tarfile.LNKTYPE)], "'a.jpg' of shard .* is a link"),
-        ([("a.jpg", tarfile.FIFOTYPE)], "'a.jpg' of shard .* is a link, a device"),
-        ([("a.v1.jpg", IMAGE), ("a.v2.jpg", IMAGE)], "sample 'a' .* has two images, 'a.v1.jpg' and 'a.v2.jpg'"),
-        ([("a.jpg", b"")], "image 'a.jpg' .* has 0 bytes; give 1 to"),
-        ([("a.jpg", IMAGE), ("a.cls", b"cat")], "'a.cls' .* holds b'cat', no label"),
-        ([("a.jpg", IMAGE), ("a.json", b'{"label": "cat"}')], "'a.json' .*no label"),
-        ([("a.jpg", IMAGE), ("a.cls", b"9" * 30)], "'a.cls' .*no label"),
-        ([("a.jpg", IMAGE), ("a.cls", b"1" * (2 << 20))], "'a.cls' .* a label has at most 1 MiB"),
-        ([(".hidden", b"text")], "holds no image .*; drop it from the list"),
+        ([("a.cls", b"12")], "no image", "no image .*; write it again"),
+        ([("../a.jpg", IMAGE)], "unsafe name", "leaves its folder"),
+        ([("/a.jpg", IMAGE)], "unsafe name", "leaves its folder"),
+        ([("a.jpg", tarfile.SYMTYPE)], "link or device", "a link.*--dereference"),
+        ([("a.jpg", tarfile.LNKTYPE), ("a.cls", b"12")], "link or device", "a link"),
+        ([("a.cls", b"12"), ("a.jpg", tarfile.FIFOTYPE)], "link or device", "a link, a device"),
+        ([("b.v2.jpg", IMAGE)], "two images", "its sample has 'b.jpg' too"),
+        ([("a.jpg", b"")], "member size", "0 bytes; give 1 to"),
+        ([("a.jpg", IMAGE), ("a.cls", b"cat")], "bad label", "b'cat' is no label; give an integer"),
+        ([("a.jpg", IMAGE), ("a.json", b'{"label": "cat"}')], "bad label", "is no label"),
+        ([("a.json", b"[" * 9000), ("a.jpg", IMAGE)], "bad label", "is no label"),
+        ([("a.jpg", IMAGE), ("a.cls", b"9" * 30)], "bad label", "is no label"),
+        ([("a.jpg", IMAGE), ("a.cls", b"1" * (2 << 20))], "bad label", "a label has at most 1048576"),
     ],
 )
-def test_what_a_shard_must_not_hold(tmp_path, members, message):
-    with pytest.raises(DataError, match=message):
-        index_tar(make_tar(tmp_path / "a.tar", members))
-    assert not index_path(tmp_path / "a.tar").exists()
+def test_a_bad_member_costs_its_own_sample(tmp_path, members, kind, reason):
+    path = make_tar(tmp_path / "a.tar", [("b.jpg", IMAGE), ("b.cls", b" 7"), *members, ("c.jpg", IMAGE)])
+    for index in (index_tar(path), index_tar(path)):  # scanned, then kept
+        assert list(index.keys) == ["b", "c"] and index.labels.tolist() == [7, -1]
+        assert dict(index.problems.counts) == {kind: 1}
+        assert index.problems.named[0].kind == kind and re.search(reason, index.problems.named[0].reason)
+    assert index_path(path).exists()
+
+
+@pytest.mark.parametrize("members", [[], [(".hidden", b"text")], None])
+def test_an_empty_shard_is_counted(tmp_path, members):
+    path = tmp_path / "a.tar"
+    path.touch() if members is None else make_tar(path, members)
+    index = index_tar(path)
+    assert len(index) == 0 and dict(index.problems.counts) == {"empty shard": 1}
 
 
 def test_size_and_count_are_capped(tmp_path, monkeypatch):
-    path = make_tar(tmp_path / "a.tar", [("a.jpg", IMAGE), ("b.jpg", IMAGE)])
-    monkeypatch.setattr("ijepa_scale.data.index.MAX_MEMBER_BYTES", 100)
-    with pytest.raises(DataError, match="image 'a.jpg' .* has 203 bytes; give 1 to 100"):
-        index_tar(path)
-    monkeypatch.setattr("ijepa_scale.data.index.MAX_MEMBER_BYTES", 1000)
-    monkeypatch.setattr("ijepa_scale.data.index.MAX_MEMBERS", 1)
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", IMAGE), ("b.jpg", IMAGE[:50])])
+    monkeypatch.setattr("ijepa_scale.data.scan.MAX_MEMBER_BYTES", 100)
+    index = index_tar(path)
+    assert list(index.keys) == ["b"] and dict(index.problems.counts) == {"member size": 1}
+    assert index.problems.named[0].reason == "203 bytes; give 1 to 100 (64 MiB)"
+    index_path(path).unlink()
+    monkeypatch.setattr("ijepa_scale.data.scan.MAX_MEMBERS", 1)
     with pytest.raises(DataError, match="over 1 members; write smaller shards"):
         index_tar(path)
 
 
-def test_a_tar_cut_anywhere_is_refused(tmp_path):
-    whole = make_tar(tmp_path / "a.tar", [(f"{n}.{e}", IMAGE) for n in range(3) for e in ("jpg", "txt")]).read_bytes()
+def test_a_member_of_ten_gigabytes_costs_nothing(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, size in (("a.jpg", len(IMAGE)), ("b.jpg", 10 << 30), ("c.jpg", len(IMAGE))):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            tar.addfile(info, io.BytesIO(IMAGE) if size < 1000 else None)
+            if size > 1000:  # a hole: the file takes no room on the disk
+                tar.fileobj.truncate(tar.fileobj.seek(tar.offset + size))
+                tar.offset += size
+    index = index_tar(path)
+    assert list(index.keys) == ["a", "c"] and dict(index.problems.counts) == {"member size": 1}
+    assert contents_of(index) == [IMAGE, IMAGE]
+
+
+def test_a_header_that_claims_gigabytes_is_not_read(tmp_path):
+    path = make_tar(tmp_path / "a.tar", [("a.jpg", IMAGE), ("b" * 200 + ".jpg", IMAGE)])
+    data = bytearray(path.read_bytes())
+    name = data.index(b"././@LongLink")
+    data[name + 124 : name + 136] = b"%011o\0" % (6 << 30)
+    data[name + 148 : name + 156] = b" " * 8
+    data[name + 148 : name + 156] = b"%06o\0 " % sum(data[name : name + 512])
+    path.write_bytes(data)
+    index = index_tar(path)
+    assert len(index) == 0 and "a header of 6442450944 bytes" in index.problems.named[0].reason
+
+
+def test_a_tar_cut_anywhere_keeps_whole_samples_only(tmp_path):
+    members = [(f"{n}.{e}", IMAGE if e == "jpg" else b"1%d" % n) for n in range(3) for e in ("jpg", "cls")]
+    whole = make_tar(tmp_path / "a.tar", members).read_bytes()
     cut = tmp_path / "cut.tar"
-    for length in range(0, 6 * 1024 + 1, 256):  # six members of 1024 bytes, then the end marker
+    for length in range(256, 6 * 1024 + 1, 256):  # six members of 1024 bytes, then the end marker
         cut.write_bytes(whole[:length])
-        with pytest.raises(DataError, match="cut short or damaged|no readable tar"):
-            index_tar(cut)
-    cut.write_bytes(whole[:2048] + b"\x01" * 512 + whole[2560:])  # a damaged header in the middle
-    with pytest.raises(DataError, match="cut short or damaged after byte 2048; copy or write it again"):
-        index_tar(cut)
+        if length < 512:
+            with pytest.raises(DataError, match="no readable tar"):
+                index_tar(cut)
+            continue
+        index = index_tar(cut)
+        assert index.labels.tolist() == [10, 11, 12][: len(index)] and len(index) <= length // 2048
+        assert dict(index.problems.counts) == {"cut short": 1}
+        assert contents_of(index) == [IMAGE] * len(index)
+    cut.write_bytes(whole[:4096] + b"\x01" * 512 + whole[4608:])  # a damaged header in the middle
+    index = index_tar(cut)
+    assert "after byte 4096 (no end mark); copy or write it again" in index.problems.named[0].reason
+    assert list(index.keys) == ["0"]  # the second may lack what followed
 
 
 def test_missing_and_compressed_tars_are_refused(tmp_path):
@@ -117,8 +166,7 @@ def test_the_kept_index_is_used_until_the_tar_changes(tmp_path, monkeypatch):
     path = make_tar(tmp_path / "a.tar", [("a.jpg", IMAGE), ("a.cls", b"12")])
     first = index_tar(path)
     scans = []
-    scan = __import__("ijepa_scale.data.index", fromlist=["_scan"])._scan
-    monkeypatch.setattr("ijepa_scale.data.index._scan", lambda *a: scans.append(a) or scan(*a))
+    monkeypatch.setattr("ijepa_scale.data.index.scan_tar", lambda path: scans.append(path) or scan_tar(path))
     again = index_tar(path)
     assert not scans and list(again.keys) == ["a"] and again.labels.tolist() == [12]
     np.testing.assert_array_equal(first.offsets, again.offsets)
@@ -139,7 +187,7 @@ def test_an_index_that_points_outside_its_tar_is_scanned_again(tmp_path):
         columns = dict(arrays)
     for change in ({"offsets": np.array([10**9])}, {"sizes": np.array([-1])}, {"labels": np.array([1, 2])}):
         np.savez(index_path(path), **{**columns, **change})
-        assert contents(index_tar(path)) == [IMAGE]
+        assert contents_of(index_tar(path)) == [IMAGE]
 
 
 def test_many_at_once_agree_and_leave_one_file(tmp_path):

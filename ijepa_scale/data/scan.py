@@ -1,0 +1,264 @@
+"""One walk over the headers of a tar: which samples it holds, and what in it can't be used. Floor 2: files only.
+
+Nothing is extracted. A bad member costs its own sample and is noted; it never costs the rest of the shard.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ijepa_scale.errors import DataError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_MEMBER_BYTES = 64 << 20  # of an image; the largest JPEG of ImageNet has 15 MB
+MAX_LABEL_BYTES = 1 << 20
+MAX_MEMBERS = 20_000_000
+MAX_HEADER_BYTES = 1 << 20  # of a long name or a PAX header, which are read whole
+NO_LABEL = -1
+_BLOCK = 512
+_NAMED = 100  # problems of a shard that are kept by name; all are counted
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that can't be used: a sample, a member, or the rest of a shard."""
+
+    kind: str  # "link or device", "unsafe name", "member size", "two images", "no image", "bad label", "cut short" ...
+    name: str
+    reason: str
+
+
+@dataclass
+class Problems:
+    """Problems of a shard: counts by kind, and the first of them by name."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    named: list[Problem] = field(default_factory=list)
+
+    def add(self, kind: str, name: str, reason: str) -> None:
+        """Counts one, and keeps its name while there are few."""
+        self.counts[kind] += 1
+        if len(self.named) < _NAMED:
+            self.named.append(Problem(kind, name, reason))
+
+    def extend(self, other: Problems) -> None:
+        """Adds those of another shard."""
+        self.counts += other.counts
+        self.named += other.named[: _NAMED - len(self.named)]
+
+    def summary(self) -> str:
+        """Returns the counts by kind, the commonest first, and the first by name."""
+        counts = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
+        return f"{counts}; the first is {self.named[0].name} ({self.named[0].reason})" if self.named else counts
+
+    def dumps(self) -> bytes:
+        """Returns the form in which an index file keeps it."""
+        rows = [[problem.kind, problem.name, problem.reason] for problem in self.named]
+        return json.dumps([dict(self.counts), rows]).encode()
+
+    @classmethod
+    def loads(cls, data: bytes) -> Problems:
+        """Returns what `dumps` wrote.
+
+        Raises:
+            ValueError: other bytes.
+        """
+        counts, rows = json.loads(data)
+        return cls(Counter({str(kind): int(count) for kind, count in counts.items()}), [Problem(*row) for row in rows])
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The samples of a tar by the place of their images, and its problems."""
+
+    columns: np.ndarray  # (3, N) int64: offset and size in bytes, label
+    keys: list[str]
+    problems: Problems
+
+
+@dataclass
+class _Sample:
+    """What a scan knows of one key."""
+
+    image: str | None = None  # the image member's name
+    offset: int = 0
+    size: int = 0
+    label: int = NO_LABEL
+    label_from: str = ""
+    dropped: bool = False  # its problem is noted already
+
+
+class _Headers(io.RawIOBase):
+    """A file that refuses the reads of a header that claims to be huge; tarfile would allocate them first."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def scan_tar(path: Path) -> Scan:
+    """Returns what a walk over the headers of an uncompressed tar finds.
+
+    Where the tar breaks off or is damaged, the samples in front of that place remain, but for the last one,
+    which may lack its label.
+
+    Raises:
+        DataError: no tar at all, or over `MAX_MEMBERS` members.
+    """
+    samples: dict[str, _Sample] = {}
+    problems = Problems()
+    reason = None
+    last = ""
+    try:
+        with path.open("rb") as file:
+            tar_bytes = os.fstat(file.fileno()).st_size
+            walk = _Walk(samples, problems)
+            if not tar_bytes:
+                return _result(path, samples, problems)
+            with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+                try:
+                    for number, member in enumerate(tar):
+                        if number >= MAX_MEMBERS:
+                            raise DataError(f"shard {path} has over {MAX_MEMBERS} members; write smaller shards")
+                        if member.offset_data + member.size > tar_bytes and not member.issparse():
+                            reason = f"member {member.name!r} ends behind the file"
+                            break
+                        last = walk.add(tar, member) or last
+                        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+                except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+                    if isinstance(error, DataError):
+                        raise
+                    reason = str(error) or type(error).__name__
+                file.seek(tar.offset)
+                # tarfile ends silently at a damaged header, and where a copy broke off between two members
+                if reason is None and file.read(_BLOCK) != bytes(_BLOCK):
+                    reason = "no end mark"
+                end = tar.offset
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"shard {path} is no readable tar ({error}); copy or write it again, uncompressed") from None
+    if reason is not None:
+        samples.pop(last, None)
+        problems.add(
+            "cut short", str(path), f"cut short or damaged after byte {end} ({reason}); copy or write it again"
+        )
+    return _result(path, samples, problems)
+
+
+def _result(path: Path, samples: dict[str, _Sample], problems: Problems) -> Scan:
+    for key, sample in samples.items():
+        if sample.image is None and not sample.dropped:
+            problems.add("no image", f"{path}:{key}", f"no image ({', '.join(IMAGE_SUFFIXES)}); write it again")
+    whole = {key: sample for key, sample in samples.items() if sample.image is not None and not sample.dropped}
+    if not whole and not problems.counts:
+        problems.add("empty shard", str(path), f"no image ({', '.join(IMAGE_SUFFIXES)}); drop it from the list")
+    ordered = sorted(whole.items(), key=lambda item: item[1].offset)
+    rows = [(sample.offset, sample.size, sample.label) for _, sample in ordered]
+    columns = np.ascontiguousarray(np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+    return Scan(columns, [key for key, _ in ordered], problems)
+
+
+class _Walk:
+    """Notes members under their samples."""
+
+    def __init__(self, samples: dict[str, _Sample], problems: Problems) -> None:
+        self._samples, self._problems = samples, problems
+
+    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
+        """Returns the key of the sample that a member belongs to; None where it belongs to none."""
+        parts = member.name.split("/")
+        if member.isdir():
+            return None
+        if member.name.startswith("/") or ".." in parts:
+            self._problems.add("unsafe name", member.name, "leaves its folder; write it again with relative names")
+            return None
+        stem, _, suffix = parts[-1].partition(".")
+        if not stem:  # `._photo.jpg` and the like: other systems' side files
+            return None
+        key, kind = "/".join([*parts[:-1], stem]), suffix.lower().rpartition(".")[2]
+        sample = self._samples.setdefault(key, _Sample())
+        if not member.isreg() or member.issparse():
+            self._drop(
+                sample,
+                ("link or device", member.name),
+                "a link, a device or sparse; write regular files (tar --dereference --hard-dereference)",
+            )
+        elif kind in IMAGE_SUFFIXES:
+            self._image(sample, member)
+        elif kind == "cls" or (kind == "json" and sample.label_from != "cls"):
+            self._label(sample, tar, member, kind)
+        return key
+
+    def _drop(self, sample: _Sample, what: tuple[str, str], reason: str) -> None:
+        sample.dropped = True
+        self._problems.add(*what, reason)
+
+    def _image(self, sample: _Sample, member: tarfile.TarInfo) -> None:
+        if sample.image is not None:
+            self._problems.add(
+                "two images",
+                member.name,
+                f"its sample has {sample.image!r} too, which is taken; give each its own name up to the first dot",
+            )
+        elif not 0 < member.size <= MAX_MEMBER_BYTES:
+            self._drop(
+                sample, ("member size", member.name), f"{member.size} bytes; give 1 to {MAX_MEMBER_BYTES} (64 MiB)"
+            )
+        else:
+            sample.image, sample.offset, sample.size = member.name, member.offset_data, member.size
+
+    def _label(self, sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> None:
+        """Notes the label in a `.cls` or `.json` member; a JSON without "label" has none."""
+        if member.size > MAX_LABEL_BYTES:
+            return self._drop(
+                sample, ("bad label", member.name), f"{member.size} bytes; a label has at most {MAX_LABEL_BYTES}"
+            )
+        stream = tar.extractfile(member)
+        assert stream is not None  # a regular file
+        data = stream.read()
+        try:
+            label = _parse_label(data, kind)
+        except (ValueError, RecursionError):
+            return self._drop(
+                sample,
+                ("bad label", member.name),
+                f'{data[:40]!r} is no label; give an integer (.cls) or {{"label": integer}} (.json)',
+            )
+        if label is not None:
+            sample.label, sample.label_from = label, kind
+        return None
+
+
+def _parse_label(data: bytes, kind: str) -> int | None:
+    """Returns the label; None where a JSON has no "label". Raises ValueError for what is no label."""
+    value = int(data) if kind == "cls" else None
+    if kind != "cls":
+        content = json.loads(data)
+        value = content.get("label") if isinstance(content, dict) else None
+        if value is None:
+            return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError
+    if not -(2**31) <= value < 2**31:
+        raise ValueError
+    return value
