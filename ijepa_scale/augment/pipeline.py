@@ -37,9 +37,8 @@ class Augment:
     ) -> None:
         self.config, self.image_size, self.seed = config, image_size, seed
         self.device = torch.device(device)
-        mean, std = (np.array(values, dtype=np.float64)[:, None, None] for values in (config.mean, config.std))
-        self._scale = torch.tensor(1.0 / (255.0 * std), dtype=torch.float32, device=self.device)
-        self._shift = torch.tensor(-mean / std, dtype=torch.float32, device=self.device)
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (config.mean, config.std))
+        self._scale, self._shift = (1.0 / (255.0 * std)).float(), (-mean / std).float()  # (3,) on the host
         self._blur = GaussianBlur(image_size, max_sigma=_SIGMAS[1], device=self.device) if config.blur else None
 
     @torch.no_grad()
@@ -49,12 +48,16 @@ class Augment:
         config = self.config
         draws = rng.uniform(self.seed, "augment", batch.epoch, batch.sample_ids, _DRAWS)
         flip = draws[:, _FLIP] < config.flip if config.flip else None
-        images = crop_resize(
-            batch.pixels, batch.sizes, self.image_size, interpolation=config.interpolation, flip=flip
-        ).float()
-        if config.color_jitter or config.grayscale or self._blur is not None:
-            images = self._photometric(images.mul_(1.0 / 255.0), draws).mul_(255.0)
-        return images.mul_(self._scale).add_(self._shift)
+        options = {"interpolation": config.interpolation, "flip": flip}
+        if not (config.color_jitter or config.grayscale or self._blur is not None):
+            normalise = (self._scale.tolist(), self._shift.tolist())
+            return crop_resize(
+                batch.pixels, batch.sizes, self.image_size, **options, normalise=normalise, dtype=torch.float32
+            )
+        images = crop_resize(batch.pixels, batch.sizes, self.image_size, **options).float()
+        images = self._photometric(images.mul_(1.0 / 255.0), draws).mul_(255.0)
+        scale, shift = (_to_device(values, self.device)[:, None, None] for values in (self._scale, self._shift))
+        return images.mul_(scale).add_(shift)
 
     def _photometric(self, images: Tensor, draws: np.ndarray) -> Tensor:
         """Returns images in [0, 1] after jitter, grayscale and blur; may change `images`."""

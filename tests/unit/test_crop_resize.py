@@ -1,11 +1,13 @@
 """crop_resize against PIL, for both implementations."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ijepa_kernels.crop_resize import crop_resize, crop_resize_reference
+from ijepa_kernels.crop_resize import cost, crop_resize, crop_resize_reference
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 BOTH = pytest.mark.parametrize("implementation", [crop_resize, crop_resize_reference])
@@ -118,6 +120,10 @@ def test_cuda_equals_the_reference_on_the_cpu(interpolation):
         ({"output": (0, 4)}, r"output is \(0, 4\); give"),
         ({"interpolation": "nearest"}, "interpolation 'nearest' is unknown; choose one of bilinear, bicubic"),
         ({"flip": np.array([True])}, r"flip is \(1,\) for 2 images"),
+        ({"dtype": torch.float16}, "dtype is torch.float16; give float32 or bfloat16, or uint8 without normalise"),
+        ({"normalise": ((1, 1, 1), (0, 0, 0))}, "dtype is torch.uint8; give"),
+        ({"normalise": ((1,), (0, 0, 0)), "dtype": torch.float32}, "normalise has 1 and 3 numbers; give 3 and 3"),
+        ({"implementation": "numpy"}, "implementation 'numpy' is unknown; choose one of auto, cpu, reference, triton"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change, message):
@@ -131,3 +137,30 @@ def test_what_does_not_fit_together_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         crop_resize(arguments.pop("pixels"), arguments.pop("sizes"), arguments.pop("output"), **arguments)
+
+
+def test_triton_missing_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ijepa_kernels.crop_resize.triton", None)
+    with pytest.raises(ValueError, match="Triton is needed .*install triton, or choose implementation='reference'"):
+        crop_resize(torch.zeros(3, dtype=torch.uint8), np.ones((1, 2), int), (4, 4), implementation="triton")
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalised_results(implementation, dtype):
+    pixels, sizes, _ = some_crops([(30, 20), (9, 9)])
+    levels = crop_resize(pixels, sizes, (12, 12), implementation=implementation)
+    scale, shift = (0.01, 0.02, 0.03), (-1.0, 0.0, 2.0)
+    options = {"normalise": (scale, shift), "dtype": dtype, "implementation": implementation}
+    images = crop_resize(pixels, sizes, (12, 12), **options)
+    expected = levels.float() * torch.tensor(scale)[:, None, None] + torch.tensor(shift)[:, None, None]
+    assert images.dtype == dtype and not images.requires_grad
+    torch.testing.assert_close(images, expected.to(dtype))
+
+
+def test_the_cost_counts_bytes_and_operations():
+    sizes = np.array([[20, 40], [10, 5]])
+    found = cost(sizes, (10, 10), interpolation="bilinear", bytes_per_value=2)
+    assert found["read_bytes"] == 3 * (800 + 50) and found["written_bytes"] == 3 * 2 * 2 * 100
+    # across: 20 rows x 10 x 8 taps, 10 x 10 x 2; down: 10 x 10 x 4 and x 2; 3 colours, 2 FLOP each
+    assert found["flops"] == 6 * (1600 + 200 + 400 + 200)
