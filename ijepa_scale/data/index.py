@@ -61,7 +61,7 @@ class ShardIndex:
 
     path: Path
     tar_bytes: int
-    tar_mtime_ns: int
+    tar_mtime_ns: int | None  # None: a fetched copy, whose time says nothing
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
@@ -93,16 +93,24 @@ def index_tar(path: str | Path) -> ShardIndex:
             pass
     except OSError as error:
         raise DataError(f"shard {path} can't be read ({error.strerror}); check the path and its permissions") from None
-    kept = _load(path, status)
-    if kept is not None:
-        return kept
+    kept = load_index(index_path(path), path, status.st_size, status.st_mtime_ns)
+    if kept is None:
+        kept = scan_index(path, status)
+        save_index(kept, index_path(path))
+    return kept
+
+
+def scan_index(path: Path, status: os.stat_result) -> ShardIndex:
+    """Returns the index that a walk over the tar finds.
+
+    Raises:
+        DataError: no readable tar.
+    """
     scan = scan_tar(path)
     offsets, sizes, labels = scan.columns
-    index = ShardIndex(
+    return ShardIndex(
         path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, Names.of(scan.keys), scan.problems
     )
-    _save(index)
-    return index
 
 
 def expand(pattern: str | Path) -> list[Path]:
@@ -113,14 +121,16 @@ def expand(pattern: str | Path) -> list[Path]:
     """
     text = str(pattern)
     if _REMOTE.match(text):
-        raise DataError(f"{text!r} is no local path; copy the shards to a local folder and name that")
+        raise DataError(
+            f"{text!r} is no local path; data.train may be remote, here copy the shards to a local folder and name that"
+        )
     if os.path.isdir(text):
         found = [entry for entry in Path(text).iterdir() if entry.suffix == ".tar"]
         if not found:
             raise DataError(f"folder {text!r} holds no *.tar file; name a folder of shards, a glob or a brace pattern")
         return sorted(found)
     paths: set[Path] = set()
-    for name in _braces(text):
+    for name in braces(text):
         matches = [name] if os.path.isfile(name) else glob.glob(name)
         if not matches:
             raise DataError(f"{name!r} matches no file; name a folder of shards, a glob or a {{000..127}} pattern")
@@ -128,7 +138,7 @@ def expand(pattern: str | Path) -> list[Path]:
     return sorted(paths)
 
 
-def _braces(text: str) -> list[str]:
+def braces(text: str) -> list[str]:
     """Returns what `{a,b}` and `{000..127}` in `text` stand for."""
     begin = text.find("{")
     end = text.find("}", begin)
@@ -143,16 +153,15 @@ def _braces(text: str) -> list[str]:
         parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     else:
         parts = inner.split(",")
-    return [text[:begin] + part + rest for part in parts for rest in _braces(text[end + 1 :])]
+    return [text[:begin] + part + rest for part in parts for rest in braces(text[end + 1 :])]
 
 
-def _load(path: Path, status: os.stat_result) -> ShardIndex | None:
-    """Returns the kept index where there is one that fits the tar."""
-    kept = index_path(path)
+def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None) -> ShardIndex | None:
+    """Returns the index in file `kept` where it is one of this tar; with no mtime the size alone decides."""
     try:
         with np.load(kept, allow_pickle=False) as arrays:
-            version, tar_bytes, mtime_ns = (int(number) for number in arrays["stamp"])
-            if (version, tar_bytes, mtime_ns) != (INDEX_VERSION, status.st_size, status.st_mtime_ns):
+            version, stamped_bytes, mtime_ns = (int(number) for number in arrays["stamp"])
+            if (version, stamped_bytes) != (INDEX_VERSION, tar_bytes) or tar_mtime_ns not in (None, mtime_ns):
                 return None
             offsets, sizes, labels = (arrays[name].astype(np.int64) for name in ("offsets", "sizes", "labels"))
             keys = Names(arrays["key_bytes"].astype(np.uint8), arrays["key_ends"].astype(np.int64))
@@ -178,15 +187,14 @@ def _load(path: Path, status: os.stat_result) -> ShardIndex | None:
     ):
         logger.warning("index %s is damaged (its columns disagree); scanning the tar again", kept)
         return None
-    if (offsets + sizes).max(initial=0) > status.st_size or sizes.max(initial=0) > MAX_MEMBER_BYTES:
+    if (offsets + sizes).max(initial=0) > tar_bytes or sizes.max(initial=0) > MAX_MEMBER_BYTES:
         logger.warning("index %s is damaged (it points outside the tar); scanning the tar again", kept)
         return None
-    return ShardIndex(path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, keys, problems)
+    return ShardIndex(path, tar_bytes, tar_mtime_ns, offsets, sizes, labels, keys, problems)
 
 
-def _save(index: ShardIndex) -> None:
-    """Writes the index beside its tar, whole or not at all; a folder that can't be written is only logged."""
-    target = index_path(index.path)
+def save_index(index: ShardIndex, target: Path) -> None:
+    """Writes the index, whole or not at all; a folder that can't be written is only logged."""
     temporary = None
     try:
         if not target.parent.stat().st_mode & 0o222:  # read-only on purpose, which root would get past
@@ -195,7 +203,7 @@ def _save(index: ShardIndex) -> None:
             temporary = file.name
             np.savez(
                 file,
-                stamp=np.array([INDEX_VERSION, index.tar_bytes, index.tar_mtime_ns], dtype=np.int64),
+                stamp=np.array([INDEX_VERSION, index.tar_bytes, index.tar_mtime_ns or 0], dtype=np.int64),
                 offsets=index.offsets,
                 sizes=index.sizes.astype(np.int32),  # below MAX_MEMBER_BYTES
                 labels=index.labels,
@@ -211,4 +219,7 @@ def _save(index: ShardIndex) -> None:
             os.unlink(temporary)
 
 
-__all__ = ["NO_LABEL", "Names", "ShardIndex", "expand", "index_path", "index_tar"]
+__all__ = [
+    "NO_LABEL", "Names", "ShardIndex", "braces", "expand", "index_path", "index_tar", "load_index", "save_index",
+    "scan_index",
+]  # fmt: skip

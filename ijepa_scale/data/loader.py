@@ -211,13 +211,11 @@ class _Parts:
         return _Item(slot, step, sizes, ids, labels, tuple(bad))
 
     def _prepare(self, step: int) -> None:
-        """Has the shards of the next window fetched when a window begins, and those of the first one at once."""
+        """Tells the source, when a window begins, which shards it reads and which ones the next."""
         window = self.order.window(step)
         if window != self._prepared:
             epoch, number = window
-            if self._prepared is None:
-                self.source.prepare(self.order.shards(epoch, number))
-            self.source.prepare(self.order.shards(epoch, number + 1))
+            self.source.prepare(self.order.shards(epoch, number), self.order.shards(epoch, number + 1))
             self._prepared = window
 
     def _draws(self, epoch: int, ids: np.ndarray) -> np.ndarray:

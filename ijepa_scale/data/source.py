@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ijepa_scale import rng
+from ijepa_scale.data.cache import Handle
 from ijepa_scale.data.index import NO_LABEL, Names, ShardIndex, expand, index_tar
 from ijepa_scale.data.scan import Problems
 from ijepa_scale.errors import DataError
@@ -47,34 +48,38 @@ class SampleSource(Protocol):
     def name(self, sample_id: int) -> str:
         """Returns what a person calls the sample, for messages."""
 
-    def prepare(self, shards: np.ndarray) -> None:
-        """Says that samples of these shards will be read soon; returns at once."""
+    def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
+        """Says which shards are read from now on and which ones after them; returns at once."""
 
     def problems(self) -> Problems:
         """Returns what the listing of the samples had to leave out."""
 
 
 class ShardSource:
-    """Samples of indexed tar shards."""
+    """Samples of indexed tar shards in local files."""
 
     def __init__(self, paths: list[Path]) -> None:
         if not paths:
             raise DataError("the list of shards is empty; name a folder of shards, a glob or a brace pattern")
-        self._shards = [index_tar(path) for path in paths]
-        if not any(len(shard) for shard in self._shards):
+        self._take([index_tar(path) for path in paths], [path.name for path in paths])
+
+    def _take(self, shards: list[ShardIndex], names: list[str]) -> None:
+        """Numbers the samples of these shards, whose names are the same wherever they lie."""
+        self._shards = shards
+        if not any(len(shard) for shard in shards):
             raise DataError(f"no shard holds a sample that can be read: {self.problems().summary()}")
-        self.shard_sizes = np.array([len(shard) for shard in self._shards], dtype=np.int64)
+        self.shard_sizes = np.array([len(shard) for shard in shards], dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
-        self.fingerprint = _shard_fingerprint(self._shards)
+        self.fingerprint = _shard_fingerprint(shards, names)
         self._ends = np.cumsum(self.shard_sizes)
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor of this process
+        self._files: OrderedDict[int, Handle] = OrderedDict()  # shard -> open file of this process
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+        for handle in getattr(self, "_files", {}).values():
+            handle.close()
 
     def read(self, sample_id: int) -> bytes:
         """Returns the encoded image.
@@ -103,9 +108,9 @@ class ShardSource:
         shard, row = self._locate(sample_id)
         return f"{self._shards[shard].path}:{self._shards[shard].keys[row]}"
 
-    def prepare(self, shards: np.ndarray) -> None:
-        """Has the system read these shards into its cache, in the background."""
-        paths = [self._shards[int(shard)].path for shard in shards]
+    def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
+        """Has the system read the shards into its cache, in the background."""
+        paths = [self._shards[int(shard)].path for shard in [*now, *soon]]
         threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
 
     def problems(self) -> Problems:
@@ -129,17 +134,23 @@ class ShardSource:
     def _file(self, shard: int) -> int:
         """Returns an open file descriptor of a shard, closing the one used longest ago where there are many."""
         if shard not in self._files:
-            index = self._shards[shard]
-            descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
-            status = os.fstat(descriptor)
-            if (status.st_size, status.st_mtime_ns) != (index.tar_bytes, index.tar_mtime_ns):
-                os.close(descriptor)
-                raise DataError(f"shard {index.path} has changed since it was indexed; start again")
-            self._files[shard] = descriptor
+            self._files[shard] = self._open(self._shards[shard])
             if len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
+                self._files.popitem(last=False)[1].close()
         self._files.move_to_end(shard)
-        return self._files[shard]
+        return self._files[shard].descriptor
+
+    def _open(self, index: ShardIndex) -> Handle:
+        """Returns the open shard."""
+        try:
+            handle = Handle(os.open(index.path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise DataError(f"shard {index.path} can't be read ({error.strerror}); check the disk") from None
+        status = os.fstat(handle.descriptor)
+        if (status.st_size, status.st_mtime_ns) != (index.tar_bytes, index.tar_mtime_ns):
+            handle.close()
+            raise DataError(f"shard {index.path} has changed since it was indexed; start again")
+        return handle
 
 
 class ImageFolderSource:
@@ -194,7 +205,7 @@ class ImageFolderSource:
         """Returns the path."""
         return str(self.root / self._names[sample_id])
 
-    def prepare(self, shards: np.ndarray) -> None:
+    def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
         """Does nothing: files in a folder have no common place."""
 
     def problems(self) -> Problems:
@@ -231,7 +242,7 @@ class SyntheticSource:
         """Returns the number."""
         return f"synthetic:{sample_id}"
 
-    def prepare(self, shards: np.ndarray) -> None:
+    def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
         """Does nothing."""
 
     def problems(self) -> Problems:
@@ -293,11 +304,11 @@ def _read_ahead(paths: list[Path]) -> None:
                 os.close(descriptor)
 
 
-def _shard_fingerprint(shards: list[ShardIndex]) -> str:
+def _shard_fingerprint(shards: list[ShardIndex], names: list[str]) -> str:
     """Returns a hash of what the samples are and where they lie, whatever folder the shards are in."""
     digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(f"{shard.path.name}|{shard.tar_bytes}|{len(shard)}|".encode("utf-8", "surrogateescape"))
+    for name, shard in zip(names, shards, strict=True):
+        digest.update(f"{name}|{shard.tar_bytes}|{len(shard)}|".encode("utf-8", "surrogateescape"))
         for array in (shard.offsets, shard.sizes, shard.labels, shard.keys.ends, shard.keys.blob):
             digest.update(array.tobytes())
     return digest.hexdigest()
