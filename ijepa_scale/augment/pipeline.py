@@ -16,7 +16,7 @@ from ijepa_kernels.crop_resize import crop_resize
 from ijepa_scale import rng
 from ijepa_scale.augment import color
 from ijepa_scale.augment.blur import GaussianBlur
-from ijepa_scale.config.schema import AugmentConfig
+from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.data.batch import Batch
 
 # Columns of a sample's draws. New ones are added at the end: the earlier ones then stay what they were.

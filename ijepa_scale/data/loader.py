@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ijepa_scale import rng
-from ijepa_scale.config.schema import AugmentConfig
+from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.decode import CROP_DRAWS, decode_crop, largest_crop
 from ijepa_scale.data.evaluation import EvalBatch, EvalReader, spread
