@@ -12,19 +12,23 @@ from ijepa_scale.config.checks import at_least, choose, fraction, interval, numb
 class DataConfig:
     """Where training images come from and how they are grouped."""
 
-    reader: str = "shards"  # shards (WebDataset tars) | imagefolder | synthetic
-    train: str | None = None  # tar pattern (dir, glob, {000..127} braces), or the folder of class folders
+    reader: str = "shards"  # shards (WebDataset tars) | stream (plain webdataset) | imagefolder | synthetic
+    train: str | None = None  # tar pattern (dir, glob, {000..127}, https:// s3:// gs:// hf://), or folder of classes
     batch_size: int | None = None  # images per optimiser step, over all processes
     batch_size_per_process: int | None = None  # instead of batch_size: images per process and optimiser step
     workers: int = 2  # decoding processes per training process; 0: in the training process
     prefetch: int = 2  # batches each worker prepares ahead
     window_shards: int = 8  # shards whose samples are shuffled together
+    cache: str | None = None  # local folder of fetched remote shards, shared by the processes of a machine
+    cache_gb: float = 100.0  # GiB that the cache may take
+    stream_shuffle: int = 1000  # reader stream: encoded samples that each worker holds and draws from
+    allow_pipe: bool = False  # reader stream: `pipe:` addresses, which run shell commands
     synthetic_samples: int = 1_281_167  # size of the synthetic set (IN1K's by default)
     max_bad_fraction: float = 0.001  # share of undecodable samples over which training stops
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        choose(problems, "reader", self.reader, ("shards", "imagefolder", "synthetic"))
+        choose(problems, "reader", self.reader, ("shards", "stream", "imagefolder", "synthetic"))
         if (self.batch_size is None) == (self.batch_size_per_process is None):
             problems.append(
                 f"batch_size is {self.batch_size} and batch_size_per_process {self.batch_size_per_process}; "
@@ -32,7 +36,9 @@ class DataConfig:
             )
         at_least(problems, 1, batch_size=self.batch_size, batch_size_per_process=self.batch_size_per_process)
         at_least(problems, 1, prefetch=self.prefetch, window_shards=self.window_shards)
-        at_least(problems, 1, synthetic_samples=self.synthetic_samples)
+        at_least(problems, 1, synthetic_samples=self.synthetic_samples, stream_shuffle=self.stream_shuffle)
+        if not self.cache_gb > 0:
+            problems.append(f"cache_gb is {self.cache_gb}; give a number above 0")
         at_least(problems, 0, workers=self.workers)
         fraction(problems, max_bad_fraction=self.max_bad_fraction)
         raise_problems("data", problems)

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -106,6 +106,16 @@ def fetch(url: str, to: Path, *, size: int | None, sha256: str | None, retry: Re
     except BaseException:
         to.unlink(missing_ok=True)
         raise
+
+
+def open_remote(url: str, retry: Retry) -> IO[bytes]:
+    """Returns the file as a stream that is read once, from its beginning.
+
+    Raises:
+        DataError: it can't be opened.
+    """
+    opened = _persist(url, retry, lambda filesystem, path: filesystem.open(path, "rb", cache_type="readahead"))
+    return cast(IO[bytes], opened)
 
 
 def file_sha256(path: Path) -> str:

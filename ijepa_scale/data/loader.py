@@ -8,52 +8,29 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ijepa_scale import rng
 from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.data.decode import CROP_DRAWS, decode_crop, largest_crop
+from ijepa_scale.data.decode import largest_crop
 from ijepa_scale.data.evaluation import EvalBatch, EvalReader, spread
 from ijepa_scale.data.feed import DeviceFeed
 from ijepa_scale.data.order import SampleOrder
+from ijepa_scale.data.parts import BadSample, IndexedParts, Item, Parts, StreamParts
 from ijepa_scale.data.slots import Slots
 from ijepa_scale.data.source import SampleSource
+from ijepa_scale.data.stream import StreamOrder, StreamSource
 from ijepa_scale.data.workers import ordered_loader
-from ijepa_scale.errors import DataError, SampleError
+from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_REPLACEMENTS = 8  # other samples tried in the place of a bad one
 _SEEN_BEFORE_STOP = 1000  # samples over which the bad share is judged first
 _WHOLE_BATCH = 8  # images: a batch of at least so many that is bad throughout ends the run at once
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that couldn't be decoded, and why."""
-
-    kind: str
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Item:
-    """What a worker hands over: what is in a slot and its bad samples, or the error that ends the run."""
-
-    slot: int
-    step: int = 0
-    sizes: np.ndarray | None = None  # as in Batch
-    sample_ids: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    bad: tuple[BadSample, ...] = ()
-    error: str | None = None
 
 
 class TrainLoader:
@@ -70,8 +47,8 @@ class TrainLoader:
 
     def __init__(
         self,
-        source: SampleSource,
-        order: SampleOrder,
+        source: SampleSource | StreamSource,
+        order: SampleOrder | StreamOrder,
         augment: AugmentConfig,
         image_size: tuple[int, int],
         *,
@@ -90,11 +67,14 @@ class TrainLoader:
                 f"the order counts {order.num_samples} samples, the source {source.num_samples}; "
                 "build the order from source.shard_sizes"
             )
+        if isinstance(source, StreamSource):
+            source.check_parts(world, workers)
         self.num_seen = 0
         self.bad: Counter[str] = Counter()
         self._max_bad_fraction = max_bad_fraction
         self._images_per_step = order.part_size(world)
-        self._parts = _Parts(source, order, augment, image_size, seed, rank, world)
+        self._rank = rank
+        self._make_parts = _parts_of(source, order, augment, image_size, seed=seed, rank=rank, world=world)
         self._slot_bytes = 3 * largest_crop(image_size, augment.crop_ratio) * self._images_per_step
         self._steps = range(start_step, max(start_step, stop_step))
         self._workers, self._prefetch = workers, prefetch
@@ -113,15 +93,16 @@ class TrainLoader:
         # one with the caller, two on their way to the device, and what workers fill or have filled
         slots = Slots(self._workers * self._prefetch + 3, self._slot_bytes)
         feed = DeviceFeed(slots, self._device)
+        parts = self._make_parts()
         batches = ordered_loader(
-            _SlotParts(self._parts, slots),
+            _SlotParts(parts, slots),
             ((step, feed.take()) for step in self._steps),
             workers=self._workers,
             prefetch=self._prefetch,
         )
-        return feed.deliver((item.slot, batch) for item, batch in self._checked(batches, slots))
+        return feed.deliver((item.slot, batch) for item, batch in self._checked(batches, slots, parts))
 
-    def _checked(self, items: Iterable[_Item], slots: Slots) -> Iterator[tuple[_Item, Batch]]:
+    def _checked(self, items: Iterable[Item], slots: Slots, parts: Parts) -> Iterator[tuple[Item, Batch]]:
         """Yields items with their batches, and stops at what ends the run."""
         for item in items:
             if item.error is not None:
@@ -136,18 +117,18 @@ class TrainLoader:
                 sample_ids=item.sample_ids,
                 labels=torch.from_numpy(item.labels),
                 step=item.step,
-                epoch=self._parts.order.epoch(item.step),
-                position=self._parts.rank * len(item.sample_ids),
+                epoch=parts.epoch(item.step),
+                position=self._rank * len(item.sample_ids),
             )
             yield item, batch
 
-    def _count(self, item: _Item) -> None:
+    def _count(self, item: Item) -> None:
         """Adds up bad samples, and stops when there are too many."""
         self.num_seen += self._images_per_step
         self.bad.update(bad.kind for bad in item.bad)
         fraction = self.num_bad / self.num_seen
         judged = self.num_seen >= _SEEN_BEFORE_STOP or self._max_bad_fraction == 0
-        whole = len(item.bad) == self._images_per_step >= _WHOLE_BATCH
+        whole = len(item.bad) >= self._images_per_step >= _WHOLE_BATCH
         if item.bad and (whole or (judged and fraction > self._max_bad_fraction)):
             last = item.bad[-1]
             kinds = ", ".join(f"{count} x {kind}" for kind, count in self.bad.most_common())
@@ -157,87 +138,37 @@ class TrainLoader:
             )
 
 
+def _parts_of(
+    source: SampleSource | StreamSource,
+    order: SampleOrder | StreamOrder,
+    augment: AugmentConfig,
+    image_size: tuple[int, int],
+    *,
+    seed: int,
+    rank: int,
+    world: int,
+) -> Callable[[], Parts]:
+    """Returns what makes the parts of one iteration: a stream begins anew with each."""
+    if isinstance(source, StreamSource):
+        assert isinstance(order, StreamOrder)
+        return partial(StreamParts, source, order, augment, image_size, seed, rank, world)
+    assert isinstance(order, SampleOrder)
+    parts = IndexedParts(source, order, augment, image_size, seed, rank, world)
+    return lambda: parts
+
+
 class _SlotParts(Dataset):
     """Item (step, slot): this process's part of global batch `step`, its pixels in buffer `slot`."""
 
-    def __init__(self, parts: _Parts, slots: Slots) -> None:
+    def __init__(self, parts: Parts, slots: Slots) -> None:
         self._parts, self._slots = parts, slots
 
-    def __getitem__(self, place: tuple[int, int]) -> _Item:
+    def __getitem__(self, place: tuple[int, int]) -> Item:
         step, slot = place
         try:
             return self._parts.fill(step, slot, self._slots.array(slot))
         except DataError as error:  # told to the main process as one line, not as a worker's traceback
-            return _Item(slot, error=str(error))
-
-
-class _Parts:
-    """Reads, decodes and crops this process's part of a global batch."""
-
-    def __init__(
-        self,
-        source: SampleSource,
-        order: SampleOrder,
-        augment: AugmentConfig,
-        image_size: tuple[int, int],
-        seed: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.source, self.order, self.augment, self.image_size = source, order, augment, image_size
-        self.seed, self.rank, self.world = seed, rank, world
-        self._prepared: tuple[int, int] | None = None
-
-    def fill(self, step: int, slot: int, pixels: np.ndarray) -> _Item:
-        """Returns what it wrote into `pixels` (bytes,) uint8: the crops of one batch, one behind the other."""
-        self._prepare(step)
-        epoch = self.order.epoch(step)
-        ids = self.order.part(step, self.rank, self.world)
-        draws = self._draws(epoch, ids)
-        sizes = np.empty((len(ids), 2), dtype=np.int64)
-        bad = []
-        end = 0
-        for row, sample in enumerate(ids.tolist()):
-            data = self.source.read(sample)
-            try:
-                crop = self._crop(data, draws[row])
-            except SampleError as error:
-                bad.append(BadSample(error.kind, self.source.name(sample), str(error)))
-                ids[row], crop = self._replacement(epoch, sample)
-            begin, end = end, end + crop.size
-            pixels[begin:end].reshape(crop.shape)[:] = crop
-            sizes[row] = crop.shape[:2]
-        labels = np.array([self.source.label(sample) for sample in ids.tolist()], dtype=np.int64)
-        return _Item(slot, step, sizes, ids, labels, tuple(bad))
-
-    def _prepare(self, step: int) -> None:
-        """Tells the source, when a window begins, which shards it reads and which ones the next."""
-        window = self.order.window(step)
-        if window != self._prepared:
-            epoch, number = window
-            self.source.prepare(self.order.shards(epoch, number), self.order.shards(epoch, number + 1))
-            self._prepared = window
-
-    def _draws(self, epoch: int, ids: np.ndarray) -> np.ndarray:
-        return rng.uniform(self.seed, "crop", epoch, ids, CROP_DRAWS)
-
-    def _crop(self, data: bytes | np.ndarray, draws: np.ndarray) -> np.ndarray:
-        config = self.augment
-        return decode_crop(data, draws.tolist(), self.image_size, scale=config.crop_scale, ratio=config.crop_ratio)
-
-    def _replacement(self, epoch: int, bad_id: int) -> tuple[int, np.ndarray]:
-        """Returns (sample id, crop) of the first decodable sample among some drawn for this bad one."""
-        draws = rng.uniform(self.seed, "replace", epoch, np.array([bad_id]), _REPLACEMENTS)[0]
-        for sample in (draws * self.source.num_samples).astype(np.int64):
-            data = self.source.read(int(sample))
-            try:
-                return int(sample), self._crop(data, self._draws(epoch, sample[None])[0])
-            except SampleError:
-                continue  # counted when its own turn comes
-        raise DataError(
-            f"sample {self.source.name(bad_id)} and {_REPLACEMENTS} others drawn in its place couldn't be decoded; "
-            "check that the shards hold images"
-        )
+            return Item(slot, error=str(error))
 
 
 __all__ = ["BadSample", "EvalBatch", "EvalReader", "TrainLoader", "spread"]

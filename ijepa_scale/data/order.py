@@ -102,10 +102,7 @@ class SampleOrder:
         Raises:
             DataError: the batch doesn't divide among the processes.
         """
-        if self.batch_size % world:
-            near = max(1, round(self.batch_size / world)) * world
-            raise DataError(f"batch {self.batch_size} is not divisible by {world} processes; try {near}")
-        return self.batch_size // world
+        return part_size(self.batch_size, world)
 
     def _layout(self, epoch: int) -> _Pass:
         """Returns the permuted shards of one pass."""
@@ -132,3 +129,15 @@ class SampleOrder:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(key)
         return self._windows[key]
+
+
+def part_size(batch_size: int, world: int) -> int:
+    """Returns the images of a global batch that each of `world` processes takes.
+
+    Raises:
+        DataError: the batch doesn't divide among the processes.
+    """
+    if batch_size % world:
+        near = max(1, round(batch_size / world)) * world
+        raise DataError(f"batch {batch_size} is not divisible by {world} processes; try {near}")
+    return batch_size // world

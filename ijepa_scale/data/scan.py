@@ -237,7 +237,7 @@ class _Walk:
         assert stream is not None  # a regular file
         data = stream.read()
         try:
-            label = _parse_label(data, kind)
+            label = parse_label(data, kind)
         except (ValueError, RecursionError):
             return self._drop(
                 sample,
@@ -249,7 +249,7 @@ class _Walk:
         return None
 
 
-def _parse_label(data: bytes, kind: str) -> int | None:
+def parse_label(data: bytes, kind: str) -> int | None:
     """Returns the label; None where a JSON has no "label". Raises ValueError for what is no label."""
     value = int(data) if kind == "cls" else None
     if kind != "cls":

@@ -20,7 +20,7 @@ import numpy as np
 
 from ijepa_scale import rng
 from ijepa_scale.data.cache import Handle
-from ijepa_scale.data.index import NO_LABEL, Names, ShardIndex, expand, index_tar
+from ijepa_scale.data.index import NO_LABEL, Names, ShardIndex, index_tar
 from ijepa_scale.data.scan import Problems
 from ijepa_scale.errors import DataError
 
@@ -53,6 +53,9 @@ class SampleSource(Protocol):
 
     def problems(self) -> Problems:
         """Returns what the listing of the samples had to leave out."""
+
+    def summary(self) -> str:
+        """Returns what there is, for the log."""
 
 
 class ShardSource:
@@ -112,6 +115,10 @@ class ShardSource:
         """Has the system read the shards into its cache, in the background."""
         paths = [self._shards[int(shard)].path for shard in [*now, *soon]]
         threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
+
+    def summary(self) -> str:
+        """Returns what there is, for the log."""
+        return f"{self.num_samples} images in {len(self.shard_sizes)} shards"
 
     def problems(self) -> Problems:
         """Returns what of the shards can't be used, with what their manifest says is missing."""
@@ -208,6 +215,10 @@ class ImageFolderSource:
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
         """Does nothing: files in a folder have no common place."""
 
+    def summary(self) -> str:
+        """Returns what there is, for the log."""
+        return f"{self.num_samples} images in {len(self.classes)} class folders"
+
     def problems(self) -> Problems:
         """Returns none: only images are listed."""
         return Problems()
@@ -245,26 +256,13 @@ class SyntheticSource:
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
         """Does nothing."""
 
+    def summary(self) -> str:
+        """Returns what there is, for the log."""
+        return f"{self.num_samples} synthetic images"
+
     def problems(self) -> Problems:
         """Returns none."""
         return Problems()
-
-
-def build_source(
-    reader: str, pattern: str | Path | None, *, num_samples: int = 1_281_167, image_size: tuple[int, int] = (256, 256)
-) -> SampleSource:
-    """Returns the source that `data.reader` and `data.train` describe; the sizes are those of a synthetic one.
-
-    Raises:
-        DataError: no pattern, an unknown reader, or data that can't be read.
-    """
-    if reader == "synthetic":
-        return SyntheticSource(num_samples, image_size)
-    if reader not in ("shards", "imagefolder"):
-        raise DataError(f"reader {reader!r} is unknown; choose shards, imagefolder or synthetic")
-    if pattern is None:
-        raise DataError(f"reader {reader!r} has no data to read; name it, e.g. data.train=/data/imagenet/train")
-    return ShardSource(expand(pattern)) if reader == "shards" else ImageFolderSource(pattern)
 
 
 def check_problems(problems: Problems, num_samples: int, max_bad_fraction: float, *, log: bool = True) -> None:
@@ -337,6 +335,5 @@ __all__ = [
     "SampleSource",
     "ShardSource",
     "SyntheticSource",
-    "build_source",
     "check_problems",
 ]

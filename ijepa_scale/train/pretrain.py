@@ -14,6 +14,7 @@ import torch
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import PretrainConfig, to_yaml
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.stream import StreamSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
 from ijepa_scale.evaluate.online import OnlineKnn
@@ -108,6 +109,12 @@ class _Loop:
         self.knn_untrained = checkpoint.extra["knn_untrained"]
         self.knn = checkpoint.extra["knn"]
         logger.info("resumed from %s: the next step is %d", path, self.start)
+        if isinstance(self.run.source, StreamSource):
+            logger.warning(
+                "data.reader stream keeps no place: from step %d on other passes over the shards begin, so samples may "
+                "come again before others have come (data.reader=shards goes on exactly)",
+                self.start,
+            )
 
     def train(self) -> Result:
         """Returns the result after the last step."""
@@ -233,8 +240,8 @@ class _Loop:
         (self.folder / "config.yaml").write_text(to_yaml(self.config))
         (self.folder / "run.json").write_text(json.dumps(self.versions, indent=2) + "\n")
         logger.info(
-            "%s: %d images in %d shards, batch %d, %d steps of which %d are done; %s in %s on %d x %s",
-            self.folder, self.run.source.num_samples, len(self.run.source.shard_sizes), self.run.batch_size,
+            "%s: %s, batch %d, %d steps of which %d are done; %s in %s on %d x %s",
+            self.folder, self.run.source.summary(), self.run.batch_size,
             self.run.last_step, self.start, self.config.engine.strategy, self.config.engine.precision,
             self.world.size, self.world.device.type,
         )  # fmt: skip

@@ -14,9 +14,11 @@ import torch
 from ijepa_scale import environment
 from ijepa_scale.augment import Augment
 from ijepa_scale.config import PretrainConfig
+from ijepa_scale.data.build import training_order, training_source
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.source import SampleSource, build_source, check_problems
+from ijepa_scale.data.source import SampleSource, check_problems
+from ijepa_scale.data.stream import StreamOrder, StreamSource
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
@@ -48,8 +50,8 @@ class Run:
     meters: Meters
     masks: MaskSampler
     augment: Augment
-    source: SampleSource
-    order: SampleOrder
+    source: SampleSource | StreamSource
+    order: SampleOrder | StreamOrder
     schedule: Schedule
     batch_size: int  # of all processes
 
@@ -156,10 +158,11 @@ def build_run(config: PretrainConfig, world: World) -> Run:
     batch_size = global_batch(config, world.size)
     masks = MaskSampler(config.masks, config.model.grid, seed=config.seed)  # first: it refuses what can't be drawn
     data = config.data
-    source_size = tuple(max(256, side) for side in config.model.image_size)  # of synthetic images
-    source = build_source(data.reader, data.train, num_samples=data.synthetic_samples, image_size=source_size)
-    check_problems(source.problems(), source.num_samples, data.max_bad_fraction, log=world.is_main)
-    order = SampleOrder(source.shard_sizes, batch_size, config.seed, data.window_shards)
+    height, width = (max(256, side) for side in config.model.image_size)  # of synthetic images
+    source = training_source(data, (height, width))
+    if not isinstance(source, StreamSource):
+        check_problems(source.problems(), source.num_samples, data.max_bad_fraction, log=world.is_main)
+    order = training_order(data, source, batch_size, seed=config.seed, steps_per_epoch=config.schedule.steps_per_epoch)
     schedule = build_schedule(config, order.steps_per_epoch)
     augment = Augment(config.augment, config.model.image_size, seed=config.seed, device=world.device)
     module = build_jepa(config.model, config.seed)

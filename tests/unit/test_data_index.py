@@ -31,8 +31,8 @@ def make_tar(path, members, format=tarfile.GNU_FORMAT):
 
 
 def contents_of(index):
-    data = index.path.read_bytes()
-    return [data[o : o + s] for o, s in zip(index.offsets, index.sizes, strict=True)]
+    with index.path.open("rb") as file:
+        return [os.pread(file.fileno(), int(s), int(o)) for o, s in zip(index.offsets, index.sizes, strict=True)]
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

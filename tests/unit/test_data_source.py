@@ -13,8 +13,9 @@ import webdataset
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from ijepa_scale.data.build import build_source
 from ijepa_scale.data.index import expand
-from ijepa_scale.data.source import ImageFolderSource, ShardSource, SyntheticSource, build_source
+from ijepa_scale.data.source import ImageFolderSource, ShardSource, SyntheticSource
 from ijepa_scale.data.write import Sample, source_samples, write_shards
 from ijepa_scale.errors import DataError
 

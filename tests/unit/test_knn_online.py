@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from ijepa_scale.config.schema import EvaluateConfig
+from ijepa_scale.data.build import build_source
 from ijepa_scale.data.evaluation import EvalReader
-from ijepa_scale.data.source import build_source
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.features import extract_features, gather_features, local_ids

@@ -10,9 +10,9 @@ import torch
 
 from ijepa_scale.augment import Augment
 from ijepa_scale.config import AugmentConfig, MaskConfig
+from ijepa_scale.data.build import build_source
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.source import build_source
 from ijepa_scale.masks import DenseMasks, MaskSampler, PackedMasks
 from tests.distributed.commands import write_data
 

@@ -1,0 +1,199 @@
+"""What one process contributes to a global batch: read, decoded, cropped into a buffer. Floor 2: no peers.
+
+From an indexed source the samples are those of the pure order; from a stream they are whatever comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch.utils.data import get_worker_info
+
+from ijepa_scale import rng
+from ijepa_scale.config.data import AugmentConfig
+from ijepa_scale.data.decode import CROP_DRAWS, decode_crop
+from ijepa_scale.data.order import SampleOrder
+from ijepa_scale.data.source import SampleSource
+from ijepa_scale.data.stream import StreamOrder, StreamSample, StreamSource
+from ijepa_scale.errors import DataError, SampleError
+
+_REPLACEMENTS = 8  # other samples tried in the place of a bad one
+_BAD_A_BATCH = 8  # times a batch: more bad samples in a row of a stream end the run
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that couldn't be decoded, and why."""
+
+    kind: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a worker hands over: what is in a slot and its bad samples, or the error that ends the run."""
+
+    slot: int
+    step: int = 0
+    sizes: np.ndarray | None = None  # as in Batch
+    sample_ids: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    bad: tuple[BadSample, ...] = ()
+    error: str | None = None
+
+
+class Parts(Protocol):
+    """Fills buffers with this process's parts of global batches."""
+
+    def epoch(self, step: int) -> int:
+        """Returns the epoch of a step."""
+
+    def fill(self, step: int, slot: int, pixels: np.ndarray) -> Item:
+        """Returns what it wrote into `pixels` (bytes,) uint8: the crops of one batch, one behind the other."""
+
+
+class IndexedParts:
+    """Reads, decodes and crops this process's part of a global batch: the samples of the pure order."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        order: SampleOrder,
+        augment: AugmentConfig,
+        image_size: tuple[int, int],
+        seed: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.source, self.order, self.augment, self.image_size = source, order, augment, image_size
+        self.seed, self.rank, self.world = seed, rank, world
+        self._prepared: tuple[int, int] | None = None
+
+    def epoch(self, step: int) -> int:
+        """Returns the epoch of a step."""
+        return self.order.epoch(step)
+
+    def fill(self, step: int, slot: int, pixels: np.ndarray) -> Item:
+        """Returns what it wrote into `pixels`; see `Parts`."""
+        self._prepare(step)
+        epoch = self.order.epoch(step)
+        ids = self.order.part(step, self.rank, self.world)
+        draws = _draws(self.seed, epoch, ids)
+        sizes = np.empty((len(ids), 2), dtype=np.int64)
+        bad = []
+        end = 0
+        for row, sample in enumerate(ids.tolist()):
+            data = self.source.read(sample)
+            try:
+                crop = _crop(data, draws[row], self.augment, self.image_size)
+            except SampleError as error:
+                bad.append(BadSample(error.kind, self.source.name(sample), str(error)))
+                ids[row], crop = self._replacement(epoch, sample)
+            end = _put(crop, pixels, end)
+            sizes[row] = crop.shape[:2]
+        labels = np.array([self.source.label(sample) for sample in ids.tolist()], dtype=np.int64)
+        return Item(slot, step, sizes, ids, labels, tuple(bad))
+
+    def _prepare(self, step: int) -> None:
+        """Tells the source, when a window begins, which shards it reads and which ones the next."""
+        window = self.order.window(step)
+        if window != self._prepared:
+            epoch, number = window
+            self.source.prepare(self.order.shards(epoch, number), self.order.shards(epoch, number + 1))
+            self._prepared = window
+
+    def _replacement(self, epoch: int, bad_id: int) -> tuple[int, np.ndarray]:
+        """Returns (sample id, crop) of the first decodable sample among some drawn for this bad one."""
+        draws = rng.uniform(self.seed, "replace", epoch, np.array([bad_id]), _REPLACEMENTS)[0]
+        for sample in (draws * self.source.num_samples).astype(np.int64):
+            data = self.source.read(int(sample))
+            try:
+                return int(sample), _crop(
+                    data, _draws(self.seed, epoch, sample[None])[0], self.augment, self.image_size
+                )
+            except SampleError:
+                continue  # counted when its own turn comes
+        raise DataError(
+            f"sample {self.source.name(bad_id)} and {_REPLACEMENTS} others drawn in its place couldn't be decoded; "
+            "check that the shards hold images"
+        )
+
+
+class StreamParts:
+    """Decodes and crops what comes next in this worker's stream, and leaves bad samples out."""
+
+    def __init__(
+        self,
+        source: StreamSource,
+        order: StreamOrder,
+        augment: AugmentConfig,
+        image_size: tuple[int, int],
+        seed: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.source, self.order, self.augment, self.image_size = source, order, augment, image_size
+        self.seed, self.rank, self.world = seed, rank, world
+        self._samples: Iterator[StreamSample] | None = None
+
+    def epoch(self, step: int) -> int:
+        """Returns the epoch of a step."""
+        return self.order.epoch(step)
+
+    def fill(self, step: int, slot: int, pixels: np.ndarray) -> Item:
+        """Returns what it wrote into `pixels`; see `Parts`. The first step asked for is where the stream begins."""
+        if self._samples is None:
+            worker = get_worker_info()
+            number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+            part = self.rank * count + number
+            self._samples = self.source.stream(self.seed, step - number, part, self.world * count)
+        epoch, size = self.order.epoch(step), self.order.part_size(self.world)
+        sizes = np.empty((size, 2), dtype=np.int64)
+        ids, labels = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        bad: list[BadSample] = []
+        row = end = 0
+        while row < size:
+            sample = next(self._samples)
+            kind, reason = sample.kind, sample.reason
+            if kind is None:
+                try:
+                    drawn = _draws(self.seed, epoch, np.array([sample.sample_id]))[0]
+                    crop = _crop(sample.data, drawn, self.augment, self.image_size)
+                except SampleError as error:
+                    kind, reason = error.kind, str(error)
+            if kind is not None:
+                bad.append(BadSample(kind, sample.name, reason))
+                if len(bad) > _BAD_A_BATCH * size:
+                    raise DataError(
+                        f"{len(bad)} bad samples came by before {size} good ones, the last {sample.name} ({reason}); "
+                        "check that the shards hold images"
+                    )
+                continue
+            end = _put(crop, pixels, end)
+            sizes[row], ids[row], labels[row] = crop.shape[:2], sample.sample_id, sample.label
+            row += 1
+        return Item(slot, step, sizes, ids, labels, tuple(bad))
+
+
+def _draws(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    return rng.uniform(seed, "crop", epoch, ids, CROP_DRAWS)
+
+
+def _crop(
+    data: bytes | np.ndarray, draws: np.ndarray, augment: AugmentConfig, image_size: tuple[int, int]
+) -> np.ndarray:
+    return decode_crop(data, draws.tolist(), image_size, scale=augment.crop_scale, ratio=augment.crop_ratio)
+
+
+def _put(crop: np.ndarray, pixels: np.ndarray, begin: int) -> int:
+    """Returns where the crop ends that was written into `pixels` at `begin`."""
+    end = begin + crop.size
+    pixels[begin:end].reshape(crop.shape)[:] = crop
+    return end
+
+
+__all__ = ["BadSample", "IndexedParts", "Item", "Parts", "StreamParts"]
