@@ -192,5 +192,9 @@ def _permanent(error: BaseException) -> bool:
     """Returns whether trying again is useless."""
     if isinstance(error, (FileNotFoundError, PermissionError)):
         return True
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    response = getattr(error, "response", None)  # botocore's is a mapping
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        status = getattr(error, "status", None) or getattr(response, "status_code", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in _TRY_AGAIN

@@ -52,8 +52,8 @@ class RemoteShardSource(ShardSource):
         needed = sum(largest[: 2 * window_shards])
         if needed > self._cache.max_bytes:
             raise DataError(
-                f"data.cache_gb is {self._cache.max_bytes / (1 << 30):.3f} but two windows of {window_shards} shards "
-                f"have {needed / (1 << 30):.3f} GiB; give that much, or lower data.window_shards"
+                f"data.cache_gb is {self._cache.max_bytes / (1 << 30):.3g} but two windows of {window_shards} shards "
+                f"have {needed / (1 << 30):.3g} GiB; give that much, or lower data.window_shards"
             )
 
     def name(self, sample_id: int) -> str:

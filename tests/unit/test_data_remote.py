@@ -129,6 +129,34 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         remote_size("s3://bucket/a.tar", QUICK)
 
 
+class Answered(Exception):
+    """What requests, aiohttp and botocore raise: each says the status in its own place."""
+
+    def __init__(self, place, status):
+        super().__init__(f"status {status}")
+        if place == "aiohttp":
+            self.status = status
+        elif place == "botocore":
+            self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+        else:
+            self.response = type("Response", (), {"status_code": status})()
+
+
+@pytest.mark.parametrize("place", ["aiohttp", "botocore", "requests"])
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (429, 3), (503, 3)])
+def test_which_answers_are_final(monkeypatch, place, status, tries):
+    asked = []
+
+    def answer(url, **options):
+        asked.append(url)
+        raise Answered(place, status)
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", answer)
+    with pytest.raises(DataError, match=f"status {status}"):
+        remote_size("s3://bucket/a.tar", Retry(attempts=3, first_pause_s=0.001))
+    assert len(asked) == tries
+
+
 def test_a_run_names_its_cache():
     with pytest.raises(DataError, match="'s3://b/x' is remote and data.cache is null; name a folder .*data.cache=DIR"):
         open_cache(None, 1.0, "s3://b/x")
