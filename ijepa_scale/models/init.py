@@ -9,6 +9,7 @@ from ijepa_scale.models.layers import Block
 
 STD = 0.02
 CUT = 2.0  # absolute
+HEAD_STD = 2e-5  # of a classifier's last layer. Source: arXiv 2111.06377, appendix A.1, with its released code
 
 
 @torch.no_grad()
@@ -46,10 +47,17 @@ def initialise(module: nn.Module, generator: torch.Generator, rescale_residual: 
         _rescale(module)
 
 
-def _normal(weight: Tensor, generator: torch.Generator) -> None:
+@torch.no_grad()
+def initialise_head(head: nn.Linear, generator: torch.Generator) -> None:
+    """Fills a classifier's last layer in place: so small that every class begins alike, with bias 0."""
+    _normal(head.weight, generator, HEAD_STD)
+    head.bias.zero_()
+
+
+def _normal(weight: Tensor, generator: torch.Generator, std: float = STD) -> None:
     # Not trunc_normal_: with the cut 100 std away, its inverse-CDF draw turns about one weight in 2^24 into the
     # cut itself, -2.0 among weights of 0.02, and nothing else.
-    weight.normal_(0.0, STD, generator=generator).clamp_(-CUT, CUT)
+    weight.normal_(0.0, std, generator=generator).clamp_(-CUT, CUT)
 
 
 def _rescale(module: nn.Module) -> None:

@@ -104,7 +104,13 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, mlp_width)
 
-    def forward(self, x: Tensor, layout: SequenceLayout | None = None) -> Tensor:
-        """Returns the tokens after the block: (B, N, D), or packed (T, D) with their layout; fp32 stays fp32."""
-        x = x + self.attn(self.norm1(x), layout)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, layout: SequenceLayout | None = None, drop: Tensor | None = None) -> Tensor:
+        """Returns the tokens after the block: (B, N, D), or packed (T, D) with their layout; fp32 stays fp32.
+
+        `drop` (B, 2) fp32, for (B, N, D) only, is drop path: each image's factors of the two branches,
+        attention and MLP. A factor of 0 leaves an image as it is.
+        """
+        branch = self.attn(self.norm1(x), layout)
+        x = x + (branch if drop is None else branch * drop[:, :1, None])
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if drop is None else branch * drop[:, 1:, None])

@@ -36,7 +36,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, width)
         self.register_buffer("pos_embed", sincos_2d(width, grid)[None])
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width) for _ in range(depth))
-        self.norm = LayerNorm(width)
+        self.norm: nn.Module = LayerNorm(width)
 
     def forward(
         self,
@@ -46,6 +46,7 @@ class VisionTransformer(nn.Module):
         index: Tensor | None = None,
         layout: SequenceLayout | None = None,
         last: int | None = None,
+        drop: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Returns the tokens of images (B, 3, H, W) after the final norm, fp32.
 
@@ -53,16 +54,21 @@ class VisionTransformer(nn.Module):
         encoded, (B, K, D); with `keep` (E, B, K), E context blocks per image, (E * B, K, D), images
         fastest. With `index` (C,) int64 into the flattened B * N places and their `layout`, packed
         sequences, (C, D). With `last` = n a tuple of the all-token outputs of the last n blocks,
-        each after the final norm, deepest last.
+        each after the final norm, deepest last; `drop` (B, depth, 2) then holds drop path's factors, see `Block`.
 
         Raises:
             ValueError: images of another size than the grid's, arguments that don't go together, or
                 `last` outside 1 ... depth.
         """
         self._check(images, (keep is not None) + (index is not None) + (last is not None), index, layout)
+        if drop is not None and (last is None or tuple(drop.shape) != (len(images), len(self.blocks), 2)):
+            raise ValueError(
+                f"drop is {tuple(drop.shape)} with last {last}; give (B, depth, 2), here "
+                f"({len(images)}, {len(self.blocks)}, 2), together with last: only whole images drop branches"
+            )
         tokens = self._embed(images, keep, index)
         if last is not None:
-            return self._last(tokens, last)
+            return self._last(tokens, last, drop)
         for block in self.blocks:
             tokens = block(tokens, layout)
         return self.norm(tokens)
@@ -111,12 +117,13 @@ class VisionTransformer(nn.Module):
         positions = self.pos_embed[0].index_select(0, index.flatten() % num_patches)
         return chosen.view(shape) + positions.view(shape)
 
-    def _last(self, tokens: Tensor, last: int) -> tuple[Tensor, ...]:
+    def _last(self, tokens: Tensor, last: int, drop: Tensor | None) -> tuple[Tensor, ...]:
         if not 1 <= last <= len(self.blocks):
             raise ValueError(f"last is {last}; give 1 to {len(self.blocks)}, the encoder's blocks")
         outputs = []
-        for place, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens)
+        factors = [None] * len(self.blocks) if drop is None else drop.unbind(1)
+        for place, (block, factor) in enumerate(zip(self.blocks, factors, strict=True), start=1):
+            tokens = block(tokens) if factor is None else block(tokens, None, factor)
             if place > len(self.blocks) - last:
                 outputs.append(self.norm(tokens))
         return tuple(outputs)
