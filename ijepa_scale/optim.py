@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from ijepa_scale.schedules import Hyper
 
 CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 COMPILE_PREFIX = "_orig_mod."
+
+# From a module, whole or sharded, to its groups: each a dict of `params`, `decay` (bool) and perhaps `lr_scale`.
+GroupFunction = Callable[[nn.Module], list[dict[str, Any]]]
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_PATCHES = re.compile(r"(?:^|\.)(?:patch_embed\.|pos_embed$)")
 
 
 def clean_name(name: str) -> str:
@@ -47,10 +53,41 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
+def layer_decay_groups(module: nn.Module, *, layer_decay: float) -> list[dict[str, Any]]:
+    """Returns a classifier's groups, whose learning rates fall from the head to the patches, patches first.
+
+    A group's `lr_scale` is layer_decay^(depth + 1 - id), with id 0 for patch and position embedding, i + 1
+    for block i, and depth + 1 for the rest: norms outside blocks and the head. `decay` is false for 1-D
+    parameters and position embeddings. Frozen parameters are in no group, but frozen blocks count.
+
+    Raises:
+        ValueError: `layer_decay` is outside (0, 1], or the module has no blocks.
+
+    Source: arXiv 2111.06377, appendix A.1, with its released code; the rule is from arXiv 2003.10555.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay is {layer_decay}; give a number above 0 and at most 1")
+    named = [(clean_name(name), parameter) for name, parameter in module.named_parameters()]
+    depth = max((int(found[1]) + 1 for name, _ in named if (found := _BLOCK.search(name))), default=0)
+    if not depth:
+        raise ValueError(f"{type(module).__name__} has no parameters blocks.N to decay over; give an encoder's module")
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        block = _BLOCK.search(name)
+        layer = int(block[1]) + 1 if block else 0 if _PATCHES.search(name) else depth + 1
+        decay = parameter.ndim > 1 and not name.endswith("pos_embed")
+        empty = {"params": [], "decay": decay, "lr_scale": layer_decay ** (depth + 1 - layer)}
+        group = groups.setdefault((layer, decay), {**empty, "name": f"layer {layer}{'' if decay else ' 1-D'}"})
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
 def set_hyper(groups: Iterable[dict[str, Any]], hyper: Hyper) -> None:
-    """Sets learning rate and weight decay of the groups that `parameter_groups` made."""
+    """Sets learning rate (times `lr_scale` where a group has one) and weight decay (where it decays) of the groups."""
     for group in groups:
-        group["lr"] = hyper.lr
+        group["lr"] = hyper.lr * group.get("lr_scale", 1.0)
         group["weight_decay"] = hyper.weight_decay if group["decay"] else 0.0
 
 
@@ -64,30 +101,33 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             group["step"] = step
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, *, offload: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, *, groups: GroupFunction = parameter_groups, offload: bool = False
+) -> torch.optim.Optimizer:
     """Returns AdamW over the module's groups; `auto` is PyTorch's fused kernel.
 
     Args:
         module: the trainable module, on its device.
         config: the optimizer section.
+        groups: what cuts the module's parameters into groups.
         offload: the states live in host memory (DeepSpeed CPU offload).
 
     Raises:
         ConfigError: the chosen implementation isn't installed, or isn't NVIDIA's.
     """
-    groups = parameter_groups(module)
+    parts = groups(module)
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     if config.impl in ("auto", "torch"):
-        return torch.optim.AdamW(groups, fused=True, **settings)
+        return torch.optim.AdamW(parts, fused=True, **settings)
     if config.impl == "apex":
-        return _apex_adam()(groups, adam_w_mode=True, **settings)
+        return _apex_adam()(parts, adam_w_mode=True, **settings)
     try:
         adam = importlib.import_module("deepspeed.ops.adam")
     except ImportError as error:
         raise ConfigError(f"optimizer.impl is deepspeed, which can't be imported ({error}); set it to torch") from error
     if offload:
-        return adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return adam.FusedAdam(groups, adam_w_mode=True, **settings)
+        return adam.DeepSpeedCPUAdam(parts, adamw_mode=True, **settings)
+    return adam.FusedAdam(parts, adam_w_mode=True, **settings)
 
 
 def _apex_adam() -> Any:

@@ -12,7 +12,7 @@ class Hyper:
 
     lr: float
     weight_decay: float
-    momentum: float
+    momentum: float = 1.0  # of the target encoder's update; 1.0 leaves it, or there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +68,42 @@ class Schedule:
         """Returns the linear ramp from momentum[0] to momentum[1], at `step` counted from 0."""
         first, last = self.momentum
         return first + step * (last - first) / (self.steps_per_epoch * self.epochs * self.ipe_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSchedule:
+    """Warm-up from 0, then a cosine, both at each optimiser step. Source: arXiv 2111.06377, appendix A.1.
+
+    `steps_per_epoch` counts optimiser steps, whatever the accumulation; `epochs` and `warmup_epochs` may
+    be fractions. `lr` and `min_lr` are absolute: scaling by the batch comes before, by layer after.
+    """
+
+    steps_per_epoch: int
+    epochs: float
+    warmup_epochs: float
+    lr: float
+    min_lr: float
+    weight_decay: float
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return int(self.epochs * self.steps_per_epoch)
+
+    def __call__(self, step: int) -> Hyper:
+        """Returns the settings of optimiser step `step`, counted from 0; weight decay is constant."""
+        return Hyper(lr=self.learning_rate(step), weight_decay=self.weight_decay)
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the rate at epoch e = step / steps_per_epoch: the first step's is 0 where there is a warm-up.
+
+        lr e / warmup before the warm-up's end, then min_lr + (lr - min_lr) / 2 (1 + cos(pi (e - warmup) / (epochs -
+        warmup))); `min_lr` from the run's end on.
+        """
+        epoch = step / self.steps_per_epoch
+        if epoch < self.warmup_epochs:
+            return self.lr * epoch / self.warmup_epochs
+        if epoch >= self.epochs:
+            return self.min_lr
+        progress = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

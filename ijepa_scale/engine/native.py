@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +19,7 @@ from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_bl
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, NonFiniteError
-from ijepa_scale.optim import build_optimizer, clean_name, set_hyper, set_step
+from ijepa_scale.optim import GroupFunction, build_optimizer, clean_name, parameter_groups, set_hyper, set_step
 from ijepa_scale.schedules import Hyper
 
 logger = logging.getLogger(__name__)
@@ -90,21 +90,25 @@ class PlainEngine:
             world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
         )  # re-entered at each forward
 
-    def prepare(self, module: nn.Module, target: nn.Module) -> None:
-        """Moves both modules to the device, and applies checkpointing, compilation and wrapping."""
+    def prepare(
+        self, module: nn.Module, target: nn.Module | None = None, *, groups: GroupFunction = parameter_groups
+    ) -> None:
+        """Moves the modules to the device, and applies checkpointing, compilation and wrapping."""
         checkpoint_blocks(module, self._config.checkpointing)
         if self._config.compile:
-            compile_blocks(module)
-            compile_blocks(target)
+            for part in (module,) if target is None else (module, target):
+                compile_blocks(part)
         self.module: Any = module.to(self.world.device)
-        self.target_module = target.to(self.world.device).requires_grad_(False).eval()
+        self.target_module: Any = None
+        if target is not None:
+            self.target_module = target.to(self.world.device).requires_grad_(False).eval()
         self._wrap()
-        self.optimizer = build_optimizer(self.module, self._optimizer_config)
-        encoder: Any = self.module.encoder
-        self._shards = (
-            [_local(p) for p in self.target_module.parameters()],
-            [_local(p) for p in encoder.parameters()],
-        )
+        self.optimizer = build_optimizer(self.module, self._optimizer_config, groups=groups)
+        self._shards: tuple[list[Tensor], list[Tensor]] = [], []
+        if target is not None:
+            pair: tuple[Any, Any] = self.target_module, self.module.encoder
+            targets, sources = ([_local(p) for p in part.parameters()] for part in pair)
+            self._shards = targets, sources
 
     def _wrap(self) -> None:
         self._callable: Any = self.module
@@ -115,8 +119,19 @@ class PlainEngine:
             return self._callable(*args)
 
     @torch.no_grad()
+    def evaluate(self, *args: Any) -> Tensor:
+        """Returns the trainable module's output in evaluation mode, without gradients."""
+        training = self.module.training
+        self.module.eval()
+        with self._autocast:
+            output = self.module(*args)
+        self.module.train(training)
+        return output
+
+    @torch.no_grad()
     def target(self, *args: Any) -> Tensor:
         """Returns the target encoder's output, without gradients."""
+        assert self.target_module is not None, "prepare() was given no target"
         with self._autocast:
             return self.target_module(*args)
 
@@ -161,14 +176,17 @@ class PlainEngine:
         pieces = []
         for name, parameter in self.module.named_parameters():
             name = clean_name(name)
+            pieces.append(self._piece(f"model.{name}", parameter))
+            if not parameter.requires_grad:  # frozen: no optimiser state
+                continue
             state = self.optimizer.state[parameter]
             if not state:  # before the first step: made here, so that loading has somewhere to write
                 state["step"] = torch.zeros((), device=self.world.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
-            pieces.append(self._piece(f"model.{name}", parameter))
             pieces += [self._piece(f"optimizer.{key}.{name}", state[key]) for key in ("exp_avg", "exp_avg_sq")]
-        pieces += [self._piece(f"target.{clean_name(n)}", p) for n, p in self.target_module.named_parameters()]
+        if self.target_module is not None:
+            pieces += [self._piece(f"target.{clean_name(n)}", p) for n, p in self.target_module.named_parameters()]
         return pieces
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
@@ -215,15 +233,26 @@ class Fsdp2Engine(PlainEngine):
         low = torch.bfloat16 if self._config.precision == "bf16" else None
         # inputs aren't cast: the residual stream stays fp32, as under autocast everywhere else
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        reshard = self._config.reshard_after_forward
         for block in blocks(self.module):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self._config.reshard_after_forward)
-        fully_shard(self.module, mesh=mesh, mp_policy=policy, reshard_after_forward=self._config.reshard_after_forward)
-        # The target never runs backward, so nothing but this frees its gathered weights: left gathered, its
-        # next output would be stale.
-        for block in blocks(self.target_module):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        fully_shard(self.target_module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            frozen = not any(p.requires_grad for p in block.parameters())  # no backward will free it, see below
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard or frozen)
+        fully_shard(self.module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        if self.target_module is not None:
+            # The target never runs backward, so nothing but this frees its gathered weights: left gathered, its
+            # next output would be stale.
+            for block in blocks(self.target_module):
+                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(self.target_module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         self._callable = self.module
+
+    def evaluate(self, *args: Any) -> Tensor:
+        """Returns the trainable module's output in evaluation mode, without gradients; shards the weights again."""
+        output = super().evaluate(*args)
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # as no backward follows
+        return output
 
     def _reduce_gradients(self, reduce: bool) -> None:
         self.module.set_requires_gradient_sync(reduce)

@@ -3,7 +3,7 @@
 The step knows these names alone; autocast, loss scaling by accumulation, gradient synchronisation
 and sharding are the engine's. The crux is `local_shards`: this process's fp32 tensors of the context
 encoder and of the target encoder, cut alike and in the same order, so that the target update is one
-fused operation without communication under every engine.
+fused operation without communication under every engine. Finetuning has no target.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.world import World
+from ijepa_scale.optim import GroupFunction, parameter_groups
 from ijepa_scale.schedules import Hyper
 
 
@@ -47,11 +48,24 @@ class Engine(Protocol):
 
     world: World
 
-    def prepare(self, module: nn.Module, target: nn.Module) -> None:
-        """Takes over the trainable and the frozen module, both built on the CPU from one seed."""
+    def prepare(
+        self, module: nn.Module, target: nn.Module | None = None, *, groups: GroupFunction = parameter_groups
+    ) -> None:
+        """Takes over the trainable and the frozen module, if there is one, both built on the CPU from one seed.
+
+        `groups` cuts the trainable module into the optimiser's groups. Parameters without gradients stay as
+        they are; they are sharded, saved and loaded as the others.
+        """
 
     def model(self, *args: Any) -> Tensor:
         """Returns the trainable module's output, under the engine's precision."""
+
+    def evaluate(self, *args: Any) -> Tensor:
+        """Returns the trainable module's output in evaluation mode, without gradients, under the engine's precision.
+
+        Communicates where weights are sharded: then every process calls it equally often. Use it, not `model`,
+        outside training steps: it leaves weights sharded, as saving and stepping need them.
+        """
 
     def target(self, *args: Any) -> Tensor:
         """Returns the target encoder's output, without gradients, under the engine's precision."""
@@ -65,12 +79,14 @@ class Engine(Protocol):
     def step(self, hyper: Hyper, step: int) -> StepInfo:
         """Moves the trainable weights, or raises on every process before anything has moved.
 
+        A group's learning rate is `hyper.lr` times its `lr_scale`; weight decay spares groups that don't decay.
+
         Raises:
             NonFiniteError: a loss or the gradient norm is NaN or infinite on some process.
         """
 
     def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns this process's fp32 shards of (target encoder, context encoder), cut alike."""
+        """Returns this process's fp32 shards of (target encoder, context encoder), cut alike; none without a target."""
 
     def target_updated(self) -> None:
         """Is told that the target's shards have moved."""

@@ -26,7 +26,7 @@ from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_bl
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
-from ijepa_scale.optim import build_optimizer, clean_name, set_hyper, set_step
+from ijepa_scale.optim import GroupFunction, build_optimizer, clean_name, parameter_groups, set_hyper, set_step
 from ijepa_scale.schedules import Hyper
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,6 +44,27 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def _ask_for_input_gradients(module: nn.Module) -> None:
+    """Makes the input of each trainable part behind frozen ones require a gradient.
+
+    Stage 3 takes a part whose input needs none for done with backward before it has begun, and frees its
+    weights: the first trainable block behind frozen ones would find them gone.
+    """
+    if all(parameter.requires_grad for parameter in module.parameters()):
+        return
+    whole = blocks(module)
+    inside = {id(child) for block in whole for child in block.modules()}
+    outside = [part for part in module.modules() if id(part) not in inside and list(part.parameters(recurse=False))]
+    for part in (*whole, *outside):
+        if any(parameter.requires_grad for parameter in part.parameters()):
+            part.register_forward_pre_hook(_require_gradient)
+
+
+def _require_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if torch.is_grad_enabled() and not args[0].requires_grad:
+        args[0].requires_grad_()
+
+
 class ZeroEngine:
     """DeepSpeed ZeRO over all processes."""
 
@@ -59,13 +80,22 @@ class ZeroEngine:
             world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
         )  # for the target, and for stages that leave it to us
 
-    def prepare(self, module: nn.Module, target: nn.Module, *, micro_batch: int = 1) -> None:
-        """Hands both modules to DeepSpeed. `micro_batch` only reaches its throughput log."""
+    def prepare(
+        self,
+        module: nn.Module,
+        target: nn.Module | None = None,
+        *,
+        groups: GroupFunction = parameter_groups,
+        micro_batch: int = 1,
+    ) -> None:
+        """Hands the modules to DeepSpeed. `micro_batch` only reaches its throughput log."""
         deepspeed = import_deepspeed(self.world.device)
         self._stage = int(self._plan["zero_optimization"]["stage"])
         checkpoint_blocks(module, self._config.checkpointing)
         module.to(self.world.device)
-        target = target.to(self.world.device).requires_grad_(False).eval()
+        if target is not None:
+            target = target.to(self.world.device).requires_grad_(False).eval()
+        parts = (module,) if target is None else (module, target)
         settings = compose(
             self._plan,
             micro_batch=micro_batch,
@@ -76,31 +106,42 @@ class ZeroEngine:
         )
         if self._stage == 3:
             # one gather per block, and the way to compile blocks under ZeRO-3
-            for part in (module, target):
+            for part in parts:
                 deepspeed.utils.set_z3_leaf_modules(part, [type(block) for block in blocks(part)[:1]])
+            _ask_for_input_gradients(module)
         offload = "offload_optimizer" in self._plan["zero_optimization"]
-        optimizer = build_optimizer(module, self._optimizer_config, offload=offload)
+        optimizer = build_optimizer(module, self._optimizer_config, groups=groups, offload=offload)
         self._names = {id(p): clean_name(n) for n, p in module.named_parameters()}
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self.module: Any = module
         self.zero = self._engine.optimizer
-        self.target_module = target
+        self.target_module: Any = target
         self._target_callable: Any = target
-        if self._stage == 3:
+        if self._stage == 3 and target is not None:
             self._target_callable, *_ = deepspeed.initialize(model=target, config=settings, dist_init_required=False)
         if self._config.compile:
-            compile_blocks(module)
-            compile_blocks(target)
+            for part in parts:
+                compile_blocks(part)
 
     def model(self, *args: Any) -> Tensor:
         """Returns the trainable module's output (DeepSpeed applies autocast)."""
         return self._engine(*args)
 
     @torch.no_grad()
+    def evaluate(self, *args: Any) -> Tensor:
+        """Returns the trainable module's output in evaluation mode, without gradients."""
+        training = self.module.training
+        self.module.eval()
+        output = self._engine(*args)
+        self.module.train(training)
+        return output
+
+    @torch.no_grad()
     def target(self, *args: Any) -> Tensor:
         """Returns the target encoder's output, without gradients."""
+        assert self.target_module is not None, "prepare() was given no target"
         with self._autocast:
             return self._target_callable(*args)
 
@@ -129,6 +170,8 @@ class ZeroEngine:
 
     def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns this process's fp32 shards of (target encoder, context encoder)."""
+        if self.target_module is None:
+            return [], []
         both: tuple[Any, Any] = (self.target_module.parameters(), self.module.encoder.parameters())
         if self._stage < 3:
             return tuple([p.detach() for p in parameters] for parameters in both)  # type: ignore[return-value]
@@ -142,7 +185,7 @@ class ZeroEngine:
 
     def target_updated(self) -> None:
         """Drops gathered copies of the target's weights (stage 3), which would be stale."""
-        if self._stage == 3:
+        if self._stage == 3 and self.target_module is not None:
             if self.world.device.type == "cuda":
                 # host sync: DeepSpeed gathers on a stream of its own, which doesn't wait for the update on ours
                 torch.cuda.current_stream().synchronize()
@@ -151,7 +194,10 @@ class ZeroEngine:
     def pieces(self) -> list[Piece]:
         """Returns this process's parts of weights, optimiser states and target."""
         self._make_moments()
-        return [*self._trainable_pieces(), *self._target_pieces()]
+        frozen = [(f"model.{self._names[id(p)]}", p) for p in self.module.parameters() if not p.requires_grad]
+        if self.target_module is not None:
+            frozen += [(f"target.{clean_name(n)}", p) for n, p in self.target_module.named_parameters()]
+        return [*self._trainable_pieces(), *(self._frozen_piece(name, parameter) for name, parameter in frozen)]
 
     def loaded(self, optimizer_step: int) -> None:
         """Brings the working copies of the weights in line with the masters, and sets Adam's step counter."""
@@ -181,6 +227,8 @@ class ZeroEngine:
 
     def _trainable_pieces(self) -> Iterator[Piece]:
         for parameter in self.module.parameters():
+            if not parameter.requires_grad:
+                continue
             name = self._names[id(parameter)]
             if self._stage == 3:
                 group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
@@ -203,15 +251,14 @@ class ZeroEngine:
         """Returns where this process's shard of a stage-3 parameter begins."""
         return min(self.world.rank * parameter.ds_tensor.numel(), parameter.ds_numel)
 
-    def _target_pieces(self) -> Iterator[Piece]:
+    def _frozen_piece(self, name: str, parameter: Any) -> Piece:
+        """Returns this process's part of a parameter that has no optimiser state: a target's, or a frozen block's."""
         sharded = self._stage == 3
-        shards, _ = self.local_shards()
-        named: Any = self.target_module.named_parameters()
-        for (name, parameter), shard in zip(named, shards, strict=True):
-            yield Piece(
-                name=f"target.{clean_name(name)}",
-                tensor=shard.view(-1),
-                start=self._start(parameter) if sharded else 0,
-                shape=tuple(parameter.ds_shape if sharded else parameter.shape),
-                write=sharded or self.world.is_main,
-            )
+        shard = parameter.ds_tensor[self._extent(parameter)] if sharded else parameter
+        return Piece(
+            name=name,
+            tensor=shard.detach().view(-1),
+            start=self._start(parameter) if sharded else 0,
+            shape=tuple(parameter.ds_shape if sharded else parameter.shape),
+            write=sharded or self.world.is_main,
+        )
