@@ -1,0 +1,297 @@
+"""The loop of every training run: steps, rows, evaluations, checkpoints. Floor 4: knows no model and no objective.
+
+What is trained, and what is its own in a run, is a `Task`; there is no second loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ijepa_scale.checkpoint import store
+from ijepa_scale.config import CheckpointConfig, EngineConfig, LoggingConfig, to_yaml
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.loader import TrainLoader
+from ijepa_scale.data.source import SampleSource
+from ijepa_scale.data.stream import StreamSource
+from ijepa_scale.engine.protocol import Engine, StepInfo
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
+from ijepa_scale.metrics.meters import Meters
+from ijepa_scale.metrics.progress import Progress
+from ijepa_scale.metrics.row import Row
+from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
+from ijepa_scale.train.setup import versions
+
+logger = logging.getLogger(__name__)
+
+
+class RunConfig(Protocol):
+    """The sections that every kind of run has."""
+
+    @property
+    def folder(self) -> str: ...  # noqa: D102
+    @property
+    def resume(self) -> str: ...  # noqa: D102
+    @property
+    def logging(self) -> LoggingConfig: ...  # noqa: D102
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...  # noqa: D102
+    @property
+    def engine(self) -> EngineConfig: ...  # noqa: D102
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    row: dict[str, Any]  # figures, for metrics.jsonl
+    note: str  # one line for a person
+    is_best: bool = False  # of the run so far: this state is kept apart
+
+
+class Task(Protocol):
+    """One process's part of a run: what the loop drives."""
+
+    kind: str  # pretrain | finetune
+    config: Any  # a RunConfig dataclass
+    world: World
+    engine: Engine
+    meters: Meters
+    source: SampleSource | StreamSource
+    batch_size: int  # of all processes
+
+    @property
+    def last_step(self) -> int:
+        """The number of steps after which the run stops."""
+
+    def loader(self, first_step: int) -> TrainLoader:
+        """Returns this process's batches from `first_step` on."""
+
+    def step(self, batch: Batch) -> StepInfo:
+        """Takes one optimiser step, or raises before anything has moved."""
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint must agree in to be continued, as JSON gives it back."""
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps beside the engine's state."""
+
+    def load_state(self, extra: dict[str, Any]) -> None:
+        """Takes back what `state` returned."""
+
+    def first_batch(self, batch: Batch, folder: Path) -> None:
+        """Looks at the batch of step 0 before it is used, with the clock stopped: pictures, checks."""
+
+    def row(self, means: dict[str, float], done: int) -> Row:
+        """Returns the row of `metrics.jsonl` after `done` steps."""
+
+    def evaluates(self, done: int) -> bool:
+        """Returns whether an evaluation is due after `done` steps (0: before the first)."""
+
+    def evaluate(self, done: int) -> Evaluation:
+        """Returns what an evaluation finds; every process calls it."""
+
+    def finish(self, folder: Path) -> None:
+        """Writes what is left to write when the last step is done and saved."""
+
+
+def find_checkpoint(config: RunConfig, world: World) -> Path | None:
+    """Returns the checkpoint to start from; rank 0 looks, so that all processes see the same.
+
+    Raises:
+        ConfigError: `resume` names one that isn't the newest of its folder, or is none where there is one.
+    """
+    found = world.broadcast_object(store.newest(Path(config.folder) / "checkpoints") if world.is_main else None)
+    assert found is None or isinstance(found, Path)
+    if config.resume not in ("auto", "none"):
+        chosen = Path(config.resume)
+        if found is not None and chosen.resolve().parent == found.resolve().parent and chosen.name < found.name:
+            raise ConfigError(
+                f"resume is {chosen} but {found} is newer and in the same folder; set another folder for the branch, "
+                f"or remove the newer checkpoints"
+            )
+        return chosen
+    if config.resume == "none" and found is not None:
+        raise ConfigError(
+            f"resume is none but {found} exists; set resume=auto to go on from it, or another folder to start anew"
+        )
+    return found
+
+
+class Loop:
+    """The state of a run beside the engine's: where it is, and what it writes.
+
+    Writes config.yaml, run.json, metrics.jsonl, tensorboard/ and checkpoints/ into the run's folder.
+    """
+
+    def __init__(self, task: Task, resume: Path | None) -> None:
+        self.task, self.folder = task, Path(task.config.folder)
+        self.world, self.config = task.world, task.config
+        self.start = 0
+        self.resumed = resume
+        self.loss: float | None = None  # of the last row
+        self.versions = versions(self.world) if self.world.is_main else {}
+        if resume is not None:
+            self._resume(resume)
+
+    def _resume(self, path: Path) -> None:
+        checkpoint = store.Checkpoint(path)
+        kind = checkpoint.extra.get("kind", "pretrain")
+        if kind != self.task.kind:
+            raise CheckpointError(f"{path} is of a {kind} run, this is a {self.task.kind} run; give another folder")
+        _check_identity(path, checkpoint.extra["identity"], self.task.identity())
+        for line in _changes(checkpoint.extra["config"], json.loads(json.dumps(dataclasses.asdict(self.config)))):
+            logger.warning("changed since %s: %s", path.name, line)
+        checkpoint.load(self.task.engine.pieces())
+        self.task.engine.loaded(checkpoint.step)
+        self.start = checkpoint.step
+        self.task.load_state(checkpoint.extra)
+        logger.info("resumed from %s: the next step is %d", path, self.start)
+        if isinstance(self.task.source, StreamSource):
+            logger.warning(
+                "data.reader stream keeps no place: from step %d on other passes over the shards begin, so samples may "
+                "come again before others have come (data.reader=shards goes on exactly)",
+                self.start,
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps done when the run has ended."""
+        return max(self.task.last_step, self.start)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state of the end lies."""
+        last = self.task.last_step
+        return self.resumed if self.resumed and self.start >= last else self._path(last)
+
+    def train(self) -> None:
+        """Takes the steps that are left.
+
+        Raises:
+            UserError: anything that the user can mend; nothing that was saved is lost.
+        """
+        task, last = self.task, self.task.last_step
+        if last == 0:
+            raise ConfigError("the run has 0 steps; give more epochs or a larger schedule.stop_after")
+        if self.world.is_main:
+            self._describe()
+        with open_sinks(
+            self.folder,
+            rank=self.world.rank,
+            tensorboard=self.config.logging.tensorboard,
+            drop_from=self.start + 1 if self.start else 0,
+        ) as sinks:
+            mode = self.config.logging.progress if self.world.is_main else "none"
+            progress = Progress(last, mode=mode, first_step=self.start)
+            if self.start == 0 and task.evaluates(0):
+                self._evaluate(0, sinks, progress)
+            for batch in task.meters.timed(task.loader(self.start)):
+                if batch.step == 0:
+                    with task.meters.paused():
+                        task.first_batch(batch, self.folder)
+                self._step(batch)
+                self._after(batch.step + 1, sinks, progress)
+            progress.close()
+        task.finish(self.folder)
+
+    def _step(self, batch: Batch) -> None:
+        """Takes one step; where it can't be taken, saves the state before it, which has not moved."""
+        try:
+            self.task.step(batch)
+        except NonFiniteError:  # raised on every process alike, so all of them can save
+            if batch.step > self.start:
+                # apart from the checkpoints: this state may be what diverges, and resuming must not choose it
+                self._save(batch.step, folder="stopped", keep=1)
+            raise
+
+    def _path(self, done: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{done:08d}"
+
+    def _after(self, done: int, sinks: Sinks, progress: Progress) -> None:
+        """Does what is due after `done` steps."""
+        task, last = self.task, self.task.last_step
+        progress.advance()
+        if done % self.config.logging.every == 0 or done == last:
+            row = task.row(task.meters.flush(self.world.mean), done)
+            if self.world.device.type == "cuda":
+                row["peak_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
+            self.loss = row["loss"]
+            sinks.write(row)
+            progress.show(row)
+        with task.meters.paused():
+            if task.evaluates(done):
+                self._evaluate(done, sinks, progress)
+            every = self.config.checkpoint.every
+            if (every and done % every == 0) or done == last:
+                self._save(done)
+
+    def _evaluate(self, done: int, sinks: Sinks, progress: Progress) -> None:
+        found = self.task.evaluate(done)
+        sinks.write({"step": done, **found.row})
+        progress.note(f"step {done}  {found.note}")
+        if found.is_best:
+            self._save(done, folder="best", keep=1)
+
+    def _save(self, done: int, folder: str = "checkpoints", keep: int | None = None) -> None:
+        extra = {
+            "kind": self.task.kind,
+            "identity": self.task.identity(),
+            "config": dataclasses.asdict(self.config),
+            "versions": self.versions,
+            **self.task.state(),
+        }
+        path = store.save(
+            self.folder / folder,
+            done,
+            self.task.engine.pieces(),
+            world=self.world,
+            extra=extra,
+            keep=keep or self.config.checkpoint.keep,
+        )
+        if self.world.is_main:
+            logger.info("saved %s", path)
+
+    def _describe(self) -> None:
+        """Writes the run folder's config.yaml and run.json; rows of a run that left no checkpoint are put aside."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = self.folder / JSONL_NAME
+        if self.start == 0 and rows.exists():
+            aside = next(name for n in count(1) if not (name := self.folder / f"metrics-{n}.jsonl").exists())
+            rows.rename(aside)
+            logger.warning("%s is of a run without checkpoint; moved to %s", rows, aside.name)
+        (self.folder / "config.yaml").write_text(to_yaml(self.config))
+        (self.folder / "run.json").write_text(json.dumps(self.versions, indent=2) + "\n")
+        logger.info(
+            "%s: %s, batch %d, %d steps of which %d are done; %s in %s on %d x %s",
+            self.folder, self.task.source.summary(), self.task.batch_size, self.task.last_step, self.start,
+            self.config.engine.strategy, self.config.engine.precision, self.world.size, self.world.device.type,
+        )  # fmt: skip
+
+
+def _check_identity(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    lines = list(_changes(found, wanted))
+    if lines:
+        raise CheckpointError(
+            f"{path} is of another run, so its numbers would not continue: {'; '.join(lines)}; "
+            "give the same values, or another folder to start anew"
+        )
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Returns a line for each value that differs, with its dotted name."""
+    lines = []
+    for name in {**before, **after}:
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name} was {old}, is {new}")
+    return lines
