@@ -61,3 +61,19 @@ def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: Objectiv
     if isinstance(masks, PackedMasks):
         return (elements.mean(dim=-1) * masks.weights).sum()
     return elements.mean()
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the cross-entropy with soft targets, an fp32 scalar, nats, mean over the images.
+
+    `logits` and `targets` are (B, C); each row of `targets` sums to 1.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if logits.shape != targets.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape; "
+            "make targets for as many classes as the head has"
+        )
+    return -(targets.float() * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1).mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from ijepa_scale.data.cache import FileCache, Handle, RemoteFile
 from ijepa_scale.data.fetch import NotThereError, Retry, check_address, fetch, remote_size
 from ijepa_scale.data.index import ShardIndex, braces, index_path, load_index, save_index, scan_index
 from ijepa_scale.data.scan import Problems
-from ijepa_scale.data.source import MANIFEST, ShardSource
+from ijepa_scale.data.source import CLASSES, MANIFEST, ShardSource, parse_classes
 from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ class RemoteShardSource(ShardSource):
         self._remote_of = {index.path: file for index, file in zip(shards, self._remote, strict=True)}
         self._needed: set[int] = set()
         self._take(shards, [file.url.rpartition("/")[2] for file in self._remote])
+        beside = f"{self._remote[0].url.rpartition('/')[0]}/{CLASSES}"
+        content = _text(beside, cache)
+        self.classes = None if content is None else parse_classes(content, beside)
 
     def check_room(self, window_shards: int) -> None:
         """Refuses a cache that can't hold the window being read and the next one.
@@ -101,19 +105,27 @@ def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
 
 def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[int, str]]:
     """Returns (bytes, SHA-256) by shard name."""
-    to = cache.folder / "index" / f"{cache.path(url).name}-{threading.get_native_id()}"
-    to.parent.mkdir(exist_ok=True)
-    try:
-        fetch(url, to, size=None, sha256=None, retry=cache.retry, largest=_LARGEST_TEXT)
-    except NotThereError as error:
+    content = _text(url, cache)
+    if content is None:
         if required:
-            raise DataError(f"{error}; a remote folder needs it: or name shards, like .../{{000..127}}.tar") from None
+            raise DataError(f"{url} isn't there; a remote folder needs it: or name shards, like .../{{000..127}}.tar")
         return {}
     try:
-        rows = json.loads(to.read_text())["shards"]
+        rows = json.loads(content)["shards"]
         return {str(row["name"]): (int(row["bytes"]), str(row["sha256"])) for row in rows}
     except (ValueError, TypeError, LookupError) as error:
         raise DataError(f"{url} is no manifest of shards ({error}); write it again with launch/shards.py") from None
+
+
+def _text(url: str, cache: FileCache) -> bytes | None:
+    """Returns the content of a small remote file; None where there is none."""
+    to = cache.folder / "index" / f"{cache.path(url).name}-{os.getpid()}-{threading.get_native_id()}"
+    to.parent.mkdir(exist_ok=True)
+    try:
+        fetch(url, to, size=None, sha256=None, retry=cache.retry, largest=_LARGEST_TEXT)
+        return to.read_bytes()
+    except NotThereError:
+        return None
     finally:
         to.unlink(missing_ok=True)
 
@@ -130,7 +142,7 @@ def remote_index(file: RemoteFile, cache: FileCache) -> ShardIndex:
     size = remote_size(file.url, cache.retry) if file.size is None else file.size
     found = load_index(kept, path, size, None)
     if found is None:
-        new = kept.with_name(f"{kept.name}.{threading.get_native_id()}")
+        new = kept.with_name(f"{kept.name}.{os.getpid()}-{threading.get_native_id()}")
         quick = Retry(attempts=min(3, cache.retry.attempts), first_pause_s=cache.retry.first_pause_s)
         try:
             fetch(f"{file.url}.idx.npz", new, size=None, sha256=None, retry=quick, largest=_LARGEST_INDEX)

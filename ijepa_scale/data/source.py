@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 MANIFEST = "manifest.json"
+CLASSES = "classes.json"
 _OPEN_FILES = 64
 _SPLITS = {"train", "val", "valid", "validation", "test"}
 
@@ -38,12 +39,16 @@ class SampleSource(Protocol):
     num_samples: int
     shard_sizes: np.ndarray  # (S,) int64, sum = num_samples: samples that lie close together
     fingerprint: str  # changes when the list of samples does, and not when the files move
+    classes: list[str] | None  # names by label, where the set has them
 
     def read(self, sample_id: int) -> bytes | np.ndarray:
         """Returns the encoded image, or its pixels (H, W, 3) uint8 where there is nothing to decode."""
 
     def label(self, sample_id: int) -> int:
         """Returns the label; -1 where there is none."""
+
+    def labels(self) -> np.ndarray:
+        """Returns all labels, (N,) int64; -1 where there is none."""
 
     def name(self, sample_id: int) -> str:
         """Returns what a person calls the sample, for messages."""
@@ -65,6 +70,8 @@ class ShardSource:
         if not paths:
             raise DataError("the list of shards is empty; name a folder of shards, a glob or a brace pattern")
         self._take([index_tar(path) for path in paths], [path.name for path in paths])
+        beside = paths[0].parent / CLASSES
+        self.classes = parse_classes(beside.read_bytes(), str(beside)) if beside.is_file() else None
 
     def _take(self, shards: list[ShardIndex], names: list[str]) -> None:
         """Numbers the samples of these shards, whose names are the same wherever they lie."""
@@ -105,6 +112,10 @@ class ShardSource:
         """Returns the label; -1 where there is none."""
         shard, row = self._locate(sample_id)
         return int(self._shards[shard].labels[row])
+
+    def labels(self) -> np.ndarray:
+        """Returns all labels, (N,) int64; -1 where there is none."""
+        return np.concatenate([shard.labels for shard in self._shards]).astype(np.int64)
 
     def name(self, sample_id: int) -> str:
         """Returns tar and key."""
@@ -208,6 +219,10 @@ class ImageFolderSource:
         """Returns the number of the class folder."""
         return int(np.searchsorted(self._class_ends, sample_id, side="right"))
 
+    def labels(self) -> np.ndarray:
+        """Returns all labels, (N,) int64; -1 where there is none."""
+        return np.searchsorted(self._class_ends, np.arange(self.num_samples), side="right").astype(np.int64)
+
     def name(self, sample_id: int) -> str:
         """Returns the path."""
         return str(self.root / self._names[sample_id])
@@ -234,6 +249,7 @@ class SyntheticSource:
         self.num_samples = num_samples
         full, rest = divmod(num_samples, self._SHARD)
         self.shard_sizes = np.array([self._SHARD] * full + [rest] * bool(rest), dtype=np.int64)
+        self.classes = None
         self.fingerprint = f"synthetic-{num_samples}-{image_size[0]}x{image_size[1]}-{seed}"
         self._shape = (*image_size, 3)
         self._bytes = image_size[0] * image_size[1] * 3
@@ -248,6 +264,10 @@ class SyntheticSource:
     def label(self, sample_id: int) -> int:
         """Returns one of 1000 labels."""
         return sample_id % self._CLASSES
+
+    def labels(self) -> np.ndarray:
+        """Returns all labels, (N,) int64; -1 where there is none."""
+        return np.arange(self.num_samples, dtype=np.int64) % self._CLASSES
 
     def name(self, sample_id: int) -> str:
         """Returns the number."""
@@ -281,6 +301,21 @@ def check_problems(problems: Problems, num_samples: int, max_bad_fraction: float
         logger.warning("%s", text)
     for problem in problems.named[1:] if log else ():
         logger.warning("left out: %s: %s", problem.name, problem.reason)
+
+
+def parse_classes(content: bytes, origin: str) -> list[str]:
+    """Returns the class names in the content of a classes.json.
+
+    Raises:
+        DataError: it is no list of names.
+    """
+    try:
+        names = json.loads(content)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("not a list of names")
+    except ValueError as error:
+        raise DataError(f"{origin} is no list of class names ({error}); write it again, or remove it") from None
+    return names
 
 
 def manifest_samples(shard: Path) -> int:

@@ -74,10 +74,19 @@ def test_without_a_manifest_the_servers_size_is_held(shards, tmp_path):
         source = RemoteShardSource(f"{address}/shard-{{000000..{count - 1:06d}}}.tar", a_cache(tmp_path / "cache"))
         assert len(list(crops(a_loader(source)))) == 120
         assert source.name(0).startswith(f"{address}/shard-000000.tar:")
-        with pytest.raises(
-            DataError, match="manifest.json can't be fetched .*a remote folder needs it: or name shards"
-        ):
+        with pytest.raises(DataError, match="manifest.json isn't there; a remote folder needs it: or name shards"):
             RemoteShardSource(address, a_cache(tmp_path / "cache"))
+
+
+def test_class_names_come_along(shards, tmp_path):
+    (shards / "classes.json").write_text(json.dumps(list("abcde")))
+    with serving(FlakyServer(shards)) as address:
+        assert RemoteShardSource(address, a_cache(tmp_path / "c")).classes == list("abcde")
+        (shards / "classes.json").write_text('{"a": 1}')
+        with pytest.raises(DataError, match="classes.json is no list of class names .*; write it again, or remove it"):
+            RemoteShardSource(address, a_cache(tmp_path / "c"))
+    with pytest.raises(DataError, match="classes.json is no list of class names"):
+        ShardSource(sorted(shards.glob("*.tar")))
 
 
 def test_what_is_not_there_is_said_at_once(shards, tmp_path):

@@ -1,0 +1,107 @@
+"""Top-1 and top-5 of a classifier over a labelled set: each image counted once, whatever the processes. Floor 4."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ijepa_scale.data.evaluation import EvalReader
+from ijepa_scale.data.source import SampleSource
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.features import local_ids
+
+Classify = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> logits (B, C)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """What a pass over the set found, the same on every process."""
+
+    top1: float  # 0 to 1
+    top5: float  # the true class is among the 5 likeliest (of fewer classes: among all)
+    loss: float  # mean cross-entropy, nats
+    labels: np.ndarray  # (N,) int64, in the order of the set
+    predictions: np.ndarray  # (N,) int64
+
+    def confusion(self, num_classes: int) -> np.ndarray:
+        """Returns (true, predicted) counts, int64 (C, C)."""
+        flat = np.bincount(self.labels * num_classes + self.predictions, minlength=num_classes**2)
+        return flat.reshape(num_classes, num_classes)
+
+
+class ClassifierCheck:
+    """Evaluates on all images of a source; their share per process is padded, and the padding not counted.
+
+    Raises:
+        DataError: an image without label, or with one outside the classes.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        image_size: tuple[int, int],
+        num_classes: int,
+        *,
+        world: World,
+        batch_size: int,
+        crop_fraction: float,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        workers: int = 0,
+    ) -> None:
+        self._source, self._image_size, self._world = source, image_size, world
+        self._options = {"batch_size": batch_size, "crop_fraction": crop_fraction, "workers": workers}
+        self._normalisation = {"mean": mean, "std": std}
+        self.labels = check_labels(source, num_classes, "evaluate.data")
+
+    def run(self, classify: Classify) -> Accuracy:
+        """Returns what `classify` gets right. Synchronises and communicates: all processes call it together."""
+        world, total = self._world, self._source.num_samples
+        ids = local_ids(np.arange(total), world.rank, world.size)
+        reader = EvalReader(self._source, self._image_size, ids=ids, **self._options, **self._normalisation)  # type: ignore[arg-type]
+        parts = []
+        for batch in reader:
+            logits = classify(batch.images.to(world.device, non_blocking=True)).float()
+            labels = batch.labels.to(world.device)
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            parts.append(torch.stack([losses, best[:, 0], (best == labels[:, None]).any(dim=1)], dim=1).double())
+        rows = world.gather(torch.cat(parts)).flatten(0, 1)[:total].cpu().numpy()  # host sync: once an evaluation
+        predictions = rows[:, 1].astype(np.int64)
+        return Accuracy(
+            top1=float((predictions == self.labels).mean()),
+            top5=float(rows[:, 2].mean()),
+            loss=float(rows[:, 0].mean()),
+            labels=self.labels,
+            predictions=predictions,
+        )
+
+
+def check_labels(source: SampleSource, num_classes: int, name: str) -> np.ndarray:
+    """Returns all labels of a source, (N,) int64.
+
+    Raises:
+        DataError: one is missing or outside range(num_classes).
+    """
+    labels = source.labels()
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        first = int(wrong[0])
+        found = "no label" if labels[first] < 0 else f"label {labels[first]}"
+        raise DataError(
+            f"{name}: {len(wrong)} of {len(labels)} images have no label from 0 to {num_classes - 1} (the first is "
+            f"{source.name(first)} with {found}); mend the labels, or set model.num_classes"
+        )
+    return labels
+
+
+def chance_loss(num_classes: int) -> float:
+    """Returns the cross-entropy of a classifier that knows nothing, nats."""
+    return math.log(num_classes)
