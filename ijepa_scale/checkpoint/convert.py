@@ -1,0 +1,114 @@
+"""Names of an encoder's tensors elsewhere, and here. Floor 3: pure functions of dictionaries, knows no file.
+
+Ours are the published ones, which timm shares: pos_embed, patch_embed.proj, blocks.N.{norm1, attn.qkv,
+attn.proj, norm2, mlp.fc1, mlp.fc2}, norm; a classifier adds fc_norm and head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ijepa_scale.errors import CheckpointError
+
+NAMINGS = ("published", "transformers")
+_WRAPPERS = ("module.", "_orig_mod.")  # data parallelism's and torch.compile's
+
+# Source: transformers.IJepaModel and IJepaForImageClassification (4.47 to 4.57), which the hub's files follow.
+_OUTER = {
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "head": "classifier",
+}
+_INNER = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_SPLIT = ("query", "key", "value")  # of attn.qkv, in this order
+_BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def to_ours(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], str]:
+    """Returns the tensors under our names, and the naming they came in, one of NAMINGS (published is timm's too).
+
+    What has no name here keeps its own, so that nothing is lost without being told. `origin` is for messages.
+
+    Raises:
+        CheckpointError: no encoder is known whose tensors have such names, or q, k and v aren't complete.
+    """
+    plain = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in plain):
+        return _from_transformers({name.removeprefix("ijepa."): t for name, t in plain.items()}, origin), "transformers"
+    if "encoder.patch_embed.proj.weight" in plain:
+        plain = {name.removeprefix("encoder."): tensor for name, tensor in plain.items()}
+    if "patch_embed.proj.weight" not in plain:
+        shown = ", ".join(list(plain)[:3]) or "nothing"
+        raise CheckpointError(
+            f"{origin} holds {shown}{' ...' if len(plain) > 3 else ''}, which is no encoder known here; give one with "
+            "the published names (patch_embed.proj.weight ...), timm's, or those of transformers' IJepaModel"
+        )
+    return plain, "published"
+
+
+def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns an encoder's tensors under the names of transformers' IJepaModel.
+
+    Raises:
+        CheckpointError: a tensor has no name there.
+    """
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
+        if name in _OUTER:
+            named[_OUTER[name]] = tensor
+        elif stem in _OUTER:
+            named[f"{_OUTER[stem]}.{kind}"] = tensor
+        elif block and block[2] == "attn.qkv":
+            for part, third in zip(_SPLIT, tensor.chunk(3), strict=True):
+                named[f"encoder.layer.{block[1]}.attention.attention.{part}.{kind}"] = third.contiguous()
+        elif block and block[2] in _INNER:
+            named[f"encoder.layer.{block[1]}.{_INNER[block[2]]}.{kind}"] = tensor
+        else:
+            raise CheckpointError(f"{name} has no name in transformers' IJepaModel; leave it out")
+    return named
+
+
+def _from_transformers(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    outer = {theirs: ours for ours, theirs in _OUTER.items()}
+    inner = {theirs: ours for ours, theirs in _INNER.items()}
+    named: dict[str, Tensor] = {}
+    thirds: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        block = _BLOCK.fullmatch(name)
+        part = block[2].removeprefix("attention.attention.") if block else ""
+        if name in outer:
+            named[outer[name]] = tensor
+        elif stem in outer:
+            named[f"{outer[stem]}.{kind}"] = tensor
+        elif block and part in _SPLIT:
+            thirds.setdefault(f"blocks.{block[1]}.attn.qkv.{kind}", {})[part] = tensor
+        elif block and part in inner:
+            named[f"blocks.{block[1]}.{inner[part]}.{kind}"] = tensor
+        else:
+            named[name] = tensor
+    for name, parts in thirds.items():
+        if len(parts) < len(_SPLIT):
+            lacking = ", ".join(part for part in _SPLIT if part not in parts)
+            raise CheckpointError(f"{origin} lacks {lacking} of {name}; the file isn't whole: fetch it again")
+        named[name] = torch.cat([parts[part] for part in _SPLIT])
+    return named
+
+
+def _unwrapped(name: str) -> str:
+    while any(name.startswith(wrapper) for wrapper in _WRAPPERS):
+        name = name.partition(".")[2]
+    return name

@@ -1,0 +1,170 @@
+"""Reads an encoder's weights from wherever they are, under our names. Floor 3: fits them into nothing.
+
+Sources: a run folder or checkpoint of ours (pretraining or finetuning, any engine), a published
+`.pth.tar`, `.safetensors`, a folder that transformers saved, or timm's registry. Only plain tensors are
+read: a file that would have to run code to be loaded is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ijepa_scale.checkpoint.convert import to_ours
+from ijepa_scale.checkpoint.store import Checkpoint, newest
+from ijepa_scale.config import ModelConfig
+from ijepa_scale.errors import CheckpointError
+from ijepa_scale.models.pos_embed import sincos_2d
+from ijepa_scale.planning.architectures import resolve
+
+TIMM = "timm:"
+WHICH_KEY = "ijepa_scale.weights"  # in a safetensors file's metadata: target or context
+_PUBLISHED = {"target": "target_encoder", "context": "encoder"}
+_INSIDE = ("state_dict", "model")  # where other programs keep the only model of a file
+_SUFFIXES = (".safetensors", ".tar", ".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """An encoder's tensors under our names, perhaps with a classifier's `fc_norm` and `head`."""
+
+    tensors: dict[str, Tensor]
+    origin: str  # for messages
+    which: str  # target | context | only (the file holds one and doesn't say which)
+    heads: int | None = None  # attention heads, where the source says so: shapes don't
+    notes: tuple[str, ...] = ()
+
+
+def read_weights(source: str | Path, *, which: str = "target") -> Weights:
+    """Returns the target or context encoder of `source`, on the CPU, in its stored dtype.
+
+    `timm:NAME` lets timm fetch pretrained weights over the network; everything else is on disk.
+
+    Raises:
+        CheckpointError: no such file, a damaged or unknown one, or it doesn't hold the encoder asked for.
+    """
+    if which not in _PUBLISHED:
+        raise CheckpointError(f"weights is {which!r}; choose target or context")
+    if str(source).startswith(TIMM):
+        return _from_timm(str(source).removeprefix(TIMM), which)
+    path = Path(source)
+    if path.is_dir():
+        checkpoint = newest(path / "checkpoints") or path
+        if (checkpoint / "manifest.json").is_file():
+            return _from_checkpoint(Checkpoint(checkpoint), which)
+        if not (path / "model.safetensors").is_file():
+            raise CheckpointError(
+                f"{path} has neither a checkpoint (checkpoints/step-XXXXXXXX, manifest.json) nor model.safetensors; "
+                "give a run folder, a checkpoint, or a file"
+            )
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path} doesn't exist; give a run folder, a checkpoint, a file, or {TIMM}NAME")
+    if path.suffix not in _SUFFIXES:
+        raise CheckpointError(f"{path} ends in {path.suffix!r}; give a folder or one of {', '.join(_SUFFIXES)}")
+    return _from_safetensors(path, which) if path.suffix == ".safetensors" else _from_torch_file(path, which)
+
+
+def _from_checkpoint(checkpoint: Checkpoint, which: str) -> Weights:
+    model = checkpoint.extra.get("config", {}).get("model", {})
+    notes: tuple[str, ...] = ()
+    if "model.head.weight" in checkpoint.tensors:  # a finetuned classifier: one encoder
+        tensors, _ = to_ours(checkpoint.full("model."), str(checkpoint.path))
+        notes = (f"a finetuned classifier, which has one encoder: {which} weights can't be told apart",)
+        which = "only"
+    else:
+        tensors = checkpoint.full({"target": "target.", "context": "model.encoder."}[which])
+    heads = None
+    if model:
+        sizes = resolve(
+            ModelConfig(**{n: value for n, value in model.items() if n in ModelConfig.__dataclass_fields__})
+        )
+        heads = sizes.heads
+        tensors["pos_embed"] = sincos_2d(sizes.width, sizes.grid)[None]  # made from the grid, not stored
+    return Weights(tensors=tensors, origin=str(checkpoint.path), which=which, heads=heads, notes=notes)
+
+
+def _from_torch_file(path: Path, which: str) -> Weights:
+    try:
+        # mapped: a published file holds four encoders' worth of optimiser states that aren't needed
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} isn't a file of tensors and plain values, and is refused: loading anything else could run code "
+            f"({_briefly(error)}); convert it to .safetensors where it was made"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read as a PyTorch file ({_briefly(error)}); fetch it again") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
+    found = [name for name, key in _PUBLISHED.items() if isinstance(content.get(key), Mapping)]
+    if found and which not in found:
+        raise CheckpointError(
+            f"{path} holds only the {found[0]} encoder, and {which} is asked for; set model.weights={found[0]}"
+        )
+    if found:
+        key = _PUBLISHED[which]
+        tensors, _ = to_ours(_tensors(content[key]), f"{path} ({key})")
+        return Weights(tensors=tensors, origin=f"{path} ({key})", which=which)
+    inside = next((content[key] for key in _INSIDE if isinstance(content.get(key), Mapping)), content)
+    return _the_only_one(_tensors(inside), str(path), which)
+
+
+def _from_safetensors(path: Path, which: str) -> Weights:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            said = (file.metadata() or {}).get(WHICH_KEY)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} can't be read as safetensors ({_briefly(error)}); fetch it again") from error
+    if said in _PUBLISHED and said != which:
+        raise CheckpointError(
+            f"{path} holds only the {said} encoder, and {which} is asked for; set model.weights={said}"
+        )
+    if said == which:
+        return Weights(tensors=to_ours(tensors, str(path))[0], origin=str(path), which=which)
+    return _the_only_one(tensors, str(path), which)
+
+
+def _from_timm(name: str, which: str) -> Weights:
+    import timm  # seconds, and only needed here
+
+    known = timm.is_model(name.partition(".")[0])
+    if not known or not getattr(timm.get_pretrained_cfg(name), "has_weights", False):
+        there = ", ".join(timm.list_models("*ijepa*", pretrained=True))
+        raise CheckpointError(f"timm {timm.__version__} has no weights of {name!r}; those of I-JEPA are {there}")
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (RuntimeError, OSError) as error:  # no network, no such weights
+        raise CheckpointError(
+            f"timm can't bring the weights of {name} ({error}); download them where there is a network, give the file"
+        ) from error
+    blocks: Any = model.blocks if hasattr(model, "blocks") else ()
+    heads = next((block.attn.num_heads for block in blocks if hasattr(block, "attn")), None)
+    weights = _the_only_one(dict(model.state_dict()), f"{TIMM}{name}", which)
+    return Weights(**{**vars(weights), "heads": heads})
+
+
+def _the_only_one(tensors: Mapping[str, Tensor], origin: str, which: str) -> Weights:
+    """Returns the encoder of a source that holds one, with a note where it may not be the one asked for."""
+    ours, naming = to_ours(tensors, origin)
+    note = f"holds one encoder and doesn't say which; {which} was asked for"
+    if naming == "transformers" or origin.startswith(TIMM):
+        note += ". timm's and transformers' converters take the context encoder; the paper evaluates the target"
+    return Weights(tensors=ours, origin=origin, which="only", notes=(note,))
+
+
+def _briefly(error: Exception) -> str:
+    return (str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
+
+
+def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

@@ -1,0 +1,203 @@
+"""Fits weights into an encoder or classifier, and tells what fitted. Floor 3.
+
+Strict: every tensor of the source has a place or a reason to be left out, every parameter of the model
+has a source or a reason to be new. Anything else is refused before the model has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ijepa_scale.checkpoint.sources import Weights, read_weights
+from ijepa_scale.errors import CheckpointError
+from ijepa_scale.models.classifier import Classifier
+from ijepa_scale.models.pos_embed import sincos_2d
+from ijepa_scale.models.vit import VisionTransformer
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 6  # names in a message
+_CLASSIFIERS_OWN = ("fc_norm.", "head.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What `load_weights` did. Names are the source's, in our naming: an encoder's without prefix."""
+
+    origin: str
+    which: str  # target | context | only
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]  # parameters that stay as they were initialised
+    unexpected: tuple[str, ...]  # tensors that were left out
+    reshaped: tuple[str, ...]  # what was made anew for another size, in words
+    share: float  # of the model's parameters, counted in elements, that were loaded
+    notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """Returns the report in a few lines."""
+        encoder = "its only encoder" if self.which == "only" else f"the {self.which} encoder"
+        lines = [
+            f"{self.origin}: loaded {encoder}, {len(self.loaded)} tensors, {self.share:.1%} of the model's weights"
+        ]
+        for title, names in (("new", self.missing), ("left out", self.unexpected), ("reshaped", self.reshaped)):
+            if names:
+                lines.append(f"  {title}: {_listed(names)}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def load_weights(
+    module: VisionTransformer | Classifier, source: str | Path, *, which: str = "target", keep_head: bool = False
+) -> LoadReport:
+    """Fills an encoder or a classifier with the weights of `source` (see `read_weights`), and returns what was done.
+
+    The module is whole (not sharded yet); it changes only where everything fits. A classifier's head is
+    left new unless `keep_head`. The position embedding is always that of the module's own grid.
+
+    Raises:
+        CheckpointError: the source can't be read, or doesn't fit; all problems in one message.
+    """
+    report = fit(module, read_weights(source, which=which), keep_head=keep_head)
+    logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report.text())
+    return report
+
+
+def fit(module: VisionTransformer | Classifier, weights: Weights, *, keep_head: bool = False) -> LoadReport:
+    """Fills the module with weights that have been read; see `load_weights`."""
+    own = {_plain(name, module): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    found = dict(weights.tensors)
+    encoder = module.encoder if isinstance(module, Classifier) else module
+    problems, reshaped = _positions(found.pop("pos_embed", None), encoder)
+    positions = own.pop("pos_embed")
+    unexpected = [name for name in found if name not in own or (name.startswith("head.") and not keep_head)]
+    missing = [name for name in own if name not in found or name in unexpected]
+    loaded = [name for name in own if name not in missing]
+    problems += _size_problems(own, found, weights, encoder)
+    if not problems:
+        problems = _name_problems(module, missing, unexpected, keep_head) + _shape_problems(own, found, loaded)
+        problems += [f"{n} holds values that aren't finite" for n in loaded if not found[n].isfinite().all()]
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(
+            f"{weights.origin} doesn't fit, and nothing was loaded: {'; '.join(problems[:_SHOWN])}{more}"
+        )
+    with torch.no_grad():
+        for name in loaded:
+            own[name].copy_(found[name])
+        positions.copy_(sincos_2d(encoder.width, encoder.grid)[None])
+    elements = {name: tensor.numel() for name, tensor in own.items()}
+    return LoadReport(
+        origin=weights.origin,
+        which=weights.which,
+        loaded=tuple(loaded),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        reshaped=tuple(reshaped),
+        share=sum(elements[name] for name in loaded) / sum(elements.values()),
+        notes=weights.notes,
+    )
+
+
+def _plain(name: str, module: VisionTransformer | Classifier) -> str:
+    return name.removeprefix("encoder.") if isinstance(module, Classifier) else name
+
+
+def _positions(found: Tensor | None, encoder: VisionTransformer) -> tuple[list[str], list[str]]:
+    """Returns (problems, what was made anew): a fixed embedding is computed for the module's grid, not interpolated."""
+    if found is None:
+        return [], []
+    flat = found.reshape(-1, found.shape[-1]).float()
+    if flat.shape[-1] != encoder.width:
+        return [f"pos_embed is {flat.shape[-1]} wide, the model {encoder.width}"], []
+    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 1e-2  # stored in half precision
+    rows, columns = encoder.grid
+    count = len(flat)
+    grids = [(count // w, w) for w in range(1, count + 1) if count % w == 0]
+    for grid in sorted(grids, key=lambda g: (g != (rows, columns), abs(g[0] - g[1]))):
+        if torch.allclose(flat, sincos_2d(encoder.width, grid), rtol=0, atol=tolerance):
+            if grid == (rows, columns):
+                return [], []
+            return [], [f"pos_embed, {grid[0]} x {grid[1]} patches -> {rows} x {columns}, computed anew"]
+    return [
+        f"pos_embed of {count} places is no fixed sine-cosine embedding of any grid, and this package trains none: "
+        "the file is of another model"
+    ], []
+
+
+def _size_problems(
+    own: dict[str, Tensor], found: dict[str, Tensor], weights: Weights, encoder: VisionTransformer
+) -> list[str]:
+    """Returns which of the model's sizes are others: said once, not for each tensor."""
+    problems = []
+    patches = found.get("patch_embed.proj.weight")
+    if patches is not None and patches.ndim == 4:
+        size = tuple(patches.shape[2:])
+        if size != (encoder.patch_size, encoder.patch_size):
+            problems.append(
+                f"its patches are {size[0]} x {size[1]} pixels, the model's {encoder.patch_size}: trained patch "
+                f"embeddings aren't resized; set model.patch_size={size[0]}"
+            )
+        if len(patches) != encoder.width:
+            problems.append(f"its width is {len(patches)}, the model's {encoder.width}; set model.name or model.width")
+    depth = 1 + max((int(block[1]) for name in found if (block := re.match(r"blocks\.(\d+)\.", name))), default=-1)
+    if depth != len(encoder.blocks):
+        problems.append(f"it has {depth} blocks, the model {len(encoder.blocks)}; set model.name or model.depth")
+    first_block: Any = encoder.blocks[0]
+    heads = first_block.attn.heads
+    if weights.heads not in (None, heads):
+        problems.append(f"it has {weights.heads} attention heads, the model {heads}; set model.name or model.heads")
+    return problems
+
+
+def _name_problems(
+    module: VisionTransformer | Classifier, missing: list[str], unexpected: list[str], keep_head: bool
+) -> list[str]:
+    """Returns what is missing or unexpected without a reason."""
+    new: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = _CLASSIFIERS_OWN
+    if isinstance(module, Classifier):
+        new = () if keep_head else _CLASSIFIERS_OWN
+        # the norm of the other place: the encoder's, which pooling before the norm has no use for
+        left_out = ("head.", "norm.") if "fc_norm.weight" in dict(module.named_parameters()) else ("head.",)
+    problems = []
+    lacking = [name for name in missing if not name.startswith(new)]
+    strange = [name for name in unexpected if not name.startswith(left_out)]
+    if lacking:
+        hint = ""
+        if "norm.weight" in lacking and "fc_norm.weight" in unexpected:
+            hint = " (it was finetuned with model.pool_norm=after, which has no norm before pooling)"
+        elif "fc_norm.weight" in lacking:
+            hint = " (model.keep_head needs the norm that the head was trained behind; set model.pool_norm=before)"
+        elif "head.weight" in lacking:
+            hint = " (set model.keep_head=false for a new head)"
+        problems.append(f"missing: {_listed(lacking)}{hint}")
+    if strange:
+        problems.append(f"unexpected: {_listed(strange)}")
+    return problems
+
+
+def _shape_problems(own: dict[str, Tensor], found: dict[str, Tensor], loaded: list[str]) -> list[str]:
+    problems = []
+    for name in loaded:
+        theirs, ours = tuple(found[name].shape), tuple(own[name].shape)
+        if theirs == ours or (name == "head.bias" and found["head.weight"].shape != own["head.weight"].shape):
+            continue  # the other number of classes is told once
+        if name == "head.weight" and theirs[1:] == ours[1:]:
+            problems.append(
+                f"its head has {theirs[0]} classes, the model's {ours[0]}; set model.num_classes={theirs[0]}, or "
+                "model.keep_head=false for a new head"
+            )
+        else:
+            problems.append(f"{name} is {theirs}, the model's {ours}")
+    return problems
+
+
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
