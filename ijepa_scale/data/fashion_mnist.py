@@ -37,6 +37,8 @@ SHA256 = {
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 MANIFEST = "manifest.json"
+CLASSES_FILE = "classes.json"
+FEW_PER_CLASS = 50
 _LARGEST_FILE = 64 * 2**20  # bytes, uncompressed; the largest of the four has 47 MB
 _APT_TIMEOUT_S = 300
 
@@ -150,8 +152,9 @@ def load(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def write_fashion_mnist_shards(
     source: str | Path, to: str | Path, *, train_shards: int = 4, test_shards: int = 1
 ) -> Path:
-    """Returns `to`, which then holds train/0000.tar …, test/0000.tar …, classes.txt and a manifest.
+    """Returns `to`, which then holds train/0000.tar …, test/0000.tar …, few/0000.tar and a manifest.
 
+    `few` are the first `FEW_PER_CLASS` training images of each class, to finetune on. Each split names its classes.
     Images are lossless grey PNG files, labels `.cls`. Shards are written under a temporary name, the
     manifest last; where it is there and its shards have their sizes, nothing is done.
 
@@ -161,7 +164,7 @@ def write_fashion_mnist_shards(
     source, to = Path(source), Path(to)
     names = {
         split: [f"{split}/{shard:04d}.tar" for shard in range(count)]
-        for split, count in (("train", train_shards), ("test", test_shards))
+        for split, count in (("train", train_shards), ("few", 1), ("test", test_shards))
     }
     wanted = [name for part in names.values() for name in part]
     if _complete(to, wanted):
@@ -170,18 +173,24 @@ def write_fashion_mnist_shards(
     foreign = sorted(name for name in found if name not in wanted)
     if foreign:
         raise DataError(f"{to} holds {foreign[0]}, which isn't one of {', '.join(wanted)}; delete it or choose another")
-    for split in SPLITS:
-        (to / split).mkdir(parents=True, exist_ok=True)
     (to / MANIFEST).unlink(missing_ok=True)
-    for split in SPLITS:
-        images, labels = load(source, split)
-        log.info("writing %d %s images to %s", len(images), split, to)
-        for name, part in zip(names[split], np.array_split(np.arange(len(images)), len(names[split])), strict=True):
+    for split in names:
+        (to / split).mkdir(parents=True, exist_ok=True)
+        images, labels = load(source, "test" if split == "test" else "train")
+        rows = _few(labels) if split == "few" else np.arange(len(images))
+        log.info("writing %d images to %s", len(rows), to / split)
+        for name, part in zip(names[split], np.array_split(rows, len(names[split])), strict=True):
             _write_shard(to / name, images, labels, part)
-    _replace(to / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
+        _replace(to / split / CLASSES_FILE, json.dumps(CLASSES, indent=1) + "\n")
     sizes = {name: (to / name).stat().st_size for name in wanted}
     _replace(to / MANIFEST, json.dumps({"data": "Fashion-MNIST", "shards": sizes}, indent=2) + "\n")
     return to
+
+
+def _few(labels: np.ndarray) -> np.ndarray:
+    """Returns the rows of the first `FEW_PER_CLASS` images of each class, ascending."""
+    rows = [np.flatnonzero(labels == label)[:FEW_PER_CLASS] for label in range(len(CLASSES))]
+    return np.sort(np.concatenate(rows))
 
 
 def _complete(to: Path, wanted: list[str]) -> bool:

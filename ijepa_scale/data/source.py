@@ -71,7 +71,7 @@ class ShardSource:
             raise DataError("the list of shards is empty; name a folder of shards, a glob or a brace pattern")
         self._take([index_tar(path) for path in paths], [path.name for path in paths])
         beside = paths[0].parent / CLASSES
-        self.classes = parse_classes(beside.read_bytes(), str(beside)) if beside.is_file() else None
+        self.classes: list[str] | None = parse_classes(beside.read_bytes(), str(beside)) if beside.is_file() else None
 
     def _take(self, shards: list[ShardIndex], names: list[str]) -> None:
         """Numbers the samples of these shards, whose names are the same wherever they lie."""
@@ -180,10 +180,11 @@ class ImageFolderSource:
 
     def __init__(self, root: str | Path) -> None:
         self.root = _class_root(Path(root))
-        self.classes = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
+        classes = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
+        self.classes: list[str] | None = classes
         names: list[str] = []
         counts: list[int] = []
-        for name in self.classes:
+        for name in classes:
             found = _images(self.root, name)
             if not found:
                 raise DataError(
@@ -232,7 +233,7 @@ class ImageFolderSource:
 
     def summary(self) -> str:
         """Returns what there is, for the log."""
-        return f"{self.num_samples} images in {len(self.classes)} class folders"
+        return f"{self.num_samples} images in {len(self.classes or ())} class folders"
 
     def problems(self) -> Problems:
         """Returns none: only images are listed."""
@@ -249,7 +250,7 @@ class SyntheticSource:
         self.num_samples = num_samples
         full, rest = divmod(num_samples, self._SHARD)
         self.shard_sizes = np.array([self._SHARD] * full + [rest] * bool(rest), dtype=np.int64)
-        self.classes = None
+        self.classes: list[str] | None = None
         self.fingerprint = f"synthetic-{num_samples}-{image_size[0]}x{image_size[1]}-{seed}"
         self._shape = (*image_size, 3)
         self._bytes = image_size[0] * image_size[1] * 3

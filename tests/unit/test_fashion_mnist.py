@@ -11,6 +11,7 @@ from PIL import Image
 
 from ijepa_scale.data import fashion_mnist
 from ijepa_scale.data.fashion_mnist import fetch, load, read_idx, write_fashion_mnist_shards
+from ijepa_scale.data.source import ShardSource
 from ijepa_scale.errors import DataError
 
 COUNTS = {"train": 10, "t10k": 4}
@@ -57,14 +58,25 @@ def read_shards(folder: Path, pattern: str) -> list[tuple[np.ndarray, int]]:
 def test_shards_hold_every_image_and_label(source, tmp_path):
     to = write_fashion_mnist_shards(fetch(source), tmp_path / "shards", train_shards=3, test_shards=1)
     assert sorted(str(path.relative_to(to)) for path in to.rglob("*.*")) == [
-        "classes.txt", "manifest.json", "test/0000.tar", "train/0000.tar", "train/0001.tar", "train/0002.tar",
+        "few/0000.tar", "few/classes.json", "manifest.json", "test/0000.tar", "test/classes.json",
+        "train/0000.tar", "train/0001.tar", "train/0002.tar", "train/classes.json",
     ]  # fmt: skip
-    assert (to / "classes.txt").read_text().splitlines()[9] == "Ankle boot"
+    assert ShardSource([to / "test/0000.tar"]).classes[9] == "Ankle boot"
     for split in ("train", "test"):
         images, labels = load(source, split)
         samples = read_shards(to, f"{split}/*.tar")
         assert [label for _, label in samples] == labels.tolist()
         assert all(np.array_equal(image, expected) for (image, _), expected in zip(samples, images, strict=True))
+
+
+def test_the_few_are_the_first_of_each_class(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "FEW_PER_CLASS", 1)
+    to = write_fashion_mnist_shards(source, tmp_path / "shards")
+    images, labels = load(source, "train")
+    expected = [row for row, label in enumerate(labels) if label not in labels[:row]]
+    few = read_shards(to, "few/*.tar")
+    assert [label for _, label in few] == labels[expected].tolist() and len(set(labels[expected])) == len(expected)
+    assert all(np.array_equal(image, images[row]) for (image, _), row in zip(few, expected, strict=True))
 
 
 def test_shards_are_written_once_and_mended(source, tmp_path):
@@ -85,7 +97,7 @@ def test_another_number_of_shards_is_not_taken_for_the_same(source, tmp_path):
     to = write_fashion_mnist_shards(source, tmp_path / "shards", train_shards=2)
     write_fashion_mnist_shards(source, to, train_shards=3)
     assert len(read_shards(to, "train/*.tar")) == 10 and (to / "train/0002.tar").exists()
-    with pytest.raises(DataError, match=r"holds train/0001.tar, which isn't one of train/0000.tar, test/0000.tar"):
+    with pytest.raises(DataError, match=r"holds train/0001.tar, which isn't one of train/0000.tar, few/0000.tar, test/0000.tar"):
         write_fashion_mnist_shards(source, to, train_shards=1)
 
 
