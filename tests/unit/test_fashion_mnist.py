@@ -97,7 +97,8 @@ def test_another_number_of_shards_is_not_taken_for_the_same(source, tmp_path):
     to = write_fashion_mnist_shards(source, tmp_path / "shards", train_shards=2)
     write_fashion_mnist_shards(source, to, train_shards=3)
     assert len(read_shards(to, "train/*.tar")) == 10 and (to / "train/0002.tar").exists()
-    with pytest.raises(DataError, match=r"holds train/0001.tar, which isn't one of train/0000.tar, few/0000.tar, test/0000.tar"):
+    message = r"holds train/0001.tar, which isn't one of train/0000.tar, few/0000.tar, test/0000.tar"
+    with pytest.raises(DataError, match=message):
         write_fashion_mnist_shards(source, to, train_shards=1)
 
 
