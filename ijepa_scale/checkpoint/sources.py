@@ -57,7 +57,7 @@ def read_weights(source: str | Path, *, which: str = "target") -> Weights:
         return _from_timm(str(source).removeprefix(TIMM), which)
     path = Path(source)
     if path.is_dir():
-        checkpoint = newest(path / "checkpoints") or path
+        checkpoint = newest(path / "checkpoints") or newest(path) or path
         if (checkpoint / "manifest.json").is_file():
             return _from_checkpoint(Checkpoint(checkpoint), which)
         if not (path / "model.safetensors").is_file():

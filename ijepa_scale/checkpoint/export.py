@@ -1,0 +1,166 @@
+"""Writes weights for other programs: safetensors under three namings, and the published `.pth.tar`. Floor 3."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ijepa_scale.checkpoint.convert import NAMINGS, to_transformers
+from ijepa_scale.checkpoint.sources import WHICH_KEY, read_weights
+from ijepa_scale.checkpoint.store import Checkpoint
+from ijepa_scale.config import ModelConfig
+from ijepa_scale.errors import CheckpointError
+from ijepa_scale.models.pos_embed import sincos_2d
+from ijepa_scale.models.registry import build_jepa
+from ijepa_scale.planning.architectures import resolve
+from ijepa_scale.schedules import Schedule
+
+# A gradient scaler that has done nothing: the published code, which trains in bf16, loads one all the same.
+_SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+
+
+def export_safetensors(
+    source: str | Path, path: str | Path, *, which: str = "target", naming: str = "published"
+) -> Path:
+    """Writes the target or context encoder of `source` (see `read_weights`) and returns the file's path.
+
+    `naming` is published, which timm shares, or transformers. The file says which encoder it holds.
+
+    Raises:
+        CheckpointError: the source can't be read, or a tensor has no name in that naming.
+    """
+    if naming not in NAMINGS:
+        raise CheckpointError(f"naming is {naming!r}; choose one of {', '.join(NAMINGS)}")
+    weights = read_weights(source, which=which)
+    tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
+    metadata = {"format": "pt", **({} if weights.which == "only" else {WHICH_KEY: weights.which})}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return _in_one_go(Path(path), lambda beside: save_file(whole, beside, metadata=metadata))
+
+
+def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoch: int, processes: int = 1) -> Path:
+    """Writes a pretraining checkpoint as the published code's `.pth.tar`, which can resume from it.
+
+    `processes` is how many the other run will have: its file names the images of each. The published code
+    resumes at the begin of an epoch.
+
+    Raises:
+        CheckpointError: the checkpoint is no pretraining's, lies inside an epoch, or its batch doesn't split.
+
+    Source: the project's specification of the file, section 5.
+    """
+    config = checkpoint.extra.get("config", {})
+    if not {"model", "optimizer", "schedule"} <= config.keys() or "target.norm.weight" not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.path} is no checkpoint of a pretraining; give one that has a target encoder"
+        )
+    epoch, inside = divmod(checkpoint.step, steps_per_epoch)
+    if inside:
+        raise CheckpointError(
+            f"{checkpoint.path} is {inside} steps into epoch {epoch + 1} of {steps_per_epoch} steps; the published "
+            f"code resumes at epochs only: give a checkpoint of step {max(1, epoch) * steps_per_epoch}, for instance"
+        )
+    batch, rest = divmod(int(checkpoint.extra["identity"]["batch size of all processes"]), processes)
+    if rest:
+        raise CheckpointError(
+            f"batch {batch * processes + rest} doesn't split over {processes} processes; give a divisor"
+        )
+    hyper = _schedule(config, steps_per_epoch)(max(0, checkpoint.step - 1))
+    model = ModelConfig(**config["model"])
+    trained, moments = (
+        checkpoint.full("model."),
+        [checkpoint.full(f"optimizer.{m}.") for m in ("exp_avg", "exp_avg_sq")],
+    )
+    names = _published_order(model)
+    positions = _positions(model)
+    optimizer = _optimizer(names, {**trained, **positions}, config["optimizer"], (hyper.lr, hyper.weight_decay))
+    parameters = dict(zip(_grouped(names), (p for g in optimizer.param_groups for p in g["params"]), strict=True))
+    for name in trained:
+        optimizer.state[parameters[name]] = {
+            "step": torch.tensor(float(checkpoint.step)), "exp_avg": moments[0][name], "exp_avg_sq": moments[1][name],
+        }  # fmt: skip
+    target = {**checkpoint.full("target."), "pos_embed": positions["encoder.pos_embed"]}
+    content: dict[str, Any] = {
+        **{part: _part(f"{part}.", names, {**trained, **positions}) for part in ("encoder", "predictor")},
+        "target_encoder": _part("encoder.", names, {f"encoder.{name}": tensor for name, tensor in target.items()}),
+        "opt": optimizer.state_dict(),
+        "scaler": dict(_SCALER),
+        "epoch": epoch,
+        "loss": float(checkpoint.extra.get("loss", float("nan"))),
+        "batch_size": batch,
+        "world_size": processes,
+        "lr": hyper.lr,
+    }
+    return _in_one_go(Path(path), lambda beside: torch.save(content, beside))
+
+
+def _published_order(model: ModelConfig) -> list[str]:
+    """Returns the names of encoder and predictor in the order of the published modules, fixed embeddings included."""
+    names = [name for name, _ in build_jepa(model, seed=0, device="meta").named_parameters()]
+    place = names.index("predictor.mask_token") + 1
+    return ["encoder.pos_embed", *names[:place], "predictor.predictor_pos_embed", *names[place:]]
+
+
+def _positions(model: ModelConfig) -> dict[str, Tensor]:
+    sizes = resolve(model)
+    return {
+        "encoder.pos_embed": sincos_2d(sizes.width, sizes.grid)[None],
+        "predictor.predictor_pos_embed": sincos_2d(sizes.predictor_width, sizes.grid)[None],
+    }
+
+
+def _groups(names: Iterable[str]) -> list[list[str]]:
+    """Returns the four published groups; fixed embeddings are among the weights."""
+    # by name alone: norms and biases are the 1-D parameters of both modules
+    small = [name for name in names if name.endswith(".bias") or "norm" in name]
+    return [
+        [name for name in names if name.startswith(f"{part}.") and (name in small) == one_dimensional]
+        for one_dimensional in (False, True)
+        for part in ("encoder", "predictor")
+    ]
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    return [name for group in _groups(names) for name in group]
+
+
+def _optimizer(
+    names: list[str], tensors: dict[str, Tensor], config: dict[str, Any], rates: tuple[float, float]
+) -> torch.optim.AdamW:
+    """Returns an AdamW over the four groups, so that numbers and settings are those that PyTorch gives them."""
+    lr, weight_decay = rates
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(_groups(names)):
+        excluded = {"WD_exclude": True, "weight_decay": 0} if index >= 2 else {"weight_decay": weight_decay}
+        groups.append({"params": [torch.nn.Parameter(tensors[name]) for name in group], **excluded})
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(config["betas"]), eps=config["eps"])
+
+
+def _part(prefix: str, names: list[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name.removeprefix(prefix)}": tensors[name] for name in names if name.startswith(prefix)}
+
+
+def _schedule(config: dict[str, Any], steps_per_epoch: int) -> Schedule:
+    optimizer, schedule = config["optimizer"], config["schedule"]
+    rates = ("start_lr", "lr", "final_lr", "weight_decay", "final_weight_decay")
+    return Schedule(
+        steps_per_epoch=steps_per_epoch,
+        momentum=tuple(schedule["momentum"]),
+        **{name: schedule[name] for name in ("epochs", "warmup_epochs", "ipe_scale")},
+        **{name: optimizer[name] for name in rates},
+    )
+
+
+def _in_one_go(path: Path, write: Callable[[Path], object]) -> Path:
+    """Writes beside `path` and renames: a file with its final name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".unfinished-{path.name}")
+    write(beside)
+    os.replace(beside, path)
+    return path
