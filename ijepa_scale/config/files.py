@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.config.nearest import nearest, nearest_dotted
 from ijepa_scale.config.published import is_published, translate
+from ijepa_scale.config.published_finetune import translate_finetuning
 from ijepa_scale.config.schema import PretrainConfig
 from ijepa_scale.config.yaml_text import parse_yaml, write_yaml
 from ijepa_scale.errors import ConfigError
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config")
 
 # Setting one in a layer clears the other from the layers below.
-EXCLUSIVE = (("data.batch_size", "data.batch_size_per_process"),)
+EXCLUSIVE = (("data.batch_size", "data.batch_size_per_process"), ("optimizer.base_lr", "optimizer.lr"))
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def read_config(
             outside their range.
     """
     notes: list[str] = []
-    layers = _file_layers(Path(path), (), notes, num_processes)
+    layers = _file_layers(Path(path), (), notes, kind=kind, num_processes=num_processes)
     layers.append(Layer("command line", dict(_parse_override(text, kind) for text in overrides)))
     return Loaded(_assemble(layers, kind), notes)
 
@@ -98,7 +100,9 @@ def _walk_fields(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{each.name}", hint
 
 
-def _file_layers(path: Path, below: tuple[Path, ...], notes: list[str], num_processes: int | None) -> list[Layer]:
+def _file_layers(
+    path: Path, below: tuple[Path, ...], notes: list[str], *, kind: type, num_processes: int | None
+) -> list[Layer]:
     """Returns the layers of a file, its bases first. `below` are the files that led here."""
     resolved = path.resolve()
     if resolved in below:
@@ -116,14 +120,15 @@ def _file_layers(path: Path, below: tuple[Path, ...], notes: list[str], num_proc
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}; a configuration is a mapping of sections")
     if is_published(content):
-        content, said = translate(content, num_processes=num_processes, origin=str(path))
+        translator = translate_finetuning if kind is FinetuneConfig else translate
+        content, said = translator(content, num_processes=num_processes, origin=str(path))
         notes.extend(said)
     base = content.pop("base", None)
     layers: list[Layer] = []
     if base is not None:
         if not isinstance(base, str):
             raise ConfigError(f"{path}: base is {base!r}; name one file, relative to this one")
-        layers = _file_layers(path.parent / base, (*below, resolved), notes, num_processes)
+        layers = _file_layers(path.parent / base, (*below, resolved), notes, kind=kind, num_processes=num_processes)
     return [*layers, Layer(str(path), dict(_flatten(content, "")))]
 
 

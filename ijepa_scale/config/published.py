@@ -7,7 +7,7 @@ gives every sample its own draws. Every key is translated or listed as ignored, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ijepa_scale.config.nearest import nearest_dotted
@@ -64,11 +64,10 @@ _IGNORED = {
 _OPTIONAL = ("data.color_jitter_strength", "meta.read_checkpoint")
 _REQUIRED = (*_MOVED, *_SWITCHES, *_OTHERS)
 _KNOWN = (*_REQUIRED, *_IGNORED, *_OPTIONAL)
-_FINETUNING = (
+FINETUNING_KEYS = (
     *(f"data.{name}" for name in ("drop_path", "mixup", "cutmix", "reprob", "nb_classes", "resume_epoch")),
     "optimization.label_smoothing",
 )
-
 
 def is_published(content: Mapping[str, Any]) -> bool:
     """Returns whether a file's content has the published layout: its sections and none of ours."""
@@ -87,14 +86,14 @@ def translate(
         ConfigError: A finetuning file, placeholders, unknown or missing keys, or switches that are
             neither true nor false; everything of a kind in one message.
     """
-    settings = dict(_leaves(content))
-    finetuning = [key for key in _FINETUNING if key in settings]
+    settings = flat(content)
+    finetuning = [key for key in FINETUNING_KEYS if key in settings]
     if finetuning:
         raise ConfigError(
             f"{origin}: {', '.join(finetuning)} belong to a finetuning file; pretraining can't use it: "
             "start it with launch/finetune.py"
         )
-    problems = list(_problems(settings))
+    problems = list(problems_of(settings, known=_KNOWN, required=_REQUIRED, switches=_SWITCHES))
     if problems:
         raise ConfigError("\n".join(f"{origin}: {problem}" for problem in problems))
     ours = {target: settings[key] for key, target in _MOVED.items()}
@@ -102,7 +101,7 @@ def translate(
     notes += _translate_data(settings, ours, num_processes)
     notes += _translate_meta(settings, ours)
     notes.append("seed: a published file has none; seed 0 is used, and every sample gets its own crop and masks")
-    return _nest(ours), notes
+    return nest(ours), notes
 
 
 def _translate_data(settings: Mapping[str, Any], ours: dict[str, Any], num_processes: int | None) -> list[str]:
@@ -142,26 +141,33 @@ def _translate_meta(settings: Mapping[str, Any], ours: dict[str, Any]) -> list[s
     return ["meta.load_checkpoint became resume=auto: the newest checkpoint in the folder, or a start where none is"]
 
 
-def _problems(settings: Mapping[str, Any]) -> Iterator[str]:
+def problems_of(
+    settings: Mapping[str, Any], *, known: Collection[str], required: Collection[str], switches: Collection[str]
+) -> Iterator[str]:
     """Yields what is wrong with the keys of a published file."""
     for key, value in settings.items():
-        if key not in _KNOWN:
-            near = nearest_dotted(key, _KNOWN)
+        if key not in known:
+            near = nearest_dotted(key, known)
             yield f"{key}: unknown in the published layout" + (f"; did you mean {near}?" if near else "")
         elif isinstance(value, str) and value.strip().startswith(_PLACEHOLDER):
             yield f"{key} is still the placeholder {value!r}; write your own value"
-    missing = [key for key in _REQUIRED if key not in settings]
+    missing = [key for key in required if key not in settings]
     if missing:
         yield f"missing: {', '.join(missing)}; the published layout has them all"
-    required = [key for key in _REQUIRED if key in settings and key != "meta.pred_depth"]
-    for key in required:
+    for key in (key for key in required if key in settings and key != "meta.pred_depth"):
         if settings[key] is None:
             yield f"{key} is null; write a value"
-        elif key in _SWITCHES and not isinstance(settings[key], bool):
+    for key in (key for key in switches if settings.get(key) is not None):
+        if not isinstance(settings[key], bool):
             yield f"{key} is {settings[key]!r}; give true or false"
     batch = settings.get("data.batch_size", 1)
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int)):
         yield f"data.batch_size is {batch!r}; give the images per process, a whole number"
+
+
+def flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the two levels that the published layout has, with dotted keys."""
+    return dict(_leaves(content))
 
 
 def _leaves(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -173,7 +179,7 @@ def _leaves(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield str(section), values
 
 
-def _nest(settings: Mapping[str, Any]) -> dict[str, Any]:
+def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns dotted settings as nested mappings."""
     nested: dict[str, Any] = {}
     for key, value in settings.items():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#3366aa", "#dd7733", "#339966", "#888888"
+BLUE, ORANGE, GREEN, GREY = "#3366aa", "#dd7733", "#339966", "#888888"
 _TARGET_COLORS = ("#dd7733", "#339966", "#aa3377", "#ccaa22", "#33bbcc", "#884422")
 
 
@@ -30,20 +30,20 @@ def draw_curves(metrics: str | Path, path: str | Path) -> Path:
     rows = read_rows(metrics)
     if not any(row.get("loss") is not None for row in rows):
         raise DataError(f"{metrics} holds {len(rows)} rows and no loss; train at least logging.every steps first")
-    figure = _figure(width=9.0, height=6.0)
+    figure = new_figure(width=9.0, height=6.0)
     loss, knn, std, lr = figure.subplots(2, 2, sharex=True).flatten()
-    _line(loss, rows, "loss", _BLUE, title="Loss")
+    draw_line(loss, rows, "loss", BLUE, title="Loss")
     _knn(knn, rows)
-    _line(std, rows, "target_std", _GREEN, title="Target features: std over images (0 is collapse)")
+    draw_line(std, rows, "target_std", GREEN, title="Target features: std over images (0 is collapse)")
     std.set_ylim(bottom=0.0)
-    _line(lr, rows, "lr", _GREY, title="Learning rate")
+    draw_line(lr, rows, "lr", GREY, title="Learning rate")
     lr.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
     for axes in (std, lr):
         axes.set_xlabel("Step")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _line(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, *, title: str) -> None:
+def draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, *, title: str) -> None:
     """Draws one field over the steps."""
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     axes.plot([p[0] for p in points], [p[1] for p in points], color=color, linewidth=1.6)
@@ -56,16 +56,16 @@ def _knn(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """Draws the online kNN accuracy beside the untrained encoder's."""
     percent = [row | {"knn": 100 * row["knn"]} for row in rows if row.get("knn") is not None]
     untrained = [100 * row["knn_untrained"] for row in rows if row.get("knn_untrained") is not None]
-    _line(axes, percent, "knn", _ORANGE, title="kNN accuracy of the target encoder (%)")
+    draw_line(axes, percent, "knn", ORANGE, title="kNN accuracy of the target encoder (%)")
     for line in axes.lines:
         line.set(marker="o", markersize=3.5, label="trained")
     if untrained:
-        axes.axhline(untrained[0], color=_GREY, linestyle="--", linewidth=1.2, label="untrained")
+        axes.axhline(untrained[0], color=GREY, linestyle="--", linewidth=1.2, label="untrained")
     axes.margins(y=0.15)
     if percent or untrained:
         axes.legend(frameon=False, fontsize=9, loc="upper left")
     else:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=_GREY)
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
 
 
 def mask_grids(masks: Masks, num_images: int, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +107,7 @@ def draw_masks(images: Tensor, context: np.ndarray, targets: np.ndarray, path: s
     pixels = images.detach().cpu().permute(0, 2, 3, 1).numpy()
     pixels = pixels.astype(np.float64) / 255 if pixels.dtype == np.uint8 else pixels.clip(0.0, 1.0)
     count, num_targets = len(pixels), targets.shape[1]
-    figure = _figure(width=1.55 * count + 1.3, height=4.9)
+    figure = new_figure(width=1.55 * count + 1.3, height=4.9)
     axes = figure.subplots(3, count, squeeze=False)
     patch = pixels.shape[1] // context.shape[2], pixels.shape[2] // context.shape[3]
     for b, image in enumerate(pixels):
@@ -124,7 +124,7 @@ def draw_masks(images: Tensor, context: np.ndarray, targets: np.ndarray, path: s
         axis.spines[:].set_visible(False)
     for row, label in enumerate(("Image", "Context", f"{num_targets} target blocks")):
         axes[row, 0].set_ylabel(label, fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _outline(axes: Axes, image: np.ndarray, block: np.ndarray, patch: tuple[int, int], color: str) -> None:
@@ -139,14 +139,14 @@ def _outline(axes: Axes, image: np.ndarray, block: np.ndarray, patch: tuple[int,
     axes.set_ylim(image.shape[0] - 0.5, -0.5)
 
 
-def _figure(*, width: float, height: float) -> Figure:
+def new_figure(*, width: float, height: float) -> Figure:
     """Returns an empty figure, inches, without pyplot: no global state, no display."""
     from matplotlib.figure import Figure  # takes 0.5 s to import: only where a picture is drawn
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes the PNG through a temporary name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

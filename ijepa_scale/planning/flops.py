@@ -88,6 +88,17 @@ def encoder_forward_flops(model: ModelConfig) -> float:
     return _patches(sizes) + _blocks([tokens], sizes.width, sizes.mlp_width, sizes.depth)
 
 
+def finetune_flops(model: ModelConfig, *, frozen_blocks: int = 0) -> float:
+    """Returns the FLOPs of one image in one finetuning step; the head's and the pooling's aren't counted.
+
+    Frozen blocks, and the patch embedding before them, run forward only.
+    """
+    sizes = resolve(model)
+    trained = _blocks([sizes.num_patches], sizes.width, sizes.mlp_width, sizes.depth - frozen_blocks)
+    patches = 0.0 if frozen_blocks else _patches(sizes)
+    return encoder_forward_flops(model) + patches + _BACKWARD * trained
+
+
 def _count(
     sizes: Architecture, *, num_images: int, contexts: Sequence[int], sequences: Iterable[int], predicted: int
 ) -> FlopCount:

@@ -1,0 +1,83 @@
+"""Pictures of a finetuning run: its first batch, its curves, its confusion matrix. Floor 3: no window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ijepa_scale.errors import DataError
+from ijepa_scale.metrics.plots import BLUE, GREY, ORANGE, draw_line, new_figure, save_figure
+from ijepa_scale.metrics.sinks import read_rows
+
+_NAMED_CLASSES = 30  # more of them have no room for their names
+_SHOWN_SHARE = 0.02  # of a label that is written under an image
+
+
+def label_text(target: Tensor, classes: list[str] | None) -> str:
+    """Returns the classes with a real share in a soft label (C,), the largest first."""
+    shares, order = target.float().sort(descending=True)
+    parts = [
+        f"{classes[number] if classes else number} {share:.0%}"
+        for share, number in zip(shares[:2].tolist(), order[:2].tolist(), strict=True)
+        if share >= _SHOWN_SHARE
+    ]
+    return "\n".join(parts)
+
+
+def draw_labelled(images: Tensor, targets: Tensor, classes: list[str] | None, path: Path) -> Path:
+    """Returns the path of a PNG: `images` (B, 3, h, w) in [0, 1] with their soft labels `targets` (B, C)."""
+    count = len(images)
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure = new_figure(width=2.1 * columns, height=2.6 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, image, target in zip(axes, images, targets, strict=False):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+        axis.set_title(label_text(target, classes), fontsize=8)
+    for axis in axes:
+        axis.axis("off")
+    return save_figure(figure, path)
+
+
+def draw_training(metrics: Path, path: Path) -> Path:
+    """Returns the path of a PNG with loss, accuracy and learning rate over the steps.
+
+    Raises:
+        DataError: `metrics` holds no row with a loss.
+    """
+    rows = read_rows(metrics)
+    if not any(row.get("loss") is not None for row in rows):
+        raise DataError(f"{metrics} holds {len(rows)} rows and no loss; train at least logging.every steps first")
+    figure = new_figure(width=11.0, height=3.2)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    draw_line(loss, rows, "loss", BLUE, title="Loss: training (mixed, smoothed labels) and held-out")
+    draw_line(loss, rows, "eval_loss", ORANGE, title="Loss: training (blue), held-out (orange)")
+    percent = [row | {"top1": 100 * row["top1"], "top5": 100 * row["top5"]} for row in rows if "top1" in row]
+    draw_line(accuracy, percent, "top5", GREY, title="")
+    draw_line(accuracy, percent, "top1", ORANGE, title="Held-out accuracy, %: top-1 (orange), top-5 (grey)")
+    draw_line(rate, rows, "lr", GREY, title="Learning rate of the head")
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("Step")
+    return save_figure(figure, path)
+
+
+def draw_confusion(counts: np.ndarray, classes: list[str] | None, path: Path) -> Path:
+    """Returns the path of a PNG of the confusion matrix: rows are true classes, their shares sum to 1."""
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    side = min(9.0, 3.0 + 0.3 * len(counts))
+    figure = new_figure(width=side + 1.0, height=side)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046)
+    axes.set_xlabel("Predicted")
+    axes.set_ylabel("True")
+    if len(counts) <= _NAMED_CLASSES:
+        names = classes or [str(number) for number in range(len(counts))]
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
+    return save_figure(figure, path)
