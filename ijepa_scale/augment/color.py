@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_MIDDLE = 127.5 / 255.0  # between levels 127 and 128
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, with the digits that torchvision keeps
 
 
@@ -52,6 +53,11 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     angle = (offset + turned[:, None]).remainder(6.0)
     share = torch.minimum(angle, 4.0 - angle).clamp_(0.0, 1.0)
     return value[:, None] - chroma[:, None] * share
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Returns the images with levels from 128 of 255 on inverted, as PIL's ImageOps.solarize does."""
+    return torch.where(images >= _MIDDLE, 1.0 - images, images)
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:

@@ -20,16 +20,27 @@ from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.data.batch import Batch
 
 # Columns of a sample's draws. New ones are added at the end: the earlier ones then stay what they were.
-_FLIP, _JITTER, _FACTORS, _ORDER, _GRAY, _BLUR, _SIGMA, _DRAWS = 0, 1, slice(2, 6), slice(6, 10), 10, 11, 12, 13
+_FLIP, _JITTER, _FACTORS, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _DRAWS = (
+    0,
+    1,
+    slice(2, 6),
+    slice(6, 10),
+    10,
+    11,
+    12,
+    13,
+    14,
+)
 _STRENGTHS = np.array([0.8, 0.8, 0.8, 0.2])  # brightness, contrast, saturation, hue at strength 1; SimCLR, app. A
 _OPERATIONS = (color.brightness, color.contrast, color.saturation, color.hue)
 _SIGMAS = (0.1, 2.0)  # pixels; SimCLR, appendix A
 
 
 class Augment:
-    """Resize, flip, colour jitter, grayscale, blur, normalise; what the configuration leaves at 0 costs nothing.
+    """Resize, flip, colour jitter, grayscale, blur, solarize, normalise; what is left at 0 costs nothing.
 
-    Sources: the order of operations is SimCLR's (arXiv 2002.05709, appendix A).
+    Sources: the order of operations is SimCLR's (arXiv 2002.05709, appendix A), solarize last as in BYOL
+    (arXiv 2006.07733, appendix B).
     """
 
     def __init__(
@@ -49,18 +60,18 @@ class Augment:
         draws = rng.uniform(self.seed, "augment", batch.epoch, batch.sample_ids, _DRAWS)
         flip = draws[:, _FLIP] < config.flip if config.flip else None
         options = {"interpolation": config.interpolation, "flip": flip}
-        if not (config.color_jitter or config.grayscale or self._blur is not None):
+        if not (config.color_jitter or config.grayscale or config.solarize or self._blur is not None):
             normalise = (self._scale.tolist(), self._shift.tolist())
             return crop_resize(
                 batch.pixels, batch.sizes, self.image_size, **options, normalise=normalise, dtype=torch.float32
             )
         images = crop_resize(batch.pixels, batch.sizes, self.image_size, **options).float()
         images = self._photometric(images.mul_(1.0 / 255.0), draws).mul_(255.0)
-        scale, shift = (_to_device(values, self.device)[:, None, None] for values in (self._scale, self._shift))
+        scale, shift = (to_device(values, self.device)[:, None, None] for values in (self._scale, self._shift))
         return images.mul_(scale).add_(shift)
 
     def _photometric(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """Returns images in [0, 1] after jitter, grayscale and blur; may change `images`."""
+        """Returns images in [0, 1] after jitter, grayscale, blur and solarize; may change `images`."""
         config = self.config
         if config.color_jitter:
             self._jitter(images, draws)
@@ -71,6 +82,9 @@ class Augment:
             rows = np.flatnonzero(draws[:, _BLUR] < config.blur)
             sigmas = _SIGMAS[0] + (_SIGMAS[1] - _SIGMAS[0]) * draws[:, _SIGMA]
             self._apply(images, rows, self._blur, sigmas)
+        if config.solarize:
+            rows = np.flatnonzero(draws[:, _SOLARIZE] < config.solarize)
+            self._apply(images, rows, lambda part, _: color.solarize(part))
         return images
 
     def _jitter(self, images: Tensor, draws: np.ndarray) -> None:
@@ -90,14 +104,14 @@ class Augment:
         """Replaces images[rows] by operation(images[rows], values[rows]), in place."""
         if not len(rows):
             return
-        index = _to_device(torch.from_numpy(rows), self.device)
+        index = to_device(torch.from_numpy(rows), self.device)
         chosen = None
         if values is not None:
-            chosen = _to_device(torch.from_numpy(values[rows].astype(np.float32)), self.device)[:, None, None, None]
+            chosen = to_device(torch.from_numpy(values[rows].astype(np.float32)), self.device)[:, None, None, None]
         images.index_copy_(0, index, operation(images.index_select(0, index), chosen))
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Returns the tensor on `device`, through pinned memory where that avoids a synchronisation."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()

@@ -56,6 +56,7 @@ class AugmentConfig:
     color_jitter_probability: float = 0.8
     grayscale: float = 0.0  # probability
     blur: float = 0.0  # probability of a Gaussian blur, sigma 0.1 to 2.0 pixels
+    solarize: float = 0.0  # probability of inverting the levels from 128 on
     mean: Any = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
     std: Any = (0.229, 0.224, 0.225)
 
@@ -64,7 +65,7 @@ class AugmentConfig:
         choose(problems, "interpolation", self.interpolation, ("bilinear", "bicubic"))
         object.__setattr__(self, "crop_scale", interval(problems, "crop_scale", self.crop_scale, 1e-4, 1.0))
         object.__setattr__(self, "crop_ratio", interval(problems, "crop_ratio", self.crop_ratio, 1e-2, 1e2))
-        fraction(problems, flip=self.flip, grayscale=self.grayscale, blur=self.blur)
+        fraction(problems, flip=self.flip, grayscale=self.grayscale, blur=self.blur, solarize=self.solarize)
         fraction(problems, color_jitter_probability=self.color_jitter_probability)
         at_least(problems, 0, color_jitter=self.color_jitter)
         if self.color_jitter > 1.25:

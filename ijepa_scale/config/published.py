@@ -69,6 +69,7 @@ FINETUNING_KEYS = (
     "optimization.label_smoothing",
 )
 
+
 def is_published(content: Mapping[str, Any]) -> bool:
     """Returns whether a file's content has the published layout: its sections and none of ours."""
     return sum(name in content for name in _MARKS) >= 2 and not _OWN_SECTIONS & content.keys()

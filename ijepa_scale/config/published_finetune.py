@@ -66,11 +66,10 @@ def translate_finetuning(
     settings = flat(content)
     if not any(key in settings for key in FINETUNING_KEYS):
         raise ConfigError(
-            f"{origin}: has none of {', '.join(FINETUNING_KEYS)}, so it is a pretraining file; start it with launch/pretrain.py"
+            f"{origin}: has none of {', '.join(FINETUNING_KEYS)}, so it is a pretraining file; start it with "
+            "launch/pretrain.py"
         )
-    problems = list(
-        problems_of(settings, known=_KNOWN, required=_REQUIRED, switches=(*_SWITCHES, "meta.use_bfloat16"))
-    )
+    problems = list(problems_of(settings, known=_KNOWN, required=_REQUIRED, switches=(*_SWITCHES, "meta.use_bfloat16")))
     if problems:
         raise ConfigError("\n".join(f"{origin}: {problem}" for problem in problems))
     ours = {target: settings[key] for key, target in _MOVED.items()}

@@ -49,16 +49,21 @@ def center_crop(pixels: np.ndarray, size: tuple[int, int], crop_fraction: float)
     For a square `size` this is torchvision's Resize(round(size / crop_fraction)) and CenterCrop(size).
     """
     height, width = pixels.shape[:2]
-    cover = [round(side / crop_fraction) for side in size]
-    if height * cover[1] <= width * cover[0]:  # the height is what just covers
-        resized = (cover[0], max(cover[1], int(cover[0] * width / height)))
-    else:
-        resized = (max(cover[0], int(cover[1] * height / width)), cover[1])
+    resized = covering_size((height, width), size, crop_fraction)
     image = Image.fromarray(pixels)
     if resized != (height, width):
         image = image.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
     top, left = (round((have - want) / 2.0) for have, want in zip(resized, size, strict=True))
     return np.asarray(image)[top : top + size[0], left : left + size[1]]
+
+
+def covering_size(have: tuple[int, int], size: tuple[int, int], crop_fraction: float) -> tuple[int, int]:
+    """Returns the (height, width) that an image is resized to before `size` is cut from its centre."""
+    height, width = have
+    cover = [round(side / crop_fraction) for side in size]
+    if height * cover[1] <= width * cover[0]:  # the height is what just covers
+        return cover[0], max(cover[1], int(cover[0] * width / height))
+    return max(cover[0], int(cover[1] * height / width)), cover[1]
 
 
 class EvalReader:

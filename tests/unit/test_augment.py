@@ -12,7 +12,7 @@ from ijepa_scale.config.schema import AugmentConfig
 from ijepa_scale.data.batch import Batch
 
 LEVEL = 1 / 255
-EVERYTHING = AugmentConfig(flip=0.5, color_jitter=0.5, grayscale=0.3, blur=0.5)
+EVERYTHING = AugmentConfig(flip=0.5, color_jitter=0.5, grayscale=0.3, blur=0.5, solarize=0.4)
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
@@ -68,6 +68,13 @@ def test_grayscale_equals_torchvisions():
     images = images_of()
     gray = color.grayscale(images / 255.0)
     torch.testing.assert_close(gray, tv.rgb_to_grayscale(images / 255.0), atol=1e-6, rtol=0)
+
+
+def test_solarize_equals_torchvisions():
+    images = images_of()
+    expected = torch.stack([tv.solarize(image.to(torch.uint8), 128) for image in images])
+    found = (color.solarize(images.to(torch.uint8).float() / 255.0) * 255.0).round().to(torch.uint8)
+    assert torch.equal(found, expected) and not torch.equal(found, images.to(torch.uint8))
 
 
 @pytest.mark.parametrize("size", [(20, 23), (4, 7), (1, 9)])
@@ -129,6 +136,7 @@ def test_probabilities_and_the_pixels_are_kept():
     for name, config in {
         "flip": {"flip": 0.3},
         "grayscale": {"grayscale": 0.3},
+        "solarize": {"solarize": 0.3},
         "blur": {"blur": 0.3},
         "jitter": {"color_jitter": 0.5, "color_jitter_probability": 0.3},
     }.items():

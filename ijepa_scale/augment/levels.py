@@ -1,0 +1,148 @@
+"""PIL's operations on 8-bit images, batched, a parameter per image. Floor 2: tensors only.
+
+Each takes and returns (B, 3, H, W) uint8 and equals PIL's operation of that name, most of them bit for bit:
+rounding and truncation are PIL's. Parameters are (B,) tensors on the images' device. Nothing synchronises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LEVELS = 256
+_FLOAT_SLACK = 1e-3  # levels
+_LUMA = (19595, 38470, 7471)  # ITU-R BT.601 in 1/65536, as PIL's conversion to "L" has them
+
+
+def luma(images: Tensor) -> Tensor:
+    """Returns (B, 1, H, W) uint8: PIL's convert("L")."""
+    red, green, blue = images.to(torch.int32).unbind(1)
+    return ((_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue + 0x8000) >> 16).to(torch.uint8)[:, None]
+
+
+def blend(first: Tensor, second: Tensor, alpha: Tensor) -> Tensor:
+    """Returns first + alpha * (second - first), clipped and truncated: PIL's Image.blend. Alpha (B,) float32."""
+    start = first.float()
+    return (start + alpha[:, None, None, None] * (second.float() - start)).clamp_(0, 255).to(torch.uint8)
+
+
+def invert(images: Tensor) -> Tensor:
+    """Returns 255 - images."""
+    return 255 - images
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Returns the images with their `bits` (B,) int64 highest bits kept; 0 keeps none."""
+    mask = (0xFF << (8 - bits)) & 0xFF
+    return images & mask.to(torch.uint8)[:, None, None, None]
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Returns the images with levels of at least `threshold` (B,) int64 inverted."""
+    return torch.where(images.to(torch.int16) >= threshold.to(torch.int16)[:, None, None, None], 255 - images, images)
+
+
+def solarize_add(images: Tensor, add: Tensor, *, threshold: int = 128) -> Tensor:
+    """Returns the images with `add` (B,) int64 added to levels below `threshold`, at most 255."""
+    raised = (images.to(torch.int16) + add.to(torch.int16)[:, None, None, None]).clamp_(max=255).to(torch.uint8)
+    return torch.where(images < threshold, raised, images)
+
+
+def color(images: Tensor, factor: Tensor) -> Tensor:
+    """Returns PIL's ImageEnhance.Color: away from the luma by `factor` (B,) float32."""
+    return blend(luma(images).expand_as(images), images, factor)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Returns PIL's ImageEnhance.Contrast: away from the mean luma, rounded, by `factor` (B,) float32."""
+    mean = luma(images).flatten(1).double().mean(dim=1)
+    return blend((mean + 0.5).floor().to(torch.uint8)[:, None, None, None].expand_as(images), images, factor)
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Returns PIL's ImageEnhance.Brightness: away from black by `factor` (B,) float32."""
+    return blend(torch.zeros_like(images), images, factor)
+
+
+def sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    """Returns PIL's ImageEnhance.Sharpness: away from its SMOOTH filter's result by `factor` (B,) float32.
+
+    SMOOTH weighs the pixel 5 and its 8 neighbours 1, rounds, and leaves the border as it is.
+    """
+    smooth = images.clone()
+    if min(images.shape[-2:]) > 2:
+        whole = images.float()
+        rows = whole[..., :-2, :] + whole[..., 1:-1, :] + whole[..., 2:, :]
+        sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * whole[..., 1:-1, 1:-1]
+        smooth[..., 1:-1, 1:-1] = (sums / 13 + 0.5).floor().clamp_(0, 255).to(torch.uint8)
+    return blend(smooth, images, factor)
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Returns PIL's ImageOps.autocontrast: each channel stretched to 0 .. 255."""
+    flat = images.flatten(2)
+    low, high = (edge.double()[..., None] for edge in (flat.amin(2), flat.amax(2)))
+    levels = torch.arange(_LEVELS, device=images.device, dtype=torch.float64)
+    spread = high - low
+    scale = 255.0 / torch.where(spread > 0, spread, 1.0)
+    table = (levels * scale - low * scale).trunc().clamp_(0, 255)
+    return _look_up(images, torch.where(spread > 0, table, levels))
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Returns PIL's ImageOps.equalize: each channel's histogram made flat."""
+    flat = images.flatten(2).long()
+    counts = torch.zeros(*flat.shape[:2], _LEVELS, dtype=torch.int64, device=images.device)
+    counts.scatter_add_(2, flat, torch.ones_like(flat))
+    used = counts > 0
+    highest = (_LEVELS - 1) - used.flip(2).to(torch.int8).argmax(dim=2, keepdim=True)
+    step = (flat.shape[2] - counts.gather(2, highest)) // 255
+    below = counts.cumsum(2) - counts
+    table = ((step // 2 + below) // step.clamp(min=1)).clamp_(max=255)
+    levels = torch.arange(_LEVELS, device=images.device)
+    unchanged = (used.sum(2, keepdim=True) <= 1) | (step == 0)
+    return _look_up(images, torch.where(unchanged, levels, table))
+
+
+def _look_up(images: Tensor, table: Tensor) -> Tensor:
+    """Returns table[b, c, level] of each pixel; the table is (B, 3, 256)."""
+    return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
+
+
+def affine(images: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
+    """Returns PIL's Image.transform(AFFINE, BICUBIC): output pixel (x, y) is the image's at (ax + by + c, dx + ey + f).
+
+    `matrices` (B, 6) float64 are a, b, c, d, e, f; both x and y are of pixel centres. What lies outside the image
+    becomes `fill` (3,) uint8. The cubic has a = -1 here, as PIL's geometric transforms have (its resize has -0.5).
+    """
+    count, _, height, width = images.shape
+    device = images.device
+    x = torch.arange(width, device=device, dtype=torch.float64) + 0.5
+    y = (torch.arange(height, device=device, dtype=torch.float64) + 0.5)[:, None]
+    a, b, c, d, e, f = (column[:, None, None] for column in matrices.unbind(1))
+    source_x, source_y = a * x + b * y + c, d * x + e * y + f  # (B, H, W)
+    outside = (source_x < 0) | (source_x >= width) | (source_y < 0) | (source_y >= height)
+    columns, weights_x = _taps(source_x, width)
+    rows, weights_y = _taps(source_y, height)
+    flat = images.flatten(2).float()
+    total = torch.zeros(count, 3, height * width, device=device)
+    for row, weight_y in zip(rows, weights_y, strict=True):
+        line = torch.zeros_like(total)
+        for column, weight_x in zip(columns, weights_x, strict=True):
+            index = (row * width + column).flatten(1)[:, None].expand(-1, 3, -1)
+            line += weight_x.flatten(1)[:, None] * flat.gather(2, index)
+        total += weight_y.flatten(1)[:, None] * line
+    # PIL computes in double and truncates; float32 may end just below the whole number that it finds
+    moved = (total + _FLOAT_SLACK).clamp_(0, 255).to(torch.uint8).view_as(images)
+    return torch.where(outside[:, None], fill[None, :, None, None], moved)
+
+
+def _taps(places: Tensor, length: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the 4 nearest pixels (B, H, W) int64, held inside, and their cubic weights, float32."""
+    shifted = places - 0.5
+    first = shifted.floor()
+    t = (shifted - first).float()
+    begin = first.long() - 1
+    taps = [(begin + tap).clamp_(0, length - 1) for tap in range(4)]
+    t2, t3 = t * t, t * t * t
+    return taps, [-t + 2 * t2 - t3, 1 - 2 * t2 + t3, t + t2 - t3, t3 - t2]

@@ -1,0 +1,118 @@
+"""Mixup, CutMix and label smoothing, a draw per pair of neighbours in the global batch. Floor 2.
+
+Images 2k and 2k + 1 of the global batch are mixed with one another, by a draw keyed by (seed, step, k). So
+the result is the same however the batch is split over processes and micro-batches, as long as no pair is torn.
+The published recipe draws one share for a whole batch and mixes it with itself reversed, which depends on the split.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ijepa_scale import rng
+from ijepa_scale.augment.pipeline import to_device
+from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
+from ijepa_scale.errors import ConfigError
+
+_MIX, _SWITCH, _TOP, _LEFT, _DRAWS = range(5)
+
+
+def check_pairs(num_images: int, config: FinetuneAugmentConfig) -> None:
+    """Refuses micro-batches that would tear a pair.
+
+    Raises:
+        ConfigError: an odd number of images while mixup or cutmix is on.
+    """
+    if num_images % 2 and (config.mixup or config.cutmix):
+        raise ConfigError(
+            f"a micro-batch has {num_images} images, but mixup and cutmix mix pairs; give an even number of images per "
+            "process and accumulation step, or set augment.mixup=0 and augment.cutmix=0"
+        )
+
+
+class Mixing:
+    """Mixes pairs of a micro-batch and makes their soft labels.
+
+    Sources: arXiv 1710.09412 (mixup), arXiv 1905.04899 (CutMix), arXiv 1512.00567 (label smoothing).
+    """
+
+    def __init__(self, config: FinetuneAugmentConfig, *, num_classes: int, seed: int) -> None:
+        self._config, self._num_classes, self._seed = config, num_classes, seed
+
+    def __call__(self, images: Tensor, labels: Tensor, *, step: int, position: int) -> tuple[Tensor, Tensor]:
+        """Returns (B, 3, h, w) mixed images and (B, classes) float32 soft labels; doesn't synchronise.
+
+        `labels` (B,) int64 lie on the images' device; `position` is the first image's place in the global batch.
+
+        Raises:
+            ConfigError: an odd number of images, or an odd position, while mixup or cutmix is on.
+        """
+        config = self._config
+        smooth = config.label_smoothing / self._num_classes
+        soft = torch.full((len(labels), self._num_classes), smooth, device=images.device)
+        soft.scatter_(1, labels[:, None], 1.0 - config.label_smoothing + smooth)
+        if not (config.mixup or config.cutmix):
+            return images, soft
+        check_pairs(len(images), config)
+        check_pairs(position, config)
+        size = (images.shape[-2], images.shape[-1])
+        shares, boxes = self.draw(size, step=step, position=position, count=len(images))
+        kept = _moved(shares[:, None, None, None], images.device)
+        other = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        # mixed by box where a pair drew CutMix, else all over
+        inside = _inside(boxes, size, images.device)
+        by_box = _moved(np.any(boxes[:, 2:] > 0, axis=1).astype(np.float32)[:, None, None, None], images.device)
+        weight = by_box * (1.0 - inside) + (1.0 - by_box) * kept
+        mixed = other + weight * (images - other)
+        mixed = torch.where(weight == 1.0, images, mixed)  # exactly as it was where nothing is mixed in
+        partner = soft.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        return mixed, partner + kept[:, :, 0, 0] * (soft - partner)
+
+    def draw(self, size: tuple[int, int], *, step: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the share that each image keeps (count,) float32, and boxes (count, 4): top, left, height, width.
+
+        A box of height 0 is none: the pair is mixed all over, or not at all where its share is 1. The share of a
+        box that reaches over the edge is corrected to what is cut.
+        """
+        config = self._config
+        pairs = np.arange(position // 2, (position + count) // 2)
+        draws = rng.uniform(self._seed, "mix", step, pairs, _DRAWS)
+        shares, boxes = np.ones(len(pairs), dtype=np.float32), np.zeros((len(pairs), 4), dtype=np.int64)
+        for row, pair in enumerate(pairs.tolist()):
+            if draws[row, _MIX] >= config.mix_probability:
+                continue
+            cut = config.cutmix > 0 and (config.mixup == 0 or draws[row, _SWITCH] < config.switch_probability)
+            alpha = config.cutmix if cut else config.mixup
+            numbers = np.random.Generator(np.random.Philox(key=rng.key(self._seed, "mix.share", step, pair)))
+            shares[row] = numbers.beta(alpha, alpha)
+            if cut:
+                boxes[row] = _box(float(shares[row]), size, draws[row, _TOP], draws[row, _LEFT])
+                shares[row] = 1.0 - boxes[row, 2] * boxes[row, 3] / (size[0] * size[1])
+        return shares.repeat(2), boxes.repeat(2, axis=0)
+
+
+def _box(kept: float, size: tuple[int, int], down: float, across: float) -> tuple[int, int, int, int]:
+    """Returns top, left, height, width of a box of share 1 - kept around a uniform centre, cut at the edges."""
+    ratio = np.sqrt(1.0 - kept)
+    half = [int(side * ratio) // 2 for side in size]
+    centre = int(down * size[0]), int(across * size[1])
+    begin = [max(0, place - reach) for place, reach in zip(centre, half, strict=True)]
+    end = [min(side, place + reach) for side, place, reach in zip(size, centre, half, strict=True)]
+    return begin[0], begin[1], end[0] - begin[0], end[1] - begin[1]
+
+
+def _inside(boxes: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Returns (B, 1, h, w) float32: 1 inside each image's box."""
+    begins = _moved(boxes[:, :2], device)
+    ends = _moved(boxes[:, :2] + boxes[:, 2:], device)
+    parts = []
+    for axis, length in enumerate(size):
+        places = torch.arange(length, device=device)[None]
+        parts.append((places >= begins[:, axis, None]) & (places < ends[:, axis, None]))
+    return (parts[0][:, None, :, None] & parts[1][:, None, None, :]).float()
+
+
+def _moved(array: np.ndarray, device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)

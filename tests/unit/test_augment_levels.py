@@ -1,0 +1,130 @@
+"""Operations on 8-bit images against PIL's, image by image."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from ijepa_scale.augment import levels
+from ijepa_scale.augment.rand_augment import GEOMETRIC, rotation
+
+PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "clothing-small.tar"
+FILL = (124, 116, 104)
+
+
+def made_up() -> list[Image.Image]:
+    """Returns smooth, noisy and flat pictures, one with a single bright pixel, of 33 x 40 pixels."""
+    generator = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(
+            (40, 33), Image.Resampling.BICUBIC
+        )
+        for _ in range(6)
+    ]
+    noise = generator.integers(0, 256, (33, 40, 3), dtype=np.uint8)
+    flat = np.full((33, 40, 3), 77, dtype=np.uint8)
+    spot = flat.copy()
+    spot[3, 4] = 255
+    dark = (noise // 8 + 30).astype(np.uint8)
+    return [*pictures, *(Image.fromarray(array) for array in (noise, flat, spot, dark))]
+
+
+@pytest.fixture(scope="module", params=["made up", "photos"])
+def pictures(request) -> list[Image.Image]:
+    if request.param == "made up":
+        return made_up()
+    if not PHOTOS.exists():
+        pytest.skip(f"{PHOTOS} isn't there")
+    with tarfile.open(PHOTOS) as tar:
+        names = [member for member in tar if member.name.endswith(".jpg")][::80]
+        found = [Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB") for member in names]
+    return [image.resize((96, 80)) for image in found]
+
+
+def stack(pictures) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+
+
+def difference(found: torch.Tensor, expected: list[Image.Image]) -> torch.Tensor:
+    return (found.int() - stack(expected).int()).abs()
+
+
+def test_luma_is_pils(pictures):
+    expected = [picture.convert("L").convert("RGB") for picture in pictures]
+    assert difference(levels.luma(stack(pictures)).expand(-1, 3, -1, -1), expected).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [("Color", 0), ("Contrast", 0), ("Brightness", 0), ("Sharpness", 0)],
+)
+def test_enhancements_are_pils(pictures, name, exact):
+    factors = torch.linspace(0.1, 1.9, len(pictures))
+    found = getattr(levels, name.lower())(stack(pictures), factors)
+    expected = [getattr(ImageEnhance, name)(p).enhance(float(f)) for p, f in zip(pictures, factors, strict=True)]
+    assert difference(found, expected).max() <= exact
+    assert difference(found, pictures).float().mean() > 1  # it does something
+
+
+@pytest.mark.parametrize(("name", "most"), [("autocontrast", 1), ("equalize", 0), ("invert", 0)])
+def test_operations_without_parameter_are_pils(pictures, name, most):
+    found = getattr(levels, name)(stack(pictures))
+    apart = difference(found, [getattr(ImageOps, name)(picture) for picture in pictures])
+    assert apart.max() <= most and apart.float().mean() < 0.01
+
+
+def test_posterize_and_solarize_are_pils(pictures):
+    bits = torch.arange(len(pictures)) % 8 + 1
+    expected = [ImageOps.posterize(picture, int(b)) for picture, b in zip(pictures, bits, strict=True)]
+    assert difference(levels.posterize(stack(pictures), bits), expected).max() == 0
+    assert levels.posterize(stack(pictures), torch.zeros_like(bits)).max() == 0
+    thresholds = torch.linspace(0, 256, len(pictures)).long()
+    expected = [ImageOps.solarize(picture, int(t)) for picture, t in zip(pictures, thresholds, strict=True)]
+    assert difference(levels.solarize(stack(pictures), thresholds), expected).max() == 0
+
+
+def test_solarize_add_is_a_table(pictures):
+    adds = torch.linspace(0, 128, len(pictures)).long()
+    tables = [[min(255, i + int(add)) if i < 128 else i for i in range(256)] * 3 for add in adds]
+    expected = [picture.point(table) for picture, table in zip(pictures, tables, strict=True)]
+    assert difference(levels.solarize_add(stack(pictures), adds), expected).max() == 0
+
+
+@pytest.mark.parametrize("name", [name for name in GEOMETRIC if name != "Rotate"])
+def test_shears_and_shifts_are_pils(pictures, name):
+    width, height = pictures[0].size
+    matrices = GEOMETRIC[name](np.linspace(-10, 10, len(pictures)), (height, width))
+    found = levels.affine(stack(pictures), torch.from_numpy(matrices), torch.tensor(FILL, dtype=torch.uint8))
+    expected = [
+        picture.transform(
+            picture.size, Image.Transform.AFFINE, tuple(m), resample=Image.Resampling.BICUBIC, fillcolor=FILL
+        )
+        for picture, m in zip(pictures, matrices, strict=True)
+    ]
+    apart = difference(found, expected)
+    assert apart.max() <= 1 and apart.float().mean() < 0.1
+    assert difference(found, pictures).float().mean() > 3
+
+
+def test_rotation_is_pils(pictures):
+    width, height = pictures[0].size
+    magnitudes = np.linspace(-9.7, 9.3, len(pictures))
+    matrices = rotation(magnitudes, (height, width))
+    found = levels.affine(stack(pictures), torch.from_numpy(matrices), torch.tensor(FILL, dtype=torch.uint8))
+    expected = [
+        picture.rotate(float(m) / 10 * 30, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
+        for picture, m in zip(pictures, magnitudes, strict=True)
+    ]
+    apart = difference(found, expected)
+    assert apart.max() <= 1 and apart.float().mean() < 0.1
+
+
+def test_small_images_keep_their_border():
+    tiny = torch.randint(0, 256, (2, 3, 2, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(levels.sharpness(tiny, torch.tensor([0.1, 1.9])), tiny)
