@@ -7,14 +7,14 @@ deepspeed launch/pretrain.py --config C.yaml engine.ds_config=ds_configs/zero3.j
 srun --kill-on-bad-exit --ntasks-per-node 8 python launch/pretrain.py --config C.yaml
 """
 
-import argparse
 import logging
 
 import torch
 
-from ijepa_scale.config import PretrainConfig, read_config, to_yaml
+from ijepa_scale.config import PretrainConfig
 from ijepa_scale.environment import Launch
 from ijepa_scale.train import processes
+from ijepa_scale.train.command import launch_from_command_line
 from ijepa_scale.train.pretrain import pretrain
 from ijepa_scale.train.setup import with_strategy
 
@@ -32,26 +32,5 @@ def main(config: PretrainConfig, launch: Launch, device: torch.device) -> None:
             print(f"done: {result.steps} steps, {loss}{knn}; {result.checkpoint}")
 
 
-def parse() -> argparse.Namespace:
-    """Returns the command line's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", "--fname", required=True, help="YAML file, ours or a published one")
-    parser.add_argument("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
-    parser.add_argument("--processes", type=int, help="start that many processes on this host")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
-    parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. optimizer.lr=1e-3 data.workers=8")
-    flags = parser.parse_intermixed_args()
-    flags.overrides += [word for word in flags.devices or () if "=" in word]  # --devices takes all that follows
-    flags.devices = [word for word in flags.devices or () if "=" not in word] or None
-    return flags
-
-
 if __name__ == "__main__":
-    flags = parse()
-    with processes.user_errors(0):
-        loaded = read_config(flags.config, flags.overrides, kind=PretrainConfig)
-    if flags.print_config:
-        print("\n".join([*(f"# {note}" for note in loaded.notes), to_yaml(loaded.config)]))
-    else:
-        processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
+    launch_from_command_line(__doc__ or "", PretrainConfig, main)

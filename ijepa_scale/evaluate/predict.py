@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ijepa_scale.augment.evaluation import EvalTransform
 from ijepa_scale.checkpoint.store import Checkpoint, newest
 from ijepa_scale.config.finetune import ClassifierConfig
 from ijepa_scale.config.finetune_run import ClassifierEvaluationConfig
 from ijepa_scale.data.decode import decode
-from ijepa_scale.data.evaluation import center_crop
 from ijepa_scale.errors import CheckpointError, DataError, SampleError
 from ijepa_scale.models.classifier import Classifier, build_classifier
 
@@ -43,12 +43,13 @@ class Predictor:
             )
         config = checkpoint.extra["config"]
         self._config = ClassifierConfig(**config["model"])
-        evaluation = ClassifierEvaluationConfig(**config["evaluate"])
-        self._crop_fraction = evaluation.crop_of(self._config.image_size)
         self.classes = checkpoint.extra["classes"] or [str(number) for number in range(self._config.num_classes)]
         self._device = torch.device(device)
-        mean, std = (torch.tensor(config["augment"][name])[:, None, None] for name in ("mean", "std"))
-        self._mean, self._std = 255.0 * mean, 255.0 * std
+        augment = config["augment"]
+        crop_fraction = ClassifierEvaluationConfig(**config["evaluate"]).crop_of(self._config.image_size)
+        self._transform = EvalTransform(
+            self._config.image_size, crop_fraction, mean=augment["mean"], std=augment["std"], device=self._device
+        )
         self.module: Classifier = build_classifier(self._config)
         missing, unexpected = self.module.load_state_dict(checkpoint.full("model."), strict=False)
         if missing != ["encoder.pos_embed"] or unexpected:  # made from the grid, not stored
@@ -69,8 +70,7 @@ class Predictor:
             raise DataError(f"image {path} can't be read ({error.strerror}); check the path") from None
         except SampleError as error:
             raise DataError(f"image {path}: {error}") from None
-        cut = center_crop(pixels, self._config.image_size, self._crop_fraction)
-        return (torch.from_numpy(cut.copy()).permute(2, 0, 1).float() - self._mean) / self._std
+        return self._transform([pixels])[0]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, top: int = 5) -> list[list[Guess]]:

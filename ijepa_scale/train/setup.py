@@ -7,13 +7,14 @@ import logging
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ijepa_scale import environment
 from ijepa_scale.augment import Augment
 from ijepa_scale.config import PretrainConfig
+from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.build import training_order, training_source
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
@@ -31,6 +32,8 @@ from ijepa_scale.planning.hardware import peak_flops
 from ijepa_scale.planning.strategy import resolve_engine
 from ijepa_scale.schedules import Schedule
 from ijepa_scale.train.step import TrainStep
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
 logger = logging.getLogger(__name__)
 
@@ -82,35 +85,44 @@ class Run:
 
     def peak_flops(self) -> float | None:
         """Returns the peak of all devices together, FLOP/s, or None where it isn't known."""
-        if self.world.device.type != "cuda":
-            return None
-        peak = peak_flops(torch.cuda.get_device_name(self.world.device))
-        return None if peak is None else peak * self.world.size
+        return device_peak_flops(self.world)
 
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint must agree in to be continued by this run."""
         config = dataclasses.asdict(self.config)
         return {
-            **{section: _plain(config[section]) for section in IDENTITY},
+            **{section: plain_values(config[section]) for section in IDENTITY},
             "batch size of all processes": self.batch_size,
             "data": self.source.fingerprint,
             "data.window_shards": self.config.data.window_shards,
         }
 
 
-def _plain(value: Any) -> Any:
+def device_peak_flops(world: World) -> float | None:
+    """Returns the peak of all devices together, FLOP/s, or None where it isn't known."""
+    if world.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(world.device))
+    return None if peak is None else peak * world.size
+
+
+def plain_values(value: Any) -> Any:
     """Returns `value` as JSON would give it back: tuples as lists."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain_values(inner) for key, inner in value.items()}
+    return [plain_values(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def with_strategy(config: PretrainConfig, launch: Launch, device: torch.device) -> PretrainConfig:
-    """Returns the configuration with `engine.strategy: auto` replaced, and logs the choice with its reason."""
+def with_strategy(config: Config, launch: Launch, device: torch.device) -> Config:
+    """Returns the configuration with `engine.strategy: auto` replaced, and logs the choice with its reason.
+
+    A classifier counts as its encoder pretrained, with target and predictor: an upper bound.
+    """
+    model = config.model if isinstance(config, PretrainConfig) else config.model.encoder
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     engine, reason = resolve_engine(
         config.engine,
-        config.model,
+        model,
         world=launch.world_size,
         processes_per_node=launch.local_world_size,
         device=device.type,
@@ -120,7 +132,7 @@ def with_strategy(config: PretrainConfig, launch: Launch, device: torch.device) 
     return dataclasses.replace(config, engine=engine)
 
 
-def global_batch(config: PretrainConfig, processes: int) -> int:
+def global_batch(config: PretrainConfig | FinetuneConfig, processes: int) -> int:
     """Returns the images of one optimiser step over all processes.
 
     Raises:

@@ -17,6 +17,7 @@ from ijepa_scale import environment
 from ijepa_scale.data.write import Sample, write_shards
 
 ROOT = Path(__file__).parents[2]
+PRETRAIN = ROOT / "launch" / "pretrain.py"
 CONFIG = """
 folder: {folder}
 model: {{name: vit_tiny, image_size: 32, patch_size: 4, width: 48, depth: 2, heads: 3, predictor_width: 24,
@@ -53,9 +54,11 @@ def write_config(path: Path, data: Path, folder: Path) -> Path:
     return path
 
 
-def start(config: Path, *arguments: str, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
+def start(
+    config: Path, *arguments: str, launcher: tuple[str, ...] = (), script: Path = PRETRAIN, **variables: str
+) -> subprocess.Popen:
     """Starts a launch in its own process group, its output into a file beside the config."""
-    command = [*(launcher or (sys.executable,)), str(ROOT / "launch" / "pretrain.py"), "--config", str(config)]
+    command = [*(launcher or (sys.executable,)), str(script), "--config", str(config)]
     log = config.with_suffix(".log").open("a")
     return subprocess.Popen(
         [*command, *arguments],

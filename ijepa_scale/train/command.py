@@ -1,0 +1,34 @@
+"""The command line that all training scripts share. Floor 4."""
+
+from __future__ import annotations
+
+import argparse
+
+from ijepa_scale.config import read_config, to_yaml
+from ijepa_scale.train import processes
+
+
+def launch_from_command_line(description: str, kind: type, main: processes.Main) -> None:
+    """Reads flags and configuration (a `kind`), and runs `main` in each process of the run, or prints and stops."""
+    flags = _parse(description)
+    with processes.user_errors(0):
+        loaded = read_config(flags.config, flags.overrides, kind=kind)
+    if flags.print_config:
+        print("\n".join([*(f"# {note}" for note in loaded.notes), to_yaml(loaded.config)]))
+    else:
+        processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
+
+
+def _parse(description: str) -> argparse.Namespace:
+    """Returns the command line's flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", "--fname", required=True, help="YAML file, ours or a published one")
+    parser.add_argument("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
+    parser.add_argument("--processes", type=int, help="start that many processes on this host")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. optimizer.lr=1e-3 data.workers=8")
+    flags = parser.parse_intermixed_args()
+    flags.overrides += [word for word in flags.devices or () if "=" in word]  # --devices takes all that follows
+    flags.devices = [word for word in flags.devices or () if "=" not in word] or None
+    return flags

@@ -1,0 +1,269 @@
+"""Finetuning as a task of the loop: the MAE recipe, its accuracy and its results. Floor 4."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ijepa_scale.augment.finetune import FinetuneAugment
+from ijepa_scale.augment.mixing import check_pairs
+from ijepa_scale.augment.pipeline import to_device
+from ijepa_scale.checkpoint.weights import LoadReport, load_weights
+from ijepa_scale.config.data import AugmentConfig
+from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.build import build_source, training_source
+from ijepa_scale.data.loader import TrainLoader
+from ijepa_scale.data.order import SampleOrder
+from ijepa_scale.data.source import SampleSource, check_problems
+from ijepa_scale.data.stream import StreamSource
+from ijepa_scale.engine.build import build_engine
+from ijepa_scale.engine.protocol import StepInfo
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.classification import Accuracy, ClassifierCheck, check_labels
+from ijepa_scale.evaluate.report import class_names, write_report
+from ijepa_scale.metrics.meters import Meters
+from ijepa_scale.metrics.row import Row, training_row
+from ijepa_scale.models.classifier import build_classifier, drop_factors
+from ijepa_scale.objective import soft_cross_entropy
+from ijepa_scale.optim import layer_decay_groups
+from ijepa_scale.planning.flops import finetune_flops
+from ijepa_scale.schedules import FinetuneSchedule
+from ijepa_scale.train.loop import Evaluation, Loop, find_checkpoint
+from ijepa_scale.train.preflight import Preflight
+from ijepa_scale.train.setup import device_peak_flops, global_batch, plain_values
+
+# A checkpoint continues a run only where these sections are the same.
+IDENTITY = ("seed", "model", "augment", "optimizer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finetuning run ended with. Accuracies are shares, None without `evaluate.data`."""
+
+    steps: int
+    loss: float | None  # of the last row
+    top1: float | None
+    top5: float | None
+    best_top1: float | None
+    checkpoint: Path
+
+
+def finetune(config: FinetuneConfig, world: World) -> Result:
+    """Returns the result of finetuning as `config` says, from the newest checkpoint if there is one.
+
+    Every process calls it. Writes what `Loop` writes, first_batch.png, preflight.txt and the results into
+    `config.folder`.
+
+    Raises:
+        UserError: anything that the user can mend; nothing that was saved is lost.
+    """
+    resume = find_checkpoint(config, world)
+    task = FinetuneTask(config, world, starting=resume is None)
+    loop = Loop(task, resume)
+    loop.train()
+    last = task.accuracy
+    return Result(
+        steps=loop.steps,
+        loss=loop.loss,
+        top1=last.top1 if last else task.top1,
+        top5=last.top5 if last else task.top5,
+        best_top1=task.best_top1,
+        checkpoint=loop.checkpoint,
+    )
+
+
+class FinetuneTask:
+    """A finetuning run of this process. Weights are read only when the run is `starting`: resuming brings its own."""
+
+    kind = "finetune"
+
+    def __init__(self, config: FinetuneConfig, world: World, *, starting: bool) -> None:
+        self.config, self.world = config, world
+        data, model = config.data, config.model
+        self.batch_size = global_batch(config, world.size)
+        check_pairs(self.batch_size // (world.size * config.engine.accumulation), config.augment)
+        image_size = model.image_size
+        height, width = (max(256, side) for side in image_size)  # of synthetic images
+        source = training_source(data, (height, width))
+        assert not isinstance(source, StreamSource)
+        self.source: SampleSource = source
+        check_problems(source.problems(), source.num_samples, data.max_bad_fraction, log=world.is_main)
+        labels = check_labels(source, model.num_classes, "data.train")
+        self.order = SampleOrder(source.shard_sizes, self.batch_size, config.seed, data.window_shards)
+        self.schedule = FinetuneSchedule(
+            steps_per_epoch=self.order.steps_per_epoch,
+            epochs=config.optimizer.epochs,
+            warmup_epochs=config.optimizer.warmup_epochs,
+            lr=config.optimizer.peak_lr(self.batch_size),
+            min_lr=config.optimizer.min_lr,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.classes = class_names(source, model.num_classes)
+        self._check = self._build_check()
+        self.augment = FinetuneAugment(
+            config.augment, image_size, num_classes=model.num_classes, seed=config.seed, device=world.device
+        )
+        module = build_classifier(model, seed=config.seed)
+        self.loaded: LoadReport | None = None
+        if model.init is not None and starting:
+            self.loaded = load_weights(module, model.init, which=model.weights, keep_head=model.keep_head)
+        groups = partial(layer_decay_groups, layer_decay=config.optimizer.layer_decay)
+        self.preflight = Preflight(config, self.batch_size, self.schedule, module, groups(module), labels)
+        self._drop_rates = module.drop_rates
+        self.engine = build_engine(world, config.engine, config.optimizer.adamw(self.batch_size))
+        self.engine.prepare(module, groups=groups)
+        self.meters = Meters(world.device)
+        self.accuracy: Accuracy | None = None
+        self.top1: float | None = None
+        self.top5: float | None = None
+        self.best_top1: float | None = None
+
+    def _build_check(self) -> ClassifierCheck | None:
+        config, model = self.config.evaluate, self.config.model
+        if config.data is None:
+            return None
+        source = build_source(config.reader, config.data)
+        check_problems(source.problems(), source.num_samples, 0.0)  # a figure over fewer images would be no figure
+        if None not in (self.classes, source.classes) and self.classes != source.classes:
+            raise DataError(
+                f"data.train and evaluate.data name other classes ({_difference(self.classes, source.classes)}), so "
+                "labels don't mean the same; give both the same class folders or classes.json"
+            )
+        return ClassifierCheck(
+            source,
+            model.image_size,
+            model.num_classes,
+            world=self.world,
+            batch_size=config.batch_size,
+            crop_fraction=config.crop_of(model.image_size),
+            mean=self.config.augment.mean,
+            std=self.config.augment.std,
+            workers=config.workers,
+        )
+
+    @property
+    def last_step(self) -> int:
+        """The number of steps after which the run stops."""
+        stop, total = self.config.stop_after, self.schedule.total_steps
+        return total if stop is None else min(stop, total)
+
+    def loader(self, first_step: int) -> TrainLoader:
+        """Returns this process's batches from `first_step` on."""
+        data, augment = self.config.data, self.config.augment
+        return TrainLoader(
+            self.source,
+            self.order,
+            AugmentConfig(crop_scale=augment.crop_scale, crop_ratio=augment.crop_ratio),
+            self.config.model.image_size,
+            seed=self.config.seed,
+            rank=self.world.rank,
+            world=self.world.size,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            start_step=first_step,
+            stop_step=self.last_step,
+            max_bad_fraction=data.max_bad_fraction,
+            device=self.world.device,
+        )
+
+    def step(self, batch: Batch) -> StepInfo:
+        """Takes one optimiser step, or raises before anything has moved."""
+        hyper = self.schedule(batch.step)
+        for micro in self.engine.accumulate(batch):
+            images, targets = self.augment(micro)  # (B, 3, H, W), (B, classes)
+            logits = self.engine.model(images, self._drop(micro))
+            self.engine.backward(soft_cross_entropy(logits, targets))
+        info = self.engine.step(hyper, batch.step)
+        self.meters.add("loss", info.loss)
+        self.meters.add("grad_norm", info.grad_norm)
+        self.meters.end_step()
+        return info
+
+    def _drop(self, micro: Batch) -> Tensor | None:
+        """Returns the drop path factors of these images, by their places in the global batch."""
+        if not any(self._drop_rates):
+            return None
+        places = micro.position + np.arange(len(micro))
+        factors = drop_factors(self._drop_rates, seed=self.config.seed, step=micro.step, samples=places)
+        return to_device(factors, self.world.device)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint must agree in to be continued."""
+        config = dataclasses.asdict(self.config)
+        return {
+            **{section: plain_values(config[section]) for section in IDENTITY},
+            "batch size of all processes": self.batch_size,
+            "data": self.source.fingerprint,
+            "data.window_shards": self.config.data.window_shards,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Returns the accuracies and the class names."""
+        return {"top1": self.top1, "top5": self.top5, "best_top1": self.best_top1, "classes": self.classes}
+
+    def load_state(self, extra: dict[str, Any]) -> None:
+        """Takes back the accuracies."""
+        self.top1, self.top5, self.best_top1 = extra["top1"], extra["top5"], extra["best_top1"]
+
+    def first_batch(self, batch: Batch, folder: Path) -> None:
+        """Writes preflight.txt and first_batch.png. Communicates: a forward pass of every process."""
+        micro = next(batch.split(self.config.engine.accumulation))
+        images, targets = self.augment(micro)
+        loss = self.world.mean(soft_cross_entropy(self.engine.evaluate(images), targets).detach())
+        if self.world.is_main:
+            self.preflight.write(folder, self.world, self.loaded, float(loss))
+            self.preflight.draw(folder, images, targets, self.classes)
+
+    def row(self, means: dict[str, float], done: int) -> Row:
+        """Returns the row after `done` steps; what only pretraining has is left out."""
+        flops = finetune_flops(self.config.model.encoder, frozen_blocks=self.config.model.frozen_blocks)
+        row = training_row(
+            means,
+            step=done,
+            epoch=self.order.epoch(done - 1),
+            images_seen=done * self.batch_size,
+            hyper=self.schedule(done - 1),
+            images_per_step=self.batch_size,
+            flops_per_image=flops,
+            peak_flops=device_peak_flops(self.world),
+        )
+        return {name: value for name, value in row.items() if name not in _PRETRAINING}
+
+    def evaluates(self, done: int) -> bool:
+        """Returns whether an evaluation is due: each `evaluate.every_epochs` and at the end, not before the start."""
+        if self._check is None or done == 0:
+            return False
+        every = max(1, round(self.config.evaluate.every_epochs * self.order.steps_per_epoch))
+        return done % every == 0 or done == self.last_step
+
+    def evaluate(self, done: int) -> Evaluation:
+        """Returns top-1 and top-5 over all held-out images."""
+        assert self._check is not None
+        found = self.accuracy = self._check.run(self.engine.evaluate)
+        best = self.best_top1 is None or found.top1 > self.best_top1
+        self.top1, self.top5 = found.top1, found.top5
+        self.best_top1 = found.top1 if self.best_top1 is None else max(self.best_top1, found.top1)
+        row = {"top1": found.top1, "top5": found.top5, "eval_loss": found.loss, "best_top1": self.best_top1}
+        note = f"top-1 {found.top1:.2%}  top-5 {found.top5:.2%}  best top-1 {self.best_top1:.2%}"
+        return Evaluation(row=row, note=note, is_best=best)
+
+    def finish(self, folder: Path) -> None:
+        """Writes the results: figures, per-class table, confusion matrix, curves, the best weights."""
+        if self.world.is_main:
+            write_report(folder, self.accuracy, self.config.model.num_classes, self.classes)
+
+
+def _difference(ours: list[str] | None, theirs: list[str] | None) -> str:
+    """Returns the first names that only one of the lists has."""
+    only = sorted(set(ours or ()) ^ set(theirs or ()))
+    return f"only one has {', '.join(only[:3])}" if only else "in another order"
+
+
+_PRETRAINING = ("momentum", "target_std", "context_tokens", "target_tokens")

@@ -1,0 +1,98 @@
+"""What a finetuning run says before hours are spent: batch, rates, groups, weights, first loss. Floor 4."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ijepa_scale.checkpoint.weights import LoadReport
+from ijepa_scale.config.finetune import LR_BATCH
+from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.engine.world import World
+from ijepa_scale.evaluate.classification import chance_loss
+from ijepa_scale.metrics.classifier_plots import draw_labelled
+from ijepa_scale.schedules import FinetuneSchedule
+
+logger = logging.getLogger(__name__)
+
+FILE = "preflight.txt"
+PICTURE = "first_batch.png"
+_NUM_IMAGES = 8
+_NEAR = 0.1  # a first loss further from chance than this share is worth a warning
+_STATE_BYTES = 16  # fp32 weight, gradient and Adam's two moments
+
+
+class Preflight:
+    """Collects the facts where they are known, and tells them together."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        batch_size: int,
+        schedule: FinetuneSchedule,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        labels: np.ndarray,
+    ) -> None:
+        self._config, self._batch_size, self._schedule = config, batch_size, schedule
+        self._groups = [
+            {
+                "name": group["name"],
+                "tensors": len(group["params"]),
+                "parameters": sum(parameter.numel() for parameter in group["params"]),
+                "lr_scale": group["lr_scale"],
+                "decay": group["decay"],
+            }
+            for group in groups
+        ]
+        self._num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        counts = np.bincount(labels, minlength=config.model.num_classes)
+        self._images = f"{len(labels)} images, {counts.min()} to {counts.max()} in each of {len(counts)} classes"
+
+    def lines(self, world: World, loaded: LoadReport | None, first_loss: float) -> list[str]:
+        """Returns the text. `first_loss` is that of the first micro-batch, over all processes, nats."""
+        config, schedule = self._config, self._schedule
+        accumulation = config.engine.accumulation
+        each = self._batch_size // (world.size * accumulation)
+        rate = config.optimizer
+        origin = f" = {rate.base_lr:g} x {self._batch_size} / {LR_BATCH}" if rate.lr is None else ""
+        chance = chance_loss(config.model.num_classes)
+        trained = sum(group["parameters"] for group in self._groups)
+        return [
+            f"data      {self._images}",
+            f"batch     {self._batch_size} = {world.size} processes x accumulation {accumulation} x {each} images",
+            f"rate      peak {schedule.lr:.3g}{origin}; {schedule.total_steps} steps, warm-up over the first "
+            f"{schedule.warmup_epochs * schedule.steps_per_epoch:.0f}, then to {schedule.min_lr:g}",
+            f"weights   {loaded.text() if loaded else 'random (model.init is null)'}",
+            f"loss      {first_loss:.4f} at the first batch, chance is {chance:.4f}"
+            + ("" if self._is_near(first_loss, chance) else "  <- far from it: check the labels and the head"),
+            f"memory    {self._num_parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained: "
+            f"{_STATE_BYTES * trained / 1e9:.2f} GB of weights, gradients and optimiser in fp32, before sharding",
+            "groups    name, tensors, parameters, lr scale, weight decay",
+            *(
+                f"  {group['name']:<14} {group['tensors']:>4} {group['parameters']:>13,} {group['lr_scale']:>9.5f}  "
+                f"{rate.weight_decay if group['decay'] else 0:g}"
+                for group in self._groups
+            ),
+        ]
+
+    def _is_near(self, loss: float, chance: float) -> bool:
+        return self._config.model.keep_head or abs(loss - chance) <= _NEAR * chance
+
+    def write(self, folder: Path, world: World, loaded: LoadReport | None, first_loss: float) -> None:
+        """Logs the lines and writes them into the run's folder."""
+        lines = self.lines(world, loaded, first_loss)
+        (folder / FILE).write_text("\n".join(lines) + "\n")
+        for line in lines:
+            logger.log(logging.WARNING if "<- far" in line else logging.INFO, "%s", line)
+
+    def draw(self, folder: Path, images: Tensor, targets: Tensor, classes: list[str] | None) -> None:
+        """Draws a few images as the model gets them, with their labels. Synchronises: once per run."""
+        augment = self._config.augment
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (augment.mean, augment.std))
+        shown = (images[:_NUM_IMAGES].float() * std + mean).clamp(0, 1)
+        draw_labelled(shown.cpu(), targets[:_NUM_IMAGES].cpu(), classes, folder / PICTURE)
