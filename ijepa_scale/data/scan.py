@@ -1,4 +1,4 @@
-"""One walk over the headers of a tar: which samples it holds, and what in it can't be used. Floor 2: files only.
+"""One walk over the headers of a tar: its members, the samples they make, and what can't be used. Floor 2: files only.
 
 Nothing is extracted. A bad member costs its own sample and is noted; it never costs the rest of the shard.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -24,6 +25,7 @@ MAX_LABEL_BYTES = 1 << 20
 MAX_MEMBERS = 20_000_000
 MAX_HEADER_BYTES = 1 << 20  # of a long name or a PAX header, which are read whole
 NO_LABEL = -1
+IRREGULAR = "a link, a device or sparse; write regular files (tar --dereference --hard-dereference)"
 _BLOCK = 512
 _NAMED = 100  # problems of a shard that are kept by name; all are counted
 
@@ -97,11 +99,19 @@ class _Sample:
     dropped: bool = False  # its problem is noted already
 
 
-class _Headers(io.RawIOBase):
-    """A file that refuses the reads of a header that claims to be huge; tarfile would allocate them first."""
+@dataclass(frozen=True)
+class Break:
+    """Where a tar breaks off or is damaged, and how."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    reason: str
+    byte: int
+
+
+class _Headers(io.RawIOBase):
+    """A file up to a byte. Refuses the reads of a header that claims to be huge; tarfile would allocate them first."""
+
+    def __init__(self, file: IO[bytes], end: int) -> None:
+        self._file, self._end = file, end
 
     def tell(self) -> int:
         return self._file.tell()
@@ -112,7 +122,46 @@ class _Headers(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._file.read(size)
+        return self._file.read(min(size, max(0, self._end - self._file.tell())))
+
+
+def walk_members(
+    file: IO[bytes], use: Callable[[tarfile.TarFile, tarfile.TarInfo], None], *, begin: int = 0, end: int
+) -> Break | None:
+    """Returns where the uncompressed tar in bytes `begin` to `end` of a file breaks off; None: it is whole.
+
+    Calls `use(tar, member)` for each member in front of that place. Offsets of members count from the file's start.
+
+    Raises:
+        DataError: over `MAX_MEMBERS` members.
+        tarfile.TarError, EOFError, OSError, ValueError: no tar at all.
+    """
+    file.seek(begin)
+    reason = None
+    with tarfile.open(fileobj=_Headers(file, end), mode="r:") as tar:
+        try:
+            for number, member in enumerate(tar):
+                if number >= MAX_MEMBERS:
+                    raise DataError(f"shard {file.name} has over {MAX_MEMBERS} members; write smaller shards")
+                if member.offset_data + member.size > end and not member.issparse():
+                    reason = f"member {member.name!r} ends behind the file"
+                    break
+                use(tar, member)
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+            if isinstance(error, DataError):
+                raise
+            reason = str(error) or type(error).__name__
+        file.seek(tar.offset)
+        # tarfile ends silently at a damaged header, and where a copy broke off between two members
+        if reason is None and file.read(_BLOCK)[: max(0, end - tar.offset)] != bytes(_BLOCK):
+            reason = "no end mark"
+        return None if reason is None else Break(reason, tar.offset)
+
+
+def leaves_its_folder(name: str) -> bool:
+    """Returns whether a member's name is absolute or goes upwards."""
+    return name.startswith("/") or ".." in name.split("/")
 
 
 def scan_tar(path: Path) -> Scan:
@@ -126,41 +175,21 @@ def scan_tar(path: Path) -> Scan:
     """
     samples: dict[str, _Sample] = {}
     problems = Problems()
-    reason = None
-    last = ""
+    walk = _Walk(samples, problems)
     try:
         with path.open("rb") as file:
             tar_bytes = os.fstat(file.fileno()).st_size
-            walk = _Walk(samples, problems)
-            if not tar_bytes:
-                return _result(path, samples, problems)
-            with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
-                try:
-                    for number, member in enumerate(tar):
-                        if number >= MAX_MEMBERS:
-                            raise DataError(f"shard {path} has over {MAX_MEMBERS} members; write smaller shards")
-                        if member.offset_data + member.size > tar_bytes and not member.issparse():
-                            reason = f"member {member.name!r} ends behind the file"
-                            break
-                        last = walk.add(tar, member) or last
-                        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-                except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-                    if isinstance(error, DataError):
-                        raise
-                    reason = str(error) or type(error).__name__
-                file.seek(tar.offset)
-                # tarfile ends silently at a damaged header, and where a copy broke off between two members
-                if reason is None and file.read(_BLOCK) != bytes(_BLOCK):
-                    reason = "no end mark"
-                end = tar.offset
+            broken = walk_members(file, walk.add, end=tar_bytes) if tar_bytes else None
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"shard {path} is no readable tar ({error}); copy or write it again, uncompressed") from None
-    if reason is not None:
-        samples.pop(last, None)
+    if broken is not None:
+        samples.pop(walk.last, None)
         problems.add(
-            "cut short", str(path), f"cut short or damaged after byte {end} ({reason}); copy or write it again"
+            "cut short",
+            str(path),
+            f"cut short or damaged after byte {broken.byte} ({broken.reason}); copy or write it again",
         )
     return _result(path, samples, problems)
 
@@ -183,31 +212,28 @@ class _Walk:
 
     def __init__(self, samples: dict[str, _Sample], problems: Problems) -> None:
         self._samples, self._problems = samples, problems
+        self.last = ""  # the key seen last
 
-    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
-        """Returns the key of the sample that a member belongs to; None where it belongs to none."""
+    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        """Notes one member."""
         parts = member.name.split("/")
         if member.isdir():
-            return None
-        if member.name.startswith("/") or ".." in parts:
+            return
+        if leaves_its_folder(member.name):
             self._problems.add("unsafe name", member.name, "leaves its folder; write it again with relative names")
-            return None
+            return
         stem, _, suffix = parts[-1].partition(".")
         if not stem:  # `._photo.jpg` and the like: other systems' side files
-            return None
+            return
         key, kind = "/".join([*parts[:-1], stem]), suffix.lower().rpartition(".")[2]
         sample = self._samples.setdefault(key, _Sample())
         if not member.isreg() or member.issparse():
-            self._drop(
-                sample,
-                ("link or device", member.name),
-                "a link, a device or sparse; write regular files (tar --dereference --hard-dereference)",
-            )
+            self._drop(sample, ("link or device", member.name), IRREGULAR)
         elif kind in IMAGE_SUFFIXES:
             self._image(sample, member)
         elif kind == "cls" or (kind == "json" and sample.label_from != "cls"):
             self._label(sample, tar, member, kind)
-        return key
+        self.last = key
 
     def _drop(self, sample: _Sample, what: tuple[str, str], reason: str) -> None:
         sample.dropped = True
