@@ -32,8 +32,9 @@ from ijepa_scale.data.decode import CROP_DRAWS, decode_crop
 from ijepa_scale.data.index import expand
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
+from ijepa_scale.data.shards.files import FolderImages
+from ijepa_scale.data.shards.make import MakePlan, make_shards
 from ijepa_scale.data.source import ImageFolderSource, ShardSource
-from ijepa_scale.data.write import source_samples, write_shards
 
 SIZE, BATCH, SHARD_BYTES = (224, 224), 50, 4 << 20
 CONFIG = AugmentConfig()
@@ -231,7 +232,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = class_folders(options.images, Path(scratch) / "images")
         shards = Path(scratch) / "shards"
-        write_shards(source_samples(ImageFolderSource(folder)), shards, shard_bytes=SHARD_BYTES)
+        make_shards(FolderImages(folder), shards, plan=MakePlan(shard_bytes=SHARD_BYTES))
         found = compare(folder, shards, options.workers, options.rounds, options.epochs)
         parts = stages(shards)
     rows = [row for row in _rows(found)]

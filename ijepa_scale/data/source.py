@@ -30,7 +30,7 @@ FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 MANIFEST = "manifest.json"
 CLASSES = "classes.json"
 _OPEN_FILES = 64
-_SPLITS = {"train", "val", "valid", "validation", "test"}
+SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 class SampleSource(Protocol):
@@ -353,7 +353,7 @@ def _class_root(root: Path) -> Path:
     if not root.is_dir():
         raise DataError(f"folder {root} doesn't exist; give the folder with CLASS/*.jpg in it, or its parent")
     folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
-    return root / "train" if "train" in folders and folders <= _SPLITS else root
+    return root / "train" if "train" in folders and folders <= SPLITS else root
 
 
 def _images(root: Path, folder: str) -> list[str]:

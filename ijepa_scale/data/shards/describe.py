@@ -1,0 +1,90 @@
+"""What a set of shards holds, in a few lines. Floor 2: reads indices, no images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ijepa_scale.data.index import ShardIndex, index_tar
+from ijepa_scale.data.scan import NO_LABEL, Problems
+from ijepa_scale.data.shards.journal import JOURNAL
+from ijepa_scale.data.shards.manifest import read_classes, read_manifest
+from ijepa_scale.data.shards.sizes import format_bytes
+
+_SHOWN = 5  # problems
+
+
+def describe_shards(paths: list[Path]) -> list[str]:
+    """Returns lines on counts, sizes, labels, classes, and what is wrong.
+
+    Raises:
+        DataError: a file that is no tar, or no manifest or list of classes though it is called so.
+    """
+    shards = [index_tar(path) for path in paths]
+    tar_bytes = np.array([shard.tar_bytes for shard in shards])
+    sizes, labels = (np.concatenate([getattr(shard, name) for shard in shards]) for name in ("sizes", "labels"))
+    rows = [
+        ("shards", f"{len(shards)} of {_span(tar_bytes)}, {format_bytes(tar_bytes.sum())} in all"),
+        (
+            "images",
+            f"{len(sizes)} of {_span(sizes)}, {format_bytes(sizes.mean())} on average" if len(sizes) else "none",
+        ),
+        *_label_rows(labels[labels != NO_LABEL], int((labels == NO_LABEL).sum())),
+        *(row for folder in sorted({path.parent for path in paths}) for row in _folder_rows(folder, shards)),
+    ]
+    problems = Problems()
+    for shard in shards:
+        problems.extend(shard.problems)
+    counts = ", ".join(f"{count} x {kind}" for kind, count in problems.counts.most_common())
+    rows.append(("problems", counts or "none"))
+    rows += [("", f"{problem.name}: {problem.reason}") for problem in problems.named[:_SHOWN]]
+    return [f"{name:<17} {text}".rstrip() for name, text in rows]
+
+
+def _label_rows(labels: np.ndarray, unlabelled: int) -> list[tuple[str, str]]:
+    without = f"; {unlabelled} images without" if unlabelled else ""
+    if not len(labels):
+        return [("labels", f"none{without}")]
+    counts = np.unique(labels, return_counts=True)[1]
+    middle = f"{np.median(counts):.1f}".removesuffix(".0")
+    return [
+        ("labels", f"{len(counts)}, from {labels.min()} to {labels.max()}{without}"),
+        ("images per label", f"{counts.min()} at least, {middle} in the median, {counts.max()} at most"),
+    ]
+
+
+def _folder_rows(folder: Path, shards: list[ShardIndex]) -> list[tuple[str, str]]:
+    """Returns what lies beside the shards of one folder, and whether it fits them."""
+    here = {shard.path.name: shard for shard in shards if shard.path.parent == folder}
+    classes, manifest = read_classes(folder), read_manifest(folder)
+    rows = []
+    if classes is not None:
+        largest = max((int(shard.labels.max()) for shard in here.values() if len(shard)), default=NO_LABEL)
+        text = f"{len(classes)} names, {_first(classes)}"
+        rows.append(("classes", text if largest < len(classes) else f"{text}; but there is a label {largest}"))
+    if manifest is None:
+        rows.append(("manifest", "unfinished: start make again" if (folder / JOURNAL).exists() else "none"))
+        return rows
+    other = [
+        name
+        for name, shard in here.items()
+        if name not in manifest or (manifest[name].bytes, manifest[name].samples) != (shard.tar_bytes, len(shard))
+    ]
+    fits = f"another size or count than {', '.join(sorted(other)[:_SHOWN])}" if other else "fits in sizes and counts"
+    missing = [name for name in manifest if not (folder / name).exists()]
+    rows.append(("manifest", f"{fits}; lists {len(missing)} that are missing" if missing else fits))
+    return rows
+
+
+def _span(values: np.ndarray) -> str:
+    low, high = (format_bytes(value) for value in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def _first(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown}, ..." if len(names) > _SHOWN else shown
+
+
+__all__ = ["describe_shards"]

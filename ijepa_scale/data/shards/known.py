@@ -1,0 +1,98 @@
+"""Data sets that torchvision knows by name, to be made into shards. Floor 2: reads; downloads only when told to.
+
+Only sets whose files are arrays of pixels: their images are stored as PNG, without loss. Those whose files are
+images already (Food101, Flowers102, ImageNet, ...) are read as class folders or CSV lists, byte for byte.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ijepa_scale.data.scan import Problems
+from ijepa_scale.errors import DataError
+
+# name: splits, the default first; where they are train and test, the constructor takes train=bool
+_BOTH = ("train", "test")
+_BY_TRAIN = ("MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100")
+DATASETS = {
+    **dict.fromkeys(_BY_TRAIN, _BOTH),
+    "STL10": (*_BOTH, "unlabeled", "train+unlabeled"),
+    "SVHN": (*_BOTH, "extra"),
+}
+
+
+class TorchvisionImages:
+    """The images of a torchvision data set as PNG, in its order; its files lie in, or are downloaded to, `root`."""
+
+    def __init__(self, name: str, root: str | Path, *, split: str | None = None, download: bool = False) -> None:
+        if name not in DATASETS:
+            raise DataError(f"data set {name!r} isn't known here; choose {', '.join(DATASETS)}")
+        split = DATASETS[name][0] if split is None else split
+        if split not in DATASETS[name]:
+            raise DataError(f"{name} has no split {split!r}; choose {', '.join(DATASETS[name])}")
+        self._dataset = _load(name, root, split=split, download=download)
+        self._title = f"{name}, {split}"
+        self.num_samples = len(self._dataset)
+        self.shard_sizes = np.array([self.num_samples], dtype=np.int64)
+        classes = getattr(self._dataset, "classes", None)
+        self.classes = [str(one) for one in classes] if classes is not None else None
+        self.fingerprint = f"torchvision-{name}-{split}-{self.num_samples}"
+        self.origin = f"{self._title}, in {os.path.abspath(root)}"
+
+    def read(self, sample_id: int) -> bytes:
+        """Returns the image as PNG."""
+        return encode_png(self._dataset[sample_id][0])
+
+    def label(self, sample_id: int) -> int:
+        """Returns the label; -1 where there is none."""
+        return int(self._dataset[sample_id][1])
+
+    def labels(self) -> np.ndarray:
+        """Returns all labels, (N,) int64; -1 where there is none."""
+        return np.array([self.label(sample) for sample in range(self.num_samples)], dtype=np.int64)
+
+    def name(self, sample_id: int) -> str:
+        """Returns data set and number."""
+        return f"{self._title}: {sample_id}"
+
+    def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
+        """Does nothing: all of it is in memory."""
+
+    def summary(self) -> str:
+        """Returns what there is, for the log."""
+        return f"{self.num_samples} images of {self._title}"
+
+    def problems(self) -> Problems:
+        """Returns none."""
+        return Problems()
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Returns an image as PNG."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _load(name: str, root: str | Path, *, split: str, download: bool) -> Any:
+    """Returns the torchvision data set."""
+    from torchvision import datasets  # takes 2 s to import
+
+    arguments: dict[str, Any] = {"train": split == "train"} if name in _BY_TRAIN else {"split": split}
+    try:
+        return getattr(datasets, name)(str(root), download=download, **arguments)
+    except ImportError as error:
+        raise DataError(f"{name} needs a package that isn't here ({error}); install it with pip") from None
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "check the connection and the disk" if download else f"put its files into {root}, or give --download"
+        raise DataError(f"{name} can't be read from {root} ({reason}); {remedy}") from None
+
+
+__all__ = ["DATASETS", "TorchvisionImages", "encode_png"]

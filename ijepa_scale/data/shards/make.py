@@ -1,0 +1,303 @@
+"""Making a set of shards from images, each of them verified; resumable. Floor 2: no terminal, no training.
+
+The order of the images is a permutation keyed by the seed, so every shard holds every class. Worker processes read,
+decode and resize; this process writes. So the bytes depend on the images and the plan alone.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ijepa_scale import rng
+from ijepa_scale.data.decode import decode
+from ijepa_scale.data.shards.files import check_size
+from ijepa_scale.data.shards.journal import Entry, Journal
+from ijepa_scale.data.shards.known import encode_png
+from ijepa_scale.data.source import SampleSource
+from ijepa_scale.data.workers import ordered_loader
+from ijepa_scale.data.write import Sample, ShardRow, image_suffix, write_manifest, write_parts
+from ijepa_scale.errors import DataError, SampleError
+
+logger = logging.getLogger(__name__)
+
+JPEG_QUALITY = 95  # of resized images, with full colour resolution (4:4:4)
+MAX_BAD_FRACTION = 0.001
+_CHUNK = 16  # images that a worker hands over together
+_PREFETCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakePlan:
+    """What the bytes of the shards depend on, besides the images."""
+
+    shard_bytes: int = 256 * 10**6  # of images in one shard
+    prefix: str = "shard"
+    seed: int = 0  # of the order of the images
+    resize_shorter: int | None = None  # pixels: larger images are resized to it; None: none is touched
+
+    def __post_init__(self) -> None:
+        if self.resize_shorter is not None and self.resize_shorter < 1:
+            raise DataError(f"resize-shorter is {self.resize_shorter}; give a number of pixels, like 512")
+        if (
+            not self.prefix
+            or not self.prefix.isprintable()
+            or set(self.prefix) & set("/\\{}[]*?")
+            or self.prefix[0] == "."
+        ):
+            raise DataError(f"prefix {self.prefix!r} makes no file names; give letters, like train")
+
+    def facts(self, source: SampleSource) -> dict[str, Any]:
+        """Returns what a second run must have in common with the first."""
+        return {
+            "images from": getattr(source, "origin", source.summary()),
+            "number of images": source.num_samples,
+            "list of images": source.fingerprint[:64],
+            "shard size": self.shard_bytes,
+            "prefix": self.prefix,
+            "seed": self.seed,
+            "resize-shorter": self.resize_shorter,
+        }
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished set."""
+
+    shards: list[ShardRow]
+    left_out: Counter[str]  # by kind
+
+    @property
+    def num_samples(self) -> int:
+        """The images in all shards."""
+        return sum(row.samples for row in self.shards)
+
+
+def make_shards(
+    source: SampleSource,
+    folder: str | Path,
+    *,
+    plan: MakePlan | None = None,
+    workers: int = 0,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Made:
+    """Returns the set of shards made of all images of `source` that can be used, in `folder`.
+
+    Ended at any moment and started again with the same source and plan, it goes on behind the last whole shard, and
+    the result is the same byte by byte (but for the time of the shard that its index notes). Bad images are logged
+    and left out. `progress` is told how many images are done, in how many shards, and how many were left out.
+
+    Raises:
+        DataError: the folder holds something else; a file can't be read or written; or bad images are more than
+            `max_bad_fraction` of all.
+    """
+    plan = plan or MakePlan()
+    folder = Path(folder)
+    try:
+        journal = Journal(folder, plan.facts(source))
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    whole = False
+    try:
+        run = _Run(source, journal, max_bad_fraction=max_bad_fraction, progress=progress or _silent)
+        for row, last_key in write_parts(
+            run.samples(plan, workers), folder, shard_bytes=plan.shard_bytes, prefix=plan.prefix,
+            first=len(journal.entries),
+        ):  # fmt: skip
+            run.close_shard(row, int(last_key) + 1)
+        made = run.made()
+        _remove_scraps(folder, made.shards)
+        write_manifest(folder, made.shards, classes=source.classes, left_out=made.left_out)
+        whole = True
+        return made
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    finally:
+        journal.close(whole=whole)
+
+
+def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None) -> bytes:
+    """Returns the bytes to be stored of an image that decodes wholly: its own ones, where nothing asks for others.
+
+    An image whose shorter side is above `resize_shorter` is resized to it (PIL bicubic, antialiased) and stored as
+    JPEG; pixels, and formats that shards don't hold (BMP, PPM), are stored as PNG.
+
+    Raises:
+        SampleError: it can't be decoded, or is too large for a shard.
+    """
+    pixels = decode(data)
+    height, width = pixels.shape[:2]
+    if resize_shorter is not None and min(height, width) > resize_shorter:
+        shorter = min(height, width)
+        size = (round(width * resize_shorter / shorter), round(height * resize_shorter / shorter))
+        stream = io.BytesIO()
+        try:
+            resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+            resized.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        except OSError as error:  # over 65,500 pixels long
+            raise SampleError(f"{size[0]} x {size[1]} pixels make no JPEG ({error}); drop it", "no JPEG") from None
+        return stream.getvalue()
+    if isinstance(data, np.ndarray) or image_suffix(data) is None:
+        data = encode_png(Image.fromarray(pixels))
+    check_size(len(data))
+    return data
+
+
+@dataclass(frozen=True)
+class _Bad:
+    """An image that can't be used."""
+
+    place: int
+    kind: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What became of some images: in the order of their places, or the error that ends all."""
+
+    images: tuple[Sample | _Bad, ...] = ()
+    error: str | None = None
+
+
+class _Images(Dataset):
+    """Item (first place, ids): these images, read and verified."""
+
+    def __init__(self, source: SampleSource, resize_shorter: int | None) -> None:
+        self._source, self._resize_shorter = source, resize_shorter
+        self._digits = max(6, len(str(source.num_samples - 1)))
+
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> _Chunk:
+        try:
+            return _Chunk(tuple(self._one(item[0] + row, int(sample)) for row, sample in enumerate(item[1])))
+        except DataError as error:  # told to the main process as one line, not as a worker's traceback
+            return _Chunk(error=str(error))
+
+    def _one(self, place: int, sample: int) -> Sample | _Bad:
+        try:
+            image = prepare_image(self._source.read(sample), self._resize_shorter)
+        except SampleError as error:
+            return _Bad(place, error.kind, self._source.name(sample), str(error))
+        label = self._source.label(sample)
+        return Sample(f"{place:0{self._digits}d}", image, label if label >= 0 else None)
+
+
+class _Run:
+    """One run of `make_shards`: what it writes next, and what it leaves out."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        journal: Journal,
+        *,
+        max_bad_fraction: float,
+        progress: Callable[[int, int, int], None],
+    ) -> None:
+        self._source, self._journal, self._progress = source, journal, progress
+        self._left_out: Counter[str] = Counter()  # in shards that are whole, and in the listing
+        self._pending: list[_Bad] = []  # since then
+        problems = source.problems()
+        self._left_out.update(problems.counts)
+        for problem in problems.named:
+            logger.warning("left out: %s: %s", problem.name, problem.reason)
+        for entry in journal.entries:
+            self._left_out.update(entry.left_out)
+        self._max_bad_fraction = max_bad_fraction
+        self._total = source.num_samples + problems.counts.total()
+
+    def samples(self, plan: MakePlan, workers: int) -> Iterator[Sample]:
+        """Yields what is to be written behind the last whole shard."""
+        self._check()
+        order = rng.permutation(self._source.num_samples, plan.seed, "write")
+        begin = self._journal.next_place
+        if begin:
+            logger.info("going on behind %d images in %d shards", begin, len(self._journal.entries))
+        items = ((place, order[place : place + _CHUNK]) for place in range(begin, len(order), _CHUNK))
+        chunks = ordered_loader(_Images(self._source, plan.resize_shorter), items, workers=workers, prefetch=_PREFETCH)
+        for chunk in _alive(chunks):
+            if chunk.error is not None:
+                raise DataError(chunk.error)
+            for image in chunk.images:
+                if isinstance(image, _Bad):
+                    self._note(image)
+                else:
+                    yield image
+            begin += len(chunk.images)
+            self._progress(begin, len(self._journal.entries), self._num_bad)
+
+    def close_shard(self, row: ShardRow, next_place: int) -> None:
+        """Notes that a shard is whole, with the images left out in front of its end."""
+        settled = Counter(bad.kind for bad in self._pending if bad.place < next_place)
+        self._pending = [bad for bad in self._pending if bad.place >= next_place]
+        self._journal.add(Entry(row, next_place, dict(sorted(settled.items()))))
+        self._left_out.update(settled)
+
+    def made(self) -> Made:
+        """Returns the whole set."""
+        left_out = self._left_out + Counter(bad.kind for bad in self._pending)
+        return Made([entry.shard for entry in self._journal.entries], left_out)
+
+    @property
+    def _num_bad(self) -> int:
+        return self._left_out.total() + len(self._pending)
+
+    def _note(self, bad: _Bad) -> None:
+        logger.warning("left out: %s: %s", bad.name, bad.reason)
+        self._pending.append(bad)
+        self._check()
+
+    def _check(self) -> None:
+        """Ends the run when it is certain that too many images are bad."""
+        if self._num_bad > self._max_bad_fraction * self._total:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in self.made().left_out.most_common())
+            raise DataError(
+                f"{self._num_bad} of {self._total} images can't be used ({kinds}), over the allowed fraction "
+                f"{self._max_bad_fraction:g}; mend them and start in an empty folder, or raise --max-bad-fraction "
+                "and start again to go on without them"
+            )
+
+
+def _alive(chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
+    """Yields what workers make, and says so when one is killed."""
+    try:
+        yield from chunks
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"a worker process has ended ({str(error).splitlines()[0]}); start again with the same arguments to go on, "
+            "with fewer --workers if memory was short"
+        ) from None
+
+
+def _remove_scraps(folder: Path, shards: list[ShardRow]) -> None:
+    """Removes what index writers that were killed have left."""
+    names = {row.name for row in shards}
+    for path in folder.glob(".*.tar.idx.npz.*"):
+        if path.name[1:].partition(".idx.npz.")[0] in names:
+            path.unlink(missing_ok=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{error.filename or folder} can't be written ({error.strerror}); make room or mend the permissions, and "
+        "start again with the same arguments to go on"
+    )
+
+
+def _silent(done: int, shards: int, left_out: int) -> None:
+    """Shows nothing."""
+
+
+__all__ = ["JPEG_QUALITY", "MAX_BAD_FRACTION", "Made", "MakePlan", "make_shards", "prepare_image"]

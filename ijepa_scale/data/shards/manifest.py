@@ -1,0 +1,42 @@
+"""What a set of shards says of itself: manifest and class names, read back. Floor 2: files only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ijepa_scale.data.source import CLASSES, MANIFEST, parse_classes
+from ijepa_scale.data.write import ShardRow
+from ijepa_scale.errors import DataError
+
+
+def read_manifest(folder: Path) -> dict[str, ShardRow] | None:
+    """Returns the manifest's rows by shard name; None where a folder has no manifest.
+
+    Raises:
+        DataError: it can't be read, or is no manifest of shards.
+    """
+    path = folder / MANIFEST
+    try:
+        rows = json.loads(path.read_text())["shards"]
+        found = [ShardRow(str(r["name"]), int(r["bytes"]), int(r["samples"]), str(r["sha256"])) for r in rows]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise DataError(
+            f"{path} is no manifest of shards ({type(error).__name__}: {error}); copy it again, or remove it"
+        ) from None
+    return {row.name: row for row in found}
+
+
+def read_classes(folder: Path) -> list[str] | None:
+    """Returns the class names beside the shards of a folder; None where there are none.
+
+    Raises:
+        DataError: the file is no list of names.
+    """
+    path = folder / CLASSES
+    return parse_classes(path.read_bytes(), str(path)) if path.is_file() else None
+
+
+__all__ = ["read_classes", "read_manifest"]

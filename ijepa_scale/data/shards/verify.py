@@ -1,0 +1,124 @@
+"""Whether shards are what their manifest says, and each image decodes. Floor 2: no terminal, no training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ijepa_scale.data.decode import decode
+from ijepa_scale.data.fetch import file_sha256
+from ijepa_scale.data.index import ShardIndex, index_path, load_index, scan_index
+from ijepa_scale.data.shards.journal import JOURNAL
+from ijepa_scale.data.shards.manifest import read_classes, read_manifest
+from ijepa_scale.data.source import MANIFEST
+from ijepa_scale.data.workers import ordered_loader
+from ijepa_scale.data.write import ShardRow
+from ijepa_scale.errors import DataError, SampleError
+
+_PREFETCH = 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong with one shard or folder, a text each, and how many images were looked at."""
+
+    faults: tuple[str, ...]
+    num_samples: int = 0
+    hashed: bool = True  # false: no manifest says what the hash should be
+
+
+def verify_shards(paths: list[Path], *, workers: int = 0) -> Iterator[Verdict]:
+    """Yields a verdict on each folder's files beside the shards, then one on each shard in their order.
+
+    A shard is hashed and held against the manifest beside it, its members are listed anew and held against its
+    index, and each image is decoded wholly. A byte that has flipped inside a JPEG often decodes: the hash finds it.
+    """
+    rows: dict[Path, dict[str, ShardRow] | None] = {}
+    num_classes: dict[Path, int | None] = {}
+    for folder in sorted({path.parent for path in paths}):
+        faults = []
+        rows[folder] = num_classes[folder] = None
+        try:
+            rows[folder] = read_manifest(folder)
+            classes = read_classes(folder)
+            num_classes[folder] = None if classes is None else len(classes)
+        except DataError as error:
+            faults.append(str(error))
+        names = rows[folder] or {}
+        faults += [
+            f"{folder / name}: missing, though {MANIFEST} lists it" for name in names if not (folder / name).exists()
+        ]
+        if (folder / JOURNAL).exists():
+            faults.append(f"{folder}: unfinished ({JOURNAL} is there); start make again with the same arguments")
+        yield Verdict(tuple(faults))
+    items = [(path, rows[path.parent], num_classes[path.parent]) for path in paths]
+    yield from ordered_loader(_Shards(), items, workers=workers, prefetch=_PREFETCH)
+
+
+class _Shards(Dataset):
+    """Item (path, manifest rows, number of classes): the verdict on that shard."""
+
+    def __getitem__(self, item: tuple[Path, dict[str, ShardRow] | None, int | None]) -> Verdict:
+        path, rows, num_classes = item
+        try:
+            index = scan_index(path, path.stat())
+            faults = [] if rows is None else _against_manifest(path, rows.get(path.name), num_samples=len(index))
+        except DataError as error:
+            return Verdict((str(error),), hashed=rows is not None)
+        except OSError as error:
+            return Verdict((f"{path} can't be read ({error.strerror}); check the disk",), hashed=rows is not None)
+        faults += _index_faults(index)
+        faults += [f"{path}: {problem.name}: {problem.reason}" for problem in index.problems.named]
+        unnamed = index.problems.counts.total() - len(index.problems.named)
+        if unnamed:
+            faults.append(f"{path}: {unnamed} more problems of these kinds")
+        faults += _sample_faults(index, num_classes)
+        return Verdict(tuple(faults), len(index), hashed=rows is not None)
+
+
+def _against_manifest(path: Path, row: ShardRow | None, *, num_samples: int) -> list[str]:
+    """Returns where a shard differs from its row in the manifest."""
+    if row is None:
+        return [f"{path}: not in {MANIFEST}; move it away, or make the set again"]
+    found = path.stat().st_size
+    if found != row.bytes:
+        return [f"{path}: {found} bytes instead of {row.bytes}; copy or make it again"]
+    digest = file_sha256(path)
+    if digest != row.sha256:
+        return [f"{path}: SHA-256 {digest[:12]}... instead of {row.sha256[:12]}...; copy or make it again"]
+    if num_samples != row.samples:
+        return [f"{path}: {num_samples} samples, {MANIFEST} says {row.samples}; make the set again"]
+    return []
+
+
+def _index_faults(index: ShardIndex) -> list[str]:
+    """Returns where the index kept beside a shard says something else than the shard."""
+    kept = load_index(index_path(index.path), index.path, index.tar_bytes, index.tar_mtime_ns)
+    if kept is None or all(
+        np.array_equal(getattr(kept, name), getattr(index, name)) for name in ("offsets", "sizes", "labels")
+    ):
+        return []
+    return [f"{index_path(index.path)}: lists other samples than the shard has; remove it"]
+
+
+def _sample_faults(index: ShardIndex, num_classes: int | None) -> list[str]:
+    """Returns what is wrong with single samples."""
+    faults = []
+    with index.path.open("rb") as file:
+        for row, (offset, size, label) in enumerate(zip(index.offsets, index.sizes, index.labels, strict=True)):
+            name = f"{index.path}:{index.keys[row]}"
+            try:
+                decode(os.pread(file.fileno(), int(size), int(offset)))
+            except SampleError as error:
+                faults.append(f"{name}: {error}")
+            if num_classes is not None and label >= num_classes:
+                faults.append(f"{name}: label {label}, but there are {num_classes} class names")
+    return faults
+
+
+__all__ = ["Verdict", "verify_shards"]
