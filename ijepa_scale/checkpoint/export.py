@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ijepa_scale.checkpoint.convert import NAMINGS, to_transformers
-from ijepa_scale.checkpoint.sources import WHICH_KEY, read_weights
+from ijepa_scale.checkpoint.sources import CLASSES_KEY, WHICH_KEY, read_weights
 from ijepa_scale.checkpoint.store import Checkpoint
 from ijepa_scale.config import ModelConfig
 from ijepa_scale.errors import CheckpointError
@@ -30,7 +31,8 @@ def export_safetensors(
 ) -> Path:
     """Writes the target or context encoder of `source` (see `read_weights`) and returns the file's path.
 
-    `naming` is published, which timm shares, or transformers. The file says which encoder it holds.
+    `naming` is published, which timm shares, or transformers. The file says which encoder it holds; of a finetuned
+    run the head comes along, and its class names in the metadata.
 
     Raises:
         CheckpointError: the source can't be read, or a tensor has no name in that naming.
@@ -40,6 +42,8 @@ def export_safetensors(
     weights = read_weights(source, which=which)
     tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
     metadata = {"format": "pt", **({} if weights.which == "only" else {WHICH_KEY: weights.which})}
+    if weights.classes is not None:
+        metadata[CLASSES_KEY] = json.dumps(weights.classes)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     return _in_one_go(Path(path), lambda beside: save_file(whole, beside, metadata=metadata))
 

@@ -27,6 +27,7 @@ from ijepa_scale.planning.architectures import resolve
 
 TIMM = "timm:"
 WHICH_KEY = "ijepa_scale.weights"  # in a safetensors file's metadata: target or context
+CLASSES_KEY = "ijepa_scale.classes"  # likewise: a JSON list of class names
 _PUBLISHED = {"target": "target_encoder", "context": "encoder"}
 _INSIDE = ("state_dict", "model")  # where other programs keep the only model of a file
 _SUFFIXES = (".safetensors", ".tar", ".pth", ".pt", ".bin")
@@ -41,6 +42,7 @@ class Weights:
     which: str  # target | context | only (the file holds one and doesn't say which)
     heads: int | None = None  # attention heads, where the source says so: shapes don't
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None  # names of a finetuned head's classes
 
 
 def read_weights(source: str | Path, *, which: str = "target") -> Weights:
@@ -76,7 +78,10 @@ def read_weights(source: str | Path, *, which: str = "target") -> Weights:
 def _from_checkpoint(checkpoint: Checkpoint, which: str) -> Weights:
     model = checkpoint.extra.get("config", {}).get("model", {})
     notes: tuple[str, ...] = ()
-    if "model.head.weight" in checkpoint.tensors:  # a finetuned classifier: one encoder
+    classes = checkpoint.extra.get("classes")
+    if "target.head.weight" in checkpoint.tensors:  # a finetuned classifier and its average
+        tensors, _ = to_ours(checkpoint.full({"target": "target.", "context": "model."}[which]), str(checkpoint.path))
+    elif "model.head.weight" in checkpoint.tensors:  # a finetuned classifier: one encoder
         tensors, _ = to_ours(checkpoint.full("model."), str(checkpoint.path))
         notes = (f"a finetuned classifier, which has one encoder: {which} weights can't be told apart",)
         which = "only"
@@ -89,7 +94,14 @@ def _from_checkpoint(checkpoint: Checkpoint, which: str) -> Weights:
         )
         heads = sizes.heads
         tensors["pos_embed"] = sincos_2d(sizes.width, sizes.grid)[None]  # made from the grid, not stored
-    return Weights(tensors=tensors, origin=str(checkpoint.path), which=which, heads=heads, notes=notes)
+    return Weights(
+        tensors=tensors,
+        origin=str(checkpoint.path),
+        which=which,
+        heads=heads,
+        notes=notes,
+        classes=tuple(classes) if classes else None,
+    )
 
 
 def _from_torch_file(path: Path, which: str) -> Weights:

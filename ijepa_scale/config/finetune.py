@@ -87,6 +87,7 @@ class FinetuneOptimizerConfig:
     clip_norm: float | None = None  # global gradient norm; null: no clipping
     epochs: float = 50
     warmup_epochs: float = 5  # from 0, step by step
+    ema: float | None = None  # momentum of averaged weights, e.g. 0.9999, which are then evaluated; null: none
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -115,6 +116,8 @@ class FinetuneOptimizerConfig:
             problems.append(
                 f"warmup_epochs {self.warmup_epochs} leaves nothing of the {self.epochs} epochs; give fewer"
             )
+        if self.ema is not None and not 0 < self.ema < 1:
+            problems.append(f"ema is {self.ema}; give a momentum above 0 and below 1, or null for none")
         raise_problems("optimizer", problems)
 
     def peak_lr(self, batch_size: int) -> float:

@@ -91,7 +91,12 @@ class PlainEngine:
         )  # re-entered at each forward
 
     def prepare(
-        self, module: nn.Module, target: nn.Module | None = None, *, groups: GroupFunction = parameter_groups
+        self,
+        module: nn.Module,
+        target: nn.Module | None = None,
+        *,
+        groups: GroupFunction = parameter_groups,
+        followed: str = "encoder",
     ) -> None:
         """Moves the modules to the device, and applies checkpointing, compilation and wrapping."""
         checkpoint_blocks(module, self._config.checkpointing)
@@ -106,7 +111,7 @@ class PlainEngine:
         self.optimizer = build_optimizer(self.module, self._optimizer_config, groups=groups)
         self._shards: tuple[list[Tensor], list[Tensor]] = [], []
         if target is not None:
-            pair: tuple[Any, Any] = self.target_module, self.module.encoder
+            pair: tuple[Any, Any] = self.target_module, self.module.get_submodule(followed)
             targets, sources = ([_local(p) for p in part.parameters()] for part in pair)
             self._shards = targets, sources
 

@@ -3,7 +3,7 @@
 The step knows these names alone; autocast, loss scaling by accumulation, gradient synchronisation
 and sharding are the engine's. The crux is `local_shards`: this process's fp32 tensors of the context
 encoder and of the target encoder, cut alike and in the same order, so that the target update is one
-fused operation without communication under every engine. Finetuning has no target.
+fused operation without communication under every engine. Finetuning has no target, or an average of it all.
 """
 
 from __future__ import annotations
@@ -49,10 +49,16 @@ class Engine(Protocol):
     world: World
 
     def prepare(
-        self, module: nn.Module, target: nn.Module | None = None, *, groups: GroupFunction = parameter_groups
+        self,
+        module: nn.Module,
+        target: nn.Module | None = None,
+        *,
+        groups: GroupFunction = parameter_groups,
+        followed: str = "encoder",
     ) -> None:
         """Takes over the trainable and the frozen module, if there is one, both built on the CPU from one seed.
 
+        `followed` names the part of the trainable module that the target averages; "" is all of it.
         `groups` cuts the trainable module into the optimiser's groups. Parameters without gradients stay as
         they are; they are sharded, saved and loaded as the others.
         """

@@ -86,6 +86,7 @@ class ZeroEngine:
         target: nn.Module | None = None,
         *,
         groups: GroupFunction = parameter_groups,
+        followed: str = "encoder",
         micro_batch: int = 1,
     ) -> None:
         """Hands the modules to DeepSpeed. `micro_batch` only reaches its throughput log."""
@@ -116,6 +117,7 @@ class ZeroEngine:
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self.module: Any = module
+        self._followed: Any = module.get_submodule(followed)
         self.zero = self._engine.optimizer
         self.target_module: Any = target
         self._target_callable: Any = target
@@ -172,7 +174,7 @@ class ZeroEngine:
         """Returns this process's fp32 shards of (target encoder, context encoder)."""
         if self.target_module is None:
             return [], []
-        both: tuple[Any, Any] = (self.target_module.parameters(), self.module.encoder.parameters())
+        both: tuple[Any, Any] = (self.target_module.parameters(), self._followed.parameters())
         if self._stage < 3:
             return tuple([p.detach() for p in parameters] for parameters in both)  # type: ignore[return-value]
         # `ds_tensor` is this process's shard on the device, equal to the master even where that is offloaded

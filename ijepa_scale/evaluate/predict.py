@@ -50,8 +50,9 @@ class Predictor:
         self._transform = EvalTransform(
             self._config.image_size, crop_fraction, mean=augment["mean"], std=augment["std"], device=self._device
         )
+        prefix = "target." if "target.head.weight" in checkpoint.tensors else "model."  # averaged, where there are some
         self.module: Classifier = build_classifier(self._config)
-        missing, unexpected = self.module.load_state_dict(checkpoint.full("model."), strict=False)
+        missing, unexpected = self.module.load_state_dict(checkpoint.full(prefix), strict=False)
         if missing != ["encoder.pos_embed"] or unexpected:  # made from the grid, not stored
             raise CheckpointError(
                 f"{self.checkpoint}: missing {missing}, unexpected {unexpected}; use a fitting version"

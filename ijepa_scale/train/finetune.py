@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from ijepa_scale.augment.finetune import FinetuneAugment
 from ijepa_scale.augment.mixing import check_pairs
 from ijepa_scale.augment.pipeline import to_device
+from ijepa_scale.checkpoint.export import export_safetensors
+from ijepa_scale.checkpoint.store import newest
 from ijepa_scale.checkpoint.weights import LoadReport, load_weights
 from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.config.finetune_run import FinetuneConfig
@@ -22,6 +25,7 @@ from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.source import SampleSource, check_problems
 from ijepa_scale.data.stream import StreamSource
+from ijepa_scale.ema import update_target
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.engine.world import World
@@ -39,6 +43,7 @@ from ijepa_scale.train.loop import Evaluation, Loop, find_checkpoint
 from ijepa_scale.train.preflight import Preflight
 from ijepa_scale.train.setup import device_peak_flops, global_batch, plain_values
 
+EXPORT = "model.safetensors"
 # A checkpoint continues a run only where these sections are the same.
 IDENTITY = ("seed", "model", "augment", "optimizer")
 
@@ -118,7 +123,8 @@ class FinetuneTask:
         self.preflight = Preflight(config, self.batch_size, self.schedule, module, groups(module), labels)
         self._drop_rates = module.drop_rates
         self.engine = build_engine(world, config.engine, config.optimizer.adamw(self.batch_size))
-        self.engine.prepare(module, groups=groups)
+        average = copy.deepcopy(module) if config.optimizer.ema is not None else None
+        self.engine.prepare(module, average, groups=groups, followed="")
         self.meters = Meters(world.device)
         self.accuracy: Accuracy | None = None
         self.top1: float | None = None
@@ -181,6 +187,9 @@ class FinetuneTask:
             logits = self.engine.model(images, self._drop(micro))
             self.engine.backward(soft_cross_entropy(logits, targets))
         info = self.engine.step(hyper, batch.step)
+        if self.config.optimizer.ema is not None:
+            update_target(*self.engine.local_shards(), self.config.optimizer.ema)
+            self.engine.target_updated()
         self.meters.add("loss", info.loss)
         self.meters.add("grad_norm", info.grad_norm)
         self.meters.end_step()
@@ -244,9 +253,10 @@ class FinetuneTask:
         return done % every == 0 or done == self.last_step
 
     def evaluate(self, done: int) -> Evaluation:
-        """Returns top-1 and top-5 over all held-out images."""
+        """Returns top-1 and top-5 over all held-out images, of the averaged weights where there are some."""
         assert self._check is not None
-        found = self.accuracy = self._check.run(self.engine.evaluate)
+        averaged = self.config.optimizer.ema is not None
+        found = self.accuracy = self._check.run(self.engine.target if averaged else self.engine.evaluate)
         best = self.best_top1 is None or found.top1 > self.best_top1
         self.top1, self.top5 = found.top1, found.top5
         self.best_top1 = found.top1 if self.best_top1 is None else max(self.best_top1, found.top1)
@@ -257,6 +267,8 @@ class FinetuneTask:
     def finish(self, folder: Path) -> None:
         """Writes the results: figures, per-class table, confusion matrix, curves, the best weights."""
         if self.world.is_main:
+            best = newest(folder / "best")
+            export_safetensors(best or folder, folder / EXPORT)
             write_report(folder, self.accuracy, self.config.model.num_classes, self.classes)
 
 

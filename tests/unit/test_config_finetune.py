@@ -88,6 +88,7 @@ def test_centre_crops(size, fraction):
     ("override", "text"),
     [
         ("optimizer.layer_decay=1.5", "optimizer.layer_decay is 1.5; give a number above 0 and at most 1"),
+        ("optimizer.ema=1.0", "optimizer.ema is 1.0; give a momentum above 0 and below 1, or null for none"),
         ("evaluate.every_epochs=0", "evaluate.every_epochs is 0.0; give a number above 0"),
         ("evaluate.crop_fraction=1.5", "evaluate.crop_fraction is 1.5; give a number above 0 and at most 1"),
         ("seed=-1", "seed is -1; give a number of at least 0"),

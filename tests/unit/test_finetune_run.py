@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
+from ijepa_scale.checkpoint.sources import read_weights
 from ijepa_scale.config import load_config
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.write import Sample, write_shards
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, DataError, UserError
 from ijepa_scale.evaluate.predict import Predictor
-from ijepa_scale.train.finetune import finetune
-from launch import predict
+from ijepa_scale.train.finetune import FinetuneTask, finetune
+from launch import export, predict
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 COLORS = {"blue": (30, 40, 220), "green": (20, 200, 60), "red": (220, 30, 30)}
@@ -73,8 +75,11 @@ def test_a_run_learns_colours_and_leaves_its_results(finished):
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "best", "checkpoints", "classes.csv", "config.yaml", "confusion.png", "curves.png", "first_batch.png",
-        "metrics.jsonl", "preflight.txt", "results.json", "run.json",
+        "metrics.jsonl", "model.safetensors", "preflight.txt", "results.json", "run.json",
     }  # fmt: skip
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["ijepa_scale.classes"]) == list(COLORS)
+        assert file.get_tensor("head.weight").shape == (3, 24)
     assert json.loads((folder / "results.json").read_text())["images"] == 36
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "top1" in row] == [30, 60]
@@ -112,6 +117,24 @@ def test_prediction_names_classes(finished, tmp_path, capsys):
     assert predictor.checkpoint.parent.name == "best"
     guesses = predictor(predictor.load(images[2])[None])[0]
     assert len(guesses) == 3 and sum(guess.probability for guess in guesses) == pytest.approx(1.0)
+
+
+def test_averaged_weights_follow_exactly_and_are_what_is_evaluated(data, tmp_path):
+    config = configure(tmp_path, data, "optimizer.ema=0.9", "data.batch_size=12", "evaluate.every_epochs=10")
+    task = FinetuneTask(config, ALONE, starting=True)
+    expected = {name: tensor.clone() for name, tensor in task.engine.module.named_parameters()}
+    for batch in task.loader(0):
+        task.step(batch)
+        for name, tensor in task.engine.module.named_parameters():
+            expected[name].lerp_(tensor.detach(), 0.1)
+    for name, tensor in task.engine.target_module.named_parameters():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+    finetune(config, ALONE)
+    loaded = dict(Predictor(tmp_path / "run").module.named_parameters())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    target, context = (read_weights(tmp_path / "run", which=which) for which in ("target", "context"))
+    assert torch.equal(target.tensors["head.weight"], expected["head.weight"])
+    assert not torch.equal(context.tensors["head.weight"], expected["head.weight"])
 
 
 def test_prediction_refuses_by_text(finished, tmp_path, capsys):
@@ -183,3 +206,13 @@ def test_another_recipe_does_not_continue_a_run(finished, data):
     config = configure(finished[0].parent, data, "augment.mixup=0.3")
     with pytest.raises(CheckpointError, match="augment.mixup was 0.8, is 0.3"):
         finetune(config, ALONE)
+
+
+def test_export_from_the_command_line(finished, tmp_path, capsys):
+    to = tmp_path / "out.safetensors"
+    assert export.main([str(finished[0]), "--to", str(to)]) == 0
+    assert export.main([str(finished[0]), "--to", str(to)]) == 2
+    assert "out.safetensors exists; name another file, or add --overwrite" in capsys.readouterr().err
+    assert export.main([str(finished[0]), "--to", str(to), "--overwrite"]) == 0
+    assert export.main([str(tmp_path / "no"), "--to", str(tmp_path / "b.safetensors")]) == 2
+    assert "doesn't exist" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()

@@ -1,0 +1,39 @@
+"""Writes a run's encoder or classifier for other programs.
+
+python launch/export.py runs/in1k_vith14_ep300 --to encoder.safetensors
+python launch/export.py runs/in1k_vith14_ep300 --to ijepa.safetensors --naming transformers
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ijepa_scale.checkpoint.convert import NAMINGS
+from ijepa_scale.checkpoint.export import export_safetensors
+from ijepa_scale.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after a mistake that the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="run folder, checkpoint, .pth.tar, .safetensors, or timm:NAME")
+    parser.add_argument("--to", type=Path, required=True, help="file to write, .safetensors")
+    parser.add_argument("--weights", choices=["target", "context"], default="target", help="which encoder")
+    parser.add_argument("--naming", choices=NAMINGS, default="published", help="names of the tensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file where it is there")
+    options = parser.parse_args(arguments)
+    try:
+        if options.to.exists() and not options.overwrite:
+            raise UserError(f"{options.to} exists; name another file, or add --overwrite")
+        written = export_safetensors(options.source, options.to, which=options.weights, naming=options.naming)
+        print(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
