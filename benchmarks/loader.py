@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder or tar of class folders")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the images in each turn")
+    parser.add_argument("--epochs", type=int, default=10, help="passes in each turn; starting workers is included")
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
     parser.add_argument("--plot", type=Path, help="picture to write")
     options = parser.parse_args()
