@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 _LEVELS = 256
-_FLOAT_SLACK = 1e-3  # levels
 _LUMA = (19595, 38470, 7471)  # ITU-R BT.601 in 1/65536, as PIL's conversion to "L" has them
 
 
@@ -21,9 +20,13 @@ def luma(images: Tensor) -> Tensor:
 
 
 def blend(first: Tensor, second: Tensor, alpha: Tensor) -> Tensor:
-    """Returns first + alpha * (second - first), clipped and truncated: PIL's Image.blend. Alpha (B,) float32."""
+    """Returns first + alpha * (second - first), clipped and truncated: PIL's Image.blend. Alpha (B,) float32.
+
+    `first` may be of any shape that expands to the images `second`.
+    """
     start = first.float()
-    return (start + alpha[:, None, None, None] * (second.float() - start)).clamp_(0, 255).to(torch.uint8)
+    mixed = second.float().sub_(start).mul_(alpha[:, None, None, None]).add_(start)
+    return mixed.clamp_(0, 255).to(torch.uint8)
 
 
 def invert(images: Tensor) -> Tensor:
@@ -50,18 +53,18 @@ def solarize_add(images: Tensor, add: Tensor, *, threshold: int = 128) -> Tensor
 
 def color(images: Tensor, factor: Tensor) -> Tensor:
     """Returns PIL's ImageEnhance.Color: away from the luma by `factor` (B,) float32."""
-    return blend(luma(images).expand_as(images), images, factor)
+    return blend(luma(images), images, factor)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Returns PIL's ImageEnhance.Contrast: away from the mean luma, rounded, by `factor` (B,) float32."""
     mean = luma(images).flatten(1).double().mean(dim=1)
-    return blend((mean + 0.5).floor().to(torch.uint8)[:, None, None, None].expand_as(images), images, factor)
+    return blend((mean + 0.5).floor()[:, None, None, None], images, factor)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Returns PIL's ImageEnhance.Brightness: away from black by `factor` (B,) float32."""
-    return blend(torch.zeros_like(images), images, factor)
+    return blend(images.new_zeros(1), images, factor)
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
@@ -107,42 +110,3 @@ def equalize(images: Tensor) -> Tensor:
 def _look_up(images: Tensor, table: Tensor) -> Tensor:
     """Returns table[b, c, level] of each pixel; the table is (B, 3, 256)."""
     return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
-
-
-def affine(images: Tensor, matrices: Tensor, fill: Tensor) -> Tensor:
-    """Returns PIL's Image.transform(AFFINE, BICUBIC): output pixel (x, y) is the image's at (ax + by + c, dx + ey + f).
-
-    `matrices` (B, 6) float64 are a, b, c, d, e, f; both x and y are of pixel centres. What lies outside the image
-    becomes `fill` (3,) uint8. The cubic has a = -1 here, as PIL's geometric transforms have (its resize has -0.5).
-    """
-    count, _, height, width = images.shape
-    device = images.device
-    x = torch.arange(width, device=device, dtype=torch.float64) + 0.5
-    y = (torch.arange(height, device=device, dtype=torch.float64) + 0.5)[:, None]
-    a, b, c, d, e, f = (column[:, None, None] for column in matrices.unbind(1))
-    source_x, source_y = a * x + b * y + c, d * x + e * y + f  # (B, H, W)
-    outside = (source_x < 0) | (source_x >= width) | (source_y < 0) | (source_y >= height)
-    columns, weights_x = _taps(source_x, width)
-    rows, weights_y = _taps(source_y, height)
-    flat = images.flatten(2).float()
-    total = torch.zeros(count, 3, height * width, device=device)
-    for row, weight_y in zip(rows, weights_y, strict=True):
-        line = torch.zeros_like(total)
-        for column, weight_x in zip(columns, weights_x, strict=True):
-            index = (row * width + column).flatten(1)[:, None].expand(-1, 3, -1)
-            line += weight_x.flatten(1)[:, None] * flat.gather(2, index)
-        total += weight_y.flatten(1)[:, None] * line
-    # PIL computes in double and truncates; float32 may end just below the whole number that it finds
-    moved = (total + _FLOAT_SLACK).clamp_(0, 255).to(torch.uint8).view_as(images)
-    return torch.where(outside[:, None], fill[None, :, None, None], moved)
-
-
-def _taps(places: Tensor, length: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the 4 nearest pixels (B, H, W) int64, held inside, and their cubic weights, float32."""
-    shifted = places - 0.5
-    first = shifted.floor()
-    t = (shifted - first).float()
-    begin = first.long() - 1
-    taps = [(begin + tap).clamp_(0, length - 1) for tap in range(4)]
-    t2, t3 = t * t, t * t * t
-    return taps, [-t + 2 * t2 - t3, 1 - 2 * t2 + t3, t + t2 - t3, t3 - t2]

@@ -7,6 +7,7 @@ that picks samples or sizes is known there, so nothing synchronises.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,13 +103,17 @@ class Augment:
         self, images: Tensor, rows: np.ndarray, operation: Callable[..., Tensor], values: np.ndarray | None = None
     ) -> None:
         """Replaces images[rows] by operation(images[rows], values[rows]), in place."""
-        if not len(rows):
-            return
-        index = to_device(torch.from_numpy(rows), self.device)
         chosen = None
         if values is not None:
             chosen = to_device(torch.from_numpy(values[rows].astype(np.float32)), self.device)[:, None, None, None]
-        images.index_copy_(0, index, operation(images.index_select(0, index), chosen))
+        change_rows(images, rows, operation, chosen)
+
+
+def change_rows(images: Tensor, rows: np.ndarray, operation: Callable[..., Tensor], *arguments: Any) -> None:
+    """Replaces images[rows] by operation(images[rows], *arguments), in place; `rows` int64 lie on the host."""
+    if len(rows):
+        index = to_device(torch.from_numpy(rows), images.device)
+        images.index_copy_(0, index, operation(images.index_select(0, index), *arguments))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ijepa_scale.config.checks import at_least, choose, fraction, interval, numbers, raise_problems
+from ijepa_scale.config.rand_augment import parse
+from ijepa_scale.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +16,10 @@ class FinetuneAugmentConfig:
 
     crop_scale: Any = (0.08, 1.0)  # share of the image's area
     crop_ratio: Any = (0.75, 1.3333333333333333)  # width / height
-    interpolation: str = "bicubic"  # bilinear | bicubic, both antialiased as in PIL
+    interpolation: str = "bicubic"  # bilinear | bicubic, of the crop (antialiased) and of RandAugment, as in PIL
     flip: float = 0.5  # probability of a horizontal flip
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's notation; null: none
+    color_jitter: float = 0.0  # brightness, contrast, saturation by 1 - s to 1 + s, beside RandAugment too; 0: off
     random_erasing: float = 0.25  # probability
     mixup: float = 0.8  # alpha of the Beta distribution; 0: none
     cutmix: float = 1.0  # alpha of the Beta distribution; 0: none
@@ -33,7 +36,12 @@ class FinetuneAugmentConfig:
         object.__setattr__(self, "crop_ratio", interval(problems, "crop_ratio", self.crop_ratio, 1e-2, 1e2))
         fraction(problems, flip=self.flip, random_erasing=self.random_erasing, label_smoothing=self.label_smoothing)
         fraction(problems, mix_probability=self.mix_probability, switch_probability=self.switch_probability)
-        at_least(problems, 0, mixup=self.mixup, cutmix=self.cutmix)
+        at_least(problems, 0, mixup=self.mixup, cutmix=self.cutmix, color_jitter=self.color_jitter)
+        if self.rand_augment is not None:
+            try:
+                parse(self.rand_augment)
+            except ConfigError as error:
+                problems.append(str(error).removeprefix("augment."))
         for name in ("mean", "std"):
             object.__setattr__(self, name, numbers(problems, name, getattr(self, name), 3))
         if min(self.std) <= 0:

@@ -1,4 +1,4 @@
-"""RandAugment, erasing, mixing and their chain: frequencies, what each does, and what it may not depend on."""
+"""Erasing, mixing and finetuning's chain: frequencies, what each does, and what it may not depend on."""
 
 from __future__ import annotations
 
@@ -8,27 +8,18 @@ import random
 
 import numpy as np
 import pytest
-import timm.data.auto_augment as timm_auto_augment
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing as TimmErasing
+from torchvision.transforms import ColorJitter
 
+from ijepa_scale import rng
 from ijepa_scale.augment.erasing import RandomErasing
-from ijepa_scale.augment.evaluation import EvalTransform
 from ijepa_scale.augment.finetune import FinetuneAugment
 from ijepa_scale.augment.mixing import Mixing, check_pairs
-from ijepa_scale.augment.rand_augment import (
-    OPERATIONS,
-    RandAugment,
-    parse,
-    posterize_bits,
-    solarize_addend,
-    solarize_threshold,
-)  # fmt: skip
 from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.data.evaluation import center_crop
 from ijepa_scale.errors import ConfigError
 
 RECIPE = "rand-m9-mstd0.5-inc1"
@@ -62,12 +53,23 @@ def a_batch(count=8, step=3, position=0) -> Batch:
     )
 
 
+def backwards_of(batch: Batch) -> Batch:
+    return dataclasses.replace(
+        batch,
+        pixels=torch.cat([batch.crop(row).flatten() for row in reversed(range(len(batch)))]),
+        sizes=batch.sizes[::-1],
+        sample_ids=batch.sample_ids[::-1],
+        labels=batch.labels.flip(0),
+    )
+
+
 def run(changes, batch, seed=0):
     return FinetuneAugment(config(**changes), SIZE, num_classes=5, seed=seed)(batch)
 
 
 ALL = {
-    "rand_augment": RECIPE, "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "flip": 0.5
+    "rand_augment": RECIPE, "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "flip": 0.5,
+    "color_jitter": 0.4,
 }  # fmt: skip
 
 
@@ -81,7 +83,14 @@ def test_the_chain_does_not_depend_on_the_split(parts):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rand_augment": RECIPE}, {"random_erasing": 1.0}, {"mixup": 0.8}, {"cutmix": 1.0}, {"flip": 1.0}],
+    [
+        {"rand_augment": RECIPE},
+        {"color_jitter": 0.4},
+        {"random_erasing": 1.0},
+        {"mixup": 0.8},
+        {"cutmix": 1.0},
+        {"flip": 1.0},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_each_option_does_something_and_is_keyed(changes):
@@ -92,6 +101,41 @@ def test_each_option_does_something_and_is_keyed(changes):
     if changes != {"flip": 1.0}:
         other, _ = run(changes, a_batch(), seed=1)
         assert not torch.equal(found, other)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_an_image_alone_is_the_image_in_its_batch(interpolation):
+    """Bit for bit, whatever else is in the batch, and in whatever order."""
+    options = {**ALL, "mixup": 0.0, "cutmix": 0.0, "interpolation": interpolation}
+    together, targets = run(options, a_batch(16))
+    backwards, _ = run(options, backwards_of(a_batch(16)))
+    assert torch.equal(backwards.flip(0), together)
+    for row in range(16):
+        image, target = run(options, a_batch(1, position=row))
+        assert torch.equal(image[0], together[row]) and torch.equal(target[0], targets[row])
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.5])
+def test_colour_jitter_is_torchvisions_on_pils_pictures(strength):
+    """Each image is one of torchvision's 6 orders, and factors are spread as its ColorJitter draws them."""
+    batch, identity = a_batch(12), {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+    plain, found = (run({**identity, "color_jitter": s}, batch)[0].round().to(torch.uint8) for s in (1e-9, strength))
+    draws = rng.uniform(0, "finetune.jitter", batch.epoch, batch.sample_ids, 6)
+    low = max(0.0, 1.0 - strength)
+    assert ColorJitter(strength, strength, strength).contrast == (low, 1.0 + strength)
+    enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    orders = set()
+    for row in range(len(batch)):
+        picture = Image.fromarray(plain[row].permute(1, 2, 0).numpy())
+        order = tuple(np.argsort(draws[row, 3:]).tolist())
+        for number in order:
+            factor = low + (1.0 + strength - low) * draws[row, number]
+            picture = enhance[number](picture).enhance(float(np.float32(factor)))
+        expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        assert (found[row].int() - expected.int()).abs().max() <= 1
+        assert (found[row].int() - plain[row].int()).abs().float().mean() > 1
+        orders.add(order)
+    assert len(orders) > 3
 
 
 def test_flip_mirrors_the_images_that_draw_it():
@@ -106,86 +150,6 @@ def test_labels_are_smoothed():
     assert targets.amax(dim=1).tolist() == pytest.approx([0.92] * 8) and targets.amin().item() == pytest.approx(0.02)
     _, hard = run({}, a_batch())
     assert hard.argmax(dim=1).tolist() == [0, 1, 2, 3, 4, 0, 1, 2] and hard.sum().item() == 8
-
-
-def draws(text=RECIPE, count=40_000):
-    augment = RandAugment(parse(text), seed=0, fill=(0, 0, 0))
-    return augment.draw(epoch=0, sample_ids=np.arange(count))
-
-
-def test_operations_are_chosen_as_often_as_timms():
-    layers = draws()
-    assert len(layers) == 2 and len(OPERATIONS) == 15
-    assert list(OPERATIONS) == timm_auto_augment._RAND_INCREASING_TRANSFORMS
-    for operations, values in layers:
-        applied = operations[operations >= 0]
-        assert len(applied) / len(operations) == pytest.approx(0.5, abs=0.01)
-        counts = np.bincount(applied, minlength=15) / len(applied)
-        assert counts == pytest.approx(np.full(15, 1 / 15), abs=0.006)
-        assert (values < 0).mean() == pytest.approx(0.5, abs=0.01)
-        assert np.abs(values).mean() == pytest.approx(8.98, abs=0.02) and np.abs(values).max() == 10.0
-    assert np.corrcoef(layers[0][0], layers[1][0])[0, 1] == pytest.approx(0.0, abs=0.02)
-
-
-def test_magnitudes_are_spread_as_timms():
-    random.seed(0)
-    seen = []
-    operation = timm_auto_augment.AugmentOp("Invert", prob=1.0, magnitude=9, hparams={"magnitude_std": 0.5})
-    operation.level_fn = lambda magnitude, _: (seen.append(magnitude), ())[1]
-    picture = Image.new("RGB", (4, 4))
-    for _ in range(5_000):
-        operation(picture)
-    ours = np.abs(np.concatenate([values for _, values in draws()]))
-    share = [5, 25, 50, 75, 95]
-    assert np.percentile(ours, share) == pytest.approx(np.percentile(seen, share), abs=0.05)
-
-
-def test_levels_of_a_magnitude_are_timms():
-    for magnitude in np.linspace(0, 10, 41):
-        values = np.array([magnitude, -magnitude])
-        assert posterize_bits(values)[0] == timm_auto_augment._posterize_increasing_level_to_arg(magnitude, None)[0]
-        assert solarize_threshold(values)[1] == timm_auto_augment._solarize_increasing_level_to_arg(magnitude, None)[0]
-        assert solarize_addend(values)[0] == timm_auto_augment._solarize_add_level_to_arg(magnitude, None)[0]
-
-
-@pytest.mark.parametrize("name", list(OPERATIONS))
-def test_each_operation_is_timms_at_a_fixed_magnitude(name, monkeypatch):
-    """Both run at magnitude 9, with the same sign; PIL's pictures are compared level by level."""
-    generator = np.random.default_rng(1)
-    small = [generator.integers(0, 256, (6, 6, 3), dtype=np.uint8) for _ in range(4)]
-    pictures = [Image.fromarray(array).resize((40, 28), Image.Resampling.BICUBIC) for array in small]
-    augment = RandAugment(parse("rand-m9-n1-p1-inc1"), seed=0, fill=(124, 116, 104))
-    number = list(OPERATIONS).index(name)
-    monkeypatch.setattr(
-        augment, "draw", lambda epoch, sample_ids: [(np.full(4, number), np.array([9.0, -9.0, 9.0, -9.0]))]
-    )
-    images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
-    found = augment(images, epoch=0, sample_ids=np.arange(4)).permute(0, 2, 3, 1).numpy()
-    hparams = {"img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}
-    operation = timm_auto_augment.AugmentOp(name, prob=1.0, magnitude=9, hparams=hparams)
-    for place, sign in enumerate((1, -1, 1, -1)):
-        monkeypatch.setattr(timm_auto_augment, "_randomly_negate", lambda value, sign=sign: sign * value)
-        apart = np.abs(found[place].astype(int) - np.array(operation(pictures[place])).astype(int))
-        assert apart.max() <= 1 and apart.mean() < 0.3, (place, apart.max(), apart.mean())
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("rand-m9-mstd0.5", "only the operations that grow with the magnitude are there"),
-        ("augmix-m3", "'m3'|'augmix-m3'; give rand"),
-        ("rand-m9-tweights-inc1", "of which 'tweights' isn't known; give fields m, n, p, mstd, mmax and inc1"),
-        ("rand-m9-inc1-q3", "of which 'q3' isn't known"),
-    ],
-)
-def test_other_notations_are_refused(text, message):
-    with pytest.raises(ConfigError, match=message):
-        parse(text)
-
-
-def test_notation_is_read():
-    assert dataclasses.astuple(parse("rand-m7-n3-p0.25-mstd1-mmax12-inc1")) == (7.0, 3, 0.25, 1.0, 12.0)
-    assert dataclasses.astuple(parse(RECIPE)) == (9.0, 2, 0.5, 0.5, 10.0)
 
 
 def test_erased_boxes_are_as_timms():
@@ -296,27 +260,14 @@ def test_another_step_mixes_otherwise():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("size", "fraction"), [((32, 32), 0.875), ((32, 48), 1.0), ((33, 20), 0.9)])
-def test_the_evaluation_transform_is_pils(size, fraction):
-    generator = np.random.default_rng(0)
-    shapes = [(60, 90), (90, 61), (37, 37), (20, 70), (12, 9)]
-    images = [
-        np.asarray(Image.fromarray(generator.integers(0, 256, (7, 8, 3), dtype=np.uint8)).resize(shape[::-1]))
-        for shape in shapes
-    ]
-    transform = EvalTransform(size, fraction, mean=(0.0,) * 3, std=(1 / 255,) * 3)
-    found = transform(images)
-    assert found.shape == (5, 3, *size)
-    for image, levels in zip(images, found, strict=True):
-        expected = torch.from_numpy(center_crop(image, size, fraction).copy()).permute(2, 0, 1).float()
-        assert (levels - expected).abs().max() <= 1.01
-
-
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"mixup": -1.0}, "augment.mixup is -1.0; give at least 0"),
         ({"random_erasing": 1.5}, "augment.random_erasing is 1.5; give a number from 0 to 1"),
+        ({"color_jitter": -0.4}, "augment.color_jitter is -0.4; give at least 0"),
+        ({"rand_augment": "rand-m9"}, "augment.rand_augment is 'rand-m9'; give rand-...-inc1"),
+        ({"rand_augment": "m9", "flip": 2.0}, "augment.flip is 2.0; .*\n*augment.rand_augment is 'm9'; give rand"),
         ({"interpolation": "nearest"}, "augment.interpolation is 'nearest'; choose one of bilinear, bicubic"),
         ({"std": (0.0, 1.0, 1.0)}, "augment.std is .*; give three numbers above 0"),
     ],

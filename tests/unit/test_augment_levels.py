@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from ijepa_scale.augment import levels
-from ijepa_scale.augment.rand_augment import GEOMETRIC, rotation
+from ijepa_scale.augment import geometry, levels
+from ijepa_scale.augment.rand_augment import rotation, shear, translation
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "clothing-small.tar"
 FILL = (124, 116, 104)
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def made_up() -> list[Image.Image]:
@@ -96,29 +97,45 @@ def test_solarize_add_is_a_table(pictures):
     assert difference(levels.solarize_add(stack(pictures), adds), expected).max() == 0
 
 
-@pytest.mark.parametrize("name", [name for name in GEOMETRIC if name != "Rotate"])
-def test_shears_and_shifts_are_pils(pictures, name):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("down", [False, True])
+@pytest.mark.parametrize("distances", [shear, translation])
+def test_shears_and_shifts_are_pils(pictures, distances, down, interpolation):
+    """By whole and broken numbers of pixels and past the edge, as rows are moved and as any matrix is."""
+    images, fill = stack(pictures), torch.tensor(FILL, dtype=torch.uint8)
     width, height = pictures[0].size
-    matrices = GEOMETRIC[name](np.linspace(-10, 10, len(pictures)), (height, width))
-    found = levels.affine(stack(pictures), torch.from_numpy(matrices), torch.tensor(FILL, dtype=torch.uint8))
+    lines, length = (width, height) if down else (height, width)
+    values = np.linspace(-10, 10, len(pictures))
+    if distances is translation:
+        values[:3] = np.array([3.0, -0.5, 1.2 * length]) / (0.45 * length) * 10
+    shifts = shear(values, lines) if distances is shear else translation(values, lines, length=length)
+    slope = shifts[:, 1] - shifts[:, 0]
+    matrices = np.tile([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], (len(pictures), 1))
+    matrices[:, 3 if down else 1], matrices[:, 5 if down else 2] = slope, shifts[:, 0] - slope / 2
+    turned = images.transpose(2, 3) if down else images
+    slid = geometry.slide(turned, shifts, fill, interpolation=interpolation)
+    moved = geometry.affine(images, torch.from_numpy(matrices), fill, interpolation=interpolation)
     expected = [
         picture.transform(
-            picture.size, Image.Transform.AFFINE, tuple(m), resample=Image.Resampling.BICUBIC, fillcolor=FILL
+            picture.size, Image.Transform.AFFINE, tuple(m), resample=RESAMPLING[interpolation], fillcolor=FILL
         )
         for picture, m in zip(pictures, matrices, strict=True)
     ]
-    apart = difference(found, expected)
-    assert apart.max() <= 1 and apart.float().mean() < 0.1
-    assert difference(found, pictures).float().mean() > 3
+    for found in (slid.transpose(2, 3) if down else slid, moved):
+        apart = difference(found, expected)
+        assert apart.max() <= 1 and apart.float().mean() < 0.1
+        assert difference(found, pictures).float().mean() > 3
 
 
-def test_rotation_is_pils(pictures):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_rotation_is_pils(pictures, interpolation):
     width, height = pictures[0].size
     magnitudes = np.linspace(-9.7, 9.3, len(pictures))
-    matrices = rotation(magnitudes, (height, width))
-    found = levels.affine(stack(pictures), torch.from_numpy(matrices), torch.tensor(FILL, dtype=torch.uint8))
+    matrices = torch.from_numpy(rotation(magnitudes, (height, width)))
+    fill = torch.tensor(FILL, dtype=torch.uint8)
+    found = geometry.affine(stack(pictures), matrices, fill, interpolation=interpolation)
     expected = [
-        picture.rotate(float(m) / 10 * 30, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
+        picture.rotate(float(m) / 10 * 30, resample=RESAMPLING[interpolation], fillcolor=FILL)
         for picture, m in zip(pictures, magnitudes, strict=True)
     ]
     apart = difference(found, expected)
