@@ -32,15 +32,24 @@ class EvalTransform:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Returns (B, 3, h, w) float32 on the device, of images (H, W, 3) uint8 of any sizes; doesn't synchronise."""
-        cut = []
-        for pixels in images:
-            size = (pixels.shape[0], pixels.shape[1])
-            resized = covering_size(size, self.image_size, self.crop_fraction)
-            flat = to_device(torch.from_numpy(pixels.reshape(-1).copy()), self.device)
-            whole = crop_resize(
-                flat, np.array([size]), resized, interpolation="bicubic", normalise=self._normalise, dtype=torch.float32
+        """Returns (B, 3, h, w) float32 on the device, of images (H, W, 3) uint8 of any sizes; doesn't synchronise.
+
+        Images that are resized to the same size go together.
+        """
+        resized = [covering_size(have.shape[:2], self.image_size, self.crop_fraction) for have in images]
+        found = torch.empty(len(images), 3, *self.image_size, device=self.device)
+        for whole in sorted(set(resized)):  # the centre's edges need what lies around it: resized whole, then cut
+            rows = np.array([row for row, size in enumerate(resized) if size == whole])
+            flat = np.concatenate([images[row].reshape(-1) for row in rows])
+            filled = crop_resize(
+                to_device(torch.from_numpy(flat), self.device),
+                np.array([images[row].shape[:2] for row in rows]),
+                whole,
+                interpolation="bicubic",
+                normalise=self._normalise,
+                dtype=torch.float32,
             )
-            top, left = (round((have - want) / 2.0) for have, want in zip(resized, self.image_size, strict=True))
-            cut.append(whole[..., top : top + self.image_size[0], left : left + self.image_size[1]])
-        return torch.cat(cut)
+            top, left = (round((have - want) / 2.0) for have, want in zip(whole, self.image_size, strict=True))
+            cut = filled[..., top : top + self.image_size[0], left : left + self.image_size[1]]
+            found.index_copy_(0, to_device(torch.from_numpy(rows), self.device), cut)
+        return found
