@@ -1,6 +1,6 @@
 """Finetunes a classifier from a pretrained encoder, by the MAE recipe.
 
-python launch/finetune.py --config configs/demo_finetune.yaml model.init=runs/demo
+python launch/finetune.py --config configs/finetune/demo_finetune.yaml model.init=runs/demo
 python launch/finetune.py --config C.yaml --devices cuda:0 cuda:1
 torchrun --nproc-per-node 8 launch/finetune.py --config C.yaml
 deepspeed launch/finetune.py --config C.yaml engine.ds_config=ds_configs/zero2.json

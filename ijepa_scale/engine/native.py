@@ -62,10 +62,8 @@ class LossRecord:
 
 NOTHING_MOVED = (
     "Weights, optimiser, target and schedule have not moved (the run saves that state in `stopped` if it took a step): "
-    "resume "
-    "from the last checkpoint with a lower "
-    "optimizer.lr, a longer schedule.warmup_epochs, optimizer.clip_norm or engine.precision=fp32, and look at the "
-    "images of this step"
+    "resume from the last checkpoint with a lower optimizer.lr, longer warmup_epochs, optimizer.clip_norm or "
+    "engine.precision=fp32, and look at the images of this step"
 )
 
 
