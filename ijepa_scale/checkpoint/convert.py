@@ -77,7 +77,10 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif block and block[2] in _INNER:
             named[f"encoder.layer.{block[1]}.{_INNER[block[2]]}.{kind}"] = tensor
         else:
-            raise CheckpointError(f"{name} has no name in transformers' IJepaModel; leave it out")
+            raise CheckpointError(
+                f"{name} has no name in transformers' IJepaModel, whose only norm lies before the pooling; give the "
+                "published naming, or a run with model.pool_norm=before"
+            )
     return named
 
 

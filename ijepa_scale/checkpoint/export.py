@@ -35,10 +35,12 @@ def export_safetensors(
     run the head comes along, and its class names in the metadata.
 
     Raises:
-        CheckpointError: the source can't be read, or a tensor has no name in that naming.
+        CheckpointError: the source can't be read, a tensor has no name in that naming, or `path` another suffix.
     """
     if naming not in NAMINGS:
         raise CheckpointError(f"naming is {naming!r}; choose one of {', '.join(NAMINGS)}")
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(f"{path} isn't named .safetensors, which is how readers know what it is; rename it")
     weights = read_weights(source, which=which)
     tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
     metadata = {"format": "pt", **({} if weights.which == "only" else {WHICH_KEY: weights.which})}

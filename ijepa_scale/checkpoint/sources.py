@@ -7,6 +7,8 @@ read: a file that would have to run code to be loaded is refused.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -134,16 +136,18 @@ def _from_safetensors(path: Path, which: str) -> Weights:
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            said = (file.metadata() or {}).get(WHICH_KEY)
-    except (SafetensorError, OSError) as error:
+            metadata = file.metadata() or {}
+        said, named = metadata.get(WHICH_KEY), metadata.get(CLASSES_KEY)
+        classes = None if named is None else tuple(str(name) for name in json.loads(named))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} can't be read as safetensors ({_briefly(error)}); fetch it again") from error
     if said in _PUBLISHED and said != which:
         raise CheckpointError(
             f"{path} holds only the {said} encoder, and {which} is asked for; set model.weights={said}"
         )
     if said == which:
-        return Weights(tensors=to_ours(tensors, str(path))[0], origin=str(path), which=which)
-    return _the_only_one(tensors, str(path), which)
+        return Weights(tensors=to_ours(tensors, str(path))[0], origin=str(path), which=which, classes=classes)
+    return dataclasses.replace(_the_only_one(tensors, str(path), which), classes=classes)
 
 
 def _from_timm(name: str, which: str) -> Weights:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,22 +54,34 @@ class LoadReport:
 
 
 def load_weights(
-    module: VisionTransformer | Classifier, source: str | Path, *, which: str = "target", keep_head: bool = False
+    module: VisionTransformer | Classifier,
+    source: str | Path,
+    *,
+    which: str = "target",
+    keep_head: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> LoadReport:
     """Fills an encoder or a classifier with the weights of `source` (see `read_weights`), and returns what was done.
 
     The module is whole (not sharded yet); it changes only where everything fits. A classifier's head is
-    left new unless `keep_head`. The position embedding is always that of the module's own grid.
+    left new unless `keep_head`, whose classes must be `classes` in this order, where both are known. The position
+    embedding is always that of the module's own grid.
 
     Raises:
         CheckpointError: the source can't be read, or doesn't fit; all problems in one message.
     """
-    report = fit(module, read_weights(source, which=which), keep_head=keep_head)
+    report = fit(module, read_weights(source, which=which), keep_head=keep_head, classes=classes)
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report.text())
     return report
 
 
-def fit(module: VisionTransformer | Classifier, weights: Weights, *, keep_head: bool = False) -> LoadReport:
+def fit(
+    module: VisionTransformer | Classifier,
+    weights: Weights,
+    *,
+    keep_head: bool = False,
+    classes: Sequence[str] | None = None,
+) -> LoadReport:
     """Fills the module with weights that have been read; see `load_weights`."""
     own = {_plain(name, module): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     found = dict(weights.tensors)
@@ -82,6 +95,8 @@ def fit(module: VisionTransformer | Classifier, weights: Weights, *, keep_head: 
     if not problems:
         problems = _name_problems(module, missing, unexpected, keep_head) + _shape_problems(own, found, loaded)
         problems += [f"{n} holds values that aren't finite" for n in loaded if not found[n].isfinite().all()]
+        if keep_head:
+            problems += _class_problems(weights.classes, classes)
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
@@ -196,6 +211,20 @@ def _shape_problems(own: dict[str, Tensor], found: dict[str, Tensor], loaded: li
         else:
             problems.append(f"{name} is {theirs}, the model's {ours}")
     return problems
+
+
+def _class_problems(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> list[str]:
+    """Returns whether a head's rows mean other classes than the data's labels; equal numbers of them are given."""
+    if theirs is None or ours is None or len(theirs) != len(ours):
+        return []
+    apart = [number for number, names in enumerate(zip(theirs, ours, strict=True)) if names[0] != names[1]]
+    if not apart:
+        return []
+    first = apart[0]
+    return [
+        f"its head's class {first} is {theirs[first]}, the data's {ours[first]} ({len(apart)} of {len(ours)} differ); "
+        "give data with the head's classes in its order, or model.keep_head=false for a new head"
+    ]
 
 
 def _listed(names: tuple[str, ...] | list[str]) -> str:

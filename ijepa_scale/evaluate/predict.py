@@ -13,7 +13,7 @@ from ijepa_scale.checkpoint.store import Checkpoint, newest
 from ijepa_scale.config.finetune import ClassifierConfig
 from ijepa_scale.config.finetune_run import ClassifierEvaluationConfig
 from ijepa_scale.data.decode import decode
-from ijepa_scale.errors import CheckpointError, DataError, SampleError
+from ijepa_scale.errors import CheckpointError, ConfigError, DataError, SampleError
 from ijepa_scale.models.classifier import Classifier, build_classifier
 
 
@@ -30,6 +30,7 @@ class Predictor:
 
     Raises:
         CheckpointError: there is none, or it is no classifier's.
+        ConfigError: `device` isn't there.
     """
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
@@ -44,7 +45,7 @@ class Predictor:
         config = checkpoint.extra["config"]
         self._config = ClassifierConfig(**config["model"])
         self.classes = checkpoint.extra["classes"] or [str(number) for number in range(self._config.num_classes)]
-        self._device = torch.device(device)
+        self._device = _usable(device)
         augment = config["augment"]
         crop_fraction = ClassifierEvaluationConfig(**config["evaluate"]).crop_of(self._config.image_size)
         self._transform = EvalTransform(
@@ -81,3 +82,15 @@ class Predictor:
             [Guess(self.classes[number], share) for share, number in zip(row, numbers, strict=True)]
             for row, numbers in zip(shares.tolist(), order.tolist(), strict=True)
         ]
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """Returns the device, which is there."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} isn't one; give cpu, cuda or cuda:N") from error
+    count = torch.cuda.device_count()
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and (chosen.index or 0) >= count):
+        raise ConfigError(f"device {chosen} can't be used: this host has {count} GPUs; give cpu, or cuda:N below that")
+    return chosen

@@ -118,7 +118,9 @@ class FinetuneTask:
         module = build_classifier(model, seed=config.seed)
         self.loaded: LoadReport | None = None
         if model.init is not None and starting:
-            self.loaded = load_weights(module, model.init, which=model.weights, keep_head=model.keep_head)
+            self.loaded = load_weights(
+                module, model.init, which=model.weights, keep_head=model.keep_head, classes=self.classes
+            )
         groups = partial(layer_decay_groups, layer_decay=config.optimizer.layer_decay)
         self.preflight = Preflight(config, self.batch_size, self.schedule, module, groups(module), labels)
         self._drop_rates = module.drop_rates

@@ -180,7 +180,7 @@ class Loop:
         """
         task, last = self.task, self.task.last_step
         if last == 0:
-            raise ConfigError("the run has 0 steps; give more epochs or a larger schedule.stop_after")
+            raise ConfigError("the run has 0 steps; give more epochs or a larger stop_after")
         if self.world.is_main:
             self._describe()
         with open_sinks(
@@ -260,13 +260,16 @@ class Loop:
             logger.info("saved %s", path)
 
     def _describe(self) -> None:
-        """Writes the run folder's config.yaml and run.json; rows of a run that left no checkpoint are put aside."""
+        """Writes config.yaml and run.json; puts rows and best state of a run that left no checkpoint aside."""
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = self.folder / JSONL_NAME
-        if self.start == 0 and rows.exists():
-            aside = next(name for n in count(1) if not (name := self.folder / f"metrics-{n}.jsonl").exists())
-            rows.rename(aside)
-            logger.warning("%s is of a run without checkpoint; moved to %s", rows, aside.name)
+        # a best state left behind would be pruned last, and so be taken for this run's
+        for left in (rows, self.folder / "best") if self.start == 0 else ():
+            if left.exists():
+                names = (left.with_name(f"{left.stem}-{number}{left.suffix}") for number in count(1))
+                aside = next(name for name in names if not name.exists())
+                left.rename(aside)
+                logger.warning("%s is of a run without checkpoint; moved to %s", left, aside.name)
         (self.folder / "config.yaml").write_text(to_yaml(self.config))
         (self.folder / "run.json").write_text(json.dumps(self.versions, indent=2) + "\n")
         logger.info(

@@ -24,6 +24,7 @@ PICTURE = "first_batch.png"
 _NUM_IMAGES = 8
 _NEAR = 0.1  # a first loss further from chance than this share is worth a warning
 _STATE_BYTES = 16  # fp32 weight, gradient and Adam's two moments
+_WEIGHT_BYTES = 4  # of what isn't trained: frozen parts, and the average of all weights
 
 
 class Preflight:
@@ -62,6 +63,8 @@ class Preflight:
         origin = f" = {rate.base_lr:g} x {self._batch_size} / {LR_BATCH}" if rate.lr is None else ""
         chance = chance_loss(config.model.num_classes)
         trained = sum(group["parameters"] for group in self._groups)
+        kept = self._num_parameters - trained + (0 if rate.ema is None else self._num_parameters)
+        state_bytes = _STATE_BYTES * trained + _WEIGHT_BYTES * kept
         return [
             f"data      {self._images}",
             f"batch     {self._batch_size} = {world.size} processes x accumulation {accumulation} x {each} images",
@@ -71,7 +74,8 @@ class Preflight:
             f"loss      {first_loss:.4f} at the first batch, chance is {chance:.4f}"
             + ("" if self._is_near(first_loss, chance) else "  <- far from it: check the labels and the head"),
             f"memory    {self._num_parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained: "
-            f"{_STATE_BYTES * trained / 1e9:.2f} GB of weights, gradients and optimiser in fp32, before sharding",
+            f"{state_bytes / 1e9:.3g} GB of weights, gradients, optimiser{'' if rate.ema is None else ' and average'} "
+            "in fp32, before sharding",
             "groups    name, tensors, parameters, lr scale, weight decay",
             *(
                 f"  {group['name']:<14} {group['tensors']:>4} {group['parameters']:>13,} {group['lr_scale']:>9.5f}  "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ijepa_scale.config import load_config
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.write import Sample, write_shards
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CheckpointError, DataError, UserError
+from ijepa_scale.errors import CheckpointError, ConfigError, DataError, UserError
 from ijepa_scale.evaluate.predict import Predictor
 from ijepa_scale.train.finetune import FinetuneTask, finetune
 from launch import export, predict
@@ -106,6 +107,18 @@ def test_a_finished_run_takes_no_further_step(finished, data):
     assert (again.steps, again.top1, again.checkpoint) == (60, 1.0, before.checkpoint) and again.loss is None
 
 
+def test_the_best_state_of_a_run_without_checkpoint_is_not_taken_for_the_next_ones(data, tmp_path):
+    few = ("optimizer.epochs=2", "evaluate.every_epochs=0.17", "data.batch_size=12")
+    finetune(configure(tmp_path, data, *few), ALONE)
+    folder = tmp_path / "run"
+    (left,) = (folder / "best").iterdir()
+    left.rename(left.with_name("step-00000099"))  # later than any step of the next run
+    shutil.rmtree(folder / "checkpoints")
+    finetune(configure(tmp_path, data, *few, "optimizer.lr=1e-9", "seed=1"), ALONE)
+    assert Predictor(folder).checkpoint.name != "step-00000099"
+    assert (folder / "best-1" / "step-00000099").is_dir() and (folder / "metrics-1.jsonl").is_file()
+
+
 def test_prediction_names_classes(finished, tmp_path, capsys):
     for number, (name, color) in enumerate(COLORS.items()):
         (tmp_path / f"{name}.png").write_bytes(picture(color, 100 + number, 40))
@@ -145,6 +158,12 @@ def test_prediction_refuses_by_text(finished, tmp_path, capsys):
     ):
         assert predict.main([str(image), "--model", str(finished[0])]) == 2
         assert text in capsys.readouterr().err
+    for device, text in (
+        ("gpu", "device 'gpu' isn't one; give cpu"),
+        ("cuda:99", "device cuda:99 can't be used: this"),
+    ):
+        assert predict.main(["x.jpg", "--model", str(finished[0]), "--device", device]) == 2
+        assert text in capsys.readouterr().err
     assert predict.main(["x.jpg", "--model", str(tmp_path)]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
 
@@ -157,6 +176,32 @@ def test_weights_come_from_a_finished_run(finished, data, tmp_path):
     assert "100.0% of the model's weights" in text and "loaded its only encoder" in text
     first = float(text.split("loss")[1].split()[0])
     assert first < 0.9  # the head came along, so it is below chance
+
+
+@pytest.mark.parametrize("source", ["", "/model.safetensors"])
+def test_a_kept_head_means_the_datas_classes(finished, data, tmp_path, source):
+    shuffled = [Sample(f"{number}", picture((0, 0, 0), number), number) for number in range(3)]
+    write_shards(shuffled, tmp_path / "other", classes=["blue", "red", "green"])
+    changes = ("evaluate.data=null", "data.batch_size=2", f"model.init={finished[0]}{source}", "stop_after=1")
+    text = "its head's class 1 is green, the data's red .2 of 3 differ.; give data with the head's classes"
+    with pytest.raises(CheckpointError, match=text):
+        finetune(configure(tmp_path, tmp_path / "other", *changes, "model.keep_head=true"), ALONE)
+    finetune(configure(tmp_path, tmp_path / "other", *changes), ALONE)  # a new head has no classes yet
+
+
+def test_the_preflight_counts_what_is_not_trained(data, tmp_path):
+    sizes = []
+    for frozen, ema in ((0, "null"), (2, "null"), (2, "0.9")):
+        changes = ("model.width=192", f"model.frozen_blocks={frozen}", f"optimizer.ema={ema}")
+        task = FinetuneTask(configure(tmp_path, data, *changes), ALONE, starting=True)
+        whole = sum(parameter.numel() for parameter in task.engine.module.parameters())
+        trained = sum(parameter.numel() for parameter in task.engine.module.parameters() if parameter.requires_grad)
+        expected = 16 * trained + 4 * (whole - trained) + (0 if ema == "null" else 4 * whole)
+        (line,) = (line for line in task.preflight.lines(ALONE, None, 1.0) if line.startswith("memory"))
+        assert f": {expected / 1e9:.3g} GB of weights, gradients, optimiser" in line
+        assert ("and average" in line) == (ema != "null")
+        sizes.append(expected)
+    assert sizes[1] < sizes[2] < sizes[0]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +220,7 @@ def test_weights_come_from_a_finished_run(finished, data, tmp_path):
             "batch 5 is not divisible by 1 processes x accumul",
         ),
         (("data.batch_size=100",), DataError, "fewer than one batch of 100"),
+        (("stop_after=0",), ConfigError, "the run has 0 steps; give more epochs or a larger stop_after"),
         (("model.init={run}/nothing",), CheckpointError, "nothing doesn't exist; give a run folder"),
         (("evaluate.data={other}",), DataError, "name other classes .only one has black, blue"),
     ],
@@ -214,5 +260,7 @@ def test_export_from_the_command_line(finished, tmp_path, capsys):
     assert export.main([str(finished[0]), "--to", str(to)]) == 2
     assert "out.safetensors exists; name another file, or add --overwrite" in capsys.readouterr().err
     assert export.main([str(finished[0]), "--to", str(to), "--overwrite"]) == 0
+    assert export.main([str(finished[0]), "--to", str(tmp_path / "out.bin")]) == 2
+    assert "out.bin isn't named .safetensors" in capsys.readouterr().err and not (tmp_path / "out.bin").exists()
     assert export.main([str(tmp_path / "no"), "--to", str(tmp_path / "b.safetensors")]) == 2
     assert "doesn't exist" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
