@@ -70,7 +70,7 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
             _remove(final)
         os.replace(unfinished, final)
         _flush(folder)
-        _prune(folder, keep)
+        _prune(folder, keep, final)
     world.barrier()
     return final
 
@@ -191,9 +191,11 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, written: Path) -> None:
+    """Leaves the `keep` newest checkpoints, and the one just written even where others are of later steps."""
     for path in sorted(p for p in folder.glob("step-*") if (p / _MANIFEST).is_file())[:-keep]:
-        _remove(path)
+        if path != written:
+            _remove(path)
     for path in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path)
 

@@ -55,13 +55,16 @@ def class_table(counts: np.ndarray, classes: list[str] | None) -> list[dict[str,
     return rows
 
 
-def write_report(folder: Path, accuracy: Accuracy | None, num_classes: int, classes: list[str] | None) -> None:
-    """Writes curves.png, and where there was an evaluation results.json, classes.csv and confusion.png."""
+def write_report(
+    folder: Path, accuracy: Accuracy | None, step: int, num_classes: int, classes: list[str] | None
+) -> None:
+    """Writes curves.png, and of the last evaluation, after `step` steps, results.json, classes.csv, confusion.png."""
     draw_training(folder / JSONL_NAME, folder / CURVES)
     if accuracy is None:
         return
     counts = accuracy.confusion(num_classes)
     figures = {
+        "step": step,
         "images": len(accuracy.labels), "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss,
     }  # fmt: skip
     (folder / RESULTS).write_text(json.dumps(figures, indent=2) + "\n")

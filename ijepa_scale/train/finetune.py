@@ -132,6 +132,7 @@ class FinetuneTask:
         self.top1: float | None = None
         self.top5: float | None = None
         self.best_top1: float | None = None
+        self._evaluated_step = 0
 
     def _build_check(self) -> ClassifierCheck | None:
         config, model = self.config.evaluate, self.config.model
@@ -260,7 +261,7 @@ class FinetuneTask:
         averaged = self.config.optimizer.ema is not None
         found = self.accuracy = self._check.run(self.engine.target if averaged else self.engine.evaluate)
         best = self.best_top1 is None or found.top1 > self.best_top1
-        self.top1, self.top5 = found.top1, found.top5
+        self.top1, self.top5, self._evaluated_step = found.top1, found.top5, done
         self.best_top1 = found.top1 if self.best_top1 is None else max(self.best_top1, found.top1)
         row = {"top1": found.top1, "top5": found.top5, "eval_loss": found.loss, "best_top1": self.best_top1}
         note = f"top-1 {found.top1:.2%}  top-5 {found.top5:.2%}  best top-1 {self.best_top1:.2%}"
@@ -271,7 +272,7 @@ class FinetuneTask:
         if self.world.is_main:
             best = newest(folder / "best")
             export_safetensors(best or folder, folder / EXPORT)
-            write_report(folder, self.accuracy, self.config.model.num_classes, self.classes)
+            write_report(folder, self.accuracy, self._evaluated_step, self.config.model.num_classes, self.classes)
 
 
 def _difference(ours: list[str] | None, theirs: list[str] | None) -> str:

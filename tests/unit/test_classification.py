@@ -95,9 +95,7 @@ def test_labels_outside_the_classes_are_refused(folder):
     with pytest.raises(DataError, match=r"data.train: 7 of 25 images have no label from 0 to 3 .*class4/0.png with la"):
         check_labels(source, 4, "data.train")
     source.labels = lambda: np.array([0, -1, 2])
-    with pytest.raises(
-        DataError, match="data.train: 1 of 3 images .* with no label.; mend the labels"
-    ):
+    with pytest.raises(DataError, match="data.train: 1 of 3 images .* with no label.; mend the labels"):
         check_labels(source, 4, "data.train")
 
 
@@ -110,9 +108,7 @@ def test_class_names_must_be_as_many_as_classes(folder):
     source = ImageFolderSource(folder)
     assert class_names(source, 5) == [f"class{n}" for n in range(5)]
     assert class_names(SyntheticSource(10, (8, 8)), 7) is None
-    with pytest.raises(
-        DataError, match="names 5 classes .class0, class1, .*num_classes is 7; set model.num"
-    ):
+    with pytest.raises(DataError, match="names 5 classes .class0, class1, .*num_classes is 7; set model.num"):
         class_names(source, 7)
 
 
@@ -121,9 +117,9 @@ def test_the_report_holds_figures_table_and_pictures(tmp_path):
     accuracy = Accuracy(top1=4 / 6, top5=1.0, loss=0.5, labels=labels, predictions=predictions)
     rows = [{"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 1, "top1": 0.5, "top5": 0.9, "eval_loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    write_report(tmp_path, accuracy, 3, ["a", "b", "c"])
+    write_report(tmp_path, accuracy, 9, 3, ["a", "b", "c"])
     figures = json.loads((tmp_path / "results.json").read_text())
-    assert figures == {"images": 6, "top1": 4 / 6, "top5": 1.0, "loss": 0.5}
+    assert figures == {"step": 9, "images": 6, "top1": 4 / 6, "top5": 1.0, "loss": 0.5}
     table = list(csv.DictReader((tmp_path / "classes.csv").open()))
     assert [row["class"] for row in table] == ["a", "b", "c"]
     assert float(table[0]["recall"]) == pytest.approx(2 / 3) and table[0]["most often taken for"] == "b"

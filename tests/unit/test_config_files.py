@@ -98,9 +98,9 @@ def test_published_names_are_the_published_runs(
     assert config.data.batch_size == 2048
 
 
-def test_the_demo_runs_800_steps() -> None:
+def test_the_demo_runs_500_steps() -> None:
     config = load_config(CONFIGS[0].parent / "demo.yaml")
-    assert config.schedule.epochs * config.schedule.steps_per_epoch == 800
+    assert config.schedule.epochs * config.schedule.steps_per_epoch == 500
     assert config.model.grid == (7, 7) and config.data.batch_size == 64
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from ijepa_scale.checkpoint import store
 from ijepa_scale.checkpoint.sources import read_weights
 from ijepa_scale.config import load_config
 from ijepa_scale.config.finetune_run import FinetuneConfig
@@ -264,3 +265,9 @@ def test_export_from_the_command_line(finished, tmp_path, capsys):
     assert "out.bin isn't named .safetensors" in capsys.readouterr().err and not (tmp_path / "out.bin").exists()
     assert export.main([str(tmp_path / "no"), "--to", str(tmp_path / "b.safetensors")]) == 2
     assert "doesn't exist" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
+
+
+def test_the_state_just_written_survives_older_ones_of_later_steps(tmp_path):
+    for step in (30, 20):
+        written = store.save(tmp_path, step, [], world=ALONE, extra={}, keep=1)
+        assert written.is_dir()
