@@ -42,7 +42,7 @@ class Mixing:
         self._config, self._num_classes, self._seed = config, num_classes, seed
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int, position: int) -> tuple[Tensor, Tensor]:
-        """Returns (B, 3, h, w) mixed images and (B, classes) float32 soft labels; doesn't synchronise.
+        """Returns (B, 3, h, w) images, mixed in place, and (B, classes) float32 soft labels; doesn't synchronise.
 
         `labels` (B,) int64 lie on the images' device; `position` is the first image's place in the global batch.
 
@@ -59,16 +59,14 @@ class Mixing:
         check_pairs(position, config)
         size = (images.shape[-2], images.shape[-1])
         shares, boxes = self.draw(size, step=step, position=position, count=len(images))
-        kept = _moved(shares[:, None, None, None], images.device)
-        other = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        pair_shares, pair_boxes = shares[::2], boxes[::2]  # the two of a pair share them
+        lost = _moved((1.0 - pair_shares)[:, None], images.device)
         # mixed by box where a pair drew CutMix, else all over
-        inside = _inside(boxes, size, images.device)
-        by_box = _moved(np.any(boxes[:, 2:] > 0, axis=1).astype(np.float32)[:, None, None, None], images.device)
-        weight = by_box * (1.0 - inside) + (1.0 - by_box) * kept
-        mixed = other + weight * (images - other)
-        mixed = torch.where(weight == 1.0, images, mixed)  # exactly as it was where nothing is mixed in
-        partner = soft.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-        return mixed, partner + kept[:, :, 0, 0] * (soft - partner)
+        by_box = _moved(np.any(pair_boxes[:, 2:] > 0, axis=1)[:, None, None, None], images.device)
+        inside = _inside(pair_boxes, size, images.device)
+        _exchange(images, torch.where(by_box, inside, lost[:, :, None, None]))
+        _exchange(soft, lost)
+        return images, soft
 
     def draw(self, size: tuple[int, int], *, step: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the share that each image keeps (count,) float32, and boxes (count, 4): top, left, height, width.
@@ -101,6 +99,14 @@ def _box(kept: float, size: tuple[int, int], down: float, across: float) -> tupl
     begin = [max(0, place - reach) for place, reach in zip(centre, half, strict=True)]
     end = [min(side, place + reach) for side, place, reach in zip(size, centre, half, strict=True)]
     return begin[0], begin[1], end[0] - begin[0], end[1] - begin[1]
+
+
+def _exchange(values: Tensor, share: Tensor) -> None:
+    """Moves the two of each pair `share` (B / 2, ...) of the way towards one another, in place; at 0 not a bit."""
+    first, second = values.unflatten(0, (-1, 2)).unbind(1)
+    moved = (second - first).mul_(share)
+    first.add_(moved)
+    second.sub_(moved)
 
 
 def _inside(boxes: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:
