@@ -49,7 +49,35 @@ def state_bytes(
         ValueError: another strategy.
     """
     counts = count_parameters(model)
-    trained, target = FP32_BYTES * counts.trainable, FP32_BYTES * counts.target
+    return spread_states(
+        counts.trainable,
+        counts.target,
+        strategy,
+        world=world,
+        replicas=replicas,
+        reshard_after_forward=reshard_after_forward,
+        offload_optimizer=offload_optimizer,
+    )
+
+
+def spread_states(
+    num_trained: int,
+    num_target: int,
+    strategy: str,
+    *,
+    world: int = 1,
+    replicas: int = 1,
+    reshard_after_forward: bool = False,
+    offload_optimizer: bool = False,
+) -> StateBytes:
+    """Returns the bytes of one process's states for so many parameters; the rest is as in `state_bytes`.
+
+    `num_target` parameters have no gradient and no optimiser state: a target's, or frozen ones.
+
+    Raises:
+        ValueError: another strategy.
+    """
+    trained, target = FP32_BYTES * num_trained, FP32_BYTES * num_target
     shards = world // replicas if strategy == "fsdp2" else world
     if strategy in ("plain", "ddp"):
         return StateBytes(weights=trained, gradients=trained, optimizer=2 * trained, target=target)

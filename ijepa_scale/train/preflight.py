@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ijepa_scale.checkpoint.weights import LoadReport
 from ijepa_scale.config.finetune import LR_BATCH
 from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.engine.ds_config import load_ds_config
 from ijepa_scale.engine.world import World
 from ijepa_scale.evaluate.classification import chance_loss
 from ijepa_scale.metrics.classifier_plots import draw_labelled
+from ijepa_scale.planning.memory import spread_states
 from ijepa_scale.schedules import FinetuneSchedule
 
 logger = logging.getLogger(__name__)
@@ -23,8 +25,6 @@ FILE = "preflight.txt"
 PICTURE = "first_batch.png"
 _NUM_IMAGES = 8
 _NEAR = 0.1  # a first loss further from chance than this share is worth a warning
-_STATE_BYTES = 16  # fp32 weight, gradient and Adam's two moments
-_WEIGHT_BYTES = 4  # of what isn't trained: frozen parts, and the average of all weights
 
 
 class Preflight:
@@ -64,7 +64,6 @@ class Preflight:
         chance = chance_loss(config.model.num_classes)
         trained = sum(group["parameters"] for group in self._groups)
         kept = self._num_parameters - trained + (0 if rate.ema is None else self._num_parameters)
-        state_bytes = _STATE_BYTES * trained + _WEIGHT_BYTES * kept
         return [
             f"data      {self._images}",
             f"batch     {self._batch_size} = {world.size} processes x accumulation {accumulation} x {each} images",
@@ -73,9 +72,7 @@ class Preflight:
             f"weights   {loaded.text() if loaded else 'random (model.init is null)'}",
             f"loss      {first_loss:.4f} at the first batch, chance is {chance:.4f}"
             + ("" if self._is_near(first_loss, chance) else "  <- far from it: check the labels and the head"),
-            f"memory    {self._num_parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained: "
-            f"{state_bytes / 1e9:.3g} GB of weights, gradients, optimiser{'' if rate.ema is None else ' and average'} "
-            "in fp32, before sharding",
+            self._memory(world, trained, kept),
             "groups    name, tensors, parameters, lr scale, weight decay",
             *(
                 f"  {group['name']:<14} {group['tensors']:>4} {group['parameters']:>13,} {group['lr_scale']:>9.5f}  "
@@ -83,6 +80,35 @@ class Preflight:
                 for group in self._groups
             ),
         ]
+
+    def _memory(self, world: World, trained: int, kept: int) -> str:
+        """Returns the line on what `trained` parameters, and `kept` ones without gradient, take on each process."""
+        engine = self._config.engine
+        strategy, offload = engine.strategy, False
+        if engine.ds_config is not None:
+            zero = load_ds_config(engine.ds_config)["zero_optimization"]
+            strategy, offload = f"zero{zero['stage']}", "offload_optimizer" in zero
+        states = spread_states(
+            trained,
+            kept,
+            strategy,
+            world=world.size,
+            replicas=engine.replicas,
+            reshard_after_forward=engine.reshard_after_forward,
+            offload_optimizer=offload,
+        )
+        kinds = {
+            "weights": states.weights,
+            "gradients": states.gradients,
+            f"optimiser{' (on the host)' if offload else ''}": states.optimizer,
+            "frozen or averaged": states.target,
+        }
+        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in kinds.items())
+        return (
+            f"memory    {self._num_parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained; fp32 "
+            f"states of each process under {strategy} x {world.size}: {states.total / 1e9:.3g} GB ({parts}); "
+            "activations and buffers come on top"
+        )
 
     def _is_near(self, loss: float, chance: float) -> bool:
         return self._config.model.keep_head or abs(loss - chance) <= _NEAR * chance
