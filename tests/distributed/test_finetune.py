@@ -53,13 +53,15 @@ def write_config(path: Path, data: Path, batch: int = 8, epochs: int = 3) -> Pat
     return path
 
 
-def train(world: World, path: str, engine: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Returns the losses of some steps and the full state after them."""
+def train(world: World, path: str, engine: dict[str, Any], steps: int, state: bool = True) -> dict[str, Any]:
+    """Returns the losses of some steps and the full state after them, or the shapes that this process has parts of."""
     config = load_config(path, kind=FinetuneConfig)
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, **engine), stop_after=steps)
     task = FinetuneTask(config, world, starting=True)
     found = [float(world.mean(task.step(batch).loss.clone())) for batch in task.loader(0)]
     assert len(found) == steps
+    if not state:
+        return {"losses": found, "shapes": {piece.name: piece.shape for piece in task.engine.pieces()}}
     return {"losses": found, "state": full_state(world, task.engine)}
 
 
@@ -101,8 +103,7 @@ def test_launchers_train_the_same(data, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port)
     deepspeed = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", f"--master_port={port}")
     cases = {
-        "processes": (("--processes", "2", "engine.strategy=fsdp2", "engine.accumulation=2"), ()),
-        "torchrun": ((), torchrun),
+        "torchrun": (("engine.strategy=fsdp2", "engine.accumulation=2"), torchrun),
         "deepspeed": ((*ZERO2, "engine.accumulation=2"), deepspeed),
     }
     for name, (arguments, launcher) in cases.items():
@@ -118,8 +119,8 @@ def test_launchers_train_the_same(data, tmp_path):
         )
 
 
-@pytest.mark.parametrize("arguments", [(), ("--processes", "2", *ZERO3)], ids=["plain", "zero3 x2"])
-def test_a_killed_run_goes_on_bit_for_bit(arguments, data, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path):
+    arguments = ("--processes", "2", *ZERO3)
     whole, broken = (write_config(tmp_path / f"{name}.yaml", data) for name in ("whole", "broken"))
     finish(launch(whole, *arguments), whole)
     process = launch(broken, *arguments)
@@ -144,7 +145,7 @@ def test_wide_giant_blocks_train_under_zero3(tmp_path, data):
     path = write_config(tmp_path / "giant.yaml", data, batch=4)
     small = "name: vit_tiny, image_size: 32, patch_size: 4, width: 48, depth: 3, heads: 3"
     path.write_text(path.read_text().replace(small, "name: vit_giant, image_size: 32, patch_size: 16, depth: 2"))
-    states = run(train, 2, str(path), {**ENGINES["zero3"], "checkpointing": "full"}, 3)
+    states = run(train, 2, str(path), {**ENGINES["zero3"], "checkpointing": "full"}, 3, False)
     losses_found = states[0]["losses"]
     assert all(map(torch.isfinite, torch.tensor(losses_found))) and len(losses_found) == 3
-    assert states[0]["state"]["model.encoder.blocks.1.mlp.fc1.weight"].numel() == 1408 * 6144
+    assert states[0]["shapes"]["model.encoder.blocks.1.mlp.fc1.weight"] == (6144, 1408)
