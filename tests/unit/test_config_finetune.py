@@ -14,6 +14,7 @@ from ijepa_scale.engine.ds_config import load_ds_config
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.classifier import build_classifier
 from ijepa_scale.optim import layer_decay_groups
+from ijepa_scale.planning.memory import spread_states
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
@@ -35,6 +36,17 @@ def test_every_recipe_builds(path):
         assert count == pytest.approx(PARAMETERS[config.model.name], rel=0.005)
     if config.engine.ds_config is not None:
         assert load_ds_config(ROOT / config.engine.ds_config)["zero_optimization"]["stage"] == 2
+
+
+def test_giant_is_planned_for_eight_processes():
+    config = load("in1k_vitg16.yaml")
+    module = build_classifier(config.model, device="meta")
+    assert len(module.encoder.blocks) == 40 and module.encoder.width == 1408
+    groups = layer_decay_groups(module, layer_decay=config.optimizer.layer_decay)
+    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+    states = spread_states(trained, 0, "zero2", world=8)
+    # fp32: whole weights; gradients, masters and two moments shared out
+    assert states.total == pytest.approx(4 * trained * (1 + (1 + 3) / 8)) == pytest.approx(6.1e9, rel=0.01)
 
 
 @pytest.mark.parametrize(
