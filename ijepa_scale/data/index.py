@@ -168,17 +168,7 @@ def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None)
             problems = Problems.loads(arrays["problems"].tobytes())
     except FileNotFoundError:
         return None
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except _DAMAGE as error:
         logger.warning("index %s is damaged (%s); scanning the tar again", kept, error)
         return None
     if (

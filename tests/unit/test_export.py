@@ -22,6 +22,7 @@ from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.registry import build_jepa
+from launch import export
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 MODEL = ModelConfig(
@@ -135,3 +136,13 @@ def test_safetensors_come_back(tmp_path: Path, naming: str, which: str, prefix: 
 def test_an_unknown_naming(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="naming is 'jax'; choose one of published, transformers"):
         export_safetensors(tmp_path, tmp_path / "out", naming="jax")
+
+
+def test_the_published_file_from_the_command_line(tmp_path, capsys):
+    saved(tmp_path / "run")
+    to = str(tmp_path / "out.pth.tar")
+    assert export.main([str(tmp_path / "run"), "--to", to]) == 2
+    assert "a .pth.tar counts epochs; give --steps-per-epoch" in capsys.readouterr().err
+    assert export.main([str(tmp_path / "run"), "--to", to, "--steps-per-epoch", "10", "--processes", "3"]) == 0
+    content = torch.load(to, weights_only=True)
+    assert (content["epoch"], content["batch_size"]) == (2, 4)
