@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ijepa_scale.data.shards.files import FolderImages
+from ijepa_scale.data.shards.make import MakePlan, make_shards
+
 
 def pixels_of(seed: int, height: int = 12, width: int = 10) -> np.ndarray:
     """Returns smooth pixels, other ones for each seed."""
@@ -71,3 +74,20 @@ def tree(folder: Path) -> dict[str, bytes]:
         else:
             found[path.name] = path.read_bytes()
     return found
+
+
+PLAN = MakePlan(shard_bytes=2500)
+
+
+def damaged_folders(root: Path) -> Path:
+    """Writes 30 images of which two can't be decoded, and returns `root`."""
+    class_folders(root)
+    (root / "a" / "1.JPEG").write_bytes(b"no image at all")
+    whole = (root / "c" / "2.JPEG").read_bytes()
+    (root / "c" / "2.JPEG").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+def make(folder: Path, to: Path, **options):
+    """Makes small shards of class folders, of which a tenth may be bad."""
+    return make_shards(FolderImages(folder), to, plan=PLAN, **{"max_bad_fraction": 0.1, **options})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from PIL import Image, ImageEnhance, ImageOps
 from ijepa_scale.augment import geometry, levels
 from ijepa_scale.augment.rand_augment import rotation, shear, translation
 
-PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "clothing-small.tar"
 FILL = (124, 116, 104)
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -40,9 +38,7 @@ def made_up() -> list[Image.Image]:
 def pictures(request) -> list[Image.Image]:
     if request.param == "made up":
         return made_up()
-    if not PHOTOS.exists():
-        pytest.skip(f"{PHOTOS} isn't there")
-    with tarfile.open(PHOTOS) as tar:
+    with tarfile.open(request.getfixturevalue("clothing_tar")) as tar:
         names = [member for member in tar if member.name.endswith(".jpg")][::80]
         found = [Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB") for member in names]
     return [image.resize((96, 80)) for image in found]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_sets import class_folders, encoded, pixels_of, tree
+from image_sets import class_folders, damaged_folders, encoded, make, pixels_of, tree
 from PIL import Image
 
 from ijepa_scale.data.decode import decode
@@ -21,17 +21,11 @@ from ijepa_scale.data.write import write_manifest
 from ijepa_scale.errors import DataError, SampleError
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "shards.py"
-PLAN = MakePlan(shard_bytes=2500)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """30 images, of which two can't be decoded."""
-    root = class_folders(tmp_path_factory.mktemp("images") / "set")
-    (root / "a" / "1.JPEG").write_bytes(b"no image at all")
-    whole = (root / "c" / "2.JPEG").read_bytes()
-    (root / "c" / "2.JPEG").write_bytes(whole[: len(whole) // 2])
-    return root
+    return damaged_folders(tmp_path_factory.mktemp("images") / "set")
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +34,6 @@ def expected(folder, tmp_path_factory):
     to = tmp_path_factory.mktemp("expected")
     make(folder, to)
     return tree(to)
-
-
-def make(folder, to, **options):
-    return make_shards(FolderImages(folder), to, plan=PLAN, **{"max_bad_fraction": 0.1, **options})
 
 
 def test_each_image_is_in_the_set_once_with_its_label(folder, expected, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_sets import class_folders, encoded, tree
+from image_sets import PLAN, class_folders, damaged_folders, encoded, make, tree
 
 from ijepa_scale.data.shards.files import FolderImages
 from ijepa_scale.data.shards.journal import JOURNAL
@@ -19,17 +19,11 @@ from ijepa_scale.data.shards.make import MakePlan, make_shards
 from ijepa_scale.errors import DataError
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "shards.py"
-PLAN = MakePlan(shard_bytes=2500)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """30 images, of which two can't be decoded."""
-    root = class_folders(tmp_path_factory.mktemp("images") / "set")
-    (root / "a" / "1.JPEG").write_bytes(b"no image at all")
-    whole = (root / "c" / "2.JPEG").read_bytes()
-    (root / "c" / "2.JPEG").write_bytes(whole[: len(whole) // 2])
-    return root
+    return damaged_folders(tmp_path_factory.mktemp("images") / "set")
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +32,6 @@ def expected(folder, tmp_path_factory):
     to = tmp_path_factory.mktemp("expected")
     make(folder, to)
     return tree(to)
-
-
-def make(folder, to, **options):
-    return make_shards(FolderImages(folder), to, plan=PLAN, **{"max_bad_fraction": 0.1, **options})
 
 
 def in_child(work):
