@@ -1,0 +1,38 @@
+"""The Triton kernels: against their references under the interpreter, and compiled for GPUs that aren't there."""
+
+import json
+
+import pytest
+
+from tests.unit.kernel_harness import CAPABILITIES, run
+
+# Sums in another order in fp32. The interpreter cuts bf16 off where a GPU rounds (2^-7 each), and the gradient
+# becomes bf16 twice where the upstream one isn't 1.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-6}
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return json.loads(run("-m", "tests.unit.interpret_kernels", TRITON_INTERPRET="1").splitlines()[-1])
+
+
+def test_target_loss_equals_the_reference(interpreted):
+    found = interpreted["target_loss"]
+    assert len(found) == 42
+    for name, off in found.items():
+        assert off["loss"] < 1e-6, (name, off)  # fp32 whatever the inputs are
+        assert off["gradient"] < TOLERANCE["bfloat16" if "bfloat16" in name else "float32"], (name, off)
+
+
+def test_target_loss_keeps_its_promises(interpreted):
+    found = interpreted["target_loss rules"]
+    assert found["same bits"] and found["outside is NaN"] and found["no graph"]
+    assert "modified by an inplace operation" in found["second backward"]
+    assert found["compiled"] < 1e-6
+
+
+def test_the_kernels_compile(tmp_path):
+    found = json.loads(run("-m", "tests.unit.compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
+    assert len(found) == 4
+    for name, sizes in found.items():
+        assert len(sizes) == len(CAPABILITIES) and min(sizes) > 1000, (name, sizes)
