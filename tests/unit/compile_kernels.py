@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from ijepa_kernels.target_loss import triton as target_loss
+from ijepa_kernels.target_update import triton as target_update
 from tests.unit.kernel_harness import compiled_bytes
 
 
@@ -25,8 +26,20 @@ def losses() -> dict[str, list[int]]:
     return found
 
 
+def updates() -> dict[str, list[int]]:
+    """Returns the bytes of code of the update, with all that it can and with the least."""
+    signature = {"tensors": "*i64", "chunks": "*i64", "flag": "*fp32", "weight": "fp32"}
+    found = {}
+    for all_of_it in (True, False):
+        constants = {**dict.fromkeys(("COPIES", "FLAG", "ALIGNED"), all_of_it),
+                     "CHUNK": target_update.CHUNK, "BLOCK": target_update.BLOCK}  # fmt: skip
+        name = f"target_update {'whole' if all_of_it else 'least'}"
+        found[name] = compiled_bytes(target_update._kernel, signature, constants, num_warps=8)
+    return found
+
+
 def main() -> None:
-    print(json.dumps(losses()))
+    print(json.dumps({**losses(), **updates()}))
 
 
 if __name__ == "__main__":

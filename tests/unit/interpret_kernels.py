@@ -7,7 +7,9 @@ import json
 import torch
 
 from ijepa_kernels.target_loss import target_loss
+from ijepa_kernels.target_update import prepare, target_update
 from tests.unit.test_target_loss import inputs
+from tests.unit.test_target_update import lists, ulps
 
 LOSS_CASES = {  # R, S, D
     "several rows a program": (13, 5, 100),
@@ -84,8 +86,53 @@ def loss_rules() -> dict[str, object]:
     }
 
 
+def updates() -> dict[str, dict[str, float]]:
+    """Returns for each case the distances of target, in ulps, and of its copies, in bf16's, and if the source moved."""
+    found = {}
+    shapes = [(3, 5), (70,), (), (0, 4), (16384 + 2048 + 3,), (16384,), (1,)]
+    for momentum in (1.0, 0.9999, 0.996, 0.5, 0.25, 0.0):
+        for with_copies, flag, odd in ((True, None, False), (True, 0.0, True), (False, 0.0, False), (True, 2.0, False)):
+            target, source, copies = lists([(n + 1,) for n in (5, 70)] if odd else shapes)
+            if odd:  # addresses that allow no wide loads
+                target, source, copies = ([x[1:] for x in tensors] for tensors in (target, source, copies))
+            moved, kept = [x.clone() for x in target], [x.clone() for x in source]
+            moved = target if odd else moved
+            old, expected = [x.clone() for x in target], [x.clone() for x in target]
+            stop = None if flag is None else torch.full((), flag)
+            target_update(expected, source, momentum, found_nonfinite=stop, implementation="reference")
+            options = {"copies": copies if with_copies else None, "found_nonfinite": stop, "implementation": "triton"}
+            target_update(moved, source, momentum, table=prepare(moved, source, options["copies"]), **options)
+            rounded = [x.float() for x in copies] if with_copies else [x.clone() for x in moved]
+            found[f"{momentum}, copies {with_copies}, flag {flag}, odd {odd}"] = {
+                "target": ulps(moved, expected, old, source),
+                "copies": max(off(a, b) for a, b in zip(rounded, moved, strict=True)),
+                "source kept": all(torch.equal(a, b) for a, b in zip(source, kept, strict=True)),
+                "moved": max(off(a, b) for a, b in zip(moved, old, strict=True)),
+            }
+    return found
+
+
+def update_rules() -> dict[str, str]:
+    """Returns what a table of other tensors makes the update say, and that no table is needed."""
+    target, source, _ = lists([(4,), (5,)])
+    table = prepare(target, source)
+    try:
+        target_update([x.clone() for x in target], source, 0.9, table=table, implementation="triton")
+        text = "ran"
+    except ValueError as error:
+        text = str(error)
+    expected = [torch.lerp(a, b, 0.1) for a, b in zip(target, source, strict=True)]
+    target_update(target, source, 0.9, implementation="triton")
+    target_update([], [], 0.9, implementation="triton")
+    empty, other, _ = lists([(0,)])
+    target_update(empty, other, 0.9, implementation="triton")
+    return {"other": text, "without": max(off(a, b) for a, b in zip(target, expected, strict=True))}
+
+
 def main() -> None:
-    print(json.dumps({"target_loss": losses(), "target_loss rules": loss_rules()}))
+    found = {"target_loss": losses(), "target_loss rules": loss_rules()}
+    found |= {"target_update": updates(), "target_update rules": update_rules()}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

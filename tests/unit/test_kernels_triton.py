@@ -31,8 +31,24 @@ def test_target_loss_keeps_its_promises(interpreted):
     assert found["compiled"] < 1e-6
 
 
+def test_target_update_equals_the_reference(interpreted):
+    found = interpreted["target_update"]
+    assert len(found) == 24
+    for name, off in found.items():
+        assert off["target"] <= 1, (name, off)
+        assert off["copies"] < 2**-7, (name, off)  # cut off, not rounded, by the interpreter
+        assert off["source kept"], name
+        assert (off["moved"] > 0) == ("flag 2.0" not in name and not name.startswith("1.0")), (name, off)
+
+
+def test_target_update_wants_a_table_of_its_tensors(interpreted):
+    found = interpreted["target_update rules"]
+    assert found["other"] == "the table was made of other tensors, or they have moved; call prepare with these again"
+    assert found["without"] < 1e-6
+
+
 def test_the_kernels_compile(tmp_path):
     found = json.loads(run("-m", "tests.unit.compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
-    assert len(found) == 4
+    assert len(found) == 6
     for name, sizes in found.items():
         assert len(sizes) == len(CAPABILITIES) and min(sizes) > 1000, (name, sizes)

@@ -1,0 +1,29 @@
+"""The target's update tensor by tensor, in elementary operations: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def target_update(
+    target: list[Tensor],
+    source: list[Tensor],
+    momentum: float,
+    *,
+    copies: list[Tensor] | None = None,
+    found_nonfinite: Tensor | None = None,
+) -> None:
+    """Moves `target` towards `source` in place; see `ijepa_kernels.target_update.target_update`.
+
+    As `torch.lerp` the end that lies nearer is the base: source - (1 - w) * (source - target) from w = 1/2 on.
+    """
+    weight = torch.tensor(1.0 - momentum, dtype=torch.float32)
+    for index, (old, new) in enumerate(zip(target, source, strict=True)):
+        way = new - old
+        moved = old + weight * way if weight < 0.5 else new - (1.0 - weight) * way
+        if found_nonfinite is not None:
+            moved = torch.where(found_nonfinite.reshape(()) == 0, moved, old)
+        old.copy_(moved)
+        if copies is not None:
+            copies[index].copy_(moved)
