@@ -16,25 +16,23 @@ TARGET_NORM_EPS = 1e-5
 
 
 @torch.no_grad()
-def jepa_targets(tokens: Tensor, masks: Masks) -> Tensor:
-    """Returns the features to predict, fp32, rows as the predictor's: (M * E * B, T, D), or (R, D) if packed.
-
-    Each of the target encoder's tokens (B, N, D) is normalised over its channels, without affine, eps 1e-5.
+def normalise_targets(tokens: Tensor) -> Tensor:
+    """Returns the target encoder's tokens (B, U, D), each normalised over its channels, fp32; without affine, eps 1e-5.
 
     Source: the released I-JEPA code's behaviour (the paper doesn't mention this norm).
     """
-    num_images, num_patches, width = tokens.shape
-    if isinstance(masks, PackedMasks):
-        index = masks.target_index
-    else:
-        num_targets, _, num_predicted = masks.targets.shape
-        offsets = torch.arange(num_images, device=tokens.device)[:, None] * num_patches
-        places = (masks.targets + offsets)[:, None]
-        index = places.expand(-1, masks.context.shape[0], -1, -1).flatten()
-    # Gathered first: the norm of a token doesn't depend on the others, and most of them aren't targets.
-    chosen = tokens.flatten(0, 1).index_select(0, index)
-    normalised = F.layer_norm(chosen.float(), (width,), eps=TARGET_NORM_EPS)
-    return normalised if isinstance(masks, PackedMasks) else normalised.view(-1, num_predicted, width)
+    return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=TARGET_NORM_EPS)
+
+
+@torch.no_grad()
+def jepa_targets(features: Tensor, rows: Tensor, masks: Masks) -> Tensor:
+    """Returns the features to predict, in the predictor's order: (M * E * B, T, D), or (R, D) if packed.
+
+    `features` are (B, U, D), of all places or of some, and `rows` (R,) int64 says where the targets lie in
+    the flattened (B * U): see `Wanted` and, for all places, `target_index`.
+    """
+    chosen = features.flatten(0, 1).index_select(0, rows)
+    return chosen if isinstance(masks, PackedMasks) else chosen.view(-1, masks.targets.shape[2], chosen.shape[-1])
 
 
 def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: ObjectiveConfig) -> Tensor:

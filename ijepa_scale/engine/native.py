@@ -132,11 +132,11 @@ class PlainEngine:
         return output
 
     @torch.no_grad()
-    def target(self, *args: Any) -> Tensor:
+    def target(self, *args: Any, **options: Any) -> Tensor:
         """Returns the target encoder's output, without gradients."""
         assert self.target_module is not None, "prepare() was given no target"
         with self._autocast:
-            return self.target_module(*args)
+            return self.target_module(*args, **options)
 
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
         """Yields the micro-batches on the device; gradients are reduced on the last one."""

@@ -56,10 +56,10 @@ def _keep_matrix_products(context: object, operation: object, *args: object, **k
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(module: nn.Module) -> None:
+def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
     """Compiles each block's forward, whole, for any number of tokens.
 
     `forward` itself is compiled, not the module call: hooks of FSDP2 and ZeRO-3 stay outside the graph.
     """
     for block in blocks(module):
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=backend)

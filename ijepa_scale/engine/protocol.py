@@ -73,7 +73,7 @@ class Engine(Protocol):
         outside training steps: it leaves weights sharded, as saving and stepping need them.
         """
 
-    def target(self, *args: Any) -> Tensor:
+    def target(self, *args: Any, **options: Any) -> Tensor:
         """Returns the target encoder's output, without gradients, under the engine's precision."""
 
     def accumulate(self, batch: Batch) -> Iterator[Batch]:

@@ -141,11 +141,11 @@ class ZeroEngine:
         return output
 
     @torch.no_grad()
-    def target(self, *args: Any) -> Tensor:
+    def target(self, *args: Any, **options: Any) -> Tensor:
         """Returns the target encoder's output, without gradients."""
         assert self.target_module is not None, "prepare() was given no target"
         with self._autocast:
-            return self._target_callable(*args)
+            return self._target_callable(*args, **options)
 
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
         """Yields the micro-batches on the device; stages 2 and 3 reduce gradients on each."""

@@ -84,6 +84,7 @@ def pack_indices(
         predictor_layout=SequenceLayout.of(total.tolist()),
         predictor_source=_tensor(source),
         target_rows=_tensor(target_rows),
+        target_layout=SequenceLayout.of(target_of.tolist()),
         weights=torch.from_numpy(np.repeat(share, target_of).astype(np.float32)),
     )
 

@@ -6,6 +6,7 @@ whole, so an image's masks can't depend on processes, accumulation or micro-batc
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 import numpy as np
@@ -41,6 +42,7 @@ class MaskSampler:
         self.seed = seed
         self.sizes = check(config, self.grid)  # bounds of tokens per block, for planning and constant buffers
         self._groups: OrderedDict[tuple[int, int, int], GroupMasks] = OrderedDict()
+        self._lock = threading.Lock()  # masks are drawn ahead on another thread
 
     def __call__(self, step: int, first: int, count: int, batch_size: int) -> Masks:
         """Returns the masks of the images at places [first, first + count) of the global batch of `step`.
@@ -60,7 +62,8 @@ class MaskSampler:
         parts = []
         for group in range(first // size, (first + count - 1) // size + 1):
             start = group * size
-            masks = self._group(step, group, min(size, batch_size - start))
+            with self._lock:
+                masks = self._group(step, group, min(size, batch_size - start))
             parts.append(masks.rows(max(0, first - start), first + count - start))
         if self.config.context == "truncate" and len(parts) == 1:
             return parts[0].dense()

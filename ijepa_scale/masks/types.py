@@ -6,8 +6,10 @@ T target tokens per block. Patches are numbered row-major.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +23,9 @@ class DenseMasks:
     context: Tensor  # (E, B, K) int64, ascending along K
     targets: Tensor  # (M, B, T) int64
 
-    def to(self, device: torch.device | str) -> DenseMasks:
-        """Returns the masks on `device`."""
-        return DenseMasks(self.context.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+    def map(self, change: Callable[[Tensor], Tensor]) -> DenseMasks:
+        """Returns the masks with `change` applied to each tensor, such as a move to a device."""
+        return DenseMasks(change(self.context), change(self.targets))
 
     def mean_tokens(self) -> tuple[float, float]:
         """Returns tokens per context block and per target block, averaged over the images."""
@@ -45,12 +47,13 @@ class PackedMasks:
     predictor_layout: SequenceLayout  # M * E * B sequences, P tokens
     predictor_source: Tensor  # (P,) int64 into cat([context tokens (C), target tokens (R)])
     target_rows: Tensor  # (R,) int64: where the target tokens lie among the P tokens
+    target_layout: SequenceLayout  # M * E * B sequences, R tokens
     weights: Tensor  # (R,) float32, sum 1: 1 / (B * M * E * T_b), so images weigh alike
 
-    def to(self, device: torch.device | str) -> PackedMasks:
-        """Returns the masks on `device`."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedMasks:
+        """Returns the masks with `change` applied to each tensor, such as a move to a device."""
         fields = {
-            name: value.to(device) if isinstance(value, SequenceLayout) else value.to(device, non_blocking=True)
+            name: value.map(change) if isinstance(value, SequenceLayout) else change(value)
             for name, value in vars(self).items()
         }
         return replace(self, **fields)
@@ -62,3 +65,38 @@ class PackedMasks:
 
 
 Masks = DenseMasks | PackedMasks
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which tokens of the target encoder are asked for: each target place once, however many blocks hold it.
+
+    Images have different numbers of such places; those with fewer than U get other places of theirs behind
+    them, so every row is a real token, but only the rows in `rows` are targets.
+    """
+
+    places: Tensor  # (B, U) int64, in each row distinct
+    rows: Tensor  # (R,) int64 into the flattened (B * U): the targets in the order of the predictions
+
+    @classmethod
+    def of(cls, masks: Masks, num_images: int, num_patches: int) -> Wanted:
+        """Returns what `masks`, on the CPU, ask of images with `num_patches` patches."""
+        index = target_index(masks, num_patches).numpy()
+        asked = np.zeros((num_images, num_patches), dtype=bool)
+        asked.reshape(-1)[index] = True
+        most = int(asked.sum(axis=1).max())
+        places = np.argsort(~asked, axis=1, kind="stable")[:, :most]
+        ranks = np.cumsum(asked, axis=1) - 1 + most * np.arange(num_images)[:, None]
+        return cls(torch.from_numpy(np.ascontiguousarray(places)), torch.from_numpy(ranks.reshape(-1)[index]))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Wanted:
+        """Returns the same with `change` applied to each tensor."""
+        return Wanted(change(self.places), change(self.rows))
+
+
+def target_index(masks: Masks, num_patches: int) -> Tensor:
+    """Returns (R,) int64 into the flattened (B * N) patches: the targets in the order of the predictions."""
+    if isinstance(masks, PackedMasks):
+        return masks.target_index
+    offsets = torch.arange(masks.targets.shape[1], device=masks.targets.device)[:, None] * num_patches
+    return (masks.targets + offsets)[:, None].expand(-1, masks.context.shape[0], -1, -1).flatten()

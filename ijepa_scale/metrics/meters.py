@@ -19,18 +19,24 @@ DATA_WAIT = "data_wait_ms"
 STEP = "step_ms"
 
 
-def feature_std(features_BND: Tensor) -> Tensor:
+def feature_std(features_BUD: Tensor, places_BU: Tensor, num_places: int) -> Tensor:
     """Returns how much target features depend on the image, a float32 scalar on their device: the collapse alarm.
 
-    `features_BND` are the layer-normed features of all tokens (B images, N places, D dims). Per place
-    and dim, the standard deviation over the images; then the mean over places and dims. Layer-normed
-    features have variance 1 over their dims, so this lies between 0 and about 1; what counts is its course:
-    it goes to 0 when the output no longer depends on the image, even if it still depends on the place. NaN
-    for a single image, which has nothing to be compared with. Doesn't synchronise.
+    `features_BUD` are layer-normed features (B images, U tokens of each, D dims) at the places `places_BU` int64,
+    below `num_places`. Per place and dim, the standard deviation over the images that have the place; then
+    the mean over dims and over the places of two images or more. Layer-normed features have variance 1 over
+    their dims, so this lies between 0 and about 1; what counts is its course: it goes to 0 when the output no
+    longer depends on the image, even if it still depends on the place. NaN where no place has two images.
+    Doesn't synchronise.
     """
-    if features_BND.shape[0] < 2:
-        return torch.full((), float("nan"), device=features_BND.device)
-    return features_BND.detach().float().std(dim=0, correction=0).mean()
+    rows, index = features_BUD.detach().flatten(0, 1).float(), places_BU.flatten()
+    empty = rows.new_zeros(num_places, rows.shape[1])
+    counts = rows.new_zeros(num_places, 1).index_add_(0, index, rows.new_ones(len(rows), 1))
+    means = empty.index_add(0, index, rows) / counts.clamp(min=1)
+    squares = (rows - means.index_select(0, index)).square_()
+    deviations = (empty.index_add(0, index, squares) / counts.clamp(min=1)).sqrt_().mean(dim=1)
+    shared = counts[:, 0] > 1
+    return (deviations * shared).sum() / shared.sum()
 
 
 class Meters:

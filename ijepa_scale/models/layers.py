@@ -22,9 +22,15 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the projection along the last dimension."""
-        if self.weight.dtype in (torch.bfloat16, torch.float16):
-            input = input.to(self.weight.dtype)
-        return super().forward(input)
+        return F.linear(self._cast(input), self.weight, self.bias)
+
+    def rows(self, input: Tensor, start: int, stop: int) -> Tensor:
+        """Returns the outputs [start, stop) of `forward` only."""
+        return F.linear(self._cast(input), self.weight[start:stop], self.bias[start:stop])
+
+    def _cast(self, input: Tensor) -> Tensor:
+        low = self.weight.dtype in (torch.bfloat16, torch.float16)
+        return input.to(self.weight.dtype) if low else input
 
 
 class LayerNorm(nn.LayerNorm):
@@ -40,18 +46,30 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution whose kernel is its stride, on patches that are already cut out: one product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns tokens (..., D) of patches (..., 3 * P * P), each in the order (channel, row, column)."""
+        if self.weight.dtype in (torch.bfloat16, torch.float16):
+            input = input.to(self.weight.dtype)
+        return F.linear(input, self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
-    """The convolution whose kernel is its stride: one token per patch."""
+    """One token per patch, of all patches or of some."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.patch_size = patch_size
+        self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns tokens (B, N, D), row-major, of images (B, 3, H, W)."""
-        if self.proj.weight.dtype in (torch.bfloat16, torch.float16):
-            images = images.to(self.proj.weight.dtype)
-        return self.proj(images).flatten(2).transpose(1, 2)
+    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """Returns tokens (B, N, D), row-major, of images (B, 3, H, W), or (C, D) of those at `index` (C,) of B * N."""
+        size = self.patch_size
+        patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, P, columns, P)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return self.proj(patches if index is None else patches.flatten(0, 1).index_select(0, index))
 
 
 class Attention(nn.Module):
@@ -68,13 +86,27 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, layout: SequenceLayout | None = None) -> Tensor:
-        """Returns the attended tokens, shaped as `x`: (B, N, D), or packed (T, D) with their layout."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+    def forward(
+        self,
+        x: Tensor,
+        layout: SequenceLayout | None = None,
+        queries: Tensor | None = None,
+        query_layout: SequenceLayout | None = None,
+    ) -> Tensor:
+        """Returns the attended tokens, shaped as `x`: (B, N, D), or packed (T, D) with their layout.
+
+        `queries` (B, Q, D), or packed (R, D) with their `query_layout`, ask in place of `x`.
+        """
+        if queries is None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        else:
+            width = x.shape[-1]
+            q = self.qkv.rows(queries, 0, width).unflatten(-1, (self.heads, -1))
+            k, v = self.qkv.rows(x, width, 3 * width).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         if layout is not None:
-            q, k, v = qkv.unbind(1)
-            return self.proj(attention(q, k, v, layout).flatten(1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(attention(q, k, v, layout, query_layout).flatten(1))
+        # transposed after the unbinding: so the gradients of q, k and v are joined in one copy, not in two
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -104,13 +136,27 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, mlp_width)
 
-    def forward(self, x: Tensor, layout: SequenceLayout | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layout: SequenceLayout | None = None,
+        drop: Tensor | None = None,
+        queries: Tensor | None = None,
+        query_layout: SequenceLayout | None = None,
+    ) -> Tensor:
         """Returns the tokens after the block: (B, N, D), or packed (T, D) with their layout; fp32 stays fp32.
 
         `drop` (B, 2) fp32, for (B, N, D) only, is drop path: each image's factors of the two branches,
-        attention and MLP. A factor of 0 leaves an image as it is.
+        attention and MLP. A factor of 0 leaves an image as it is. `queries`, some of the tokens of `x` as
+        (B, Q, D), or packed (R, D) with their `query_layout`, are what comes back: in the last block of a
+        network, of which only these are wanted, the others then cost keys and values alone.
         """
-        branch = self.attn(self.norm1(x), layout)
+        normed = self.norm1(x)
+        if queries is None:
+            branch = self.attn(normed, layout)
+        else:
+            branch = self.attn(normed, layout, self.norm1(queries), query_layout)
+            x = queries
         x = x + (branch if drop is None else branch * drop[:, :1, None])
         branch = self.mlp(self.norm2(x))
         return x + (branch if drop is None else branch * drop[:, 1:, None])

@@ -76,18 +76,23 @@ class Predictor(nn.Module):
         asked = asked[:, None].expand(-1, num_context, -1, -1, -1).flatten(0, 2)
         # Not a view of something: torch.compile would make a graph of its own for the first block.
         tokens = torch.cat([seen.repeat(num_targets, 1, 1), asked], dim=1)
-        for block in self.predictor_blocks:
+        *blocks, last = self.predictor_blocks
+        for block in blocks:
             tokens = block(tokens)
-        return self.predictor_proj(self.predictor_norm(tokens[:, num_kept:]))
+        asked = last(tokens, queries=tokens[:, num_kept:])
+        return self.predictor_proj(self.predictor_norm(asked))
 
     def _packed(self, context: Tensor, masks: PackedMasks) -> Tensor:
         num_patches = self.predictor_pos_embed.shape[1]
         seen = self.predictor_embed(context) + self._positions(masks.context_index % num_patches)
         asked = self.mask_token[0] + self._positions(masks.target_index % num_patches)
         tokens = torch.cat([seen, asked]).index_select(0, masks.predictor_source)
-        for block in self.predictor_blocks:
+        *blocks, last = self.predictor_blocks
+        for block in blocks:
             tokens = block(tokens, masks.predictor_layout)
-        return self.predictor_proj(self.predictor_norm(tokens.index_select(0, masks.target_rows)))
+        asked = tokens.index_select(0, masks.target_rows)
+        asked = last(tokens, masks.predictor_layout, queries=asked, query_layout=masks.target_layout)
+        return self.predictor_proj(self.predictor_norm(asked))
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, int]) -> None:

@@ -45,6 +45,7 @@ class VisionTransformer(nn.Module):
         *,
         index: Tensor | None = None,
         layout: SequenceLayout | None = None,
+        wanted: Tensor | None = None,
         last: int | None = None,
         drop: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
@@ -53,14 +54,17 @@ class VisionTransformer(nn.Module):
         Without further arguments all tokens, (B, N, D). With `keep` (B, K) int64 only those places are
         encoded, (B, K, D); with `keep` (E, B, K), E context blocks per image, (E * B, K, D), images
         fastest. With `index` (C,) int64 into the flattened B * N places and their `layout`, packed
-        sequences, (C, D). With `last` = n a tuple of the all-token outputs of the last n blocks,
-        each after the final norm, deepest last; `drop` (B, depth, 2) then holds drop path's factors, see `Block`.
+        sequences, (C, D). With `wanted` (B, U) int64 all tokens are encoded, but only those at these places come
+        back, (B, U, D), and cost a whole last block. With `last` = n a tuple of the all-token outputs of the last
+        n blocks, each after the final norm, deepest last; `drop` (B, depth, 2) then holds drop path's factors,
+        see `Block`.
 
         Raises:
             ValueError: images of another size than the grid's, arguments that don't go together, or
                 `last` outside 1 ... depth.
         """
-        self._check(images, (keep is not None) + (index is not None) + (last is not None), index, layout)
+        ways = sum(way is not None for way in (keep, index, wanted, last))
+        self._check(images, ways, index, layout)
         if drop is not None and (last is None or tuple(drop.shape) != (len(images), len(self.blocks), 2)):
             raise ValueError(
                 f"drop is {tuple(drop.shape)} with last {last}; give (B, depth, 2), here "
@@ -69,9 +73,14 @@ class VisionTransformer(nn.Module):
         tokens = self._embed(images, keep, index)
         if last is not None:
             return self._last(tokens, last, drop)
-        for block in self.blocks:
+        *blocks, final = self.blocks
+        for block in blocks:
             tokens = block(tokens, layout)
-        return self.norm(tokens)
+        if wanted is None:
+            return self.norm(final(tokens, layout))
+        rows = wanted + torch.arange(len(tokens), device=wanted.device)[:, None] * tokens.shape[1]
+        queries = tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*wanted.shape, -1)
+        return self.norm(final(tokens, queries=queries))
 
     def encode_blocks(self, images: Tensor, keep: Tensor) -> Tensor:
         """Returns tokens (E * B, K, D) of the E context blocks `keep` (E, B, K); patches are embedded once."""
@@ -106,14 +115,14 @@ class VisionTransformer(nn.Module):
 
         The sum comes last: were it a view, torch.compile would make a graph of its own for the first block.
         """
-        patches = self.patch_embed(images)
-        num_images, num_patches, width = patches.shape
+        if keep is None and index is None:
+            return self.patch_embed(images) + self.pos_embed
+        num_patches = self.pos_embed.shape[1]
         if keep is not None:
-            index = keep + torch.arange(num_images, device=keep.device)[:, None] * num_patches
-        if index is None:
-            return patches + self.pos_embed
-        shape = (-1, width) if keep is None else (-1, keep.shape[-1], width)
-        chosen = patches.flatten(0, 1).index_select(0, index.flatten())
+            index = keep + torch.arange(len(images), device=keep.device)[:, None] * num_patches
+        assert index is not None
+        shape = (-1, self.width) if keep is None else (-1, keep.shape[-1], self.width)
+        chosen = self.patch_embed(images, index.flatten())
         positions = self.pos_embed[0].index_select(0, index.flatten() % num_patches)
         return chosen.view(shape) + positions.view(shape)
 
@@ -121,7 +130,8 @@ class VisionTransformer(nn.Module):
         if not 1 <= last <= len(self.blocks):
             raise ValueError(f"last is {last}; give 1 to {len(self.blocks)}, the encoder's blocks")
         outputs = []
-        factors = [None] * len(self.blocks) if drop is None else drop.unbind(1)
+        # each a tensor of its own: as views torch.compile would tell them apart by where they begin
+        factors = [None] * len(self.blocks) if drop is None else [factor.clone() for factor in drop.unbind(1)]
         for place, (block, factor) in enumerate(zip(self.blocks, factors, strict=True), start=1):
             tokens = block(tokens) if factor is None else block(tokens, None, factor)
             if place > len(self.blocks) - last:
@@ -131,8 +141,8 @@ class VisionTransformer(nn.Module):
     def _check(self, images: Tensor, ways: int, index: Tensor | None, layout: SequenceLayout | None) -> None:
         if ways > 1 or (index is None) != (layout is None):
             raise ValueError(
-                "the encoder was given more than one of keep, index and last, or one of index and layout alone; "
-                "give keep, or index with its layout, or last, or none of them"
+                "the encoder was given more than one of keep, index, wanted and last, or one of index and layout "
+                "alone; give keep, or index with its layout, or wanted, or last, or none of them"
             )
         expected = tuple(side * self.patch_size for side in self.grid)
         if images.dim() != 4 or tuple(images.shape[2:]) != expected:

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.nn.functional import layer_norm
 
 from ijepa_scale.config import ObjectiveConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.ema import update_target
 from ijepa_scale.engine.protocol import Engine, StepInfo
-from ijepa_scale.masks import Masks, MaskSampler
+from ijepa_scale.masks import Masks, MasksAhead, MaskSampler, Wanted
 from ijepa_scale.metrics.meters import Meters, feature_std
-from ijepa_scale.objective import jepa_loss, jepa_targets
+from ijepa_scale.objective import jepa_loss, jepa_targets, normalise_targets
 from ijepa_scale.schedules import Hyper
 
 
@@ -36,7 +35,8 @@ class TrainStep:
     ) -> None:
         self._engine = engine
         self._augment = augment
-        self._masks = masks
+        self._masks = MasksAhead(masks, engine.world.device)
+        self._num_patches = masks.grid[0] * masks.grid[1]
         self._schedule = schedule
         self._objective = objective
         self._batch_size = batch_size  # of all processes
@@ -47,11 +47,12 @@ class TrainStep:
         hyper = self._schedule(batch.step)  # learning rate, weight decay, momentum
         for micro in self._engine.accumulate(batch):
             images = self._augment(micro)  # (B, 3, H, W)
-            masks = self._masks(micro.step, micro.position, len(micro), self._batch_size).to(images.device)
-            tokens = self._engine.target(images)  # (B, N, D), no gradient
+            masks, wanted = self._masks(micro.step, micro.position, len(micro), self._batch_size)
+            features = normalise_targets(self._engine.target(images, wanted=wanted.places))  # (B, U, D), no gradient
             prediction = self._engine.model(images, masks)  # encode the context, predict the targets
-            self._engine.backward(jepa_loss(prediction, jepa_targets(tokens, masks), masks, self._objective))
-            self._observe(tokens, masks)
+            target = jepa_targets(features, wanted.rows, masks)
+            self._engine.backward(jepa_loss(prediction, target, masks, self._objective))
+            self._observe(features, masks, wanted)
         info = self._engine.step(hyper, batch.step)
         update_target(*self._engine.local_shards(), hyper.momentum)
         self._engine.target_updated()
@@ -60,7 +61,7 @@ class TrainStep:
         self._meters.end_step()
         return info
 
-    def _observe(self, tokens: Tensor, masks: Masks) -> None:
-        self._meters.add("target_std", feature_std(layer_norm(tokens, tokens.shape[-1:])))
+    def _observe(self, features: Tensor, masks: Masks, wanted: Wanted) -> None:
+        self._meters.add("target_std", feature_std(features, wanted.places, self._num_patches))
         for name, tokens in zip(("context_tokens", "target_tokens"), masks.mean_tokens(), strict=True):
             self._meters.add(name, tokens)

@@ -10,32 +10,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_kernels.attention.layout import SequenceLayout
+from ijepa_kernels.attention.layout import SequenceLayout, paired_runs
 from ijepa_kernels.attention.runs import attention_by_runs, opaque_attention_by_runs
 from ijepa_kernels.attention.varlen import flash_packed
 
 __all__ = ["SequenceLayout", "attention"]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None = None, query_layout: SequenceLayout | None = None
+) -> Tensor:
     """Returns softmax(q k^T / sqrt(head_dim)) v within each sequence, in the shape and dtype of `q`.
 
-    Dense, without a layout: q, k, v are (B, heads, N, head_dim), through PyTorch's SDPA. Packed: they are
-    (total, heads, head_dim) with the sequences of `layout` one after another; on CUDA in bf16 or fp16 through
-    variable-length flash attention, else one SDPA call for each run of equally long sequences.
+    Dense, without a layout: q is (B, heads, Q, head_dim), k and v (B, heads, N, head_dim), through PyTorch's
+    SDPA. Packed: they are (total, heads, head_dim) with the sequences of `layout` one after another, those of q
+    with the lengths of `query_layout` where it is given; on CUDA in bf16 or fp16 through variable-length flash
+    attention, else one SDPA call for each run of equally long sequences.
 
     Raises:
-        ValueError: the layout doesn't cover the tokens.
+        ValueError: a layout doesn't cover the tokens, or the two hold different numbers of sequences.
     """
     if layout is None:
         return F.scaled_dot_product_attention(q, k, v)
+    queries = layout if query_layout is None else query_layout
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return flash_packed(q, k, v, layout)
+        return flash_packed(q, k, v, layout, queries)
     if torch.compiler.is_compiling():
-        return opaque_attention_by_runs(q, k, v, layout.cu_seqlens)
-    if layout.total != q.shape[0]:
-        raise ValueError(
-            f"{q.shape[0]} packed tokens but the layout's {len(layout.lengths)} sequences hold {layout.total}; "
-            "pass the layout that belongs to these tokens"
-        )
-    return attention_by_runs(q, k, v, layout.runs())
+        return opaque_attention_by_runs(q, k, v, queries.cu_seqlens, layout.cu_seqlens)
+    for tokens, of in ((q, queries), (k, layout)):
+        if of.total != tokens.shape[0]:
+            raise ValueError(
+                f"{tokens.shape[0]} packed tokens but the layout's {len(of.lengths)} sequences hold {of.total}; "
+                "pass the layout that belongs to these tokens"
+            )
+    return attention_by_runs(q, k, v, paired_runs(queries, layout))

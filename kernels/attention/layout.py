@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -41,10 +42,25 @@ class SequenceLayout:
         """Tokens of the longest sequence; 0 where there is none."""
         return max(self.lengths, default=0)
 
-    def runs(self) -> list[tuple[int, int]]:
-        """Returns (count, length) of consecutive sequences of equal length, in order."""
-        return [(len(list(group)), length) for length, group in groupby(self.lengths)]
+    def map(self, change: Callable[[Tensor], Tensor]) -> SequenceLayout:
+        """Returns the same layout with `change` applied to `cu_seqlens`, such as a move to a device."""
+        return SequenceLayout(self.lengths, change(self.cu_seqlens))
 
-    def to(self, device: torch.device | str) -> SequenceLayout:
-        """Returns the same layout with `cu_seqlens` on `device` (asynchronous from pinned memory)."""
-        return SequenceLayout(self.lengths, self.cu_seqlens.to(device, non_blocking=True))
+
+def paired_runs(queries: SequenceLayout, keys: SequenceLayout) -> list[tuple[int, int, int]]:
+    """Returns (count, query length, key length) of consecutive sequences that are alike in both, in order.
+
+    Raises:
+        ValueError: the layouts hold different numbers of sequences.
+    """
+    if len(queries.lengths) != len(keys.lengths):
+        raise ValueError(
+            f"{len(queries.lengths)} sequences of queries but {len(keys.lengths)} of keys; "
+            "pass layouts of the same sequences"
+        )
+    return runs_of(queries.lengths, keys.lengths)
+
+
+def runs_of(queries: Sequence[int], keys: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Returns (count, query length, key length) of consecutive equal pairs of lengths."""
+    return [(len(list(group)), *pair) for pair, group in groupby(zip(queries, keys, strict=True))]

@@ -8,23 +8,24 @@ from torch import Tensor
 from ijepa_kernels.attention.layout import SequenceLayout
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None = None) -> Tensor:
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout | None = None, query_layout: SequenceLayout | None = None
+) -> Tensor:
     """Returns softmax(q k^T / sqrt(head_dim)) v within each sequence, in the dtype of `q`.
 
     Without a layout q, k and v are (B, heads, N, head_dim); with one they are (total, heads, head_dim)
-    and no sequence sees another.
+    and no sequence sees another; the sequences of `q` are those of `query_layout` where it is given.
 
     Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2.1.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     if layout is None:
         return _softmax_attention(q.to(wide), k.to(wide), v.to(wide)).to(q.dtype)
-    pieces, start = [], 0
-    for length in layout.lengths:
-        rows = slice(start, start + length)
-        one = [x[rows].to(wide).transpose(0, 1) for x in (q, k, v)]
+    pieces = []
+    asked, known = ((query_layout or layout).lengths, layout.lengths)
+    for one_q, one_k, one_v in zip(q.split(asked), k.split(known), v.split(known), strict=True):
+        one = [x.to(wide).transpose(0, 1) for x in (one_q, one_k, one_v)]
         pieces.append(_softmax_attention(*one).transpose(0, 1).to(q.dtype))
-        start += length
     return torch.cat(pieces) if pieces else torch.zeros_like(q)
 
 

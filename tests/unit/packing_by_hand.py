@@ -46,7 +46,7 @@ def pack_by_hand(context, targets):
             first[e, b] = len(context_index)
             context_index += [b * NUM_PATCHES + place for place in places]
             context_lengths.append(len(places))
-    target_index, weights, source, lengths, rows = [], [], [], [], []
+    target_index, weights, source, lengths, rows, asked = [], [], [], [], [], []
     for block in targets:
         for e in range(len(context)):
             for b in range(num_images):
@@ -57,6 +57,7 @@ def pack_by_hand(context, targets):
                     target_index.append(b * NUM_PATCHES + place)
                     weights.append(1 / (num_images * len(targets) * len(context) * len(block[b])))
                 lengths.append(len(context[e][b]) + len(block[b]))
+                asked.append(len(block[b]))
     return PackedMasks(
         context_index=torch.tensor(context_index),
         context_layout=SequenceLayout.of(context_lengths),
@@ -64,6 +65,7 @@ def pack_by_hand(context, targets):
         predictor_layout=SequenceLayout.of(lengths),
         predictor_source=torch.tensor(source),
         target_rows=torch.tensor(rows),
+        target_layout=SequenceLayout.of(asked),
         weights=torch.tensor(weights),
     )
 

@@ -4,7 +4,7 @@ import torch._dynamo.testing
 
 from ijepa_kernels.attention import SequenceLayout, attention
 from ijepa_kernels.attention.reference import attention_reference
-from ijepa_kernels.attention.runs import _opaque_backward
+from ijepa_kernels.attention.runs import _opaque_backward, opaque_attention_by_runs
 from ijepa_kernels.attention.varlen import flash_packed
 
 # fp32 against fp32 in another order of summation; bf16 keeps 8 bits of mantissa, on values of order 1.
@@ -32,20 +32,22 @@ def compare(function, reference, inputs, tolerance):
 def varlen_on_cpu():
     """CPU kernels for PyTorch's variable-length op, which has none: so the code around it runs here."""
 
-    def prepare(q, cu_seqlens, longest, scale):
-        layout = SequenceLayout.of(cu_seqlens.diff().tolist())
-        assert cu_seqlens.dtype == torch.int32 and longest >= layout.longest and q.shape[-1] % 8 == 0
-        return layout, scale * q.shape[-1] ** 0.5  # the stand-in scales by the padded head_dim
+    def prepare(q, cu_q, cu_k, max_q, max_k, scale):
+        layouts = []
+        for bounds, longest in ((cu_k, max_k), (cu_q, max_q)):
+            layouts.append(SequenceLayout.of(bounds.diff().tolist()))
+            assert bounds.dtype == torch.int32 and longest >= layouts[-1].longest and q.shape[-1] % 8 == 0
+        return layouts, scale * q.shape[-1] ** 0.5  # the stand-in scales by the padded head_dim
 
     def forward(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, scale=None, window_size=None):
         assert not is_causal and all(x.stride(-1) == 1 for x in (q, k, v)), "what the flash kernel asks for"
-        layout, factor = prepare(q, cu_q, max_q, scale)
-        out = attention_reference(q * factor, k, v, layout)
+        layouts, factor = prepare(q, cu_q, cu_k, max_q, max_k, scale)
+        out = attention_reference(q * factor, k, v, *layouts)
         return out, q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
 
     def backward(gradient, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, rng, scale=None, window_size=None):
-        _, factor = prepare(q, cu_q, max_q, scale)
-        dq, dk, dv = _opaque_backward(gradient, q * factor, k, v, cu_q)
+        _, factor = prepare(q, cu_q, cu_k, max_q, max_k, scale)
+        dq, dk, dv = _opaque_backward(gradient, q * factor, k, v, cu_q, cu_k)
         return dq * factor, dk, dv
 
     torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
@@ -122,6 +124,39 @@ def test_the_call_to_the_variable_length_kernel(varlen_on_cpu, lengths, head_dim
         tensors((layout.total, 2, head_dim)),
         TOLERANCE[torch.float32],
     )
+
+
+@pytest.mark.parametrize("way", ["runs", "opaque", "varlen"])
+@pytest.mark.parametrize("asked", [(1, 2, 3, 4), (5, 1, 1, 2)])
+def test_some_tokens_ask_all_tokens_of_their_sequence(varlen_on_cpu, way, asked):
+    """Queries of other lengths than keys; where the queries are all the tokens, it is self-attention."""
+    layout, queries = SequenceLayout.of((5, 7, 7, 3)), SequenceLayout.of(asked)
+    q = torch.randn(queries.total, 2, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    _, k, v, _ = tensors((layout.total, 2, 8))
+    function = {
+        "runs": attention,
+        "opaque": lambda q, k, v, *both: opaque_attention_by_runs(q, k, v, both[1].cu_seqlens, both[0].cu_seqlens),
+        "varlen": flash_packed,
+    }[way]
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(4))
+    compare(
+        lambda *qkv: function(*qkv, layout, queries),
+        lambda *qkv: attention_reference(*qkv, layout, queries),
+        (q, k, v, upstream),
+        TOLERANCE[torch.float32],
+    )
+    one = SequenceLayout.of((layout.total,))
+    torch.testing.assert_close(
+        attention(k[:4], k, v, one, SequenceLayout.of((4,))), attention(k, k, v, one)[:4], atol=2e-6, rtol=2e-6
+    )
+
+
+def test_layouts_of_other_sequences_are_refused():
+    q, k, v, _ = tensors((6, 2, 4))
+    with pytest.raises(ValueError, match="2 sequences of queries but 1 of keys; pass layouts of the same sequences"):
+        attention(q, k, v, SequenceLayout.of((6,)), SequenceLayout.of((3, 3)))
+    with pytest.raises(ValueError, match="6 packed tokens but the layout's 1 sequences hold 4; pass the layout"):
+        attention(q, k, v, SequenceLayout.of((6,)), SequenceLayout.of((4,)))
 
 
 @pytest.mark.parametrize("way", ["runs", "varlen"])

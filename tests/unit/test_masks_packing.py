@@ -119,6 +119,6 @@ def test_one_image_with_one_target_by_hand() -> None:
 
 @pytest.mark.parametrize("context", ["truncate", "packed"])
 def test_masks_move_to_a_device_whole(context) -> None:
-    masks = MaskSampler(MaskConfig(context=context), (14, 14), seed=0)(0, 0, 2, 2).to("meta")
+    masks = MaskSampler(MaskConfig(context=context), (14, 14), seed=0)(0, 0, 2, 2).map(lambda x: x.to("meta"))
     tensors = [value for value in vars(masks).values() if isinstance(value, torch.Tensor)]
     assert tensors and all(tensor.device.type == "meta" for tensor in tensors)

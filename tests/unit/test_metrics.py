@@ -79,9 +79,19 @@ def test_meters_time_waiting_and_steps_without_pauses():
 def test_feature_std_sees_the_image_and_not_the_place():
     images = torch.randn(64, 1, 8, generator=torch.Generator().manual_seed(0))
     places = torch.arange(5.0)[None, :, None]
-    assert feature_std(images + places).item() == pytest.approx(1.0, abs=0.1)
-    assert feature_std(places.expand(64, 5, 8)).item() == 0.0  # differs from place to place, and still collapsed
-    assert math.isnan(feature_std(torch.randn(1, 5, 8)).item())
+    everywhere = torch.arange(5).expand(64, 5)
+    assert feature_std(images + places, everywhere, 5).item() == pytest.approx(1.0, abs=0.1)
+    collapsed = places.expand(64, 5, 8)  # differs from place to place
+    assert feature_std(collapsed, everywhere, 5).item() == 0.0
+    assert math.isnan(feature_std(torch.randn(1, 5, 8), everywhere[:1], 5).item())
+
+
+def test_feature_std_compares_like_places():
+    """Each image shows some places only: their features are compared by place, and places seen once are left out."""
+    places = torch.tensor([[0, 2], [2, 3], [0, 3]])
+    features = torch.tensor([[[1.0], [5.0]], [[7.0], [20.0]], [[3.0], [20.0]]])
+    assert feature_std(features, places, 6).item() == pytest.approx((1.0 + 1.0 + 0.0) / 3)
+    assert math.isnan(feature_std(features[:1], places[:1], 6).item())
 
 
 def test_training_row_has_every_field():

@@ -64,6 +64,7 @@ def packed() -> PackedMasks:
         predictor_layout=SequenceLayout.of([3] * 12),
         predictor_source=none,
         target_rows=none,
+        target_layout=SequenceLayout.of([1] * 12),
         weights=none,
     )
 

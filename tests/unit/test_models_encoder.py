@@ -86,6 +86,24 @@ def test_kept_places_are_embedded_with_their_position_and_encoded_alone():
         torch.testing.assert_close(encoder(images, keep)[image], encoder.norm(x)[0], atol=1e-6, rtol=1e-6)
 
 
+def test_wanted_tokens_are_the_encoders_at_these_places():
+    encoder, images = small_jepa().encoder, images_of(3)
+    wanted = random_masks(1, 1, 3).context[0]
+    expected = encoder(images).gather(1, wanted[..., None].expand(-1, -1, 16))
+    torch.testing.assert_close(encoder(images, wanted=wanted), expected, atol=2e-6, rtol=2e-6)
+    with pytest.raises(ValueError, match="more than one of keep, index, wanted and last"):
+        encoder(images, wanted, wanted=wanted)
+
+
+def test_chosen_patches_are_those_of_the_convolution():
+    encoder, images = small_jepa().encoder, images_of(2)
+    proj = encoder.patch_embed.proj
+    every = torch.nn.functional.conv2d(images, proj.weight, proj.bias, stride=4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder.patch_embed(images), every, atol=2e-6, rtol=2e-6)
+    index = torch.tensor([30, 5, 5, 47])
+    torch.testing.assert_close(encoder.patch_embed(images, index), every.flatten(0, 1)[index], atol=2e-6, rtol=2e-6)
+
+
 def test_several_context_blocks_equal_separate_calls():
     encoder, images = small_jepa().encoder, images_of(2)
     keep = random_masks(3, 1, 2).context
@@ -188,7 +206,7 @@ def test_images_of_another_size_are_refused():
     "arguments", [{"keep": torch.zeros(1, 1, dtype=torch.int64), "last": 1}, {"index": torch.zeros(1)}]
 )
 def test_arguments_that_do_not_go_together_are_refused(arguments):
-    with pytest.raises(ValueError, match="give keep, or index with its layout, or last, or none of them"):
+    with pytest.raises(ValueError, match="give keep, or index with its layout, or wanted, or last, or none of them"):
         small_jepa().encoder(images_of(1), **arguments)
 
 

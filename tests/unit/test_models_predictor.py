@@ -13,6 +13,7 @@ from packing_by_hand import (
 from torch._dynamo.utils import counters
 
 from ijepa_scale.config.schema import ModelConfig
+from ijepa_scale.engine.parallelize import compile_blocks
 from ijepa_scale.models import build_encoder, build_jepa, build_predictor, build_target
 
 
@@ -84,14 +85,19 @@ def test_dense_masks_packed_give_the_dense_result():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_blocks_share_one_graph_per_network_whatever_the_lengths(packed):
+def test_compiled_blocks_need_two_graphs_per_role_whatever_the_lengths(packed):
+    """One for a network's blocks, one for the last, of which only some tokens are wanted; the context needs one."""
     jepa, images = small_jepa(), images_of(3)
-    eager = copy.deepcopy(jepa)
+    target = build_target(jepa)
+    eager, eager_target = copy.deepcopy(jepa), copy.deepcopy(target)
     torch._dynamo.reset()
     counters.clear()
-    for block in [*jepa.encoder.blocks, *jepa.predictor.predictor_blocks]:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    for part in (jepa, target):
+        compile_blocks(part, backend="aot_eager")
     for count in range(2, 14):
+        wanted = random_masks(1, 1, 3, kept=count).context[0]
+        with torch.no_grad():
+            torch.testing.assert_close(target(images, wanted=wanted), eager_target(images, wanted=wanted))
         masks = random_masks(1, 2, 3, kept=count)
         if packed:
             masks = pack_by_hand([[list(range(count)), [3, 4, 5], [0]]], UNEVEN_TARGETS)
@@ -103,7 +109,7 @@ def test_compiled_blocks_share_one_graph_per_network_whatever_the_lengths(packed
             gradients += (torch.autograd.grad(expected, list(eager.parameters()), upstream),)
             for a, b in zip(*gradients, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert counters["stats"]["unique_graphs"] == 2  # one for the encoder's width, one for the predictor's
+    assert counters["stats"]["unique_graphs"] == 2 + 1 + 2  # target, context, predictor
 
 
 def test_predictor_inputs_that_do_not_fit_are_refused():

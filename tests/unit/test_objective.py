@@ -3,11 +3,23 @@ import torch
 from packing_by_hand import NUM_PATCHES, UNEVEN_CONTEXT, UNEVEN_TARGETS, pack_by_hand, random_masks
 
 from ijepa_scale.config.schema import ObjectiveConfig
-from ijepa_scale.objective import jepa_loss, jepa_targets
+from ijepa_scale.masks import Wanted
+from ijepa_scale.masks.types import target_index
+from ijepa_scale.objective import jepa_loss, jepa_targets, normalise_targets
 
 
 def tokens_of(num_images, width=8):
     return 3.0 + 2.0 * torch.randn(num_images, NUM_PATCHES, width, generator=torch.Generator().manual_seed(0))
+
+
+def targets_of(tokens, masks):
+    """Of all places; and what `Wanted` picks out gives the same."""
+    features = normalise_targets(tokens)
+    found = jepa_targets(features, target_index(masks, NUM_PATCHES), masks)
+    wanted = Wanted.of(masks, len(tokens), NUM_PATCHES)
+    some = normalise_targets(tokens.gather(1, wanted.places[..., None].expand(-1, -1, tokens.shape[-1])))
+    assert torch.equal(jepa_targets(some, wanted.rows, masks), found)
+    return found
 
 
 def normalised(token):
@@ -17,7 +29,7 @@ def normalised(token):
 
 def test_dense_targets_are_normalised_places_in_the_predictors_order():
     tokens, masks = tokens_of(3), random_masks(2, 4, 3)
-    got = jepa_targets(tokens, masks)
+    got = targets_of(tokens, masks)
     assert got.shape == (4 * 2 * 3, 3, 8) and got.dtype == torch.float32
     rows = [
         torch.stack([normalised(tokens[b, place]) for place in masks.targets[i, b]])
@@ -30,7 +42,7 @@ def test_dense_targets_are_normalised_places_in_the_predictors_order():
 
 def test_packed_targets_are_the_same_places():
     tokens = tokens_of(3)
-    got = jepa_targets(tokens, pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS))
+    got = targets_of(tokens, pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS))
     rows = [normalised(tokens[b, place]) for block in UNEVEN_TARGETS for b in range(3) for place in block[b]]
     torch.testing.assert_close(got, torch.stack(rows), atol=2e-6, rtol=2e-6)
 
@@ -38,14 +50,14 @@ def test_packed_targets_are_the_same_places():
 def test_the_norm_has_eps_1e_5_and_no_affine():
     tokens = torch.zeros(1, NUM_PATCHES, 2)
     tokens[..., 0] = 0.01  # variance 2.5e-5, so eps matters: 0.005 / sqrt(3.5e-5)
-    got = jepa_targets(tokens, random_masks(1, 1, 1))
+    got = targets_of(tokens, random_masks(1, 1, 1))
     torch.testing.assert_close(got[0, 0], torch.tensor([0.8451543, -0.8451543]), atol=1e-6, rtol=0)
 
 
 def test_targets_carry_no_gradient_and_are_fp32_under_autocast():
     tokens = tokens_of(2).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        got = jepa_targets(tokens, random_masks(1, 2, 2))
+        got = targets_of(tokens, random_masks(1, 2, 2))
     assert not got.requires_grad and got.dtype == torch.float32
 
 
