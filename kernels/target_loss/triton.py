@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels.choice import check_device
+from ijepa_kernels.rows import check_width, tile
 
-MAX_WIDTH = 32768  # a row is held in registers
-_TILE = 2048  # values of a program, where rows are short
 _SCALED = 4096  # values of a program that scales the gradient
 
 
@@ -66,16 +65,6 @@ def _scale_kernel(gradient, upstream, count, BLOCK: tl.constexpr):
         tl.store(gradient + places, (value * factor).to(gradient.dtype.element_ty), mask=places < count)
 
 
-def launch(width: int) -> dict[str, int]:
-    """Returns rows and columns of a program's tile, and its warps: 8 to 64 values a thread."""
-    block = triton.next_power_of_2(width)
-    return {
-        "ROWS": max(1, _TILE // block),
-        "BLOCK": block,
-        "num_warps": 4 if block <= 2048 else 8 if block <= 8192 else 16,
-    }
-
-
 @torch.library.custom_op("ijepa_kernels::target_loss", mutates_args=())
 def _forward(
     prediction: Tensor,
@@ -94,7 +83,7 @@ def _forward(
     gradient = prediction.new_empty((rows, width) if with_gradient else (0, width))
     partials = torch.empty(rows, dtype=torch.float32, device=prediction.device)
     if rows:
-        options = launch(width)
+        options = tile(width)
         _kernel[(triton.cdiv(rows, options["ROWS"]),)](
             prediction, tokens, lookup.contiguous(), None if weights is None else weights.contiguous(),
             gradient, partials, rows, tokens.shape[0], width, prediction.stride(0), tokens.stride(0),
@@ -150,10 +139,6 @@ def target_loss(
     Raises:
         ValueError: rows wider than a program holds, or tensors that aren't on CUDA.
     """
-    if prediction.shape[1] > MAX_WIDTH:
-        raise ValueError(
-            f"width {prediction.shape[1]} is more than a program's registers hold, {MAX_WIDTH}; "
-            "choose implementation='reference'"
-        )
+    check_width(prediction.shape[1])
     wanted = torch.is_grad_enabled() and prediction.requires_grad
     return _forward(prediction, tokens.detach(), lookup, weights, beta, eps, loss == "smooth_l1", wanted)[0]

@@ -14,7 +14,7 @@ CAPABILITIES = (80, 90)  # A100; H100 and H200
 def run(*arguments: str, **environment: str) -> str:
     """Returns what Python prints with these arguments, in the repository's root; fails as the child fails."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
