@@ -47,9 +47,9 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     sizes = resolve(model)
     width, narrow = sizes.width, sizes.predictor_width
     patch = IMAGE_CHANNELS * sizes.patch_size**2 * width + width
-    encoder = patch + sizes.depth * _block(width, sizes.mlp_width) + 2 * width
+    encoder = patch + sizes.depth * block_parameters(width, sizes.mlp_width) + 2 * width
     embed, mask_token, project = width * narrow + narrow, narrow, narrow * width + width
-    blocks = sizes.predictor_depth * _block(narrow, sizes.predictor_mlp_width)
+    blocks = sizes.predictor_depth * block_parameters(narrow, sizes.predictor_mlp_width)
     return ParameterCounts(
         encoder=encoder,
         encoder_positions=sizes.num_patches * width,
@@ -58,7 +58,7 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     )
 
 
-def _block(width: int, mlp_width: int) -> int:
+def block_parameters(width: int, mlp_width: int) -> int:
     """Returns the parameters of one pre-norm block: two norms, qkv, projection and MLP, all with bias."""
     norms = 4 * width
     attention = 4 * width * width + 4 * width

@@ -1,0 +1,172 @@
+"""Bytes that a step puts on the wire, and the buffers that hold them. Floor 1: formulas, talks to nobody.
+
+A ring over n processes sends (n - 1) / n of the bytes per process for an all-gather or a reduce-scatter, twice
+that for an all-reduce (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002). Scalars, such as the finite
+check's, aren't counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ijepa_scale.config.schema import ModelConfig
+from ijepa_scale.planning.activations import BF16_BYTES
+from ijepa_scale.planning.architectures import resolve
+from ijepa_scale.planning.devices import Cluster
+from ijepa_scale.planning.memory import FP32_BYTES
+from ijepa_scale.planning.parameters import block_parameters, count_parameters
+from ijepa_scale.planning.spread import Spread
+
+LINK_SHARE = 0.8  # of a link's data sheet that a collective reaches: an assumption, not a measurement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """What one process sends in one optimiser step for one purpose."""
+
+    purpose: str
+    bytes: float
+    processes: int  # of the ring
+    per_node: int  # of them in one node
+    behind: str  # forward | backward | last backward: the computation that can hide it; nothing: none can
+
+    def seconds(self, cluster: Cluster) -> float:
+        """Returns how long it takes on the slowest link of its ring.
+
+        All processes of a node have an adapter each, so a ring that crosses nodes and passes k processes
+        in each is as fast as k adapters, and never faster than the links inside.
+        """
+        link = cluster.device.link_bandwidth
+        if self.processes > self.per_node:
+            link = min(link, self.per_node * cluster.network_bandwidth)
+        return self.bytes / (LINK_SHARE * link)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """Bytes of one process's communication buffers, beside the states."""
+
+    gathered: float = 0.0  # whole weights, from forward to backward
+    forward: float = 0.0  # in flight while the trained module runs
+    target: float = 0.0  # in flight while the target runs
+    backward: float = 0.0  # gradients on their way
+    gradients: float = 0.0  # whole gradients kept between micro-batches where the states count shards only
+    permanent: float = 0.0
+
+    @property
+    def largest(self) -> float:
+        """The most that is alive at once, gradients apart."""
+        return self.permanent + max(self.target, self.gathered + max(self.forward, self.backward))
+
+
+def transfers(model: ModelConfig, spread: Spread) -> list[Transfer]:
+    """Returns what one process sends in one optimiser step, by purpose; nothing for one process."""
+    if spread.world == 1:
+        return []
+    counts = count_parameters(model)
+    trained, target, micro = counts.trainable, counts.target, spread.accumulation
+    if spread.strategy == "ddp":
+        return [_ring(spread, "all-reduce gradients", 2 * FP32_BYTES * trained, "last backward")]
+    if spread.strategy == "fsdp2":
+        return _fsdp2(spread, trained, target)
+    if spread.stage in (1, 2):
+        passes = micro if spread.stage == 2 else 1
+        reduce = (2 if spread.zero.all_reduce else 1) * FP32_BYTES * trained * passes
+        behind = "backward" if spread.stage == 2 else "last backward"
+        name = "all-reduce gradients" if spread.zero.all_reduce else "reduce gradients"
+        return [
+            _ring(spread, name, reduce, behind),
+            _ring(spread, "all-gather weights", FP32_BYTES * trained, "nothing"),  # after the optimiser
+        ]
+    # fp32 under autocast too: DeepSpeed casts parameters of torch's own layer classes only, ours are subclasses
+    found = [
+        _ring(spread, "gather target", FP32_BYTES * target * micro, "forward"),
+        _ring(spread, "gather weights", FP32_BYTES * trained * micro, "forward"),
+        _ring(spread, "reduce-scatter gradients", FP32_BYTES * trained * micro, "backward"),
+    ]
+    again = FP32_BYTES * max(0, trained - spread.zero.held) * micro
+    return [*found, _ring(spread, "gather weights again", again, "backward")] if again else found
+
+
+def _fsdp2(spread: Spread, trained: int, target: int) -> list[Transfer]:
+    weight = gathered_bytes(spread)
+    found = []
+    if spread.shards > 1:
+        found = [
+            _ring(spread, "gather target", weight * target * spread.accumulation, "forward"),
+            _ring(spread, "gather weights", weight * trained * spread.accumulation, "forward"),
+            _ring(spread, "reduce-scatter gradients", FP32_BYTES * trained, "last backward"),
+        ]
+        if spread.reshard_after_forward:
+            found.append(_ring(spread, "gather weights again", weight * trained * spread.accumulation, "backward"))
+    if spread.replicas > 1:
+        share = 2 * FP32_BYTES * trained / spread.shards * (spread.replicas - 1) / spread.replicas
+        per_node = max(1, min(spread.local, spread.world) // spread.shards)
+        found.append(
+            Transfer(
+                purpose="all-reduce shards",
+                bytes=share,
+                processes=spread.replicas,
+                per_node=per_node,
+                behind="last backward",
+            )
+        )
+    return found
+
+
+def _ring(spread: Spread, purpose: str, total: float, behind: str) -> Transfer:
+    """Returns a transfer of `total` bytes among the processes that share one set of states."""
+    size = spread.shards
+    return Transfer(
+        purpose=purpose,
+        bytes=total * (size - 1) / size,
+        processes=size,
+        per_node=min(size, spread.local),
+        behind=behind,
+    )
+
+
+def gathered_bytes(spread: Spread) -> int:
+    """Returns the bytes of a gathered weight: bf16 under FSDP2 in bf16, else fp32."""
+    return BF16_BYTES if spread.strategy == "fsdp2" and spread.precision == "bf16" else FP32_BYTES
+
+
+def buffers(model: ModelConfig, spread: Spread) -> Buffers:
+    """Returns the bytes of one process's buffers. DDP's buckets are the gradients themselves, so it has none.
+
+    FSDP2 has two blocks in flight, each gathered and copied out; a block's gradients, and their fp32 copy that is
+    reduced. ZeRO makes its reduce buckets whole, however small the model.
+    """
+    if spread.strategy in ("plain", "ddp"):
+        return Buffers()
+    sizes, trained = resolve(model), count_parameters(model).trainable
+    block = max(
+        block_parameters(sizes.width, sizes.mlp_width),
+        block_parameters(sizes.predictor_width, sizes.predictor_mlp_width),
+    )
+    if spread.strategy == "fsdp2":
+        weight = gathered_bytes(spread)
+        if spread.shards == 1 and weight == FP32_BYTES:
+            return Buffers()
+        flight = 2 * 2 * weight * block
+        accumulated = FP32_BYTES * trained if spread.accumulation > 1 else 0.0
+        return Buffers(
+            gathered=0.0 if spread.reshard_after_forward else weight * trained,
+            forward=flight,
+            target=flight,
+            backward=2 * (weight + FP32_BYTES) * block + (flight if spread.reshard_after_forward else 0.0),
+            gradients=accumulated,
+        )
+    bucket = FP32_BYTES * spread.zero.reduce
+    if spread.stage < 3:
+        flat = FP32_BYTES * trained / spread.world  # the optimiser's own copy of its part
+        return Buffers(backward=max(bucket * (2 if spread.zero.overlap else 1), flat))
+    held = min(trained, spread.zero.held)
+    flight = FP32_BYTES * (block + min(spread.zero.prefetch, trained))
+    return Buffers(
+        gathered=FP32_BYTES * held,
+        forward=0.0 if held == trained else flight,
+        target=flight,
+        backward=FP32_BYTES * block,
+        permanent=bucket,
+    )

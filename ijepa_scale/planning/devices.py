@@ -1,0 +1,157 @@
+"""GPUs by the names that people call them: memory, bandwidths, links, with sources. Floor 1: asks no device.
+
+Sizes are those of the makers' data sheets in decimal GB, a few percent less than `torch.cuda` reports; links
+count one direction, half of what data sheets give. Peaks of matrix products are in `hardware`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ijepa_scale.config.nearest import nearest
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.planning.hardware import peak_flops
+
+NETWORK_GB_PER_S = 50.0  # per GPU and direction: one 400 Gb/s adapter each, as in NVIDIA's DGX H100 data sheet
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of GPU. Bandwidths are bytes per second."""
+
+    name: str  # as on the command line
+    title: str  # as `torch.cuda.get_device_name` would say, roughly
+    memory_bytes: float
+    memory_bandwidth: float
+    link_bandwidth: float  # to the other GPUs of a node, one direction
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bf16 products with fp32 accumulation, FLOP/s."""
+        peak = peak_flops(self.title)
+        assert peak is not None, f"{self.title} has no peak in hardware.py"
+        return peak
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many GPUs of one kind, in nodes of equal size. `network_bandwidth` is bytes/s per GPU and direction."""
+
+    device: Device
+    num_gpus: int
+    gpus_per_node: int = GPUS_PER_NODE
+    network_bandwidth: float = NETWORK_GB_PER_S * 1e9
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, value in (("--gpus", self.num_gpus), ("--gpus-per-node", self.gpus_per_node)):
+            if value < 1:
+                problems.append(f"{name} is {value} GPUs; give at least 1")
+        if not self.network_bandwidth > 0:
+            problems.append(f"--network is {self.network_bandwidth / 1e9:g} GB/s; give a number above 0, such as 50")
+        if not problems and self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
+            whole = self.num_gpus // self.gpus_per_node * self.gpus_per_node
+            problems.append(
+                f"{self.num_gpus} GPUs don't fill nodes of {self.gpus_per_node}; take {whole} or "
+                f"{whole + self.gpus_per_node}, or give --gpus-per-node"
+            )
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, one where the GPUs fit into it."""
+        return max(1, self.num_gpus // self.gpus_per_node)
+
+    @property
+    def local_gpus(self) -> int:
+        """GPUs of one node that take part."""
+        return min(self.num_gpus, self.gpus_per_node)
+
+    def bandwidth(self, processes: int) -> float:
+        """Returns the bytes/s per GPU of a ring over so many processes, those of a node first."""
+        inside = self.device.link_bandwidth
+        return inside if processes <= self.local_gpus else min(inside, self.network_bandwidth)
+
+
+# name, title, memory GB, memory bandwidth GB/s, link GB/s of one direction. PCIe without NVLink between all GPUs of
+# a node: 4.0 x16 32 GB/s, 5.0 x16 64 GB/s (PCI-SIG); bridges that join pairs aren't counted.
+_GIGABYTES: tuple[tuple[str, str, float, float, float], ...] = (
+    ("a100-40gb", "NVIDIA A100-SXM4-40GB", 40, 1555, 300),  # NVIDIA A100 data sheet: NVLink 600 GB/s both ways
+    ("a100-80gb", "NVIDIA A100-SXM4-80GB", 80, 2039, 300),  # the same
+    ("a100-40gb-pcie", "NVIDIA A100-PCIE-40GB", 40, 1555, 32),  # the same, PCIe 4.0
+    ("a100-80gb-pcie", "NVIDIA A100 80GB PCIe", 80, 1935, 32),  # the same
+    ("a800-80gb", "NVIDIA A800-SXM4-80GB", 80, 2039, 200),  # NVIDIA A800 data sheet: NVLink 400 GB/s
+    ("h100", "NVIDIA H100 80GB HBM3", 80, 3350, 450),  # NVIDIA H100 data sheet, SXM: NVLink 900 GB/s
+    ("h100-pcie", "NVIDIA H100 PCIe", 80, 2000, 64),  # NVIDIA H100 PCIe product brief, PCIe 5.0
+    ("h100-nvl", "NVIDIA H100 NVL", 94, 3900, 64),  # NVIDIA H100 data sheet, NVL
+    ("h800", "NVIDIA H800", 80, 3350, 200),  # NVIDIA H800 data sheet, SXM: NVLink 400 GB/s
+    ("h20", "NVIDIA H20", 96, 4000, 450),  # NVIDIA H20 data sheet: NVLink 900 GB/s
+    ("h200", "NVIDIA H200", 141, 4800, 450),  # NVIDIA H200 data sheet, SXM
+    ("h200-nvl", "NVIDIA H200 NVL", 141, 4800, 64),  # the same, NVL; its bridges join 2 or 4
+    ("b200", "NVIDIA B200", 180, 8000, 900),  # NVIDIA DGX B200 data sheet: 1440 GB and 64 TB/s over 8, NVLink 1.8 TB/s
+    ("a30", "NVIDIA A30", 24, 933, 32),  # NVIDIA A30 data sheet
+    ("a40", "NVIDIA A40", 48, 696, 32),  # NVIDIA A40 data sheet
+    ("a10", "NVIDIA A10", 24, 600, 32),  # NVIDIA A10 data sheet
+    ("a10g", "NVIDIA A10G", 24, 600, 32),  # AWS's instance page of G5
+    ("l4", "NVIDIA L4", 24, 300, 32),  # NVIDIA L4 data sheet
+    ("l40", "NVIDIA L40", 48, 864, 32),  # NVIDIA L40 data sheet
+    ("l40s", "NVIDIA L40S", 48, 864, 32),  # NVIDIA L40S data sheet
+    ("rtx-a6000", "NVIDIA RTX A6000", 48, 768, 32),  # NVIDIA RTX A6000 data sheet
+    ("rtx-4090", "NVIDIA GeForce RTX 4090", 24, 1008, 32),  # Ada white paper
+    ("rtx-3090", "NVIDIA GeForce RTX 3090", 24, 936, 32),  # GA102 white paper
+    ("mi300x", "AMD Instinct MI300X", 192, 5300, 448),  # AMD MI300X data sheet: 7 links of 128 GB/s both ways
+)
+_OTHER_NAMES = {"a100": "a100-80gb", "a100-pcie": "a100-80gb-pcie", "a800": "a800-80gb", "a6000": "rtx-a6000"}
+_FORMS = re.compile(r"-(sxm\d?|hbm\d?e?|nvidia|amd|instinct|geforce)(?=-|$)")
+
+
+def devices() -> dict[str, Device]:
+    """Returns the known GPUs by name."""
+    return {
+        name: Device(name, title, memory * 1e9, bandwidth * 1e9, link * 1e9)
+        for name, title, memory, bandwidth, link in _GIGABYTES
+    }
+
+
+def find_device(name: str) -> Device:
+    """Returns the GPU called `name`; case, spaces, `nvidia` and `sxm` don't count, nor does a size that is its own.
+
+    Raises:
+        ConfigError: the name isn't known; the message holds the nearest one.
+    """
+    known = devices()
+    key = re.sub(r"[\s_/-]+", "-", name.strip().lower())
+    key = re.sub(r"(?<=\d)-gb\b", "gb", key)
+    key = _FORMS.sub("", f"-{key}").strip("-")
+    parts = key.split("-")
+    if (size := next((part for part in parts if re.fullmatch(r"\d+gb", part)), None)) and key not in known:
+        rest = "-".join(part for part in parts if part != size)
+        swapped = [rest, *(f"{first}-{size}-{second}" for first, _, second in (rest.partition("-"),))]
+        for candidate in swapped:
+            found = known.get(_OTHER_NAMES.get(candidate, candidate))
+            if found is not None and found.memory_bytes == int(size[:-2]) * 1e9:
+                return found
+    key = _OTHER_NAMES.get(key, key)
+    if key not in known:
+        near = nearest(key, list(known))
+        hint = f"did you mean {near}? " if near else ""
+        raise ConfigError(f"--gpus names {name!r}, which isn't known; {hint}choose one of {', '.join(known)}")
+    return known[key]
+
+
+def parse_gpus(text: str) -> tuple[int, Device]:
+    """Returns the number and kind of `8x a100-80gb`, `16 x H100-PCIe`, `4 rtx-4090` or `h200`, which is one.
+
+    Raises:
+        ConfigError: no name, no GPU, or a name that isn't known.
+    """
+    match = re.fullmatch(r"\s*(?:(\d+)\s*(?:[x×*]\s*|\s))?\s*(\S.*?)\s*", text, re.IGNORECASE)
+    if match is None or re.fullmatch(r"[\d\sx×*]+", match[2], re.IGNORECASE):
+        raise ConfigError(f"--gpus is {text.strip()!r}; give a number and a name, such as 8x a100-80gb")
+    count = int(match[1] or 1)
+    if count < 1:
+        raise ConfigError(f"--gpus is {text.strip()!r}; give at least 1 GPU")
+    return count, find_device(match[2])

@@ -1,0 +1,159 @@
+"""What one process needs on its device at the dearest moment of a step, and whether that fits. Floor 1: formulas.
+
+Cheap: thousands of settings a second, once masks have been drawn. `spread.Spread` says how the step is spread,
+`tokens.Tokens` what a micro-batch holds.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from ijepa_scale.config.schema import MaskConfig, ModelConfig
+from ijepa_scale.planning.activations import Activations, activations
+from ijepa_scale.planning.architectures import IMAGE_CHANNELS, resolve
+from ijepa_scale.planning.communication import Buffers, buffers
+from ijepa_scale.planning.devices import Device
+from ijepa_scale.planning.memory import FP32_BYTES, spread_states
+from ijepa_scale.planning.parameters import count_parameters
+from ijepa_scale.planning.spread import Spread
+from ijepa_scale.planning.tokens import Tokens, draw_masks, mean_tokens, micro_batches
+
+# Of a device's memory, for what PyTorch allocates; the rest is for the CUDA context, the libraries' workspaces and
+# fragmentation: an assumption, not a measurement.
+USABLE_SHARE = 0.92
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of one process on its device. `peak` isn't the sum: gradients grow while activations go."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    target: float
+    activations: float  # kept for backward, with images and target features
+    buffers: float
+    peak: float
+    moment: str  # of the step, when the peak is reached
+
+    @property
+    def states(self) -> float:
+        """Weights, gradients, optimiser and target."""
+        return self.weights + self.gradients + self.optimizer + self.target
+
+    def fits(self, device: Device) -> bool:
+        """Returns whether the peak fits into what a process may use of the device."""
+        return self.peak <= usable_bytes(device)
+
+
+def usable_bytes(device: Device) -> float:
+    """Returns the bytes that tensors may take on the device."""
+    return USABLE_SHARE * device.memory_bytes
+
+
+def footprint(
+    model: ModelConfig, tokens: Tokens, spread: Spread, *, checkpointing: str = "none", device: str = "cuda"
+) -> Footprint:
+    """Returns the bytes of one process that trains on micro-batches of `tokens`."""
+    counts = count_parameters(model)
+    held = spread_states(
+        counts.trainable,
+        counts.target,
+        spread.strategy,
+        world=spread.world,
+        replicas=spread.replicas,
+        reshard_after_forward=True,  # what stays gathered counts as a buffer, in its own precision
+        offload_optimizer=spread.zero.offload_optimizer,
+    )
+    work = activations(
+        model,
+        tokens,
+        precision=spread.precision,
+        checkpointing=checkpointing,
+        casts=spread.autocast_copies,
+        device=device,
+    )
+    moving = buffers(model, spread)
+    gradients = held.gradients + moving.gradients
+    lasting = spread.strategy == "ddp" or spread.accumulation > 1 or spread.stage == 3
+    base = held.weights + held.optimizer + held.target + moving.permanent
+    predictor = counts.predictor / counts.trainable
+    moments = _moments(work, moving, gradients=gradients, lasting=lasting, predictor=predictor)
+    moments["input"] = (gradients if lasting else 0.0) + _input_bytes(model, tokens)
+    moment = max(moments, key=lambda name: moments[name])
+    return Footprint(
+        weights=held.weights,
+        gradients=gradients,
+        optimizer=held.optimizer,
+        target=held.target,
+        activations=work.inputs + work.kept,
+        buffers=moving.largest,
+        peak=base + moments[moment],
+        moment=moment,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def usual_tokens(
+    masks: MaskConfig, grid: tuple[int, int], *, micro_batch: int, batch_size: int, seed: int = 0
+) -> tuple[Tokens, Tokens]:
+    """Returns the mean and the largest micro-batch of those drawn.
+
+    Raises:
+        ConfigError: the masks can't be drawn on this grid.
+    """
+    parts = micro_batches(masks, draw_masks(masks, grid, batch_size=batch_size, seed=seed), grid, micro_batch)
+    return mean_tokens(parts), max(parts, key=lambda part: part.predictor + part.context)
+
+
+def largest_micro_batch(
+    model: ModelConfig, masks: MaskConfig, spread: Spread, *, checkpointing: str, device: Device, batch_size: int
+) -> int:
+    """Returns the most images of a micro-batch that fit, 0 where none does; at most a process's share of the batch.
+
+    Raises:
+        ConfigError: the masks can't be drawn on this grid.
+    """
+
+    def fits(size: int) -> bool:
+        _, largest = usual_tokens(masks, model.grid, micro_batch=size, batch_size=batch_size)
+        return footprint(model, largest, spread, checkpointing=checkpointing).fits(device)
+
+    low, high = 0, max(1, batch_size // spread.world)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _input_bytes(model: ModelConfig, tokens: Tokens) -> float:
+    """Returns the bytes of a micro-batch while it is augmented: images in fp32, before and after."""
+    sizes = resolve(model)
+    return 2 * FP32_BYTES * tokens.images * IMAGE_CHANNELS * sizes.num_patches * sizes.patch_size**2
+
+
+def _moments(
+    work: Activations, moving: Buffers, *, gradients: float, lasting: bool, predictor: float
+) -> dict[str, float]:
+    """Returns what is alive beside weights, optimiser and target, at the moments that can be the dearest.
+
+    `lasting` gradients are there from the first micro-batch to the step; others grow during backward, those of
+    the predictor, a share of `predictor`, first.
+    """
+    before = gradients if lasting else 0.0
+    growing = 0.0 if lasting else gradients
+    encoder = before + work.inputs + work.encoder
+    inner = encoder + work.predictor - work.predictor_tail  # the last block that is dear has been reached
+    busy = moving.gathered + moving.forward + max(work.weight_casts, work.kept_casts)
+    back = moving.gathered + moving.backward + work.kept_casts
+    return {
+        "target's forward": before + work.inputs + work.target_work + moving.target,
+        "encoder's forward": encoder - work.encoder_tail + work.encoder_work + busy,
+        "predictor's forward": inner + work.predictor_work + busy,
+        "loss": encoder + work.predictor + work.loss + work.loss_work + moving.gathered + work.kept_casts,
+        "predictor's backward": inner + work.predictor_block + back,
+        "encoder's backward": encoder - work.encoder_tail + work.encoder_block + back + predictor * growing,
+        "backward's end": before + work.inputs + work.encoder_block + growing + moving.gathered + moving.backward,
+        "step": gradients + moving.backward,
+    }

@@ -1,0 +1,78 @@
+"""How one step is spread over processes, in the numbers that memory and communication depend on. Floor 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ijepa_scale.planning.memory import STRATEGIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroBuckets:
+    """What a DeepSpeed file says of buffers, in parameters; the defaults are those of `ds_configs/`."""
+
+    reduce: int = 200_000_000
+    overlap: bool = True  # two reduce buckets instead of one (stages 1 and 2)
+    all_reduce: bool = True  # whole buckets are all-reduced; else each part is reduced to its owner
+    prefetch: int = 50_000_000  # stage 3, gathered ahead
+    held: int = 2_000_000_000  # stage 3: this many may stay gathered from forward to backward
+    offload_optimizer: bool = False
+
+    @classmethod
+    def of(cls, zero: Mapping[str, Any]) -> ZeroBuckets:
+        """Returns what the `zero_optimization` section of a checked file says."""
+        offload = zero.get("offload_optimizer") or {}
+        live, reuse = (zero.get(f"stage3_max_{name}", cls.held) for name in ("live_parameters", "reuse_distance"))
+        return cls(
+            reduce=int(zero.get("reduce_bucket_size", cls.reduce)),
+            overlap=bool(zero.get("overlap_comm", cls.overlap)),
+            all_reduce=bool(zero.get("use_multi_rank_bucket_allreduce", cls.all_reduce)),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch)),
+            held=int(min(live, reuse)),
+            offload_optimizer=offload.get("device", "none") != "none",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A strategy and its processes."""
+
+    strategy: str  # one of planning.memory.STRATEGIES
+    world: int = 1
+    local: int = 8  # processes of one node, at most
+    replicas: int = 1  # fsdp2: groups that each hold everything (HSDP)
+    reshard_after_forward: bool = False  # fsdp2
+    precision: str = "bf16"
+    accumulation: int = 1
+    zero: ZeroBuckets = field(default_factory=ZeroBuckets)
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy is {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
+        if self.world % self.replicas:
+            raise ValueError(f"{self.world} processes don't split into replicas {self.replicas}; choose a divisor")
+
+    @property
+    def shards(self) -> int:
+        """Processes among which states are divided, where they are."""
+        return self.world // self.replicas
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage, 0 elsewhere."""
+        return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
+
+    @property
+    def autocast_copies(self) -> bool:
+        """Whether autocast makes bf16 copies of fp32 weights; FSDP2 gathers them in bf16 in the first place."""
+        return self.precision == "bf16" and self.strategy != "fsdp2"
+
+    @property
+    def label(self) -> str:
+        """The strategy as tables call it."""
+        if self.strategy != "fsdp2":
+            return self.strategy
+        kind = f"hsdp {self.replicas}x{self.shards}" if self.replicas > 1 else "fsdp2"
+        return f"{kind} reshard" if self.reshard_after_forward else kind

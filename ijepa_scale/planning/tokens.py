@@ -1,0 +1,105 @@
+"""How many tokens a micro-batch holds, from masks drawn as training draws them. Floor 1: knows no model, no device.
+
+Drawn masks say more than bounds: a truncated context is cut to the shortest of its group, far below the
+largest block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.masks import DenseMasks, Masks, MaskSampler
+from ijepa_scale.masks.types import target_index
+
+STEPS = 32  # drawn steps; the mean of a truncated context is then known within about 2%
+_MOST_IMAGES = 256  # drawn per step; larger micro-batches are scaled from so many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokens of one micro-batch; means may be fractions."""
+
+    images: float
+    patches: int  # of a whole image
+    context: float  # of all images and context blocks
+    predicted: float  # rows of prediction and target
+    predictor: float  # of all predictor sequences
+    wanted: float  # per image: target tokens of the target encoder's last block
+    packed: bool  # sequences of different lengths, without padding
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The masks of the first images of one step, and their lengths per image."""
+
+    masks: Masks
+    num_images: int
+    contexts: np.ndarray  # (B,) tokens of all context blocks of an image
+    predicted: np.ndarray  # (B,) target tokens times context blocks
+    distinct: np.ndarray  # (B,) patches that are in some target
+
+
+@functools.lru_cache(maxsize=32)
+def draw_masks(config: MaskConfig, grid: tuple[int, int], *, batch_size: int, seed: int = 0) -> tuple[Draw, ...]:
+    """Returns the masks of the first `STEPS` steps, of whole groups of a global batch of `batch_size` images.
+
+    Raises:
+        ConfigError: the masks can't be drawn on this grid.
+    """
+    sampler = MaskSampler(config, grid, seed=seed)
+    size = config.group_size
+    count = min(batch_size, max(size, _MOST_IMAGES // size * size))
+    return tuple(_measure(sampler(step, 0, count, batch_size), count, grid) for step in range(STEPS))
+
+
+def micro_batches(config: MaskConfig, draws: Sequence[Draw], grid: tuple[int, int], size: int) -> list[Tokens]:
+    """Returns the tokens of each micro-batch of `size` images in the drawn masks; larger ones are scaled from all."""
+    packed = config.context == "packed" or config.group_size % size != 0
+    found = []
+    for draw in draws:
+        window = min(size, draw.num_images)
+        for start in range(0, draw.num_images - window + 1, window):
+            part, scale = slice(start, start + window), size / window
+            predicted = scale * float(draw.predicted[part].sum())
+            context = scale * float(draw.contexts[part].sum())
+            found.append(
+                Tokens(
+                    images=size,
+                    patches=grid[0] * grid[1],
+                    context=context,
+                    predicted=predicted,
+                    predictor=config.num_target_blocks * context + predicted,
+                    wanted=float(draw.distinct[part].max()),
+                    packed=packed,
+                )
+            )
+    return found
+
+
+def mean_tokens(parts: Sequence[Tokens]) -> Tokens:
+    """Returns the mean micro-batch."""
+    names = ("context", "predicted", "predictor", "wanted")
+    means = {name: float(np.mean([getattr(part, name) for part in parts])) for name in names}
+    return Tokens(images=parts[0].images, patches=parts[0].patches, packed=parts[0].packed, **means)
+
+
+def _measure(masks: Masks, count: int, grid: tuple[int, int]) -> Draw:
+    patches = grid[0] * grid[1]
+    asked = target_index(masks, patches).numpy()
+    image = asked // patches
+    if isinstance(masks, DenseMasks):
+        contexts = np.full(count, masks.context.shape[0] * masks.context.shape[2])
+    else:
+        contexts = np.asarray(masks.context_layout.lengths).reshape(-1, count).sum(axis=0)
+    return Draw(
+        masks=masks,
+        num_images=count,
+        contexts=contexts,
+        predicted=np.bincount(image, minlength=count),
+        distinct=np.bincount(np.unique(asked) // patches, minlength=count),
+    )
