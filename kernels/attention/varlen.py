@@ -1,9 +1,15 @@
 """PyTorch's variable-length flash attention, wrapped once: its signature moves between releases. Floor 1.
 
-Written for torch 2.11: `varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale)`.
+2.10: varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, return_aux), without a scale.
+2.11: (the same seven, *, return_aux, scale, window_size). 2.12 adds keywords for grouped queries and paged keys.
+Source: `torch/nn/attention/varlen.py` of the three releases.
 """
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +18,30 @@ from torch.nn.attention.varlen import varlen_attn
 from ijepa_kernels.attention.layout import SequenceLayout
 
 _HEAD_DIM_MULTIPLE = 8  # what the flash kernel takes; it rounds further up by itself (80 and 88 to 96)
+
+
+class VarlenCall:
+    """One way of calling the `varlen_attn` of any of these releases."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._takes_scale = "scale" in inspect.signature(function).parameters
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, query_layout: SequenceLayout, *, scale: float
+    ) -> Tensor:
+        """Returns the attention of packed (total, heads, head_dim) tensors whose scores are multiplied by `scale`."""
+        bounds = (query_layout.cu_seqlens, layout.cu_seqlens, query_layout.bound, layout.bound)
+        if self._takes_scale:
+            out = self._function(q, k, v, *bounds, scale=scale)
+        else:  # scores come out divided by the root of the head dim it is given: q makes up for the difference
+            factor = scale * q.shape[-1] ** 0.5
+            out = self._function(q if factor == 1.0 else q * factor, k, v, *bounds)
+        assert isinstance(out, Tensor)  # a tuple only where return_aux asks for one
+        return out
+
+
+_varlen = VarlenCall(varlen_attn)
 
 
 def flash_packed(
@@ -27,9 +57,5 @@ def flash_packed(
     padding = -head_dim % _HEAD_DIM_MULTIPLE
     if padding:
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    queries = layout if query_layout is None else query_layout
-    out = varlen_attn(
-        q, k, v, queries.cu_seqlens, layout.cu_seqlens, queries.bound, layout.bound, scale=scale
-    )  # fmt: skip
-    assert isinstance(out, Tensor)  # a tuple only where return_aux asks for one
+    out = _varlen(q, k, v, layout, layout if query_layout is None else query_layout, scale=scale)
     return out[..., :head_dim] if padding else out
