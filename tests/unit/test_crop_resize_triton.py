@@ -1,16 +1,12 @@
 """The Triton kernel: against the reference under the interpreter, and compiled for GPUs that aren't there."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-CAPABILITIES = (80, 90)  # A100; H100 and H200
+from tests.unit.kernel_harness import CAPABILITIES, run
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,15 +20,6 @@ source = ASTSource(fn=_kernel, signature=signature, constexprs=constants)
 compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options={{"num_warps": 4}})
 print(len(compiled.asm["cubin"]))
 """
-
-
-def run(*arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_the_kernel_equals_the_reference_under_the_interpreter():

@@ -1,0 +1,303 @@
+"""What the kernels' benchmark measures: for each kernel our way, plain PyTorch's and torch.compile's. Floor 5.
+
+A way is a call without arguments on tensors made beforehand; where a kernel has a backward pass it is part of the
+call. What the compiler needs and wouldn't be timed with ours (padded canvases, masks) is made beforehand too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ijepa_kernels import crop_resize as crops
+from ijepa_kernels import fp8_linear as fp8
+from ijepa_kernels import layer_norm as norm
+from ijepa_kernels import target_loss as loss
+from ijepa_kernels import target_update as update
+from ijepa_kernels.attention import SequenceLayout, attention
+from ijepa_kernels.attention.reference import attention_reference
+from ijepa_kernels.crop_resize.reference import filter_matrix, padded
+from ijepa_scale.planning.architectures import Sizes, sizes_of
+
+Work = Callable[[], Any]
+TRITON_WANTED = "Triton needs a CUDA device"
+TARGETS = 4  # blocks of an image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A published run's sizes on one device: `predicted` tokens a target block, `crop` pixels a side."""
+
+    name: str
+    sizes: Sizes
+    images: int
+    tokens: int
+    predicted: int
+    crop: int
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products and activations are in."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns normally distributed values on the device."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return torch.randn(shape, generator=generator, device=self.device, dtype=dtype or self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel at one size. `cost` is what must move and be computed; `missing` says why a way isn't there."""
+
+    kernel: str
+    shape: str
+    ways: dict[str, Work]
+    ours: str
+    cost: dict[str, float]
+    missing: dict[str, str] = field(default_factory=dict)
+    fp8: bool = False
+
+
+def settings(device: torch.device, quick: bool) -> list[Setting]:
+    """Returns the published runs' sizes; on the CPU, or in a hurry on a GPU, a few images."""
+    tiny = Setting(name="tiny", sizes=sizes_of("vit_tiny"), images=2, tokens=196, predicted=34, crop=224, device=device)
+    if device.type == "cpu":
+        return [tiny]
+    huge = Setting(
+        name="H/14", sizes=sizes_of("vit_huge"), images=128, tokens=256, predicted=45, crop=224, device=device
+    )
+    giant = Setting(
+        name="g/16", sizes=sizes_of("vit_giant"), images=16, tokens=196, predicted=34, crop=224, device=device
+    )
+    return [tiny] if quick else [huge, giant]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function compiled whole for one shape."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def with_backward(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor | None = None) -> Work:
+    """Returns a call of the function and of its backward to the inputs."""
+    return lambda: torch.autograd.grad(function(*inputs), inputs, upstream)
+
+
+def dense_attention(at: Setting) -> Iterator[Case]:
+    """Yields attention of whole images without gradients, as the target encoder's, by SDPA's backends."""
+    heads, size = at.sizes.heads, at.sizes.width // at.sizes.heads
+    qkv = [at.random(at.images, heads, at.tokens, size) for _ in range(3)]
+
+    def forced(backend: SDPBackend) -> Work:
+        def work() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*qkv)
+
+        return work
+
+    written_out = compiled(attention_reference)
+    ways: dict[str, Work] = {
+        "ours": lambda: attention(*qkv),
+        "eager": lambda: attention_reference(*qkv),
+        "compiled": lambda: written_out(*qkv),
+        "math": forced(SDPBackend.MATH),
+        "flash": forced(SDPBackend.FLASH_ATTENTION),
+    }
+    missing = {}
+    for name, backend in (("efficient", SDPBackend.EFFICIENT_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        if at.device.type == "cuda":
+            ways[name] = forced(backend)
+        else:
+            missing[name] = "the backend needs a CUDA device"
+    values = at.images * heads * at.tokens * size
+    cost = moved(3 * values, values, qkv[0].element_size()) | {"flops": 4.0 * values * at.tokens}
+    yield Case(
+        kernel="attention dense", shape=str(tuple(qkv[0].shape)), ways=ways, ours="ours", cost=cost, missing=missing
+    )
+
+
+def packed_attention(at: Setting) -> Iterator[Case]:
+    """Yields forward and backward of packed contexts of different lengths; the compiler gets them padded, masked."""
+    heads, size = at.sizes.heads, at.sizes.width // at.sizes.heads
+    lengths = np.random.default_rng(0).integers(at.tokens // 3, at.tokens // 2, at.images).tolist()
+    layout = SequenceLayout.of(lengths, at.device)
+    packed = [at.random(layout.total, heads, size).requires_grad_() for _ in range(3)]
+    dense = [at.random(at.images, heads, max(lengths), size).requires_grad_() for _ in range(3)]
+    mask = torch.arange(max(lengths), device=at.device) < torch.tensor(lengths, device=at.device)[:, None]
+    masked = compiled(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]))
+    upstream = [x[0].detach().clone() for x in (packed, dense)]
+    values = layout.total * heads * size
+    squares = sum(length**2 for length in lengths)
+    yield Case(
+        kernel="attention packed",
+        shape=f"{at.images} sequences, {layout.total} tokens, {heads} heads of {size}",
+        ways={
+            "ours": with_backward(lambda q, k, v: attention(q, k, v, layout), packed, upstream[0]),
+            "eager": with_backward(lambda q, k, v: attention_reference(q, k, v, layout), packed, upstream[0]),
+            "compiled": with_backward(masked, dense, upstream[1]),
+        },
+        ours="ours",
+        cost=moved(8 * values, 4 * values, packed[0].element_size()) | {"flops": 12.0 * squares * heads * size},
+    )
+
+
+def crop_resize(at: Setting) -> Iterator[Case]:
+    """Yields resizing of photographs' crops to normalised images; the compiler gets canvases and filters made."""
+    sizes = np.random.default_rng(0).integers(200, 420, (at.images, 2))
+    pixels = torch.randint(0, 256, (3 * int(sizes.prod(axis=1).sum()),), dtype=torch.uint8).to(at.device)
+    normalise, output = ((0.017,) * 3, (-2.0,) * 3), (at.crop, at.crop)
+    canvas = padded(pixels, sizes)
+    across = filter_matrix(sizes[:, 1], at.crop, canvas.shape[3], "bilinear", at.device)
+    down = filter_matrix(sizes[:, 0], at.crop, canvas.shape[2], "bilinear", at.device)
+
+    def products(canvas: Tensor, across: Tensor, down: Tensor) -> Tensor:
+        narrow = (canvas.float() @ across.mT[:, None]).add(0.5).floor().clamp(0, 255)
+        levels = (down[:, None] @ narrow).add(0.5).floor().clamp(0, 255)
+        return (levels * normalise[0][0] + normalise[1][0]).to(at.dtype)
+
+    whole = compiled(products)
+    options = {"normalise": normalise, "dtype": at.dtype}
+    bytes_per_value = torch.empty(0, dtype=at.dtype).element_size()
+    yield Case(
+        kernel="crop_resize",
+        shape=f"{at.images} crops to {output}",
+        ways={
+            "ours": lambda: crops.crop_resize(pixels, sizes, output, **options),
+            "eager": lambda: crops.crop_resize(pixels, sizes, output, implementation="reference", **options),
+            "compiled": lambda: whole(canvas, across, down),
+        },
+        ours="ours",
+        cost=crops.cost(sizes, output, interpolation="bilinear", bytes_per_value=bytes_per_value),
+    )
+
+
+def target_loss(at: Setting) -> Iterator[Case]:
+    """Yields forward and backward of the loss, from all of the target encoder's tokens."""
+    rows, width = at.images * TARGETS * at.predicted, at.sizes.width
+    prediction = at.random(rows, width).requires_grad_()
+    tokens = at.random(at.images * at.tokens, width, dtype=torch.float32)
+    lookup = torch.arange(rows, device=at.device) * 7 % len(tokens)
+    weights = torch.full((rows,), 1 / rows, device=at.device)
+
+    def way(run: Callable[..., Tensor], **options: str) -> Work:
+        return with_backward(lambda prediction: run(prediction, tokens, lookup, weights, **options), [prediction])
+
+    ways = {"eager": way(loss.target_loss_reference), "compiled": way(compiled(loss.target_loss_reference))}
+    yield triton_case(
+        "target_loss",
+        f"({rows}, {width}) of {len(tokens)} tokens",
+        {**ways, "triton": way(loss.target_loss, implementation="triton")},
+        loss.cost(rows, width, prediction_bytes=prediction.element_size(), token_bytes=4),
+        at,
+    )
+
+
+def target_update(at: Setting) -> Iterator[Case]:
+    """Yields the update of an encoder's tensors with bf16 copies and a flag that stays 0."""
+    width, mlp = at.sizes.width, at.sizes.mlp_width
+    block = [(3 * width, width), (3 * width,), (width, width), (width,), (mlp, width), (mlp,), (width, mlp), (width,)]
+    shapes = [*block, *[(width,)] * 4] * at.sizes.depth
+    target, source = ([at.random(*shape, dtype=torch.float32) for shape in shapes] for _ in range(2))
+    copies, flag = [x.bfloat16() for x in target], torch.zeros((), device=at.device)
+    tensors, momentum = sum(x.numel() for x in target), 0.996
+
+    def flagged(target: list[Tensor], source: list[Tensor], copies: list[Tensor]) -> None:
+        moved = torch._foreach_lerp(target, source, 1.0 - momentum)
+        torch._foreach_copy_(target, [torch.where(flag == 0, a, b) for a, b in zip(moved, target, strict=True)])
+        torch._foreach_copy_(copies, target)
+
+    whole = compiled(flagged)
+    options: dict[str, Any] = {"copies": copies, "found_nonfinite": flag}
+    table = update.prepare(target, source, copies) if at.device.type == "cuda" else None
+    yield triton_case(
+        "target_update",
+        f"{len(shapes)} tensors, {tensors / 1e6:.0f} M values",
+        {
+            "eager": lambda: update.target_update(target, source, momentum, **options),
+            "compiled": lambda: whole(target, source, copies),
+            "eager, no flag": lambda: update.target_update(target, source, momentum, copies=copies),
+            "triton": lambda: update.target_update(
+                target, source, momentum, table=table, implementation="triton", **options
+            ),
+        },
+        update.cost(tensors, copies=True),
+        at,
+    )
+
+
+def layer_norm(at: Setting) -> Iterator[Case]:
+    """Yields forward and backward of a block's norm: fp32 in, out as the linear layer takes it."""
+    rows, width = at.images * at.tokens, at.sizes.width
+    inputs = [at.random(rows, width, dtype=torch.float32), at.random(width, dtype=torch.float32)]
+    inputs = [x.requires_grad_() for x in (*inputs, inputs[1].clone())]
+    upstream = at.random(rows, width)
+
+    def way(run: Callable[..., Tensor], **options: str) -> Work:
+        return with_backward(lambda *given: run(*given, dtype=at.dtype, **options), inputs, upstream)
+
+    ways = {"eager": way(norm.layer_norm_reference), "compiled": way(compiled(norm.layer_norm_reference))}
+    sizes = {"input_bytes": 4, "output_bytes": upstream.element_size()}
+    both = [norm.cost(rows, width, backward=backward, **sizes) for backward in (False, True)]
+    yield triton_case(
+        "layer_norm",
+        f"({rows}, {width})",
+        {**ways, "triton": way(norm.layer_norm, implementation="triton")},
+        {name: both[0][name] + both[1][name] for name in both[0]},
+        at,
+    )
+
+
+def fp8_linear(at: Setting) -> Iterator[Case]:
+    """Yields an MLP's two layers in fp8, alone and compiled with its quantisation, beside bf16's."""
+    for inputs, outputs in ((at.sizes.width, at.sizes.mlp_width), (at.sizes.mlp_width, at.sizes.width)):
+        rows = at.images * at.tokens
+        x, weight = at.random(rows, inputs, dtype=torch.bfloat16), at.random(outputs, inputs, dtype=torch.bfloat16)
+        bias, quantised = at.random(outputs, dtype=torch.bfloat16), fp8.quantise_rows(weight)
+        ways: dict[str, Work] = {}
+        missing = {}
+        try:
+            fp8.check_capability(at.device)
+        except fp8.Fp8UnavailableError as error:
+            missing = dict.fromkeys(("ours", "ours, not compiled"), str(error))
+        else:
+            whole = compiled(fp8.fp8_linear)
+            ways["ours"] = lambda run=whole, given=(x, *quantised, bias): run(*given)
+            ways["ours, not compiled"] = lambda given=(x, *quantised, bias): fp8.fp8_linear(*given)
+        plain = compiled(F.linear)
+        ways["eager"] = lambda given=(x, weight, bias): F.linear(*given)
+        ways["compiled"] = lambda run=plain, given=(x, weight, bias): run(*given)
+        cost = fp8.cost(rows, inputs, outputs, input_bytes=2)
+        shape = f"({rows}, {inputs}) to {outputs}"
+        yield Case(kernel="fp8_linear", shape=shape, ways=ways, ours="ours", cost=cost, missing=missing, fp8=True)
+
+
+def triton_case(kernel: str, shape: str, ways: dict[str, Work], cost: dict[str, float], at: Setting) -> Case:
+    """Returns the case of a kernel whose way is Triton's, without it where there is no CUDA device."""
+    missing = {} if at.device.type == "cuda" else {"triton": TRITON_WANTED}
+    there = {name: work for name, work in ways.items() if name not in missing}
+    return Case(kernel=kernel, shape=shape, ways=there, ours="triton", cost=cost, missing=missing)
+
+
+def moved(read: int, written: int, bytes_per_value: int) -> dict[str, float]:
+    """Returns the bytes of so many values."""
+    return {"read_bytes": float(read * bytes_per_value), "written_bytes": float(written * bytes_per_value)}
+
+
+KERNELS: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "attention_dense": dense_attention,
+    "attention_packed": packed_attention,
+    "crop_resize": crop_resize,
+    "target_loss": target_loss,
+    "target_update": target_update,
+    "layer_norm": layer_norm,
+    "fp8_linear": fp8_linear,
+}
