@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from nominal_flops import step_flops
 
 from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import DenseMasks, MaskSampler
-from ijepa_scale.models import build_jepa, build_target
+from ijepa_scale.models import build_jepa
 from ijepa_scale.planning.architectures import ARCHITECTURES, resolve
 from ijepa_scale.planning.flops import encoder_forward_flops, mask_flops, train_flops
 from ijepa_scale.planning.hardware import peak_flops
@@ -59,26 +58,11 @@ def test_parameter_counts_equal_the_built_model(model: ModelConfig) -> None:
     assert counts.target == trained["encoder"]
 
 
-def _measure(model: ModelConfig, num_images: int, kept: int, predicted: int, num_context: int) -> dict[str, float]:
+def _measure(model: ModelConfig, num_images: int, kept: int, predicted: int, num_context: int) -> dict[str, int]:
     """FLOPs that torch counts in target forward, context and predictor, of a whole batch."""
-    jepa = build_jepa(model, seed=0, device="meta")
-    target = build_target(jepa)
-    images = torch.empty(num_images, 3, *model.image_size, device="meta")
-    keep = torch.zeros(num_context, num_images, kept, dtype=torch.int64, device="meta")
-    targets = torch.zeros(4, num_images, predicted, dtype=torch.int64, device="meta")
-    counts = {}
-    with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            target(images)
-        counts["target"] = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            jepa.encoder(images, keep).sum().backward()
-        counts["context"] = counter.get_total_flops()
-        seen = torch.empty(num_context * num_images, kept, jepa.encoder.width, device="meta", requires_grad=True)
-        with FlopCounterMode(display=False) as counter:
-            jepa.predictor(seen, keep, targets).sum().backward()
-        counts["predictor"] = counter.get_total_flops()
-    return counts
+    context = torch.zeros(num_context, num_images, kept, dtype=torch.int64)
+    targets = torch.zeros(4, num_images, predicted, dtype=torch.int64)
+    return step_flops(model, DenseMasks(context, targets), num_images=num_images)
 
 
 @pytest.mark.parametrize("num_context", [1, 2])
