@@ -1,0 +1,186 @@
+"""Which kernel dense attention runs in: forced for the whole process, tried out, and named. Floor 1: tensors only.
+
+PyTorch's SDPA picks a kernel at each call and takes a slower one without a word where a faster one
+can't run. Here one is chosen at the start; a call that it can't take is then an error of SDPA's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import attention as torch_attention
+from torch.nn.attention import SDPBackend
+
+from ijepa_kernels.attention import SequenceLayout, attention
+
+BACKENDS = ("auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4")
+ON_CPU = ("auto", "flash", "math")  # the kernels that there are on the CPU
+
+# What auto tries on CUDA, in this order. None has been measured on a GPU here, so the order claims no speed. Flash
+# comes first because packed sequences run in the same kernel, so both layouts round alike; efficient is what fp32 can
+# have; math holds all scores in memory. cuDNN, FA3 and FA4 only run where they are named: cuDNN plans for each shape
+# anew, and the lengths of truncated contexts change with each step; the other two need packages of their own.
+AUTO_ORDER = ("flash", "efficient", "math")
+
+_SWITCHES = {
+    "flash": torch.backends.cuda.enable_flash_sdp,
+    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
+    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
+    "math": torch.backends.cuda.enable_math_sdp,
+}
+_NAMES = {
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.CUDNN_ATTENTION: "cudnn",
+    SDPBackend.EFFICIENT_ATTENTION: "efficient",
+    SDPBackend.MATH: "math",
+}
+_IMPLEMENTATIONS = {"fa3": "FA3", "fa4": "FA4"}  # of the flash kernel, activated in its place
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The attention of one network: `queries` of its `tokens` ask, in each of `heads` heads of `head_dim`."""
+
+    role: str
+    heads: int
+    head_dim: int
+    queries: int
+    tokens: int
+    trained: bool = True  # has a backward pass
+
+    def __str__(self) -> str:
+        return f"{self.role} ({self.heads} heads of head_dim {self.head_dim}, {self.queries} of {self.tokens} tokens)"
+
+
+def force_backend(name: str, device: torch.device | str) -> None:
+    """Lets SDPA use the named kernel only, in this process; `auto` lets it choose as PyTorch does.
+
+    Raises:
+        ValueError: unknown name, a kernel that isn't there on the CPU, or FA3 or FA4 without its package.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if torch.device(device).type != "cuda" and name not in ON_CPU:
+        raise ValueError(f"attention {name} needs a CUDA device and this one is {device}; choose {', '.join(ON_CPU)}")
+    _activate(_IMPLEMENTATIONS.get(name))
+    kernel = "flash" if name in _IMPLEMENTATIONS else name
+    for other, switch in _SWITCHES.items():
+        switch(name == "auto" or other == kernel)
+
+
+def _activate(implementation: str | None) -> None:
+    """Puts FA3 or FA4 in the place of the flash kernel that PyTorch brings, or that back in its place."""
+    active = _current_implementation()
+    if implementation == active:
+        return
+    if implementation is None:
+        torch_attention.restore_flash_attention_impl()
+        return
+    known = (
+        torch_attention.list_flash_attention_impls()
+        if hasattr(torch_attention, "activate_flash_attention_impl")
+        else []
+    )
+    if implementation not in known:
+        raise ValueError(
+            f"attention {implementation.lower()} isn't in torch {torch.__version__}, which knows "
+            f"{', '.join(known) or 'no other flash kernels'}; choose flash"
+        )
+    try:
+        torch_attention.activate_flash_attention_impl(implementation)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"attention {implementation.lower()} can't be activated ({error}); install its package, or choose flash"
+        ) from error
+
+
+def _current_implementation() -> str | None:
+    current: Callable[[], str | None] | None = getattr(torch_attention, "current_flash_attention_impl", None)
+    return None if current is None else current()
+
+
+def choose_backend(name: str, shapes: Sequence[HeadShape], dtype: torch.dtype, device: torch.device | str) -> str:
+    """Returns the kernel that all `shapes` now run in, which is forced; on the CPU `auto` stays PyTorch's own choice.
+
+    Runs each shape once, forward and, where it is trained, backward: synchronises.
+
+    Raises:
+        ValueError: the kernel can't run these shapes in this dtype on this device, or what `force_backend` raises.
+    """
+    names = AUTO_ORDER if name == "auto" and torch.device(device).type == "cuda" else (name,)
+    problems: list[str] = []
+    for candidate in names:
+        force_backend(candidate, device)
+        problems = [problem for shape in shapes if (problem := _dense_problem(shape, dtype, device)) is not None]
+        if not problems:
+            return candidate
+    raise ValueError(f"attention {name} can't run {'; nor '.join(problems)}")
+
+
+def backend_for(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> str:
+    """Returns the name of the kernel that SDPA takes for this shape, as it is set now; "none" where none can."""
+    inputs = _dense(shape, dtype, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why others can't
+        try:
+            name = _NAMES[SDPBackend(torch._fused_sdp_choice(*inputs))]
+        except RuntimeError:
+            return "none"
+    implementation = _current_implementation() if inputs[0].is_cuda else None
+    return implementation.lower() if name == "flash" and implementation is not None else name
+
+
+def packed_backend(dtype: torch.dtype, device: torch.device | str) -> str:
+    """Returns what packed sequences run in, in words."""
+    if torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return f"variable-length {(_current_implementation() or 'flash').lower()}"
+    return "one dense call for each run of equal lengths"
+
+
+def packed_problem(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """Returns why packed sequences of these heads can't run, forward and backward; None where they can."""
+    layout = SequenceLayout.of((shape.tokens, max(1, shape.tokens // 2)), device)
+    q, k, v = (
+        torch.zeros(layout.total, shape.heads, shape.head_dim, dtype=dtype, device=device, requires_grad=shape.trained)
+        for _ in range(3)
+    )
+    return _problem(f"packed {shape}", (q, k, v), lambda: attention(q, k, v, layout))
+
+
+def _dense_problem(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> str | None:
+    q, k, v = _dense(shape, dtype, device)
+    return _problem(str(shape), (q, k, v), lambda: F.scaled_dot_product_attention(q, k, v))
+
+
+def _dense(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k and v of one image, laid out as `models.layers.Attention` lays them out."""
+    q, k, v = (
+        torch.zeros(1, length, shape.heads, shape.head_dim, dtype=dtype, device=device)
+        .transpose(1, 2)
+        .requires_grad_(shape.trained)
+        for length in (shape.queries, shape.tokens, shape.tokens)
+    )
+    return q, k, v
+
+
+def _problem(what: str, inputs: tuple[Tensor, ...], call: Callable[[], Tensor]) -> str | None:
+    """Returns why `call` fails, with the reasons that SDPA gives as warnings; None where it and its backward work."""
+    q = inputs[0]
+    with warnings.catch_warnings(record=True) as reasons, torch.set_grad_enabled(q.requires_grad):
+        warnings.simplefilter("always")
+        try:
+            out = call()
+            if q.requires_grad:
+                torch.autograd.grad(out.float().sum(), inputs)
+            if q.is_cuda:
+                torch.cuda.synchronize(q.device)  # host sync: so that a kernel's failure shows here
+        except RuntimeError as error:
+            words = [str(error), *(str(reason.message) for reason in reasons)]
+            lines = dict.fromkeys(word.splitlines()[0].partition(" (Triggered internally")[0] for word in words if word)
+            return f"{what} in {str(q.dtype).removeprefix('torch.')} on {q.device}: {' '.join(lines)}"
+    return None
