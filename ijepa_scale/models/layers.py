@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_kernels.attention import SequenceLayout, attention
+from ijepa_kernels.linear import linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -22,11 +23,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the projection along the last dimension."""
-        return F.linear(self._cast(input), self.weight, self.bias)
+        return linear(self._cast(input), self.weight, self.bias)
 
     def rows(self, input: Tensor, start: int, stop: int) -> Tensor:
         """Returns the outputs [start, stop) of `forward` only."""
-        return F.linear(self._cast(input), self.weight[start:stop], self.bias[start:stop])
+        return linear(self._cast(input), self.weight[start:stop], self.bias[start:stop])
 
     def _cast(self, input: Tensor) -> Tensor:
         low = self.weight.dtype in (torch.bfloat16, torch.float16)
@@ -53,7 +54,7 @@ class PatchProjection(nn.Conv2d):
         """Returns tokens (..., D) of patches (..., 3 * P * P), each in the order (channel, row, column)."""
         if self.weight.dtype in (torch.bfloat16, torch.float16):
             input = input.to(self.weight.dtype)
-        return F.linear(input, self.weight.flatten(1), self.bias)
+        return linear(input, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
