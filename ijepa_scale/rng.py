@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 _ROUNDS = 10
+_MIXED = 4  # rounds after which each word depends on each counter, so has the full shape
 _MULTIPLIER_A = np.uint64(0xD2511F53)
 _MULTIPLIER_B = np.uint64(0xCD9E8D57)
 _WEYL_A = 0x9E3779B9
@@ -48,32 +49,45 @@ def uniform(seed: int, stream: str, step: int, samples: np.ndarray, count: int) 
         raise ValueError(f"step {step} is outside [0, 2**32): pass a step or epoch counter")
     samples = np.asarray(samples, dtype=np.int64).astype(np.uint64)
     num_blocks = (count + 1) // 2  # a block of 4 x 32 bits makes two doubles
-    shape = (len(samples), num_blocks)
     counter = [
-        np.broadcast_to((samples & _LOW)[:, None], shape),
-        np.broadcast_to((samples >> _SHIFT)[:, None], shape),
-        np.full(shape, step, dtype=np.uint64),
-        np.broadcast_to(np.arange(num_blocks, dtype=np.uint64), shape),
+        (samples & _LOW)[:, None],
+        (samples >> _SHIFT)[:, None],
+        np.full((1, 1), step, dtype=np.uint64),
+        np.arange(num_blocks, dtype=np.uint64)[None],
     ]
     words = _philox(counter, key(seed, stream))
-    doubles = [
-        ((words[2 * i] >> np.uint64(5)) * np.uint64(1 << 26) + (words[2 * i + 1] >> np.uint64(6))) * (1.0 / (1 << 53))
-        for i in range(2)
-    ]
-    return np.stack(doubles, axis=2).reshape(len(samples), 2 * num_blocks)[:, :count]
+    doubles = np.empty((len(samples), num_blocks, 2))
+    for half in range(2):
+        bits = words[2 * half] >> np.uint64(5)
+        bits <<= np.uint64(26)
+        bits |= words[2 * half + 1] >> np.uint64(6)
+        np.multiply(bits.view(np.int64), 1.0 / (1 << 53), out=doubles[:, :, half])  # below 2**53: exact
+    return doubles.reshape(len(samples), 2 * num_blocks)[:, :count]
 
 
 def _philox(counter: list[np.ndarray], key64: int) -> list[np.ndarray]:
-    """Returns the four 32-bit output words (as uint64 arrays) of each counter."""
+    """Returns the four 32-bit output words (as uint64 arrays) of the counters, broadcast against one another."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key64 & 0xFFFFFFFF, (key64 >> 32) & 0xFFFFFFFF
-    for _ in range(_ROUNDS):
+    keys = [
+        tuple(np.uint64((part + turn * weyl) & 0xFFFFFFFF) for part, weyl in ((key64, _WEYL_A), (key64 >> 32, _WEYL_B)))
+        for turn in range(_ROUNDS)
+    ]
+    for k0, k1 in keys[:_MIXED]:
         product_a, product_b = c0 * _MULTIPLIER_A, c2 * _MULTIPLIER_B
         c0, c1, c2, c3 = (
-            (product_b >> _SHIFT) ^ c1 ^ np.uint64(k0),
+            (product_b >> _SHIFT) ^ (c1 ^ k0),
             product_b & _LOW,
-            (product_a >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            (product_a >> _SHIFT) ^ (c3 ^ k1),
             product_a & _LOW,
         )
-        k0, k1 = (k0 + _WEYL_A) & 0xFFFFFFFF, (k1 + _WEYL_B) & 0xFFFFFFFF
+    product_a, product_b = np.empty_like(c0), np.empty_like(c0)
+    for k0, k1 in keys[_MIXED:]:  # in place: without temporaries a fifth faster
+        np.multiply(c0, _MULTIPLIER_A, out=product_a)
+        np.multiply(c2, _MULTIPLIER_B, out=product_b)
+        c1 ^= k0
+        c3 ^= k1
+        np.bitwise_xor(np.right_shift(product_b, _SHIFT, out=c0), c1, out=c0)
+        np.bitwise_xor(np.right_shift(product_a, _SHIFT, out=c2), c3, out=c2)
+        np.bitwise_and(product_b, _LOW, out=c1)
+        np.bitwise_and(product_a, _LOW, out=c3)
     return [c0, c1, c2, c3]

@@ -27,7 +27,7 @@ class GroupMasks:
     def dense(self) -> DenseMasks:
         """Returns the masks as rectangular tensors; every image must keep the same number of context tokens."""
         blocks, images, _ = self.context.shape
-        places = np.nonzero(self.context)[2].reshape(blocks, images, -1)
+        places = places_of(self.context).reshape(blocks, images, -1)
         return DenseMasks(torch.from_numpy(places), torch.from_numpy(self.targets.copy()))
 
 
@@ -36,6 +36,11 @@ def block_places(top: np.ndarray, left: np.ndarray, size: tuple[int, int], colum
     height, width = size
     inside = (np.arange(height)[:, None] * columns + np.arange(width)).ravel()
     return (top * columns + left)[..., None] + inside
+
+
+def places_of(masks: np.ndarray) -> np.ndarray:
+    """Returns the patches int64 of (..., N) bool, mask after mask, ascending within each."""
+    return np.flatnonzero(masks) % masks.shape[-1]
 
 
 def shortest(context: np.ndarray) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ijepa_kernels.attention import SequenceLayout
-from ijepa_scale.masks.group import GroupMasks
+from ijepa_scale.masks.group import GroupMasks, places_of
 from ijepa_scale.masks.types import DenseMasks, PackedMasks
 
 
@@ -33,7 +33,7 @@ def pack_groups(parts: list[GroupMasks]) -> PackedMasks:
     targets = [part.targets[block].ravel() for block in range(num_targets) for part in parts]
     lengths = np.concatenate([np.full(part.targets.shape[1], part.targets.shape[2]) for part in parts])
     return pack_indices(
-        np.nonzero(context)[2],
+        places_of(context),
         context.sum(axis=2),
         np.concatenate(targets),
         np.broadcast_to(lengths, (num_targets, len(lengths))),
@@ -64,28 +64,31 @@ def pack_indices(
     target_of = np.broadcast_to(target_lengths[:, None], shape).ravel()
     image_of = np.broadcast_to(np.arange(num_images), shape).ravel()
 
-    # Where each predictor sequence begins, and where its two lists begin among the lists given.
-    total = context_of + target_of
-    starts = _starts(total)
+    # A predictor sequence is a piece of the context tokens, then one of the target tokens, which lie in its order.
+    lengths = np.stack([context_of, target_of], axis=-1)
+    begins = _starts(lengths.ravel()).reshape(lengths.shape)  # of the pieces among the predictor tokens
     context_starts = np.broadcast_to(_starts(context_lengths.ravel()).reshape(context_lengths.shape), shape).ravel()
-    target_starts = np.broadcast_to(_starts(target_lengths.ravel()).reshape(num_targets, 1, num_images), shape).ravel()
-    within_target = np.arange(target_of.sum()) - np.repeat(_starts(target_of), target_of)
-    target_rows = np.repeat(starts + context_of, target_of) + within_target
-    target_list = np.repeat(target_starts, target_of) + within_target
-    source = np.arange(total.sum()) + np.repeat(context_starts - starts, total)  # right for the context tokens
-    source[target_rows] = len(context) + np.arange(len(target_rows))
+    sources = np.stack([context_starts, len(context) + _starts(target_of)], axis=-1)
+    target_rows = np.repeat(begins[:, 1] - _starts(target_of), target_of)
+    target_rows += np.arange(len(target_rows))
+    predictor_source = np.repeat((sources - begins).ravel(), lengths.ravel())
+    predictor_source += np.arange(len(predictor_source))
 
+    blocks = np.split(targets, np.cumsum(target_lengths.sum(axis=1))[:-1])
+    target_index = np.repeat(image_of * num_patches, target_of)
+    target_index += np.concatenate([np.tile(block, num_contexts) for block in blocks])
+    context_index = np.repeat(np.tile(np.arange(num_images) * num_patches, num_contexts), context_lengths.ravel())
+    context_index += context
     share = 1.0 / (num_images * num_targets * num_contexts * target_of)
-    context_image = np.repeat(np.tile(np.arange(num_images), num_contexts), context_lengths.ravel())
     return PackedMasks(
-        context_index=_tensor(context_image * num_patches + context),
+        context_index=_tensor(context_index),
         context_layout=SequenceLayout.of(context_lengths.ravel().tolist()),
-        target_index=_tensor(np.repeat(image_of, target_of) * num_patches + targets[target_list]),
-        predictor_layout=SequenceLayout.of(total.tolist()),
-        predictor_source=_tensor(source),
+        target_index=_tensor(target_index),
+        predictor_layout=SequenceLayout.of((context_of + target_of).tolist()),
+        predictor_source=_tensor(predictor_source),
         target_rows=_tensor(target_rows),
         target_layout=SequenceLayout.of(target_of.tolist()),
-        weights=torch.from_numpy(np.repeat(share, target_of).astype(np.float32)),
+        weights=torch.from_numpy(np.repeat(share.astype(np.float32), target_of)),
     )
 
 

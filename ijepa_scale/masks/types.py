@@ -85,9 +85,13 @@ class Wanted:
         asked = np.zeros((num_images, num_patches), dtype=bool)
         asked.reshape(-1)[index] = True
         most = int(asked.sum(axis=1).max())
-        places = np.argsort(~asked, axis=1, kind="stable")[:, :most]
-        ranks = np.cumsum(asked, axis=1) - 1 + most * np.arange(num_images)[:, None]
-        return cls(torch.from_numpy(np.ascontiguousarray(places)), torch.from_numpy(ranks.reshape(-1)[index]))
+        numbers = np.arange(num_patches, dtype=np.int32)
+        order = np.where(asked, numbers, numbers + num_patches)  # sorted: what is asked for first
+        order.sort(axis=1)
+        ranks = np.cumsum(asked, axis=1)
+        ranks += (most * np.arange(num_images) - 1)[:, None]
+        places = torch.from_numpy((order[:, :most] % num_patches).astype(np.int64))
+        return cls(places, torch.from_numpy(ranks.reshape(-1)[index]))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Wanted:
         """Returns the same with `change` applied to each tensor."""

@@ -30,7 +30,7 @@ class SequenceLayout:
         """Returns the layout of sequences of these lengths (each at least 1)."""
         bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         bounds[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-        return cls(tuple(int(n) for n in lengths), bounds.to(device, non_blocking=True))
+        return cls(tuple(map(int, lengths)), bounds.to(device, non_blocking=True))
 
     @property
     def total(self) -> int:
