@@ -17,7 +17,8 @@ from ijepa_scale.masks import DenseMasks, Masks, MaskSampler
 from ijepa_scale.masks.types import target_index
 
 STEPS = 32  # drawn steps; the mean of a truncated context is then known within about 2%
-_MOST_IMAGES = 256  # drawn per step; larger micro-batches are scaled from so many
+_MOST_IMAGES = 128  # drawn per step, or a whole group; larger micro-batches are scaled from so many
+_MOST_PARTS = 8  # micro-batches that are looked at in each drawn step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +59,12 @@ def draw_masks(config: MaskConfig, grid: tuple[int, int], *, batch_size: int, se
 
 
 def micro_batches(config: MaskConfig, draws: Sequence[Draw], grid: tuple[int, int], size: int) -> list[Tokens]:
-    """Returns the tokens of each micro-batch of `size` images in the drawn masks; larger ones are scaled from all."""
+    """Returns the tokens of micro-batches of `size` images in the drawn masks; larger ones are scaled from all."""
     packed = config.context == "packed" or config.group_size % size != 0
     found = []
     for draw in draws:
         window = min(size, draw.num_images)
-        for start in range(0, draw.num_images - window + 1, window):
+        for start in range(0, draw.num_images - window + 1, window)[:_MOST_PARTS]:
             part, scale = slice(start, start + window), size / window
             predicted = scale * float(draw.predicted[part].sum())
             context = scale * float(draw.contexts[part].sum())

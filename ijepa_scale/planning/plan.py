@@ -1,0 +1,301 @@
+"""A run before its launch: what fits, what it costs, how long it takes, and the strategy to take. Floor 1.
+
+Everything here is computed from formulas; nothing is measured. `plan_text` writes it down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ijepa_scale.config.schema import EngineConfig, PretrainConfig
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.planning.activations import Activations, activations
+from ijepa_scale.planning.devices import Cluster
+from ijepa_scale.planning.flops import FlopCount, mask_flops
+from ijepa_scale.planning.footprint import Footprint, footprint, largest_micro_batch, usable_bytes, usual_tokens
+from ijepa_scale.planning.parameters import ParameterCounts, count_parameters
+from ijepa_scale.planning.spread import Spread, ZeroBuckets
+from ijepa_scale.planning.step_time import StepTime, step_time
+from ijepa_scale.planning.strategy import resolve_engine
+from ijepa_scale.planning.tokens import Tokens, draw_masks
+
+CHECKPOINTING = ("none", "selective", "full")
+MFU = 0.5  # of the peak while computing: an assumption
+IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122  # training images; ImageNet's own counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to spread the run's step."""
+
+    spread: Spread
+    footprint: Footprint  # at the run's micro-batch, for the largest masks drawn
+    fits: bool
+    largest_micro_batch: int  # images per GPU at once; 0: not even one
+    time: StepTime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs and how long it takes. Bytes are per GPU, FLOPs per image."""
+
+    config: PretrainConfig
+    cluster: Cluster
+    mfu: float
+    parameters: ParameterCounts
+    flops: FlopCount
+    tokens: Tokens  # of a mean micro-batch
+    largest_tokens: Tokens
+    batch_size: int  # of all GPUs
+    micro_batch: int  # images per GPU at once
+    by_checkpointing: dict[str, Activations]  # of the largest masks drawn
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate  # what the configuration would run
+    reason: str
+    advice: tuple[str, ...]  # empty where the configuration runs as it is
+    num_images: int
+    images_source: str
+    steps: int
+
+    @property
+    def days(self) -> float:
+        """Days of the whole run with the chosen strategy, evaluation and checkpoints not counted."""
+        return self.steps * self.chosen.time.step_s / 86400
+
+
+def plan(
+    config: PretrainConfig,
+    cluster: Cluster,
+    *,
+    mfu: float = MFU,
+    num_images: int | None = None,
+    zero: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Returns the plan of a run on a cluster.
+
+    Args:
+        config: the run.
+        cluster: GPUs and their links.
+        mfu: share of the GPUs' peak that is reached while computing.
+        num_images: training images; None takes those of ImageNet, 22k where the configuration names it.
+        zero: the section `zero_optimization` of the run's DeepSpeed file, checked.
+
+    Raises:
+        ConfigError: the run is impossible: a batch that doesn't divide, masks that can't be drawn, states or one
+            single image that fit under no strategy; the message holds numbers and remedies.
+    """
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu is {mfu:g}; give a share of the peak above 0 and at most 1, such as {MFU}")
+    if num_images is not None and num_images < 1:
+        raise ConfigError(f"--images is {num_images}; give the number of training images, such as {IMAGENET_1K}")
+    batch_size, micro_batch = _batches(config, cluster.num_gpus)
+    mean, largest = usual_tokens(config.masks, config.model.grid, micro_batch=micro_batch, batch_size=batch_size)
+    draws = draw_masks(config.masks, config.model.grid, batch_size=batch_size)
+    counts = [mask_flops(config.model, draw.masks, num_images=draw.num_images) for draw in draws]
+    parts = ("target", "context", "predictor")
+    flops = FlopCount(**{part: sum(getattr(count, part) for count in counts) / len(counts) for part in parts})
+    engine, reason = _resolved(config, cluster)
+    buckets = ZeroBuckets() if zero is None else ZeroBuckets.of(zero)
+    mine = _spread(engine, cluster, buckets, stage=3 if zero is None else int(zero["stage"]))
+    spreads = list(dict.fromkeys([mine, *_alternatives(engine, cluster, buckets)]))
+    candidates = tuple(
+        _candidate(config, cluster, spread, tokens=(mean, largest), flops=flops, mfu=mfu) for spread in spreads
+    )
+    _refuse_impossible(config, cluster, candidates, batch_size)
+    images, source, steps = _length(config, batch_size, num_images)
+    return Plan(
+        config=config,
+        cluster=cluster,
+        mfu=mfu,
+        parameters=count_parameters(config.model),
+        flops=flops,
+        tokens=mean,
+        largest_tokens=largest,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        by_checkpointing={
+            mode: activations(
+                config.model, largest, precision=engine.precision, checkpointing=mode, casts=mine.autocast_copies
+            )
+            for mode in CHECKPOINTING
+        },
+        candidates=candidates,
+        chosen=candidates[0],
+        reason=reason,
+        advice=tuple(_advice(config, cluster, candidates, batch_size)),
+        num_images=images,
+        images_source=source,
+        steps=steps,
+    )
+
+
+def _batches(config: PretrainConfig, num_gpus: int) -> tuple[int, int]:
+    """Returns the images of all GPUs in one step, and of one GPU in one micro-batch."""
+    data, unit = config.data, num_gpus * config.engine.accumulation
+    batch = data.batch_size or (data.batch_size_per_process or 0) * num_gpus
+    if batch % unit:
+        near = max(unit, batch // unit * unit)
+        raise ConfigError(
+            f"batch {batch} is not divisible by {num_gpus} GPUs x accumulation {config.engine.accumulation}; "
+            f"try data.batch_size={near}"
+        )
+    return batch, batch // unit
+
+
+def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, str]:
+    """Returns the engine that training would take on these GPUs, and why: the very rule of `auto`."""
+    engine, reason = resolve_engine(
+        config.engine,
+        config.model,
+        world=cluster.num_gpus,
+        processes_per_node=cluster.local_gpus,
+        device="cuda",
+        device_memory_bytes=cluster.device.memory_bytes,
+    )
+    if engine.strategy == "plain" and cluster.num_gpus > 1:
+        raise ConfigError(
+            f"engine.strategy is plain but --gpus names {cluster.num_gpus}; use auto, ddp, fsdp2 or deepspeed"
+        )
+    if cluster.num_gpus % engine.replicas:
+        raise ConfigError(f"{cluster.num_gpus} GPUs don't split into engine.replicas {engine.replicas}; take a divisor")
+    return engine, reason
+
+
+def _spread(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, *, stage: int) -> Spread:
+    return Spread(
+        strategy=f"zero{stage}" if engine.strategy == "deepspeed" else engine.strategy,
+        world=cluster.num_gpus,
+        local=cluster.local_gpus,
+        replicas=engine.replicas,
+        reshard_after_forward=engine.reshard_after_forward and engine.strategy == "fsdp2",
+        precision=engine.precision,
+        accumulation=engine.accumulation,
+        zero=zero if engine.strategy == "deepspeed" else ZeroBuckets(),
+    )
+
+
+def _alternatives(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets) -> Iterator[Spread]:
+    """Yields every other way to spread the step."""
+    base = _spread(dataclasses.replace(engine, strategy="ddp", replicas=1, ds_config=None), cluster, zero, stage=1)
+    if cluster.num_gpus == 1:
+        return
+    yield base
+    replicas = [1, cluster.num_nodes] if cluster.num_nodes > 1 and cluster.local_gpus > 1 else [1]
+    for reshard in (False, True):
+        for groups in replicas:
+            yield dataclasses.replace(base, strategy="fsdp2", replicas=groups, reshard_after_forward=reshard)
+    for stage in (1, 2, 3):
+        yield dataclasses.replace(base, strategy=f"zero{stage}")
+
+
+def _candidate(
+    config: PretrainConfig,
+    cluster: Cluster,
+    spread: Spread,
+    *,
+    tokens: tuple[Tokens, Tokens],
+    flops: FlopCount,
+    mfu: float,
+) -> Candidate:
+    mean, largest = tokens
+    checkpointing = config.engine.checkpointing
+    needed = footprint(config.model, largest, spread, checkpointing=checkpointing)
+    return Candidate(
+        spread=spread,
+        footprint=needed,
+        fits=needed.fits(cluster.device),
+        largest_micro_batch=largest_micro_batch(
+            config.model,
+            config.masks,
+            spread,
+            checkpointing=checkpointing,
+            device=cluster.device,
+            batch_size=round(mean.images) * spread.accumulation * spread.world,
+        ),
+        time=step_time(
+            config.model, cluster, spread, flops=flops, micro_batch=mean.images, checkpointing=checkpointing, mfu=mfu
+        ),
+    )
+
+
+def _least(config: PretrainConfig, spread: Spread, batch_size: int) -> Footprint:
+    """Returns the least that a strategy needs: one image at a time, everything recomputed."""
+    _, one = usual_tokens(config.masks, config.model.grid, micro_batch=1, batch_size=batch_size)
+    return footprint(config.model, one, spread, checkpointing="full")
+
+
+def _refuse_impossible(
+    config: PretrainConfig, cluster: Cluster, candidates: tuple[Candidate, ...], batch_size: int
+) -> None:
+    least = [(_least(config, each.spread, batch_size), each.spread) for each in candidates]
+    if any(needed.fits(cluster.device) for needed, _ in least):
+        return
+    room = usable_bytes(cluster.device) / 1e9
+    where = f"of the {room:.1f} GB that tensors may take on one {cluster.device.name}"
+    states, spread = min(((needed.states, spread) for needed, spread in least), key=lambda pair: pair[0])
+    remedy = "take more GPUs, GPUs with more memory, or a smaller model.name"
+    if states > usable_bytes(cluster.device):
+        raise ConfigError(
+            f"weights, gradients, optimiser and target of {config.model.name} take at least {states / 1e9:.1f} GB per "
+            f"GPU ({spread.label} over {cluster.num_gpus}) {where}; {remedy}"
+        )
+    needed, spread = min(least, key=lambda pair: pair[0].peak)
+    raise ConfigError(
+        f"one image at a time with engine.checkpointing=full takes at least {needed.peak / 1e9:.1f} GB per GPU "
+        f"({spread.label} over {cluster.num_gpus}, {needed.states / 1e9:.1f} GB of it states) {where}; {remedy}, or a "
+        "smaller model.image_size"
+    )
+
+
+def _advice(
+    config: PretrainConfig, cluster: Cluster, candidates: tuple[Candidate, ...], batch_size: int
+) -> Iterator[str]:
+    """Yields what to change where the run as configured doesn't fit; nothing where it does."""
+    chosen = candidates[0]
+    if chosen.fits:
+        return
+    share = batch_size // cluster.num_gpus
+    for mode in CHECKPOINTING[CHECKPOINTING.index(config.engine.checkpointing) :]:
+        for parts in (parts for parts in range(config.engine.accumulation, share + 1) if share % parts == 0):
+            if mode == config.engine.checkpointing and parts == config.engine.accumulation:
+                continue
+            spread = dataclasses.replace(chosen.spread, accumulation=parts)
+            _, largest = usual_tokens(
+                config.masks, config.model.grid, micro_batch=share // parts, batch_size=batch_size
+            )
+            needed = footprint(config.model, largest, spread, checkpointing=mode)
+            if needed.fits(cluster.device):
+                changes = [f"engine.accumulation={parts}"] if parts != config.engine.accumulation else []
+                changes += [f"engine.checkpointing={mode}"] if mode != config.engine.checkpointing else []
+                cost = {"none": "", "selective": ", cheap operations twice", "full": ", the forward twice"}[mode]
+                yield (
+                    f"{' '.join(changes)}: {share // parts} images at a time, {needed.peak / 1e9:.1f} GB per GPU{cost}"
+                )
+                break
+    for other in candidates[1:]:
+        if other.fits:
+            yield f"or spread it as {other.spread.label}: {other.footprint.peak / 1e9:.1f} GB per GPU as configured"
+            return
+
+
+def _length(config: PretrainConfig, batch_size: int, num_images: int | None) -> tuple[int, str, int]:
+    """Returns the training images, where their number is from, and the steps of the whole run."""
+    if num_images is not None:
+        images, source = num_images, "--images"
+    elif config.data.reader == "synthetic":
+        images, source = config.data.synthetic_samples, "data.synthetic_samples"
+    elif "22k" in f"{config.folder} {config.data.train}".lower():
+        images, source = IMAGENET_22K, "ImageNet-22k's, by the configuration's name; --images says otherwise"
+    else:
+        images, source = IMAGENET_1K, "ImageNet-1k's; --images says otherwise"
+    per_epoch = config.schedule.steps_per_epoch or images // batch_size
+    if config.schedule.steps_per_epoch:
+        images, source = per_epoch * batch_size, "schedule.steps_per_epoch x batch"
+    if not per_epoch:
+        raise ConfigError(f"batch {batch_size} is larger than the {images} training images; lower data.batch_size")
+    steps = int(config.schedule.epochs * per_epoch)
+    stop = config.schedule.stop_after
+    return images, source, steps if stop is None else min(stop, steps)

@@ -1,0 +1,193 @@
+"""A plan as text for people and as JSON for machines. Floor 1."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from ijepa_scale.planning.communication import LINK_SHARE
+from ijepa_scale.planning.footprint import USABLE_SHARE, usable_bytes
+from ijepa_scale.planning.plan import Candidate, Plan
+from ijepa_scale.planning.tokens import STEPS
+
+WIDTH = 110
+
+
+def plan_text(plan: Plan) -> str:
+    """Returns the plan for a terminal, at most 110 columns wide."""
+    parts = (
+        _head(plan),
+        _memory(plan),
+        _activations(plan),
+        _candidates(plan),
+        _wire(plan),
+        _time(plan),
+        _verdict(plan),
+    )
+    return "\n\n".join("\n".join(map(_wrapped, part)) for part in parts)
+
+
+def _wrapped(line: str) -> str:
+    """Returns a line cut at words where it is too wide, what follows under its second column."""
+    if len(line) <= WIDTH:
+        return line
+    return textwrap.fill(line, WIDTH, subsequent_indent=" " * 11, replace_whitespace=False)
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Returns the plan as plain values: bytes, FLOPs, seconds; `config` isn't in it."""
+    fields = {field.name for field in dataclasses.fields(plan)} - {"config", "candidates", "chosen"}
+    values = {name: _plain(getattr(plan, name)) for name in sorted(fields)}
+    chosen = _candidate_values(plan.chosen)
+    return {
+        **values,
+        "days": plan.days,
+        "chosen": chosen,
+        "candidates": [_candidate_values(c) for c in plan.candidates],
+    }
+
+
+def _candidate_values(each: Candidate) -> dict[str, Any]:
+    values = _plain(each)
+    values["label"] = each.spread.label
+    values["time"] |= {
+        "step_s": each.time.step_s, "images_per_s": each.time.images_per_s, "wire_bytes": each.time.wire_bytes
+    }  # fmt: skip
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.2f}" if value < 9.95e9 else f"{value / 1e9:.1f}"
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    model, device, tokens = plan.config.model, plan.cluster.device, plan.tokens
+    cluster, engine = plan.cluster, plan.config.engine
+    nodes = f" in {cluster.num_nodes} nodes" if cluster.num_nodes > 1 else ""
+    height, width = model.image_size
+    yield (
+        f"model      {model.name}/{model.patch_size} at {height}x{width}: {plan.parameters.trainable / 1e6:.1f} M "
+        f"trained (encoder {plan.parameters.encoder / 1e6:.1f}, predictor {plan.parameters.predictor / 1e6:.1f}), "
+        f"target {plan.parameters.target / 1e6:.1f} M"
+    )
+    yield (
+        f"GPUs       {cluster.num_gpus} x {device.name}{nodes}: {device.memory_bytes / 1e9:.0f} GB, "
+        f"{device.peak_flops / 1e12:.0f} TFLOP/s dense bf16, links {device.link_bandwidth / 1e9:.0f} GB/s"
+        + (f", network {cluster.network_bandwidth / 1e9:g} GB/s per GPU" if cluster.num_nodes > 1 else "")
+    )
+    yield (
+        f"batch      {plan.batch_size} images = {cluster.num_gpus} GPUs x accumulation {engine.accumulation} x "
+        f"{plan.micro_batch}"
+    )
+    share = plan.micro_batch * plan.config.masks.num_target_blocks * plan.config.masks.num_context_blocks
+    yield (
+        f"masks      {plan.config.masks.sampler}, {plan.config.masks.context}: {tokens.context / tokens.images:.0f} "
+        f"context tokens of {tokens.patches} per image, {tokens.predicted / share:.0f} per target "
+        f"(mean of {STEPS} drawn steps)"
+    )
+    yield (
+        f"FLOPs      {plan.flops.total / 1e9:.0f} G per image: target {plan.flops.target / 1e9:.0f}, context "
+        f"{plan.flops.context / 1e9:.0f}, predictor {plan.flops.predictor / 1e9:.0f}; recomputation not counted"
+    )
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    chosen, engine = plan.chosen, plan.config.engine
+    needed = chosen.footprint
+    yield (
+        f"memory     GB per GPU, {chosen.spread.label}, {engine.precision}, checkpointing {engine.checkpointing}, "
+        "largest masks drawn"
+    )
+    kinds = ("weights", "gradients", "optimizer", "target", "activations", "buffers")
+    yield "           " + "".join(f"{kind:>13}" for kind in (*kinds, "peak"))
+    yield "           " + "".join(f"{_gb(getattr(needed, kind)):>13}" for kind in (*kinds, "peak"))
+    yield (
+        f"           the peak, at the {needed.moment}, isn't the sum: gradients grow while activations go; tensors may "
+        f"take {usable_bytes(plan.cluster.device) / 1e9:.1f} GB"
+    )
+
+
+def _activations(plan: Plan) -> Iterator[str]:
+    yield f"kept       GB kept for backward by {plan.micro_batch} images, by engine.checkpointing"
+    for mode, each in plan.by_checkpointing.items():
+        mark = " <- configured" if mode == plan.config.engine.checkpointing else ""
+        yield (
+            f"           {mode:<10}{_gb(each.kept):>7}: encoder {_gb(each.encoder)}, predictor {_gb(each.predictor)}, "
+            f"loss {_gb(each.loss)}, bf16 weights {_gb(each.kept_casts)}{mark}"
+        )
+    if plan.config.engine.compile:
+        yield "           (eager figures: compiled blocks keep less, so these are upper bounds)"
+
+
+def _candidates(plan: Plan) -> Iterator[str]:
+    titles = f"{'states GB':>10}{'peak GB':>9}{'fits':>6}{'most images':>13}{'wire GB':>9}{'images/s':>10}"
+    yield f"strategies {'':<18}{titles}"
+    for each in plan.candidates:
+        mark = " <- configured" if each is plan.chosen else ""
+        yield (
+            f"           {each.spread.label:<18}{_gb(each.footprint.states):>10}{_gb(each.footprint.peak):>9}"
+            f"{'yes' if each.fits else 'no':>6}{each.largest_micro_batch:>13}{_gb(each.time.wire_bytes):>9}"
+            f"{each.time.images_per_s:>10.0f}{mark}"
+        )
+    yield (
+        f"           most images: at once on a GPU with checkpointing {plan.config.engine.checkpointing}, up to its "
+        "share of the batch"
+    )
+
+
+def _wire(plan: Plan) -> Iterator[str]:
+    time = plan.chosen.time
+    if not time.transfers:
+        yield "wire       nothing: one process"
+        return
+    yield (
+        f"wire       {_gb(time.wire_bytes)} GB per GPU and step, {1e3 * time.communication_s:.0f} ms beside "
+        f"{1e3 * time.compute_s:.0f} ms of computation; {1e3 * time.exposed_s:.0f} ms aren't hidden"
+    )
+    for each in time.transfers:
+        hidden = "can't overlap" if each.behind == "nothing" else f"behind the {each.behind}"
+        yield (
+            f"           {each.purpose:<26}{_gb(each.bytes):>7} GB{1e3 * each.seconds(plan.cluster):>8.1f} ms, "
+            f"among {each.processes} GPUs, {hidden}"
+        )
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    time = plan.chosen.time
+    yield (
+        f"time       {time.images_per_s:.0f} images/s ({time.images_per_s / plan.cluster.num_gpus:.0f} per GPU), "
+        f"{1e3 * time.step_s:.0f} ms a step: computing at {plan.mfu:.0%} of the peak (stated, not measured)"
+    )
+    yield (
+        f"           {plan.steps} steps = {plan.steps * plan.batch_size / plan.num_images:.4g} epochs of "
+        f"{plan.num_images:,} images ({plan.images_source}): {plan.days:.2f} days"
+    )
+    if plan.config.engine.precision == "fp32":
+        yield "           engine.precision is fp32, for which no peak is known: with it a step takes longer than this"
+    yield (
+        f"           assumed: collectives reach {LINK_SHARE:.0%} of a link, tensors {USABLE_SHARE:.0%} of the memory; "
+        "data, evaluation and checkpoints take no time"
+    )
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    chosen = plan.chosen
+    yield f"advice     {chosen.spread.label}: {plan.reason}"
+    if chosen.fits:
+        yield f"           it fits as configured: {_gb(chosen.footprint.peak)} GB per GPU"
+        return
+    yield (
+        f"           as configured it doesn't fit: {_gb(chosen.footprint.peak)} GB per GPU of "
+        f"{_gb(usable_bytes(plan.cluster.device))}; any of these does"
+    )
+    yield from (f"           {line}" for line in plan.advice)

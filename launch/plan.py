@@ -1,0 +1,53 @@
+"""Plans a pretraining run before it is launched: memory, communication, time, and the strategy to take.
+
+python launch/plan.py --config configs/in1k_vith14_ep300.yaml --gpus 8x a100-80gb
+python launch/plan.py --config C.yaml --gpus 16x h100 --network 25 --mfu 0.4 engine.checkpointing=full
+python launch/plan.py --config C.yaml --gpus h200 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from ijepa_scale.config import read_config
+from ijepa_scale.errors import UserError
+from ijepa_scale.planning.devices import GPUS_PER_NODE, NETWORK_GB_PER_S, Cluster, parse_gpus
+from ijepa_scale.planning.plan import MFU, plan
+from ijepa_scale.planning.plan_text import plan_json, plan_text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for a run that is impossible or a mistake that the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", "--fname", required=True, help="YAML file, ours or a published one")
+    parser.add_argument("--gpus", nargs="+", required=True, help="number and kind, such as 8x a100-80gb")
+    parser.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help=f"default {GPUS_PER_NODE}")
+    network = f"GB/s per GPU and direction between nodes (default {NETWORK_GB_PER_S:g}: 400 Gb/s each)"
+    parser.add_argument("--network", type=float, default=NETWORK_GB_PER_S, help=network)
+    parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the peak while computing (default {MFU})")
+    parser.add_argument("--images", type=int, help="training images (default: ImageNet's, 1k or 22k by the config)")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. engine.accumulation=4")
+    flags = parser.parse_intermixed_args(arguments)
+    overrides = flags.overrides + [word for word in flags.gpus if "=" in word]  # --gpus takes all that follows
+    try:
+        config = read_config(flags.config, overrides).config
+        count, device = parse_gpus(" ".join(word for word in flags.gpus if "=" not in word))
+        cluster = Cluster(device, count, flags.gpus_per_node, flags.network * 1e9)
+        zero = None
+        if config.engine.ds_config is not None:
+            from ijepa_scale.engine.ds_config import load_ds_config  # imports deepspeed, which takes seconds
+
+            zero = load_ds_config(config.engine.ds_config)["zero_optimization"]
+        result = plan(config, cluster, mfu=flags.mfu, num_images=flags.images, zero=zero)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(plan_json(result), indent=2) if flags.json else plan_text(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
