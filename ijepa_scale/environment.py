@@ -10,8 +10,10 @@ import os
 import re
 import socket
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ijepa_scale.errors import ConfigError
 
@@ -126,6 +128,33 @@ def export(launch: Launch) -> None:
 def export_accelerator(device_type: str) -> None:
     """Tells DeepSpeed which accelerator to use; must run before `deepspeed` is imported."""
     os.environ["DS_ACCELERATOR"] = device_type
+
+
+def export_compile_cache(folder: str | None) -> Path:
+    """Returns where compiled kernels are kept, and tells torch.compile and Triton; before either is first used.
+
+    Without `folder` it is what the user set TORCHINDUCTOR_CACHE_DIR to, else a folder in the user's cache folder:
+    torch's own default, which it sets at import, lies under /tmp, which clusters empty between jobs; and code that is
+    run from a folder must come from one that no one else can write.
+
+    Raises:
+        ConfigError: the folder can't be made.
+    """
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ijepa_scale" / "compile"
+    found = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if found.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
+        found = ""  # torch's default
+    chosen = Path(folder or found or own).expanduser().resolve()
+    try:
+        chosen.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder of compiled kernels can't be made ({error}); set engine.compile_cache"
+        ) from error
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(chosen)
+    if folder is not None or "TRITON_CACHE_DIR" not in os.environ:
+        os.environ["TRITON_CACHE_DIR"] = str(chosen / "triton")
+    return chosen
 
 
 def child_environment(**changes: str) -> dict[str, str]:

@@ -147,6 +147,9 @@ class ScheduleConfig:
         raise_problems("schedule", problems)
 
 
+ATTENTION = ("auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How the step is spread over processes and what it is computed in."""
@@ -158,6 +161,8 @@ class EngineConfig:
     accumulation: int = 1  # micro-batches per optimiser step
     checkpointing: str = "none"  # none | full | selective (keeps matrix products, recomputes the rest)
     compile: bool = False  # torch.compile, block by block
+    compile_cache: str | None = None  # folder of compiled kernels, kept over runs; null: in the user's cache folder
+    attention: str = "auto"  # kernel of dense attention: auto | flash | cudnn | efficient | math | fa3 | fa4
     replicas: int = 1  # fsdp2: shard within groups of processes, replicate this many times (HSDP)
     reshard_after_forward: bool = False  # fsdp2: free context and predictor weights between forward and backward
 
@@ -167,6 +172,7 @@ class EngineConfig:
         choose(problems, "device", self.device, ("auto", "cpu", "cuda"))
         choose(problems, "precision", self.precision, ("bf16", "fp32"))
         choose(problems, "checkpointing", self.checkpointing, ("none", "full", "selective"))
+        choose(problems, "attention", self.attention, ATTENTION)
         at_least(problems, 1, accumulation=self.accumulation, replicas=self.replicas)
         if self.strategy == "deepspeed" and self.ds_config is None:
             problems.append("strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json")

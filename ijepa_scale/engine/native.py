@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_blocks
+from ijepa_scale.engine.attention import use_attention
+from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, NonFiniteError
@@ -97,10 +98,9 @@ class PlainEngine:
         followed: str = "encoder",
     ) -> None:
         """Moves the modules to the device, and applies checkpointing, compilation and wrapping."""
+        use_attention(self._config, module, target, self.world)
         checkpoint_blocks(module, self._config.checkpointing)
-        if self._config.compile:
-            for part in (module,) if target is None else (module, target):
-                compile_blocks(part)
+        compile_parts(self._config, module, target)
         self.module: Any = module.to(self.world.device)
         self.target_module: Any = None
         if target is not None:

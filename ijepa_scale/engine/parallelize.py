@@ -6,6 +6,7 @@ Order: checkpointing, then compilation, then the engine's sharding. Each acts bl
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,13 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from ijepa_scale import environment
+from ijepa_scale.config import EngineConfig
 from ijepa_scale.models.vit import Block
+
+logger = logging.getLogger(__name__)
+
+RECOMPILE_LIMIT = 16
 
 # Kept by selective checkpointing: what is dear to compute. The rest (norms, GELU, adds) is recomputed.
 _KEPT_OPERATIONS = {
@@ -26,6 +33,8 @@ _KEPT_OPERATIONS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.ijepa_kernels.attention_by_runs.default,
 }
 
 
@@ -55,6 +64,27 @@ def checkpoint_blocks(module: nn.Module, mode: str) -> None:
 
 def _keep_matrix_products(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_parts(config: EngineConfig, *parts: nn.Module | None) -> None:
+    """Compiles the blocks of each part where the config says so, keeping what is compiled in its cache folder.
+
+    Whatever would make torch.compile give up and run eagerly is an error: `fullgraph`, and the limit of graphs.
+    """
+    if not config.compile:
+        return
+    import torch._dynamo  # only here: it takes a second
+
+    folder = environment.export_compile_cache(config.compile_cache)
+    # All blocks of all networks share one code object, and so one limit: 2 graphs each for target, context and
+    # predictor, again for frozen blocks, evaluation, and batches of one image. Beyond it is an error, never eager.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.specialize_float = True  # epsilons: as inputs of a graph they make it be traced twice
+    for part in parts:
+        if part is not None:
+            compile_blocks(part)
+    logger.info("blocks are compiled at their first use; what is compiled is kept in %s", folder)
 
 
 def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ijepa_scale import environment
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.attention import use_attention
 from ijepa_scale.engine.ds_config import compose, load_ds_config
 from ijepa_scale.engine.native import NOTHING_MOVED, LossRecord
-from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_blocks
+from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
@@ -92,6 +93,7 @@ class ZeroEngine:
         """Hands the modules to DeepSpeed. `micro_batch` only reaches its throughput log."""
         deepspeed = import_deepspeed(self.world.device)
         self._stage = int(self._plan["zero_optimization"]["stage"])
+        use_attention(self._config, module, target, self.world)
         checkpoint_blocks(module, self._config.checkpointing)
         module.to(self.world.device)
         if target is not None:
@@ -123,9 +125,7 @@ class ZeroEngine:
         self._target_callable: Any = target
         if self._stage == 3 and target is not None:
             self._target_callable, *_ = deepspeed.initialize(model=target, config=settings, dist_init_required=False)
-        if self._config.compile:
-            for part in parts:
-                compile_blocks(part)
+        compile_parts(self._config, *parts)
 
     def model(self, *args: Any) -> Tensor:
         """Returns the trainable module's output (DeepSpeed applies autocast)."""

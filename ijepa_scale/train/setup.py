@@ -20,6 +20,7 @@ from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.source import SampleSource, check_problems
 from ijepa_scale.data.stream import StreamOrder, StreamSource
+from ijepa_scale.engine.attention import require_packed
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
@@ -181,6 +182,8 @@ def build_run(config: PretrainConfig, world: World) -> Run:
     target = build_target(module)
     engine = build_engine(world, config.engine, config.optimizer)
     engine.prepare(module, target)
+    if config.masks.context == "packed":
+        require_packed(config.engine, module, world)
     meters = Meters(world.device)
     step = TrainStep(
         engine,

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 
-from ijepa_scale.environment import Launch, detect_launch, first_host
+from ijepa_scale.environment import Launch, detect_launch, export_compile_cache, first_host
 from ijepa_scale.errors import ConfigError
 
 TORCHRUN = {
@@ -66,3 +69,21 @@ def test_first_host(nodes: str, first: str) -> None:
 def test_refusals(variables: dict[str, str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         detect_launch(variables)
+
+
+def test_the_compile_cache_is_the_one_that_was_named(tmp_path, monkeypatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    default = tmp_path / "cache" / "ijepa_scale" / "compile"
+    assert export_compile_cache(None) == default and default.stat().st_mode & 0o077 == 0
+    assert os.environ["TRITON_CACHE_DIR"] == str(default / "triton")
+    named = export_compile_cache(str(tmp_path / "named"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(named) and named.is_dir()
+    assert export_compile_cache(None) == named  # the user's variable
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "torchinductor_me"))
+    assert export_compile_cache(None) == default  # torch's own default isn't the user's word
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="the folder of compiled kernels can't be made .*; set engine.compile_cache"):
+        export_compile_cache(str(tmp_path / "file" / "inside"))
