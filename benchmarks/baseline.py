@@ -9,6 +9,7 @@ for the masks. Weights are interchangeable with ours, so both compute the same l
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,16 +135,32 @@ class Predictor(nn.Module):
 
 
 class BaselineStep:
-    """The published training step on one device, from the same weights as `build_jepa(config, seed)`."""
+    """The published training step, from the weights of `module` or else of `build_jepa(config, seed)`.
 
-    def __init__(self, config: ModelConfig, seed: int, *, device: torch.device | str, bf16: bool) -> None:
-        module = build_jepa(config, seed)
-        self.module = nn.ModuleDict({"encoder": Encoder(config), "predictor": Predictor(config)}).to(device)
-        self.module.load_state_dict(module.state_dict())
+    `wrap` is laid around the trained encoder and predictor: what makes them work on several processes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int,
+        *,
+        device: torch.device | str,
+        bf16: bool,
+        module: nn.Module | None = None,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:
+        weights = (build_jepa(config, seed) if module is None else module).state_dict()
+        with torch.device("meta"):
+            self.module = nn.ModuleDict({"encoder": Encoder(config), "predictor": Predictor(config)})
+        self.module.to_empty(device=device).load_state_dict(weights)
         self.target = copy.deepcopy(self.module["encoder"]).requires_grad_(False)
         groups: list[dict[str, Any]] = parameter_groups(self.module)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
         self._autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=bf16)
+        self._encoder, self._predictor = (
+            part if wrap is None else wrap(part) for part in (self.module["encoder"], self.module["predictor"])
+        )
 
     def forward_backward(self, images: Tensor, masks: DenseMasks) -> Tensor:
         """Returns the loss, with its gradients left in the parameters."""
@@ -151,26 +168,38 @@ class BaselineStep:
         with self._autocast:
             with torch.no_grad():
                 features = F.layer_norm(self.target(images), (self.target.norm.normalized_shape[0],))
-                wanted = take(features, [t for t in targets for _ in context])
-            predicted = self.module["predictor"](self.module["encoder"](images, context), context, targets)
-            loss = F.smooth_l1_loss(predicted, wanted)
+                wanted = [take(features, [block]) for block in targets for _ in context]
+            predicted = self._predictor(self._encoder(images, context), context, targets)
+            loss = F.smooth_l1_loss(predicted, torch.cat(wanted))
         loss.backward()
         return loss
 
-    def update(self, lr: float, weight_decay: float, momentum: float) -> dict[str, float]:
-        """Returns each weight's gradient norm, after the optimiser's step and the target's update."""
+    def optimize(self, lr: float, weight_decay: float) -> None:
+        """Takes the optimiser's step."""
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, weight_decay if group["decay"] else 0.0
         self.optimizer.step()
-        norms = {
+
+    def norms(self) -> dict[str, float]:
+        """Returns each weight's gradient norm, read on the host one by one."""
+        return {
             name: float(parameter.grad.norm())
             for name, parameter in self.module.named_parameters()
             if parameter.grad is not None and parameter.ndim > 1
         }
+
+    @torch.no_grad()
+    def move_target(self, momentum: float) -> None:
+        """Moves the target towards the encoder, parameter by parameter."""
+        for mine, theirs in zip(self.target.parameters(), self.module["encoder"].parameters(), strict=True):
+            mine.data.mul_(momentum).add_((1.0 - momentum) * theirs.detach().data)
+
+    def update(self, lr: float, weight_decay: float, momentum: float) -> dict[str, float]:
+        """Returns each weight's gradient norm, after the optimiser's step and the target's update."""
+        self.optimize(lr, weight_decay)
+        norms = self.norms()
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            for mine, theirs in zip(self.target.parameters(), self.module["encoder"].parameters(), strict=True):
-                mine.data.mul_(momentum).add_((1.0 - momentum) * theirs.detach().data)
+        self.move_target(momentum)
         return norms
 
     def __call__(self, images: Tensor, masks: DenseMasks, lr: float, weight_decay: float, momentum: float) -> float:

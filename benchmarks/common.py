@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import platform
+import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 
+from ijepa_kernels.linear import linear
 from ijepa_scale import environment
 
 
@@ -43,6 +49,70 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """Returns a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def in_turns(
+    works: dict[str, Callable[[int], Any]], rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Returns the seconds of each work in each round; the works take turns, every second round in reverse order.
+
+    The first round warms up and isn't counted. A work is called with the round, from 0.
+    """
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name in list(works) if turn % 2 == 0 else reversed(works):
+            begin = clock()
+            works[name](turn)
+            spent = clock() - begin
+            if turn:
+                found[name].append(spent)
+    return found
+
+
+def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """Returns the percentiles of how often `fast` goes into `slow`, round by round."""
+    return percentiles([theirs / ours for theirs, ours in zip(slow, fast, strict=True)])
+
+
+def product_flops(dtype: torch.dtype, rounds: int = 9, size: int = 1024) -> float:
+    """Returns the most FLOP/s of matrix products on the CPU's threads, in CPU time: what a step's share refers to."""
+    values, weight = (
+        torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1)
+    )
+    seconds = in_turns({"product": lambda _: linear(values, weight)}, rounds)["product"]
+    return 2 * size**3 / min(seconds)
+
+
+def resident_growth(work: Callable[[], Any]) -> int | None:
+    """Returns by how many bytes this process's memory grows while `work` runs; None where the kernel doesn't tell."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+        before = _status_bytes("VmRSS")
+        work()
+        return _status_bytes("VmHWM") - before
+    except OSError:
+        return None
+
+
+def draw_bars(values: dict[str, float], path: Path, label: str) -> None:
+    """Draws a horizontal bar for each value; those whose name has "baseline" in it are grey."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.35 * len(values)), layout="constrained")
+    axes.barh(list(values), list(values.values()), color=["#888" if "baseline" in n else "#1f77b4" for n in values])
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def _processor() -> str:

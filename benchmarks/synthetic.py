@@ -1,0 +1,174 @@
+"""The two sides of the step benchmarks: our real training step and the baseline, on images that lie there. Floor 5.
+
+Ours is the `TrainStep` of a training run over its engine, with the augmentation replaced by images on the device;
+the baseline gets the masks that ours draws for the same step. Both begin with the weights of one module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.baseline import BaselineStep
+from ijepa_scale import rng
+from ijepa_scale.config import PretrainConfig, load_config
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.build import build_engine
+from ijepa_scale.engine.world import World
+from ijepa_scale.masks import DenseMasks, Masks, MaskSampler
+from ijepa_scale.metrics.meters import Meters
+from ijepa_scale.models import build_jepa
+from ijepa_scale.models.jepa import JEPA
+from ijepa_scale.models.registry import build_target
+from ijepa_scale.planning.flops import mask_flops
+from ijepa_scale.train.setup import build_schedule
+from ijepa_scale.train.step import TrainStep
+
+CONFIG = Path(__file__).parents[1] / "configs" / "base.yaml"
+STEPS_PER_EPOCH = 625  # the published 2048 images a step: learning rates are those of the first epoch
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say what is trained; every other setting is a dotted override."""
+    parser.add_argument("--model", default="vit_small")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8, help="images of one process")
+    parser.add_argument("--context", choices=("truncate", "packed"), default="truncate")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--checkpointing", choices=("none", "full", "selective"), default="none")
+    parser.add_argument("--target", choices=("bf16", "fp8"), default="bf16", help="precision of the target's products")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("overrides", nargs="*", help="changes to our configuration: section.key=value")
+
+
+def settings_of(options: argparse.Namespace, precision: str) -> list[str]:
+    """Returns the flags as overrides; `masks.group_size` is the batch, so one cut serves all of it."""
+    fixed = {
+        "model.name": options.model,
+        "model.image_size": options.image_size,
+        "model.patch_size": options.patch_size,
+        "masks.context": options.context,
+        "masks.group_size": options.batch,
+        "data.batch_size": options.batch,
+        "data.reader": "synthetic",
+        "schedule.steps_per_epoch": STEPS_PER_EPOCH,
+        "engine.strategy": "plain",
+        "engine.device": options.device,
+        "engine.precision": precision,
+        "engine.compile": str(options.compile).lower(),
+        "engine.checkpointing": options.checkpointing,
+    }
+    if options.target == "fp8":
+        fixed["engine.target_precision"] = "fp8"
+    return [*(f"{key}={value}" for key, value in fixed.items()), *options.overrides]
+
+
+def configured(settings: Sequence[str]) -> PretrainConfig:
+    """Returns the base configuration with these settings."""
+    return load_config(CONFIG, settings)
+
+
+def alone(device: torch.device) -> World:
+    """Returns the world of one process."""
+    return World(rank=0, size=1, local_rank=0, local_size=1, device=device)
+
+
+def images_for(config: PretrainConfig, count: int, device: torch.device, *, first: int = 0) -> Tensor:
+    """Returns images (count, 3, H, W) fp32 of normal noise, keyed by place from `first` on, on the device."""
+    shape = (3, *config.model.image_size)
+    rows = [torch.randn(shape, generator=rng.generator(0, "benchmark", first + row)) for row in range(count)]
+    return torch.stack(rows).to(device)
+
+
+def batch_of(step: int, count: int, *, first: int = 0) -> Batch:
+    """Returns a batch without pixels, whose places in the global batch begin at `first`."""
+    return Batch(
+        pixels=torch.empty(0, dtype=torch.uint8),
+        sizes=np.zeros((count, 2), dtype=np.int64),
+        sample_ids=np.arange(first, first + count),
+        labels=torch.full((count,), -1),
+        step=step,
+        epoch=0,
+        position=first,
+    )
+
+
+class Draws:
+    """The masks of each step, drawn once and kept: what both sides are told, and what their FLOPs depend on."""
+
+    def __init__(self, config: PretrainConfig, device: torch.device, *, rank: int = 0, world: int = 1) -> None:
+        self._config, self._device = config, device
+        self._sampler = MaskSampler(config.masks, config.model.grid, seed=config.seed)
+        assert config.data.batch_size is not None
+        self.total, self.count = config.data.batch_size, config.data.batch_size // world
+        self.first = rank * self.count
+        self._kept: dict[int, Masks] = {}
+
+    def __call__(self, step: int) -> Masks:
+        """Returns the masks of this process's images at a step, on the device."""
+        if step not in self._kept:
+            masks = self._sampler(step, self.first, self.count, self.total)
+            self._kept[step] = masks.map(lambda tensor: tensor.to(self._device))
+        return self._kept[step]
+
+    def flops(self, step: int) -> float:
+        """Returns the FLOPs of all images of the step on this process."""
+        return self.count * mask_flops(self._config.model, self(step), num_images=self.count).total
+
+
+class Ours:
+    """Our training step."""
+
+    def __init__(self, config: PretrainConfig, module: JEPA, images: Tensor, *, world: World | None = None) -> None:
+        world = alone(images.device) if world is None else world
+        assert config.data.batch_size is not None
+        trained = copy.deepcopy(module)
+        target = build_target(trained)
+        self.engine = build_engine(world, config.engine, config.optimizer)
+        self.engine.prepare(trained, target)
+        self.schedule = build_schedule(config, STEPS_PER_EPOCH)
+        self.meters = Meters(world.device)
+        self._first = world.rank * len(images)
+        self._images = images
+        self._step = TrainStep(
+            self.engine,
+            augment=lambda micro: images[micro.position - self._first :][: len(micro)],
+            masks=MaskSampler(config.masks, config.model.grid, seed=config.seed),
+            schedule=self.schedule,
+            objective=config.objective,
+            batch_size=config.data.batch_size,
+            meters=self.meters,
+        )
+
+    def __call__(self, step: int) -> Tensor:
+        """Returns the loss of a step, a scalar on the device."""
+        return self._step(batch_of(step, len(self._images), first=self._first)).loss
+
+
+class Baseline:
+    """The baseline's training step, on the masks of `draws`."""
+
+    def __init__(self, config: PretrainConfig, module: JEPA, images: Tensor, draws: Draws, **options: Any) -> None:
+        self.schedule = build_schedule(config, STEPS_PER_EPOCH)
+        self._images, self._draws = images, draws
+        bf16 = config.engine.precision == "bf16"
+        self.step = BaselineStep(config.model, config.seed, device=images.device, bf16=bf16, module=module, **options)
+
+    def __call__(self, step: int) -> Tensor:
+        """Returns the loss of a step, read on the host on the way."""
+        hyper, masks = self.schedule(step), self._draws(step)
+        assert isinstance(masks, DenseMasks)
+        return torch.tensor(self.step(self._images, masks, hyper.lr, hyper.weight_decay, hyper.momentum))
+
+
+def start(config: PretrainConfig) -> JEPA:
+    """Returns the module that all sides of a comparison begin with, on the CPU."""
+    return build_jepa(config.model, config.seed)
