@@ -190,7 +190,6 @@ def _target_work(tokens: Tokens, sizes: Architecture, e: int) -> float:
     n = tokens.images * tokens.patches
     embedding = n * (FP32_BYTES + (e if e == BF16_BYTES else 0)) * IMAGE_CHANNELS * sizes.patch_size**2
     embedding += n * (e + FP32_BYTES) * sizes.width
-    cast = BF16_BYTES * sizes.width * sizes.mlp_width if e == BF16_BYTES else 0
     block = n * FP32_BYTES * sizes.width  # the residual stream on entry
-    block += _forward_work(n, sizes.width, sizes.mlp_width, e=e, checkpointing="full") + cast
+    block += _forward_work(n, sizes.width, sizes.mlp_width, e=e, checkpointing="full")
     return max(embedding, block)

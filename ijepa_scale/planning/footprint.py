@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from ijepa_scale.config.schema import MaskConfig, ModelConfig
-from ijepa_scale.planning.activations import Activations, activations
+from ijepa_scale.planning.activations import BF16_BYTES, Activations, activations
 from ijepa_scale.planning.architectures import IMAGE_CHANNELS, resolve
 from ijepa_scale.planning.communication import Buffers, buffers
 from ijepa_scale.planning.devices import Device
@@ -31,7 +31,7 @@ class Footprint:
     weights: float
     gradients: float
     optimizer: float
-    target: float
+    target: float  # and its bf16 copies, where the engine keeps them
     activations: float  # kept for backward, with images and target features
     buffers: float
     peak: float
@@ -74,10 +74,11 @@ def footprint(
         casts=spread.autocast_copies,
         device=device,
     )
+    copies = target_copy_bytes(model, spread)
     moving = buffers(model, spread)
     gradients = held.gradients + moving.gradients
     lasting = spread.strategy == "ddp" or spread.accumulation > 1 or spread.stage == 3
-    base = held.weights + held.optimizer + held.target + moving.permanent
+    base = held.weights + held.optimizer + held.target + copies + moving.permanent
     predictor = counts.predictor / counts.trainable
     moments = _moments(work, moving, gradients=gradients, lasting=lasting, predictor=predictor)
     moments["input"] = (gradients if lasting else 0.0) + _input_bytes(model, tokens)
@@ -86,12 +87,24 @@ def footprint(
         weights=held.weights,
         gradients=gradients,
         optimizer=held.optimizer,
-        target=held.target,
+        target=held.target + copies,
         activations=work.inputs + work.kept,
         buffers=moving.largest,
         peak=base + moments[moment],
         moment=moment,
     )
+
+
+def target_copy_bytes(model: ModelConfig, spread: Spread) -> float:
+    """Returns the bytes of the bf16 copies of the target's products, which engines that replicate it keep.
+
+    With an fp8 target they are fewer: this is an upper bound then.
+    """
+    if spread.precision != "bf16" or spread.strategy == "fsdp2" or spread.stage == 3:
+        return 0.0
+    sizes = resolve(model)
+    norms = 2 * sizes.width * (2 * sizes.depth + 1)  # stay fp32
+    return BF16_BYTES * (count_parameters(model).target - norms)
 
 
 @functools.lru_cache(maxsize=256)

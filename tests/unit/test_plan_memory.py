@@ -17,7 +17,7 @@ from ijepa_scale.models import build_jepa, build_target
 from ijepa_scale.objective import jepa_loss, jepa_targets, normalise_targets
 from ijepa_scale.planning.activations import activations
 from ijepa_scale.planning.devices import find_device
-from ijepa_scale.planning.footprint import footprint, largest_micro_batch, usable_bytes, usual_tokens
+from ijepa_scale.planning.footprint import footprint, largest_micro_batch, target_copy_bytes, usable_bytes, usual_tokens
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.planning.tokens import draw_masks, mean_tokens, micro_batches
 
@@ -152,7 +152,9 @@ def test_states_and_buffers_shrink_as_strategies_promise(strategy: str) -> None:
     for kind in ("weights", "gradients", "optimizer", "target"):
         shard = kind in sharded.get(strategy, {"weights", "gradients", "optimizer", "target"})
         moments = 1.5 if kind == "optimizer" and strategy.startswith("zero") else 1.0  # and a master copy
-        assert getattr(found, kind) == pytest.approx(getattr(alone, kind) * moments / (4 if shard else 1)), kind
+        whole = getattr(alone, kind) - (target_copy_bytes(MODEL, Spread(strategy="plain")) if kind == "target" else 0)
+        copies = target_copy_bytes(MODEL, spread) if kind == "target" else 0
+        assert getattr(found, kind) == pytest.approx(whole * moments / (4 if shard else 1) + copies), kind
     assert (found.buffers > 0) == (strategy != "ddp")
 
 
