@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from count_bytes import LiveBytes, saved_bytes
 from torch import Tensor, nn
 
-from ijepa_scale.config import MaskConfig, ModelConfig, ObjectiveConfig
+from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.parallelize import checkpoint_blocks
+from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import MaskSampler, Wanted
+from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models import build_jepa, build_target
 from ijepa_scale.objective import jepa_loss, jepa_targets, normalise_targets
 from ijepa_scale.planning.activations import activations
@@ -20,6 +25,8 @@ from ijepa_scale.planning.devices import find_device
 from ijepa_scale.planning.footprint import footprint, largest_micro_batch, target_copy_bytes, usable_bytes, usual_tokens
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.planning.tokens import draw_masks, mean_tokens, micro_batches
+from ijepa_scale.train.step import TrainStep
+from tests.distributed.training import SCHEDULE
 
 MODEL = ModelConfig(
     name="vit_tiny", image_size=96, patch_size=8, width=96, depth=4, heads=3, predictor_width=48, predictor_depth=3
@@ -176,3 +183,38 @@ def test_bad_spreads_are_refused() -> None:
         Spread(strategy="zero4")
     with pytest.raises(ValueError, match="8 processes don't split into replicas 3; choose a divisor"):
         Spread(strategy="fsdp2", world=8, replicas=3)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_the_peak_is_that_of_a_whole_training_step(mode: str) -> None:
+    """With optimiser, target update and meters, under the engine: the CPU's stand-in for the test on a GPU."""
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    engine = build_engine(world, EngineConfig(strategy="plain", checkpointing=mode), OptimizerConfig())
+    module = build_jepa(MODEL, seed=0)
+    engine.prepare(module, build_target(module))
+    masks = MaskConfig(group_size=BATCH)
+    step = TrainStep(
+        engine,
+        augment=lambda micro: torch.zeros(len(micro), 3, 96, 96),
+        masks=MaskSampler(masks, MODEL.grid, seed=0),
+        schedule=SCHEDULE,
+        objective=ObjectiveConfig(),
+        batch_size=BATCH,
+        meters=Meters(world.device),
+    )
+    nothing, labels = torch.zeros(BATCH, dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.int64)
+
+    def batch(number: int) -> Batch:
+        where = {"step": number, "epoch": 0, "position": 0}
+        sizes, ids = np.ones((BATCH, 2), int), np.arange(BATCH)
+        return Batch(pixels=nothing, sizes=sizes, sample_ids=ids, labels=labels, **where)
+
+    step(batch(0))  # makes the optimiser's states
+    moments = [value for state in engine.optimizer.state.values() for value in state.values()]
+    there = [*module.parameters(), *engine.target_module.parameters(), *engine.local_shards()[0], *moments]
+    with LiveBytes(there) as live:
+        step(batch(1))
+    tokens = micro_batches(masks, draw_masks(masks, MODEL.grid, batch_size=BATCH)[1:2], MODEL.grid, BATCH)[0]
+    found = footprint(MODEL, tokens, Spread(strategy="plain"), checkpointing=mode, device="cpu")
+    moving = found.peak - found.weights - found.optimizer - found.target
+    assert moving == pytest.approx(live.peak, rel=0.1), found.moment
