@@ -30,4 +30,8 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is NaN or infinite; nothing has moved since the last good step."""
+    """A loss or gradient that is NaN or infinite at `step`; nothing has moved since the step before it."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step

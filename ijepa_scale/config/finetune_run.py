@@ -65,6 +65,10 @@ class FinetuneConfig:
             raise ConfigError(f"seed is {self.seed}; give a number of at least 0")
         if self.stop_after is not None and self.stop_after < 0:
             raise ConfigError(f"stop_after is {self.stop_after}; give a step of at least 0, or null")
+        if self.engine.target_precision is not None:
+            raise ConfigError(
+                f"engine.target_precision is {self.engine.target_precision}; finetuning has no target: set it to null"
+            )
         if self.data.reader == "stream":
             raise ConfigError(
                 "data.reader is stream; finetuning counts epochs and labels: use data.reader=shards or imagefolder"

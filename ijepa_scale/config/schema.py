@@ -148,6 +148,10 @@ class ScheduleConfig:
 
 
 ATTENTION = ("auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4")
+NO_GRAPH = (
+    "a graph replays fixed addresses and weights are gathered elsewhere each time; set engine.cuda_graphs=false, "
+    "or ddp or ZeRO-1/2"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +162,12 @@ class EngineConfig:
     ds_config: str | None = None  # DeepSpeed JSON: stage, buckets and offload only
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "bf16"  # bf16 (autocast, fp32 masters) | fp32
+    target_precision: str | None = None  # of the target's forward: null (as precision) | fp8 (Hopper and later)
     accumulation: int = 1  # micro-batches per optimiser step
     checkpointing: str = "none"  # none | full | selective (keeps matrix products, recomputes the rest)
     compile: bool = False  # torch.compile, block by block
     compile_cache: str | None = None  # folder of compiled kernels, kept over runs; null: in the user's cache folder
+    cuda_graphs: bool = False  # replay the target's forward as a CUDA graph; not where its weights are sharded
     attention: str = "auto"  # kernel of dense attention: auto | flash | cudnn | efficient | math | fa3 | fa4
     replicas: int = 1  # fsdp2: shard within groups of processes, replicate this many times (HSDP)
     reshard_after_forward: bool = False  # fsdp2: free context and predictor weights between forward and backward
@@ -171,6 +177,9 @@ class EngineConfig:
         choose(problems, "strategy", self.strategy, ("auto", "plain", "ddp", "fsdp2", "deepspeed"))
         choose(problems, "device", self.device, ("auto", "cpu", "cuda"))
         choose(problems, "precision", self.precision, ("bf16", "fp32"))
+        choose(problems, "target_precision", self.target_precision or "null", ("null", "fp8"))
+        if self.target_precision == "fp8" and self.precision != "bf16":
+            problems.append(f"target_precision is fp8 but precision is {self.precision}; set precision=bf16 beside it")
         choose(problems, "checkpointing", self.checkpointing, ("none", "full", "selective"))
         choose(problems, "attention", self.attention, ATTENTION)
         at_least(problems, 1, accumulation=self.accumulation, replicas=self.replicas)
@@ -180,6 +189,8 @@ class EngineConfig:
             problems.append(f"ds_config is {self.ds_config!r} but strategy is {self.strategy}; drop one of them")
         if self.replicas > 1 and self.strategy != "fsdp2":
             problems.append(f"replicas is {self.replicas} but strategy is {self.strategy}; HSDP needs fsdp2")
+        if self.cuda_graphs and self.strategy == "fsdp2":
+            problems.append(f"cuda_graphs is true but strategy is fsdp2: {NO_GRAPH}")
         raise_problems("engine", problems)
 
 

@@ -16,60 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.attention import use_attention
+from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
+from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import ConfigError, NonFiniteError
+from ijepa_scale.errors import ConfigError
 from ijepa_scale.optim import GroupFunction, build_optimizer, clean_name, parameter_groups, set_hyper, set_step
 from ijepa_scale.schedules import Hyper
 
 logger = logging.getLogger(__name__)
-
-
-class LossRecord:
-    """The micro-batches' losses of one step, and the word of all processes on whether they are finite."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.losses: list[Tensor] = []
-
-    def take(self) -> Tensor:
-        """Returns the mean of the recorded losses, () fp32, and forgets them."""
-        mean = torch.stack(self.losses).mean()
-        self.losses.clear()
-        return mean
-
-    def check(self, step: int, loss: Tensor, *also: Tensor) -> None:
-        """Raises on every process where the loss of one, or a tensor of `also`, isn't finite.
-
-        Communicates one number per process; synchronises: the step's one host read.
-
-        Raises:
-            NonFiniteError: names the processes and the step.
-        """
-        words = self.world.gather(torch.stack([loss, *(a.to(loss) for a in also)]))
-        values = words.tolist()  # host sync: it decides whether anything may move
-        bad = [(rank, row[0]) for rank, row in enumerate(values) if not _finite(row[0])]
-        if bad:
-            which = ", ".join(f"process {rank} has loss {value}" for rank, value in bad)
-            raise NonFiniteError(f"step {step}: {which}; expected finite losses. {NOTHING_MOVED}")
-        if not all(_finite(value) for row in values for value in row):
-            bad_ranks = [rank for rank, row in enumerate(values) if not all(map(_finite, row))]
-            raise NonFiniteError(
-                f"step {step}: the gradient norm is {values[bad_ranks[0]][-1]} on processes {bad_ranks} though every "
-                f"loss is finite. {NOTHING_MOVED}"
-            )
-
-
-NOTHING_MOVED = (
-    "Weights, optimiser, target and schedule have not moved (the run saves that state in `stopped` if it took a step): "
-    "resume from the last checkpoint with a lower optimizer.lr, longer warmup_epochs, optimizer.clip_norm or "
-    "engine.precision=fp32, and look at the images of this step"
-)
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0
 
 
 class PlainEngine:
@@ -84,7 +40,8 @@ class PlainEngine:
         self.world = world
         self._config = config
         self._optimizer_config = optimizer
-        self._record = LossRecord(world)
+        # torch's fused AdamW takes the flag on the device; for other kernels the host reads it before they run
+        self._watch = FiniteWatch(world, late=world.device.type == "cuda" and optimizer.impl in ("auto", "torch"))
         self._autocast = torch.autocast(
             world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
         )  # re-entered at each forward
@@ -103,15 +60,20 @@ class PlainEngine:
         compile_parts(self._config, module, target)
         self.module: Any = module.to(self.world.device)
         self.target_module: Any = None
+        self._replicated: ReplicatedTarget | None = None
         if target is not None:
             self.target_module = target.to(self.world.device).requires_grad_(False).eval()
+            self._replicated = self._replicate(target)
         self._wrap()
         self.optimizer = build_optimizer(self.module, self._optimizer_config, groups=groups)
         self._shards: tuple[list[Tensor], list[Tensor]] = [], []
         if target is not None:
-            pair: tuple[Any, Any] = self.target_module, self.module.get_submodule(followed)
-            targets, sources = ([_local(p) for p in part.parameters()] for part in pair)
-            self._shards = targets, sources
+            sources = [_local(p) for p in self.module.get_submodule(followed).parameters()]
+            kept = self._replicated
+            self._shards = kept.shards if kept else [_local(p) for p in self.target_module.parameters()], sources
+
+    def _replicate(self, target: nn.Module) -> ReplicatedTarget | None:
+        return ReplicatedTarget(target, precision=self._config.target_precision or self._config.precision)
 
     def _wrap(self) -> None:
         self._callable: Any = self.module
@@ -150,29 +112,50 @@ class PlainEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch's mean loss."""
-        self._record.losses.append(loss.detach().float())
+        self._watch.record(loss)
         (loss / self._config.accumulation).backward()
 
     def step(self, hyper: Hyper, step: int) -> StepInfo:
-        """Moves the trainable weights, or raises on every process before anything has moved."""
+        """Moves the trainable weights, or stops every process before anything has moved."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        loss = self._record.take()
-        self._record.check(step, loss, norm)
+        loss = self._watch.take()
+        stopped = self._watch.check(step, loss, norm)
         if self._optimizer_config.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._optimizer_config.clip_norm, norm, foreach=True)
         set_hyper(self.optimizer.param_groups, hyper)
+        if stopped is not None:
+            self.optimizer.found_inf = stopped  # type: ignore[attr-defined]  # the fused kernel's way to be stopped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(loss=loss, grad_norm=norm)
+        return StepInfo(loss=loss, grad_norm=norm, stopped=stopped)
+
+    def settle(self) -> None:
+        """Raises what the last step left to be read."""
+        self._watch.settle()
 
     def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns this process's fp32 shards of (target encoder, context encoder)."""
         return self._shards
 
+    def target_copies(self) -> list[Tensor | None]:
+        """Returns the bf16 roundings of the target's weights."""
+        return self._replicated.copies if self._replicated else []
+
     def target_updated(self) -> None:
-        """Does nothing: the shards are the parameters."""
+        """Quantises weights that have an fp8 copy; others are the shards themselves or were rounded with them."""
+        if self._replicated:
+            self._replicated.updated()
+
+    def check_fp8(self, images: Tensor) -> None:
+        """Compares the fp8 target's features of `images` (B, 3, H, W) with bf16 ones, where fp8 is asked for.
+
+        Raises:
+            ConfigError: they are too far apart.
+        """
+        if self._replicated and self._config.target_precision == "fp8":
+            check_fp8(self._replicated, images, self.world)
 
     def pieces(self) -> list[Piece]:
         """Returns this process's parts of weights, optimiser states and target."""
@@ -189,7 +172,8 @@ class PlainEngine:
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             pieces += [self._piece(f"optimizer.{key}.{name}", state[key]) for key in ("exp_avg", "exp_avg_sq")]
         if self.target_module is not None:
-            pieces += [self._piece(f"target.{clean_name(n)}", p) for n, p in self.target_module.named_parameters()]
+            kept = self._replicated.values if self._replicated else dict(self.target_module.named_parameters())
+            pieces += [self._piece(f"target.{clean_name(name)}", value) for name, value in kept.items()]
         return pieces
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
@@ -202,8 +186,10 @@ class PlainEngine:
         )
 
     def loaded(self, optimizer_step: int) -> None:
-        """Sets Adam's step counter."""
+        """Sets Adam's step counter, and renews what is computed from the target's values."""
         set_step(self.optimizer, optimizer_step)
+        if self._replicated:
+            self._replicated.loaded()
 
 
 class DdpEngine(PlainEngine):
@@ -220,6 +206,11 @@ class DdpEngine(PlainEngine):
 
 class Fsdp2Engine(PlainEngine):
     """Sharded weights, gradients, optimiser and target; over all processes, or within groups of them (HSDP)."""
+
+    def _replicate(self, target: nn.Module) -> ReplicatedTarget | None:
+        if self._config.target_precision == "fp8":
+            raise ConfigError(f"engine.target_precision is fp8 but strategy is fsdp2: {NO_FP8}")
+        return None
 
     def _wrap(self) -> None:
         size, replicas = self.world.size, self._config.replicas

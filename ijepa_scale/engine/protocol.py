@@ -26,6 +26,7 @@ class StepInfo:
 
     loss: Tensor  # () fp32: this process's mean over its micro-batches, on the device
     grad_norm: Tensor | float  # global, before clipping
+    stopped: Tensor | None = None  # () fp32 on the device: not 0 where a step was bad and nothing moves any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,13 @@ class Engine(Protocol):
     def target(self, *args: Any, **options: Any) -> Tensor:
         """Returns the target encoder's output, without gradients, under the engine's precision."""
 
+    def check_fp8(self, images: Tensor) -> None:
+        """Compares the fp8 target's features of `images` (B, 3, H, W) with bf16 ones, where fp8 is asked for.
+
+        Raises:
+            ConfigError: they are too far apart.
+        """
+
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
         """Yields the micro-batches, on the device; gradients are reduced when they have to be."""
 
@@ -83,16 +91,27 @@ class Engine(Protocol):
         """Adds the gradients of one micro-batch's mean loss, scaled for accumulation."""
 
     def step(self, hyper: Hyper, step: int) -> StepInfo:
-        """Moves the trainable weights, or raises on every process before anything has moved.
+        """Moves the trainable weights, or stops every process before anything has moved.
 
-        A group's learning rate is `hyper.lr` times its `lr_scale`; weight decay spares groups that don't decay.
+        On a GPU the host isn't told at once: nothing moves from the bad step on, and the next step or `settle`
+        raises. A group's learning rate is `hyper.lr` times its `lr_scale`; weight decay spares groups that don't decay.
 
         Raises:
             NonFiniteError: a loss or the gradient norm is NaN or infinite on some process.
         """
 
+    def settle(self) -> None:
+        """Raises what the last step left to be read; call it before the state is saved, shown or evaluated.
+
+        Raises:
+            NonFiniteError: as `step`, naming the step that was bad.
+        """
+
     def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns this process's fp32 shards of (target encoder, context encoder), cut alike; none without a target."""
+
+    def target_copies(self) -> list[Tensor | None]:
+        """Returns bf16 tensors that must follow the target's shards, in their order; [] where there are none."""
 
     def target_updated(self) -> None:
         """Is told that the target's shards have moved."""

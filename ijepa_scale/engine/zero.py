@@ -22,11 +22,12 @@ from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.attention import use_attention
 from ijepa_scale.engine.ds_config import compose, load_ds_config
-from ijepa_scale.engine.native import NOTHING_MOVED, LossRecord
+from ijepa_scale.engine.finite import NOTHING_MOVED, FiniteWatch
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
+from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import NonFiniteError
+from ijepa_scale.errors import ConfigError, NonFiniteError
 from ijepa_scale.optim import GroupFunction, build_optimizer, clean_name, parameter_groups, set_hyper, set_step
 from ijepa_scale.schedules import Hyper
 
@@ -76,7 +77,7 @@ class ZeroEngine:
         self._optimizer_config = optimizer
         environment.export_accelerator(world.device.type)  # checking the file imports deepspeed, which picks one
         self._plan = load_ds_config(config.ds_config)
-        self._record = LossRecord(world)
+        self._watch = FiniteWatch(world)
         self._autocast = torch.autocast(
             world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
         )  # for the target, and for stages that leave it to us
@@ -93,6 +94,8 @@ class ZeroEngine:
         """Hands the modules to DeepSpeed. `micro_batch` only reaches its throughput log."""
         deepspeed = import_deepspeed(self.world.device)
         self._stage = int(self._plan["zero_optimization"]["stage"])
+        if self._stage == 3 and self._config.target_precision == "fp8":
+            raise ConfigError(f"engine.target_precision is fp8 but the ZeRO stage is 3: {NO_FP8}")
         use_attention(self._config, module, target, self.world)
         checkpoint_blocks(module, self._config.checkpointing)
         module.to(self.world.device)
@@ -123,9 +126,13 @@ class ZeroEngine:
         self.zero = self._engine.optimizer
         self.target_module: Any = target
         self._target_callable: Any = target
+        self._replicated = self._replicate(target) if target is not None and self._stage < 3 else None
         if self._stage == 3 and target is not None:
             self._target_callable, *_ = deepspeed.initialize(model=target, config=settings, dist_init_required=False)
         compile_parts(self._config, *parts)
+
+    def _replicate(self, target: nn.Module) -> ReplicatedTarget:
+        return ReplicatedTarget(target, precision=self._config.target_precision or self._config.precision)
 
     def model(self, *args: Any) -> Tensor:
         """Returns the trainable module's output (DeepSpeed applies autocast)."""
@@ -157,26 +164,30 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch's mean loss; DeepSpeed divides by the accumulation."""
-        self._record.losses.append(loss.detach().float())
+        self._watch.record(loss)
         self._engine.backward(loss)
 
     def step(self, hyper: Hyper, step: int) -> StepInfo:
         """Moves the trainable weights, or raises on every process before anything has moved."""
-        loss = self._record.take()
-        self._record.check(step, loss)
+        loss = self._watch.take()
+        self._watch.check(step, loss)  # host sync on a GPU: DeepSpeed's own step has one too
         set_hyper(self.zero.param_groups, hyper)
         self._engine.step()
         if self.zero.overflow:  # DeepSpeed skips such a step on every process, without a word
-            raise NonFiniteError(f"step {step}: the gradient norm is not finite though every loss is. {NOTHING_MOVED}")
+            text = f"step {step}: the gradient norm is not finite though every loss is. {NOTHING_MOVED}"
+            raise NonFiniteError(text, step)
         return StepInfo(loss=loss, grad_norm=self._engine.get_global_grad_norm())
+
+    def settle(self) -> None:
+        """Does nothing: a step has raised what there was."""
 
     def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns this process's fp32 shards of (target encoder, context encoder)."""
         if self.target_module is None:
             return [], []
+        if self._replicated:
+            return self._replicated.shards, [p.detach() for p in self._followed.parameters()]
         both: tuple[Any, Any] = (self.target_module.parameters(), self._followed.parameters())
-        if self._stage < 3:
-            return tuple([p.detach() for p in parameters] for parameters in both)  # type: ignore[return-value]
         # `ds_tensor` is this process's shard on the device, equal to the master even where that is offloaded
         return tuple([p.ds_tensor.detach()[self._extent(p)] for p in parameters] for parameters in both)  # type: ignore[return-value]
 
@@ -185,8 +196,23 @@ class ZeroEngine:
         chunk = parameter.ds_tensor.numel()
         return slice(0, max(0, min(chunk, parameter.ds_numel - self.world.rank * chunk)))
 
+    def target_copies(self) -> list[Tensor | None]:
+        """Returns the bf16 roundings of the target's weights under stages 1 and 2."""
+        return self._replicated.copies if self._replicated else []
+
+    def check_fp8(self, images: Tensor) -> None:
+        """Compares the fp8 target's features of `images` (B, 3, H, W) with bf16 ones, where fp8 is asked for.
+
+        Raises:
+            ConfigError: they are too far apart.
+        """
+        if self._replicated and self._config.target_precision == "fp8":
+            check_fp8(self._replicated, images, self.world)
+
     def target_updated(self) -> None:
-        """Drops gathered copies of the target's weights (stage 3), which would be stale."""
+        """Drops gathered copies of the target's weights (stage 3), which would be stale, and renews fp8 ones."""
+        if self._replicated:
+            self._replicated.updated()
         if self._stage == 3 and self.target_module is not None:
             if self.world.device.type == "cuda":
                 # host sync: DeepSpeed gathers on a stream of its own, which doesn't wait for the update on ours
@@ -198,7 +224,8 @@ class ZeroEngine:
         self._make_moments()
         frozen = [(f"model.{self._names[id(p)]}", p) for p in self.module.parameters() if not p.requires_grad]
         if self.target_module is not None:
-            frozen += [(f"target.{clean_name(n)}", p) for n, p in self.target_module.named_parameters()]
+            kept = self._replicated.values if self._replicated else dict(self.target_module.named_parameters())
+            frozen += [(f"target.{clean_name(name)}", value) for name, value in kept.items()]
         return [*self._trainable_pieces(), *(self._frozen_piece(name, parameter) for name, parameter in frozen)]
 
     def loaded(self, optimizer_step: int) -> None:
@@ -213,6 +240,8 @@ class ZeroEngine:
             for group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
                 self.zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
                 self.zero._unflatten_partitioned_parameters(group)
+        if self._replicated:
+            self._replicated.loaded()
         self.target_updated()
 
     def _masters(self) -> list[Tensor]:

@@ -191,7 +191,9 @@ class FinetuneTask:
             self.engine.backward(soft_cross_entropy(logits, targets))
         info = self.engine.step(hyper, batch.step)
         if self.config.optimizer.ema is not None:
-            update_target(*self.engine.local_shards(), self.config.optimizer.ema)
+            copies = self.engine.target_copies()
+            shards = self.engine.local_shards()
+            update_target(*shards, self.config.optimizer.ema, copies=copies, stopped=info.stopped)
             self.engine.target_updated()
         self.meters.add("loss", info.loss)
         self.meters.add("grad_norm", info.grad_norm)

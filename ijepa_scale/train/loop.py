@@ -206,20 +206,33 @@ class Loop:
         """Takes one step; where it can't be taken, saves the state before it, which has not moved."""
         try:
             self.task.step(batch)
-        except NonFiniteError:  # raised on every process alike, so all of them can save
-            if batch.step > self.start:
+            if self._is_looked_at(batch.step + 1):
+                self.task.engine.settle()
+        except NonFiniteError as error:  # raised on every process alike, so all of them can save
+            if error.step > self.start:
                 # apart from the checkpoints: this state may be what diverges, and resuming must not choose it
-                self._save(batch.step, folder="stopped", keep=1)
+                self._save(error.step, folder="stopped", keep=1)
             raise
+
+    def _is_looked_at(self, done: int) -> bool:
+        """Returns whether a row, an evaluation or a checkpoint is due after `done` steps."""
+        return self._shows(done) or self._saves(done) or self.task.evaluates(done)
+
+    def _shows(self, done: int) -> bool:
+        return done % self.config.logging.every == 0 or done == self.task.last_step
+
+    def _saves(self, done: int) -> bool:
+        every = self.config.checkpoint.every
+        return (every and done % every == 0) or done == self.task.last_step
 
     def _path(self, done: int) -> Path:
         return self.folder / "checkpoints" / f"step-{done:08d}"
 
     def _after(self, done: int, sinks: Sinks, progress: Progress) -> None:
         """Does what is due after `done` steps."""
-        task, last = self.task, self.task.last_step
+        task = self.task
         progress.advance()
-        if done % self.config.logging.every == 0 or done == last:
+        if self._shows(done):
             row = task.row(task.meters.flush(self.world.mean), done)
             if self.world.device.type == "cuda":
                 row["peak_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
@@ -229,8 +242,7 @@ class Loop:
         with task.meters.paused():
             if task.evaluates(done):
                 self._evaluate(done, sinks, progress)
-            every = self.config.checkpoint.every
-            if (every and done % every == 0) or done == last:
+            if self._saves(done):
                 self._save(done)
 
     def _evaluate(self, done: int, sinks: Sinks, progress: Progress) -> None:

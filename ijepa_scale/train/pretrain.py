@@ -60,6 +60,7 @@ class PretrainTask:
         self.knn: float | None = None
         self.knn_untrained: float | None = None
         self._evaluator: OnlineKnn | None = None
+        self._checked = self.config.engine.target_precision != "fp8"
 
     def prepare_evaluation(self) -> None:
         """Reads the labels of the evaluation's images; after resuming, which may be refused sooner."""
@@ -84,6 +85,11 @@ class PretrainTask:
 
     def step(self, batch: Batch) -> StepInfo:
         """Takes one optimiser step, or raises before anything has moved."""
+        if not self._checked:
+            self._checked = True
+            with self.meters.paused():
+                micro = next(batch.split(self.config.engine.accumulation)).to(self.world.device)
+                self.engine.check_fp8(self.run.augment(micro))
         return self.run.step(batch)
 
     def identity(self) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class TrainStep:
             self._engine.backward(jepa_loss(prediction, target, masks, self._objective))
             self._observe(features, masks, wanted)
         info = self._engine.step(hyper, batch.step)
-        update_target(*self._engine.local_shards(), hyper.momentum)
+        update_target(
+            *self._engine.local_shards(), hyper.momentum, copies=self._engine.target_copies(), stopped=info.stopped
+        )
         self._engine.target_updated()
         self._meters.add("loss", info.loss)
         self._meters.add("grad_norm", info.grad_norm)

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, NonFiniteError
 from tests.distributed.harness import run
@@ -98,6 +99,16 @@ def test_bf16_training_stays_with_one_process(name: str) -> None:
     assert loss_difference(expected, reference(steps=FEW_STEPS)) > 0  # it did run in bf16
 
 
+@pytest.mark.parametrize("name", ["plain", "zero2"])
+def test_an_fp8_target_trains_close_to_a_bf16_one(name: str) -> None:
+    processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
+    settings = {**engine, "precision": "bf16", "target_precision": "fp8"}
+    found = run(curve, processes, settings, {}, {}, FEW_STEPS, alone=name == "plain")[0]
+    expected = reference("bf16", steps=FEW_STEPS)
+    assert 0 < loss_difference(found, expected) <= 5e-3
+    assert worst(found, expected, "target.") <= 2e-3  # fp32 values of the same weights, after other gradients
+
+
 def test_one_process_with_accumulation_equals_without() -> None:
     found = run(curve, 1, {"strategy": "plain", "precision": "fp32", "accumulation": 4}, {}, {}, STEPS, alone=True)[0]
     assert loss_difference(found, reference()) <= 1e-5
@@ -138,15 +149,22 @@ def test_packed_and_ragged_masks_under_engines(name: str, masks: dict) -> None:
     assert worst(found, expected, "target.") <= 1e-6
 
 
-def spoiled_step(world: World, engine: dict, accumulation: int) -> tuple[str, bool]:
-    """Returns what a NaN in one process's images raised, and whether any state moved."""
+def spoiled_step(world: World, engine: dict, accumulation: int, late: bool = False) -> tuple[str, bool]:
+    """Returns what a NaN in one process's images raised, and whether any state moved.
+
+    `late` stops the step on the device, as on a GPU: the next step, which is a good one, raises.
+    """
     settings = EngineConfig(**engine, precision="fp32", accumulation=accumulation)
     built, step = make(world, settings, OptimizerConfig(), masks_config())
+    if late:
+        built._watch = FiniteWatch(world, late=True)  # type: ignore[attr-defined]
     for index in range(2):
         step(part(index, world))
     before = full_state(world, built)
     try:
-        step(part(2, world, spoil=(2, world.size - 1)))
+        info = step(part(2, world, spoil=(2, world.size - 1)))
+        assert late and info.stopped == 1.0
+        step(part(3, world))
     except NonFiniteError as error:
         after = full_state(world, built)
         return str(error), any(not before[name].equal(after[name]) for name in before)
@@ -161,6 +179,14 @@ def test_nan_on_one_process_stops_all_before_anything_moves(name: str) -> None:
         assert not moved
 
 
+@pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "hsdp"])
+def test_a_step_stopped_on_the_device_moves_nothing(name: str) -> None:
+    processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
+    for message, moved in run(spoiled_step, processes, engine, 1, True, alone=name == "plain"):
+        assert f"step 2: process {processes - 1} has loss nan" in message
+        assert not moved
+
+
 def spoiled_gradient(world: World, engine: dict) -> tuple[str, bool]:
     """Returns what an infinite gradient under a finite loss raised, and whether any state moved."""
     built, step = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
@@ -168,8 +194,8 @@ def spoiled_gradient(world: World, engine: dict) -> tuple[str, bool]:
     before = full_state(world, built)
     backward = built.backward
     built.backward = lambda loss: backward(loss * 1e38 * 1e38 if world.rank == 0 else loss)  # type: ignore[method-assign]
-    record = built._record.check  # type: ignore[attr-defined]
-    built._record.check = lambda step, loss, *also: record(step, loss.new_zeros(()), *also)  # type: ignore[attr-defined]
+    record = built._watch.check  # type: ignore[attr-defined]
+    built._watch.check = lambda step, loss, *also: record(step, loss.new_zeros(()), *also)  # type: ignore[attr-defined]
     try:
         step(part(1, world))
     except NonFiniteError as error:

@@ -106,6 +106,7 @@ def test_centre_crops(size, fraction):
         ("seed=-1", "seed is -1; give a number of at least 0"),
         ("stop_after=-1", "stop_after is -1; give a step of at least 0, or null"),
         ("data.reader=stream", "data.reader is stream; finetuning counts epochs and labels"),
+        ("engine.target_precision=fp8", "engine.target_precision is fp8; finetuning has no target: set it to null"),
         ("model.drop_pat=0.1", "model.drop_pat: unknown; did you mean model.drop_path?"),
         ("model.num_classes=0", "model.num_classes is 0; give at least 1"),
     ],

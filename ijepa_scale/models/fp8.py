@@ -1,0 +1,49 @@
+"""An encoder's linear layers in fp8, for forwards without gradients. Floor 2.
+
+Weights are quantised when they change, inputs on the way; norms, the residual stream and attention stay as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijepa_kernels.fp8_linear import fp8_linear, quantise_rows
+from ijepa_scale.models.layers import Linear
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer of a block, computed from an fp8 copy of an fp32 weight that stays its master."""
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, source: Linear) -> None:
+        super().__init__()
+        self.bias = source.bias
+        self.register_buffer("weight", torch.empty_like(source.weight, dtype=torch.float8_e4m3fn), persistent=False)
+        scale = torch.empty(len(source.weight), 1, device=source.weight.device)
+        self.register_buffer("weight_scale", scale, persistent=False)
+        self.refresh(source.weight)
+
+    @torch.no_grad()
+    def refresh(self, master: Tensor) -> None:
+        """Quantises `master` (N, K) fp32, the weight as it is now, row by row."""
+        values, scale = quantise_rows(master)
+        self.weight.copy_(values)
+        self.weight_scale.copy_(scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the projection along the last dimension, bf16."""
+        return fp8_linear(input, self.weight, self.weight_scale, self.bias)
+
+    def rows(self, input: Tensor, start: int, stop: int) -> Tensor:
+        """Returns the outputs [start, stop) of `forward` only."""
+        return fp8_linear(input, self.weight[start:stop], self.weight_scale[start:stop], self.bias[start:stop])
+
+
+def cosine(features: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Returns the mean and the least cosine between the tokens (..., D) of two encoders. Synchronises."""
+    found = F.cosine_similarity(features.float(), expected.float(), dim=-1)
+    return found.mean().item(), found.min().item()

@@ -1,0 +1,48 @@
+"""Steps that are stopped: at once where the host reads the answer, or on the device with the host told a step later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ijepa_scale.engine.finite import FiniteWatch
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import NonFiniteError
+
+WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+NAN, GOOD = torch.tensor(float("nan")), torch.tensor(1.0)
+
+
+def test_the_mean_of_the_micro_batches_is_taken_once() -> None:
+    watch = FiniteWatch(WORLD)
+    for value in (1.0, 4.0):
+        watch.record(torch.tensor(value, dtype=torch.float64))
+    assert watch.take() == torch.tensor(2.5)
+    watch.record(torch.tensor(7.0))
+    assert watch.take() == torch.tensor(7.0)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [((NAN, GOOD), "step 3: process 0 has loss nan"), ((GOOD, NAN.abs() / 0), "step 3: the gradient norm is nan")],
+)
+def test_early_raises_before_anything_moves(numbers, text) -> None:
+    watch = FiniteWatch(WORLD)
+    assert watch.check(2, GOOD, GOOD) is None
+    with pytest.raises(NonFiniteError, match=text) as caught:
+        watch.check(3, *numbers)
+    assert caught.value.step == 3
+    watch.settle()
+
+
+@pytest.mark.parametrize("how", ["settle", "check"])
+def test_late_holds_the_device_at_once_and_tells_the_host_a_step_later(how) -> None:
+    watch = FiniteWatch(WORLD, late=True)
+    for step in (0, 1):
+        assert watch.check(step, GOOD, GOOD) == 0.0
+    assert watch.check(2, GOOD, NAN) == 1.0  # exactly 1: what fused kernels take for a stop
+    with pytest.raises(NonFiniteError, match="step 2: the gradient norm is nan on processes") as caught:
+        watch.settle() if how == "settle" else watch.check(3, GOOD, GOOD)
+    assert caught.value.step == 2
+    assert watch.check(3, GOOD, GOOD) == 1.0, "nothing moves any more"
+    watch.settle()
