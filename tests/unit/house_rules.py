@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(["config", "masks", "planning"], 1),
     **dict.fromkeys(["models", "data", "augment", "objective", "ema", "optim"], 2),
     **dict.fromkeys(["engine", "checkpoint", "metrics"], 3),
-    **dict.fromkeys(["train", "evaluate"], 4),
+    **dict.fromkeys(["train", "evaluate", "tune"], 4),
 }
 KERNELS_FLOOR, TOP_FLOOR = 1, 5
 MAX_FILE_LINES, MAX_LAUNCH_LINES, MAX_STEP_LINES, MAX_FUNCTION_LINES = 400, 60, 80, 80

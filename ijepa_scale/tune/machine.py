@@ -1,0 +1,128 @@
+"""What the machine at hand is and how much memory a process has taken of it. Floor 4."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ijepa_scale.config import EngineConfig
+from ijepa_scale.engine.world import choose_device
+from ijepa_scale.environment import Launch
+from ijepa_scale.planning.hardware import peak_flops
+
+MARGIN = 0.05  # of the memory, kept free: fragmentation, and what libraries take later in a long run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The devices of a run on this host."""
+
+    kind: str  # cpu | cuda
+    name: str
+    processes: int
+    cores: int  # of the host that this program may use
+    memory_bytes: float  # that one process may take on its device
+    peak_flops: float | None = None  # of all devices together; None where it isn't known
+
+    @property
+    def room(self) -> float:
+        """Bytes that a process may take, less the margin."""
+        return (1 - MARGIN) * self.memory_bytes
+
+    def text(self) -> str:
+        """Returns the machine in one line."""
+        where = "of the host's" if self.kind == "cpu" else "of GPU"
+        return (
+            f"{self.processes} process{'es' if self.processes > 1 else ''} on {self.name} ({self.kind}, {self.cores} "
+            f"host cores), {self.memory_bytes / 1e9:.1f} GB {where} memory for each"
+        )
+
+
+def describe(engine: EngineConfig, devices: list[str] | None, processes: int) -> Machine:
+    """Returns the machine as `processes` of a run would see it. On GPUs it makes a CUDA context: call it in a child.
+
+    Raises:
+        ConfigError: a device that isn't there.
+    """
+    chosen = []
+    for rank in range(processes):
+        launch = Launch(rank=rank, world_size=processes, local_rank=rank, local_world_size=processes)
+        chosen.append(choose_device(engine, launch, devices[rank] if devices else None))
+    cores = len(os.sched_getaffinity(0))
+    if chosen[0].type != "cuda":
+        memory = host_bytes() / processes
+        return Machine(kind="cpu", name=_processor(), processes=processes, cores=cores, memory_bytes=memory)
+    name = torch.cuda.get_device_name(chosen[0])
+    peak = peak_flops(name)
+    return Machine(
+        kind="cuda",
+        name=name,
+        processes=processes,
+        cores=cores,
+        memory_bytes=min(torch.cuda.get_device_properties(device).total_memory for device in chosen),
+        peak_flops=None if peak is None else peak * processes,
+    )
+
+
+def host_bytes() -> int:
+    """Returns the bytes of memory that this host has free for us: what Linux, a cgroup and ulimit -v leave."""
+    lines = _read(Path("/proc/meminfo")).splitlines()
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        most, taken = _read(Path(limit)).strip(), _read(Path(used)).strip()
+        if most.isdigit() and taken.isdigit():
+            found.append(max(0, int(most) - int(taken)))
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        found.append(address_space)
+    return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class PeakMemory:
+    """The most memory that this process has taken of its device since `reset`, bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset(self) -> None:
+        """Begins anew. On a CPU whose kernel doesn't offer that, the peak stays that of the whole process."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+    def read(self) -> int:
+        """Returns the peak. On a GPU: of tensors, beside what CUDA, its libraries and other programs hold now."""
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            others = total - free - torch.cuda.memory_reserved(self._device)
+            return int(torch.cuda.max_memory_allocated(self._device) + max(0, others))
+        lines = _read(Path("/proc/self/status")).splitlines()
+        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+        return found[0] if found else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _processor() -> str:
+    """Returns the processor's name."""
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _read(path: Path) -> str:
+    """Returns the text of one of Linux's own files, empty where it isn't there."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

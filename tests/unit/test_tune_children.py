@@ -1,0 +1,112 @@
+"""Children may die in any way: the reason is told, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tune_children as what
+
+from ijepa_scale import environment
+from ijepa_scale.tune.children import Children
+
+LIMIT_S = 120  # of a loaded machine
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory: pytest.TempPathFactory) -> Children:
+    return Children(tmp_path_factory.mktemp("logs"))
+
+
+def test_all_processes_answer(children: Children) -> None:
+    outcome = children.run(what.answer, [1, 2], processes=2, limit_s=LIMIT_S)
+    assert outcome.kind == "done" and outcome.seconds > 0
+    assert outcome.values == tuple({"argument": [1, 2], "rank": rank, "size": 2} for rank in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "reason"),
+    [
+        (
+            what.kill_itself,
+            "signal",
+            "killed by SIGKILL: the system ran out of memory, or someone killed it (in the first steps)",
+        ),
+        (what.allocate_too_much, "memory", "out of memory (in the step with the longest masks)"),
+        (what.refuse, "refused", "engine.strategy is odd"),
+        (what.break_down, "error", "KeyError: 'nothing there'"),
+        (what.leave, "error", "ended with exit code 7 and said nothing"),
+    ],
+)
+def test_the_reason_of_a_death_is_told(children: Children, function: what.Any, kind: str, reason: str) -> None:
+    outcome = children.run(function, None, limit_s=LIMIT_S)
+    assert (outcome.kind, outcome.reason, outcome.values) == (kind, reason, ())
+
+
+def test_what_was_noted_before_a_death_is_kept(children: Children) -> None:
+    assert children.run(what.kill_itself, None, limit_s=LIMIT_S).notes["rate"] == 3
+
+
+def test_one_death_ends_the_group(children: Children) -> None:
+    begin = time.monotonic()
+    outcome = children.run(what.die_on_process_1, None, processes=2, limit_s=LIMIT_S)
+    assert (outcome.kind, outcome.reason) == ("memory", "out of memory")
+    assert time.monotonic() - begin < LIMIT_S / 2
+
+
+def test_logs_keep_the_traceback(tmp_path: Path) -> None:
+    Children(tmp_path / "logs").run(what.break_down, None, limit_s=LIMIT_S)
+    assert 'raise KeyError("nothing there")' in (tmp_path / "logs" / "001-0.log").read_text()
+
+
+def test_a_child_that_takes_too_long_is_killed_with_its_own(children: Children, tmp_path: Path) -> None:
+    outcome = children.run(what.sleep_with_a_child, str(tmp_path / "pids"), limit_s=4)
+    assert (outcome.kind, outcome.reason) == ("time", "took longer than 4 s")
+    if (tmp_path / "pids").exists():  # else the machine was too busy for it to start
+        assert gone(tmp_path / "pids")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_nothing_outlives_the_parent(number: signal.Signals, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    here = Path(__file__).parent
+    parent = subprocess.Popen(
+        [sys.executable, str(here / "tune_children.py"), str(pids)],
+        env=environment.child_environment(PYTHONPATH=str(here)),
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # so that a signal reaches this one alone
+    )
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not pids.exists():
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.05)
+        parent.send_signal(number)
+        parent.wait(timeout=60)
+        assert gone(pids)
+    finally:
+        parent.kill()
+
+
+def gone(pids: Path) -> bool:
+    """Returns whether the processes named in a file end within seconds."""
+    deadline = time.monotonic() + 30
+    while any(alive(int(pid)) for pid in pids.read_text().split()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state != "Z"  # dead, and not fetched by init yet
