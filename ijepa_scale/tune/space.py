@@ -1,0 +1,185 @@
+"""What may be varied, and what the plan leaves out before anything is measured. Floor 4: measures nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ijepa_kernels.attention.backend import ON_CPU
+from ijepa_scale.config import EngineConfig, PretrainConfig
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.planning.footprint import footprint
+from ijepa_scale.planning.spread import Spread, ZeroBuckets
+from ijepa_scale.planning.strategy import resolve_engine
+from ijepa_scale.train.setup import global_batch
+from ijepa_scale.tune.machine import Machine
+from ijepa_scale.tune.worst import Lengths, worst_tokens
+
+CHECKPOINTING = ("none", "selective", "full")  # from the simplest on
+SPREADS = ("plain", "ddp", "zero1", "zero2", "fsdp2", "fsdp2 reshard", "zero3")  # the same
+PLAN_SLACK = 1.1  # the plan is a formula: only what it puts this far above the memory is left out unmeasured
+_STEP_DOWN = 1.5  # from one micro-batch to the next that is tried, at least
+_ON_GPU = ("flash", "cudnn", "efficient")  # math holds all scores in memory; fa3 and fa4 need packages of their own
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of computing the configuration's step. The strategy isn't `auto`."""
+
+    engine: EngineConfig
+    micro_batch: int  # images of one process at once: its share of the batch / engine.accumulation
+
+    @property
+    def spread(self) -> str:
+        """How the step is spread over the processes, in a word or two."""
+        engine = self.engine
+        if engine.strategy == "deepspeed":
+            return f"zero{stage_of(engine)}"
+        if engine.strategy != "fsdp2":
+            return engine.strategy
+        name = f"hsdp x{engine.replicas}" if engine.replicas > 1 else "fsdp2"
+        return f"{name} reshard" if engine.reshard_after_forward else name
+
+    @property
+    def label(self) -> str:
+        """The candidate in a few words."""
+        engine = self.engine
+        compiled = "compiled" if engine.compile else "eager"
+        return (
+            f"{self.spread}, {self.micro_batch} images x {engine.accumulation}, checkpointing {engine.checkpointing}, "
+            f"{compiled}, attention {engine.attention}"
+        )
+
+    def simplicity(self, configured: EngineConfig) -> tuple[int, ...]:
+        """Returns a key that is smaller the simpler the candidate is, for choosing among equally fast ones."""
+        engine = self.engine
+        return (
+            CHECKPOINTING.index(engine.checkpointing),
+            int(engine.compile),
+            SPREADS.index(self.spread) if self.spread in SPREADS else len(SPREADS),
+            int(engine.attention != configured.attention),
+            engine.accumulation,
+        )
+
+
+def stage_of(engine: EngineConfig) -> int:
+    """Returns ZeRO's stage by the DeepSpeed file, 0 where it doesn't say; the engine itself checks the file."""
+    stage = _zero_section(engine).get("stage")
+    return stage if isinstance(stage, int) else 0
+
+
+def _zero_section(engine: EngineConfig) -> dict[str, Any]:
+    """Returns `zero_optimization` of the DeepSpeed file as it stands there: checking it would import deepspeed."""
+    try:
+        section = json.loads(Path(engine.ds_config or "").read_text())["zero_optimization"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return section if isinstance(section, dict) else {}
+
+
+class Space:
+    """The candidates of one configuration on one machine."""
+
+    def __init__(
+        self, config: PretrainConfig, machine: Machine, worst: Lengths, ds_configs: Path | None = None
+    ) -> None:
+        """Checks that the batch can be shared out; `ds_configs` is the folder of zero1.json, zero2.json, zero3.json.
+
+        Raises:
+            ConfigError: it can't, or the configuration names one process's strategy for several.
+        """
+        accumulation_1 = dataclasses.replace(config.engine, accumulation=1)
+        self.batch_size = global_batch(dataclasses.replace(config, engine=accumulation_1), machine.processes)
+        self.share = self.batch_size // machine.processes
+        self.config, self.machine, self.worst = config, machine, worst
+        self._ds_configs = ds_configs
+        self.engine, self.reason = resolve_engine(
+            config.engine,
+            config.model,
+            world=machine.processes,
+            processes_per_node=machine.processes,
+            device=machine.kind,
+            device_memory_bytes=machine.memory_bytes,
+        )
+        if self.engine.strategy == "plain" and machine.processes > 1:
+            raise ConfigError(
+                f"engine.strategy is plain but {machine.processes} processes are asked for; set engine.strategy=auto, "
+                "or tune with one process"
+            )
+
+    def candidate(self, engine: EngineConfig, micro_batch: int, **changes: Any) -> Candidate:
+        """Returns the engine with these changes, at a micro-batch that divides a process's share.
+
+        Raises:
+            ConfigError: the settings don't go together.
+        """
+        accumulation = self.share // micro_batch
+        return Candidate(dataclasses.replace(engine, accumulation=accumulation, **changes), micro_batch)
+
+    def config_of(self, candidate: Candidate) -> PretrainConfig:
+        """Returns the configuration as the candidate computes it."""
+        return dataclasses.replace(self.config, engine=candidate.engine)
+
+    def micro_batches(self) -> list[int]:
+        """Returns the micro-batches to try, the largest first, each at most two thirds of the one before."""
+        found: list[int] = []
+        for size in (size for size in range(self.share, 0, -1) if self.share % size == 0):
+            if not found or _STEP_DOWN * size <= found[-1]:
+                found.append(size)
+        return found
+
+    def needed(self, candidate: Candidate) -> float:
+        """Returns the bytes that the plan gives one process in the step with the longest masks."""
+        grid = self.config.model.grid
+        tokens = worst_tokens(self.config.masks, grid[0] * grid[1], self.worst, images=candidate.micro_batch)
+        engine = candidate.engine
+        spread = Spread(
+            strategy=candidate.spread if engine.strategy == "deepspeed" else engine.strategy,
+            world=self.machine.processes,
+            local=self.machine.processes,
+            replicas=engine.replicas,
+            reshard_after_forward=engine.reshard_after_forward and engine.strategy == "fsdp2",
+            precision=engine.precision,
+            accumulation=engine.accumulation,
+            zero=ZeroBuckets.of(_zero_section(engine)) if engine.strategy == "deepspeed" else ZeroBuckets(),
+        )
+        plan = footprint(
+            self.config.model, tokens, spread, checkpointing=engine.checkpointing, device=self.machine.kind
+        )
+        return plan.peak
+
+    def planned_out(self, candidate: Candidate) -> str | None:
+        """Returns why the plan leaves a candidate out; None where it may fit."""
+        if candidate.engine.strategy == "deepspeed" and not stage_of(candidate.engine):
+            return None  # the engine will say what is wrong with the file
+        needed = self.needed(candidate)
+        if needed <= PLAN_SLACK * self.machine.room:
+            return None
+        return f"needs {needed / 1e9:.1f} GB of {self.machine.memory_bytes / 1e9:.1f} GB by the plan"
+
+    def attentions(self, ran: str, configured: str) -> Iterator[tuple[str, str | None]]:
+        """Yields kernels other than the configured one, each with why it is left out or None; `ran` is what it was."""
+        choices = [name for name in ON_CPU if name != "auto"] if self.machine.kind == "cpu" else list(_ON_GPU)
+        for name in choices:
+            if name != configured:
+                same = f"attention {configured} is {ran} on this machine" if name == ran else None
+                yield name, same
+
+    def spreads(self, engine: EngineConfig) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        """Yields the name of every way to spread the step over several processes, with its settings or why not."""
+        if self.machine.processes == 1:
+            return
+        none: dict[str, Any] = {"ds_config": None, "replicas": 1, "reshard_after_forward": False}
+        yield "ddp", {"strategy": "ddp", **none}
+        yield "fsdp2", {"strategy": "fsdp2", **none}
+        yield "fsdp2 reshard", {"strategy": "fsdp2", **none, "reshard_after_forward": True}
+        for stage in (1, 2, 3):
+            path = None if self._ds_configs is None else self._ds_configs / f"zero{stage}.json"
+            if path is None or not path.is_file():
+                yield f"zero{stage}", f"{path or f'zero{stage}.json'} isn't there"
+            else:
+                yield f"zero{stage}", {"strategy": "deepspeed", **none, "ds_config": str(path)}
