@@ -14,14 +14,20 @@ from torch import Tensor
 
 from ijepa_scale.config import MaskConfig
 from ijepa_scale.masks import DenseMasks
+from ijepa_scale.masks.sizes import check
 
 PATIENCE = 20  # failed places after which one target fewer is taken out of the context
 
 
 class LoopMasks:
-    """Draws the masks of a batch image by image."""
+    """Draws the masks of a batch image by image.
+
+    Raises:
+        ConfigError: the configuration can't be satisfied on the grid.
+    """
 
     def __init__(self, config: MaskConfig, grid: tuple[int, int]) -> None:
+        check(config, grid)  # or the loop might not end
         self.config, self.grid = config, grid
 
     def __call__(self, step: int, count: int, generator: torch.Generator) -> DenseMasks:

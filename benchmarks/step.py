@@ -1,6 +1,6 @@
 """Question: how much faster is our training step than the published recipe in eager PyTorch, and how near the peak?
 
-python -m benchmarks.step --model vit_small --patch-size 16 --image-size 224 --batch 8 --precision fp32 bf16
+python -m benchmarks.step --model vit_small --patch-size 16 --image-size 224 --batch 8 --precision fp32,bf16
     [--context truncate|packed] [--compile] [--checkpointing M] [--device cuda] [--target bf16|fp8] [--steps N]
     [--variant masks.context=packed ...] [--part step|update|all] [--trace DIR] [--to FILE] [--plot FILE]
     [section.key=value ...]
@@ -257,7 +257,7 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp32,bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
     parser.add_argument("--part", choices=("all", "step", "update"), default="all")
     parser.add_argument("--no-baseline", action="store_true", help="measure ours alone")
@@ -271,7 +271,7 @@ def main() -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     found, well = {}, True
-    for precision in options.precision:
+    for precision in options.precision.split(","):
         config = configured(settings_of(options, precision))
         if options.trace:
             trace(config, options, options.trace)

@@ -158,7 +158,7 @@ class Baseline:
 
     def __init__(self, config: PretrainConfig, module: JEPA, images: Tensor, draws: Draws, **options: Any) -> None:
         self.schedule = build_schedule(config, STEPS_PER_EPOCH)
-        self._images, self._draws = images, draws
+        self.images, self._draws = images, draws
         bf16 = config.engine.precision == "bf16"
         self.step = BaselineStep(config.model, config.seed, device=images.device, bf16=bf16, module=module, **options)
 
@@ -166,7 +166,7 @@ class Baseline:
         """Returns the loss of a step, read on the host on the way."""
         hyper, masks = self.schedule(step), self._draws(step)
         assert isinstance(masks, DenseMasks)
-        return torch.tensor(self.step(self._images, masks, hyper.lr, hyper.weight_decay, hyper.momentum))
+        return torch.tensor(self.step(self.images, masks, hyper.lr, hyper.weight_decay, hyper.momentum))
 
 
 def start(config: PretrainConfig) -> JEPA:

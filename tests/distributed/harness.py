@@ -66,10 +66,11 @@ def _work(
     alone, device = where
     try:
         torch.set_num_threads(1)
+        chosen = torch.device(f"cuda:{rank}" if device == "cuda" else device)  # "cuda": a GPU for each process
         launch = Launch(
             rank=rank, world_size=processes, local_rank=rank, local_world_size=processes, address="127.0.0.1", port=port
         )
-        world: World = start_world(launch, torch.device(device), alone=alone)
+        world: World = start_world(launch, chosen, alone=alone)
         value = function(world, *args)
         results.put((rank, "", pickle.dumps(value)))  # by value: this process ends before it is read
         stop_world()
