@@ -169,6 +169,7 @@ class EngineConfig:
     compile_cache: str | None = None  # folder of compiled kernels, kept over runs; null: in the user's cache folder
     cuda_graphs: bool = False  # replay the target's forward as a CUDA graph; not where its weights are sharded
     attention: str = "auto"  # kernel of dense attention: auto | flash | cudnn | efficient | math | fa3 | fa4
+    zero_communication: str = "fp32"  # under bf16, ZeRO gathers weights and reduces gradients in: fp32 | bf16
     replicas: int = 1  # fsdp2: shard within groups of processes, replicate this many times (HSDP)
     reshard_after_forward: bool = False  # fsdp2: free context and predictor weights between forward and backward
 
@@ -182,6 +183,7 @@ class EngineConfig:
             problems.append(f"target_precision is fp8 but precision is {self.precision}; set precision=bf16 beside it")
         choose(problems, "checkpointing", self.checkpointing, ("none", "full", "selective"))
         choose(problems, "attention", self.attention, ATTENTION)
+        choose(problems, "zero_communication", self.zero_communication, ("fp32", "bf16"))
         at_least(problems, 1, accumulation=self.accumulation, replicas=self.replicas)
         if self.strategy == "deepspeed" and self.ds_config is None:
             problems.append("strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json")

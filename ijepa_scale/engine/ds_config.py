@@ -41,6 +41,8 @@ OWNED = {
     "zero_force_ds_cpu_optimizer": "optimizer.impl",
 }
 
+LOW_PRECISION_LAYERS = ("ijepa_scale.models.layers.Linear", "ijepa_scale.models.layers.PatchProjection")
+
 # Settings with one right value under stage 3, written into every composed configuration.
 FORCED_STAGE3: dict[str, tuple[Any, str]] = {
     "memory_efficient_linear": (False, "with torch.compile it makes gradients of 3-D inputs zero"),
@@ -91,12 +93,20 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def compose(
-    plan: Mapping[str, Any], *, micro_batch: int, accumulation: int, clip_norm: float | None, precision: str, world: int
+    plan: Mapping[str, Any],
+    *,
+    micro_batch: int,
+    accumulation: int,
+    clip_norm: float | None,
+    precision: str,
+    world: int,
+    communication: str = "fp32",
 ) -> dict[str, Any]:
     """Returns the whole configuration for `deepspeed.initialize`, with every default that has bitten written out.
 
     `micro_batch` counts images per process and micro-batch, `world` processes, and `clip_norm` None
-    means no clipping. `plan` isn't changed.
+    means no clipping. `communication` is the dtype in which weights of products are gathered and their gradients
+    reduced under bf16. `plan` isn't changed.
     """
     settings: dict[str, Any] = copy.deepcopy(dict(plan))
     settings.setdefault("steps_per_print", None)
@@ -106,7 +116,12 @@ def compose(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if clip_norm is None else clip_norm,  # DeepSpeed's default is 1.0
         # autocast and not the bf16 mode: parameters, shards and accumulation stay fp32
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": precision == "bf16",
+            "dtype": "bfloat16",
+            # DeepSpeed knows layers by their very class, so by default it would send ours in fp32
+            "lower_precision_safe_modules": list(LOW_PRECISION_LAYERS) if communication == "bf16" else [],
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW; DeepSpeed's would be compiled
     }

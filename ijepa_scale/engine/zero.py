@@ -1,8 +1,9 @@
 """The DeepSpeed engine: ZeRO stages 1, 2 and 3, with an exact EMA target under each. Floor 3.
 
-Parameters and optimiser states are fp32 under every precision; bf16 is DeepSpeed's `torch_autocast`,
-which gathers in bf16. So the target's shards are fp32 too, and its update is local:
-stage 3 shards the target as it shards the encoder, stages 1 and 2 replicate both.
+Parameters and optimiser states are fp32 under every precision; bf16 is DeepSpeed's `torch_autocast`.
+So the target's shards are fp32 too, and its update is local: stage 3 shards the target as it shards the
+encoder, stages 1 and 2 replicate both. What is sent is fp32 as well, unless `zero_communication` says bf16;
+the target's weights, of which no gradient is reduced, are gathered in bf16 in any case.
 
 Uses attributes of DeepSpeed that aren't public (`grad_position`, `fp32_partitioned_groups_flat`,
 `single_partition_of_fp32_groups`, `_hp_mapping`): the version is pinned and each is under test.
@@ -21,7 +22,7 @@ from ijepa_scale import environment
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.attention import use_attention
-from ijepa_scale.engine.ds_config import compose, load_ds_config
+from ijepa_scale.engine.ds_config import LOW_PRECISION_LAYERS, compose, load_ds_config
 from ijepa_scale.engine.finite import NOTHING_MOVED, FiniteWatch
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
@@ -109,6 +110,7 @@ class ZeroEngine:
             clip_norm=self._optimizer_config.clip_norm,
             precision=self._config.precision,
             world=self.world.size,
+            communication=self._config.zero_communication,
         )
         if self._stage == 3:
             # one gather per block, and the way to compile blocks under ZeRO-3
@@ -128,7 +130,11 @@ class ZeroEngine:
         self._target_callable: Any = target
         self._replicated = self._replicate(target) if target is not None and self._stage < 3 else None
         if self._stage == 3 and target is not None:
-            self._target_callable, *_ = deepspeed.initialize(model=target, config=settings, dist_init_required=False)
+            # no gradient is reduced here, and products round the weights to bf16 anyway: so they may travel in it
+            autocast = {**settings["torch_autocast"], "lower_precision_safe_modules": list(LOW_PRECISION_LAYERS)}
+            self._target_callable, *_ = deepspeed.initialize(
+                model=target, config={**settings, "torch_autocast": autocast}, dist_init_required=False
+            )
         compile_parts(self._config, *parts)
 
     def _replicate(self, target: nn.Module) -> ReplicatedTarget:

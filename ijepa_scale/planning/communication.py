@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ijepa_scale.config.schema import ModelConfig
-from ijepa_scale.planning.activations import BF16_BYTES
 from ijepa_scale.planning.architectures import resolve
 from ijepa_scale.planning.devices import Cluster
 from ijepa_scale.planning.memory import FP32_BYTES
@@ -71,25 +70,24 @@ def transfers(model: ModelConfig, spread: Spread) -> list[Transfer]:
         return _fsdp2(spread, trained, target)
     if spread.stage in (1, 2):
         passes = micro if spread.stage == 2 else 1
-        reduce = (2 if spread.zero.all_reduce else 1) * FP32_BYTES * trained * passes
+        reduce = (2 if spread.zero.all_reduce else 1) * spread.sent_bytes * trained * passes
         behind = "backward" if spread.stage == 2 else "last backward"
         name = "all-reduce gradients" if spread.zero.all_reduce else "reduce gradients"
         return [
             _ring(spread, name, reduce, behind),
             _ring(spread, "all-gather weights", FP32_BYTES * trained, "nothing"),  # after the optimiser
         ]
-    # fp32 under autocast too: DeepSpeed casts parameters of torch's own layer classes only, ours are subclasses
     found = [
-        _ring(spread, "gather target", FP32_BYTES * target * micro, "forward"),
-        _ring(spread, "gather weights", FP32_BYTES * trained * micro, "forward"),
-        _ring(spread, "reduce-scatter gradients", FP32_BYTES * trained * micro, "backward"),
+        _ring(spread, "gather target", spread.target_sent_bytes * target * micro, "forward"),
+        _ring(spread, "gather weights", spread.sent_bytes * trained * micro, "forward"),
+        _ring(spread, "reduce-scatter gradients", spread.sent_bytes * trained * micro, "backward"),
     ]
-    again = FP32_BYTES * max(0, trained - spread.zero.held) * micro
+    again = spread.sent_bytes * max(0, trained - spread.zero.held) * micro
     return [*found, _ring(spread, "gather weights again", again, "backward")] if again else found
 
 
 def _fsdp2(spread: Spread, trained: int, target: int) -> list[Transfer]:
-    weight = gathered_bytes(spread)
+    weight = spread.sent_bytes
     found = []
     if spread.shards > 1:
         found = [
@@ -126,11 +124,6 @@ def _ring(spread: Spread, purpose: str, total: float, behind: str) -> Transfer:
     )
 
 
-def gathered_bytes(spread: Spread) -> int:
-    """Returns the bytes of a gathered weight: bf16 under FSDP2 in bf16, else fp32."""
-    return BF16_BYTES if spread.strategy == "fsdp2" and spread.precision == "bf16" else FP32_BYTES
-
-
 def buffers(model: ModelConfig, spread: Spread) -> Buffers:
     """Returns the bytes of one process's buffers. DDP's buckets are the gradients themselves, so it has none.
 
@@ -145,7 +138,7 @@ def buffers(model: ModelConfig, spread: Spread) -> Buffers:
         block_parameters(sizes.predictor_width, sizes.predictor_mlp_width),
     )
     if spread.strategy == "fsdp2":
-        weight = gathered_bytes(spread)
+        weight = spread.sent_bytes
         if spread.shards == 1 and weight == FP32_BYTES:
             return Buffers()
         flight = 2 * 2 * weight * block
@@ -157,16 +150,16 @@ def buffers(model: ModelConfig, spread: Spread) -> Buffers:
             backward=2 * (weight + FP32_BYTES) * block + (flight if spread.reshard_after_forward else 0.0),
             gradients=accumulated,
         )
-    bucket = FP32_BYTES * spread.zero.reduce
+    bucket = spread.sent_bytes * spread.zero.reduce
     if spread.stage < 3:
         flat = FP32_BYTES * trained / spread.world  # the optimiser's own copy of its part
         return Buffers(backward=max(bucket * (2 if spread.zero.overlap else 1), flat))
     held = min(trained, spread.zero.held)
-    flight = FP32_BYTES * (block + min(spread.zero.prefetch, trained))
+    flight = block + min(spread.zero.prefetch, trained)  # weights
     return Buffers(
-        gathered=FP32_BYTES * held,
-        forward=0.0 if held == trained else flight,
-        target=flight,
+        gathered=spread.sent_bytes * held,
+        forward=0.0 if held == trained else spread.sent_bytes * flight,
+        target=spread.target_sent_bytes * flight,
         backward=FP32_BYTES * block,
         permanent=bucket,
     )

@@ -172,6 +172,7 @@ def _spread(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, *, stage:
         replicas=engine.replicas,
         reshard_after_forward=engine.reshard_after_forward and engine.strategy == "fsdp2",
         precision=engine.precision,
+        communication=engine.zero_communication,
         accumulation=engine.accumulation,
         zero=zero if engine.strategy == "deepspeed" else ZeroBuckets(),
     )

@@ -45,6 +45,7 @@ class Spread:
     replicas: int = 1  # fsdp2: groups that each hold everything (HSDP)
     reshard_after_forward: bool = False  # fsdp2
     precision: str = "bf16"
+    communication: str = "fp32"  # zero, under bf16: the dtype of gathers and reductions
     accumulation: int = 1
     zero: ZeroBuckets = field(default_factory=ZeroBuckets)
 
@@ -63,6 +64,17 @@ class Spread:
     def stage(self) -> int:
         """ZeRO's stage, 0 elsewhere."""
         return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of a trained weight where it is gathered, and of its gradient where ZeRO reduces it."""
+        low = self.strategy == "fsdp2" or (self.stage > 0 and self.communication == "bf16")
+        return 2 if low and self.precision == "bf16" else 4
+
+    @property
+    def target_sent_bytes(self) -> int:
+        """Bytes of a target's weight where it is gathered: no gradient of it is reduced, so bf16 costs no digit."""
+        return 2 if self.precision == "bf16" and (self.strategy == "fsdp2" or self.stage == 3) else 4
 
     @property
     def autocast_copies(self) -> bool:

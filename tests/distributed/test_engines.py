@@ -99,6 +99,27 @@ def test_bf16_training_stays_with_one_process(name: str) -> None:
     assert loss_difference(expected, reference(steps=FEW_STEPS)) > 0  # it did run in bf16
 
 
+def travels_in(world: World, engine: dict) -> list[dict[str, str]]:
+    """Returns in which dtype each of the model's and the target's weights is sent."""
+    built, _ = make(world, EngineConfig(**engine, precision="bf16"), OptimizerConfig(), masks_config())
+    parts = (built.module, built.target_module)  # type: ignore[attr-defined]
+    return [{n: str(getattr(p, "comm_dtype", p.dtype)) for n, p in part.named_parameters()} for part in parts]
+
+
+def test_zero3_sends_the_target_in_bf16_and_the_rest_as_told() -> None:
+    processes, engine = SHORT["zero3"]
+    for communication in ("fp32", "bf16"):
+        model, target = run(travels_in, processes, {**engine, "zero_communication": communication})[0]
+        dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[communication]
+        for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.2.mlp.fc2.bias"):
+            assert (model[f"encoder.{name}"], target[name]) == (dtype, "torch.bfloat16")
+        assert model["predictor.predictor_proj.weight"] == dtype
+        assert model["encoder.norm.weight"] == target["norm.weight"] == "torch.float32"
+    settings = {**engine, "precision": "bf16", "zero_communication": "bf16"}
+    found = run(curve, processes, settings, {}, {}, FEW_STEPS)[0]
+    assert loss_difference(found, reference("bf16", steps=FEW_STEPS)) <= BF16_LOSS
+
+
 @pytest.mark.parametrize("name", ["plain", "zero2"])
 def test_an_fp8_target_trains_close_to_a_bf16_one(name: str) -> None:
     processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))

@@ -98,8 +98,11 @@ def test_bytes_on_the_wire() -> None:
     assert sent("zero1") == sent("zero1", accumulation=3) == pytest.approx(ring * (8 + 4) * trained)
     assert sent("zero1", zero=ZeroBuckets(all_reduce=False)) == pytest.approx(ring * (4 + 4) * trained)
     assert sent("zero2", accumulation=2) - sent("zero2") == pytest.approx(ring * 8 * trained)
-    assert sent("zero3") == pytest.approx(ring * 4 * (target + 2 * trained))
-    assert sent("zero3", zero=ZeroBuckets(held=0)) == pytest.approx(ring * 4 * (target + 3 * trained))
+    assert sent("zero3") == pytest.approx(ring * (2 * target + 4 * 2 * trained))
+    assert sent("zero3", precision="fp32") == pytest.approx(ring * 4 * (target + 2 * trained))
+    assert sent("zero3", communication="bf16") == pytest.approx(ring * 2 * (target + 2 * trained))
+    assert sent("zero1", communication="bf16") == pytest.approx(ring * (4 + 4) * trained)
+    assert sent("zero3", zero=ZeroBuckets(held=0)) == pytest.approx(ring * (2 * target + 4 * 3 * trained))
 
 
 def test_buffers_follow_the_deepspeed_files() -> None:
