@@ -73,18 +73,26 @@ def compile_parts(config: EngineConfig, *parts: nn.Module | None) -> None:
     """
     if not config.compile:
         return
-    import torch._dynamo  # only here: it takes a second
-
     folder = environment.export_compile_cache(config.compile_cache)
-    # All blocks of all networks share one code object, and so one limit: 2 graphs each for target, context and
-    # predictor, again for frozen blocks, evaluation, and batches of one image. Beyond it is an error, never eager.
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._dynamo.config.specialize_float = True  # epsilons: as inputs of a graph they make it be traced twice
+    set_compile_limits()
     for part in parts:
         if part is not None:
             compile_blocks(part)
     logger.info("blocks are compiled at their first use; what is compiled is kept in %s", folder)
+
+
+def set_compile_limits() -> None:
+    """Sets what torch.compile may do in this process."""
+    import torch._dynamo  # only here: it takes a second
+
+    settings = torch._dynamo.config
+    # All blocks of all networks share one code object, and so one limit: 2 graphs each for target, context and
+    # predictor, again for frozen blocks, evaluation, and batches of one image. Beyond it is an error, never eager.
+    settings.recompile_limit = RECOMPILE_LIMIT
+    settings.fail_on_recompile_limit_hit = True
+    settings.specialize_float = True  # epsilons: as inputs of a graph they make it be traced twice
+    # under DDP it would cut the blocks of large networks into a graph per bucket; a block is small enough to overlap
+    settings.optimize_ddp = False
 
 
 def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:

@@ -1,0 +1,81 @@
+"""Compiled blocks: at most 2 graphs per role over any lengths, under every engine and every checkpointing."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+
+from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.engine import parallelize
+from ijepa_scale.engine.world import World
+from tests.distributed.harness import run
+from tests.distributed.training import BATCH, MODEL, make, masks_config, part
+
+ENGINES = {
+    "plain": (1, {"strategy": "plain"}),
+    "ddp": (2, {"strategy": "ddp"}),
+    "fsdp2": (2, {"strategy": "fsdp2"}),
+    "zero3": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero3_small.json"}),
+}
+MASKS = {
+    "dense": {"context": "truncate"},  # one length for the whole batch
+    "ragged": {"context": "truncate", "group_size": BATCH // 4},  # one length for each group, so packed
+    "packed": {"context": "packed"},
+}
+STEPS = 5
+# Every engine, every way of checkpointing and masks of every kind; all their combinations would take minutes.
+CASES = {
+    "plain": [("none", "ragged"), ("selective", "packed")],
+    "ddp": [("full", "dense")],
+    "fsdp2": [("none", "packed"), ("selective", "dense")],
+    "zero3": [("full", "dense"), ("selective", "packed")],
+}
+
+
+class CountingBackend:
+    """Runs graphs as they are, and counts how many each role needed."""
+
+    def __init__(self) -> None:
+        self.graphs: Counter[str] = Counter()
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> torch.fx.GraphModule:
+        widths = {x.shape[-1] for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim}
+        role = "predictor" if MODEL.predictor_width in widths else "context"
+        self.graphs[role if torch.is_grad_enabled() else "target"] += 1
+        return graph
+
+
+def count_graphs(world: World, engine: dict, cases: list[tuple[str, str]]) -> list[tuple[dict, int]]:
+    """Returns, of each (checkpointing, masks), the graphs of each role and how many lengths the batches had."""
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000  # DDP's, as if blocks were larger than a bucket
+    compiled = parallelize.compile_blocks
+    results = []
+    for checkpointing, masks in cases:
+        torch._dynamo.reset()
+        backend = CountingBackend()
+        parallelize.compile_blocks = functools.partial(compiled, backend=backend)  # type: ignore[assignment, arg-type]
+        settings = EngineConfig(**engine, precision="fp32", compile=True, checkpointing=checkpointing)
+        _, step = make(world, settings, OptimizerConfig(), masks_config(**MASKS[masks]))
+        lengths = set()
+        for index in range(STEPS):
+            batch = part(index, world)
+            drawn, _ = step._masks(index, batch.position, len(batch), BATCH)
+            lengths.add(drawn.mean_tokens())
+            step(batch)
+        results.append((dict(backend.graphs), len(lengths)))
+    return results
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_graphs_per_role_whatever_the_lengths(name: str) -> None:
+    """Target and predictor have one for their blocks and one for the last, which only some tokens ask."""
+    processes, engine = ENGINES[name]
+    for results in run(count_graphs, processes, engine, CASES[name], alone=name == "plain"):
+        for (graphs, num_lengths), case in zip(results, CASES[name], strict=True):
+            assert num_lengths >= 4, case
+            assert graphs == {"target": 2, "context": 1, "predictor": 2}, case

@@ -1,0 +1,119 @@
+"""A packed batch equals each image computed alone with dense attention: predictions, loss and gradients in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ijepa_scale.config import EngineConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.engine import parallelize
+from ijepa_scale.engine.protocol import Engine
+from ijepa_scale.engine.world import World
+from ijepa_scale.masks import MaskSampler
+from ijepa_scale.masks.types import DenseMasks, PackedMasks, Wanted
+from ijepa_scale.models.registry import build_jepa, build_target
+from ijepa_scale.objective import jepa_loss, jepa_targets, normalise_targets
+from ijepa_scale.optim import clean_name
+from tests.distributed.harness import run
+from tests.distributed.training import BATCH, MODEL, images_of, make, masks_config, part
+
+ENGINES = {
+    "plain": (1, {"strategy": "plain"}),
+    "fsdp2": (2, {"strategy": "fsdp2"}),
+    "zero3": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero3_small.json"}),
+}
+VARIANTS = [(checkpointing, compiled) for checkpointing in ("none", "full") for compiled in (False, True)]
+TOLERANCE = 1e-5
+MASKS = masks_config(context="packed")
+NUM_PATCHES = MODEL.grid[0] * MODEL.grid[1]
+
+Result = tuple[Tensor, Tensor, dict[str, Tensor]]  # predictions in the packed order, loss, gradients by name
+
+
+def per_image(world: World) -> Result:
+    """Returns the result of this process's images, each alone and dense; the gradients are those of all processes."""
+    module = build_jepa(MODEL, seed=3)
+    target = build_target(module)
+    sampler = MaskSampler(MASKS, MODEL.grid, seed=5)
+    images = images_of(part(0, dataclasses.replace(world, rank=0, size=1)))  # of all processes
+    predictions, losses = [], []
+    for place in range(BATCH):
+        image = images[place : place + 1]
+        packed = sampler(0, place, 1, BATCH)
+        assert isinstance(packed, PackedMasks)
+        shape = (MASKS.num_target_blocks, 1, -1)
+        masks = DenseMasks(packed.context_index.view(1, 1, -1), packed.target_index.view(shape))
+        with torch.no_grad():
+            features = normalise_targets(target(image))
+        prediction = module(image, masks)
+        index = packed.target_index.view(MASKS.num_target_blocks, -1)
+        losses.append(jepa_loss(prediction, features[0][index], masks, ObjectiveConfig()))
+        if place * world.size // BATCH == world.rank:
+            predictions.append(prediction)
+    torch.stack(losses).mean().backward()
+    by_block = zip(*(prediction.unbind() for prediction in predictions), strict=True)
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    mine = torch.stack(losses).view(world.size, -1)[world.rank].mean()
+    return torch.cat([row for block in by_block for row in block]).detach(), mine.detach(), gradients
+
+
+def packed_batch(world: World, settings: EngineConfig) -> Result:
+    """Returns the result of this process's images in one packed batch under an engine."""
+    engine, step = make(world, settings, OptimizerConfig(), MASKS)
+    (micro,) = engine.accumulate(part(0, world))
+    images = images_of(micro)
+    masks, wanted = step._masks(0, micro.position, len(micro), BATCH)
+    assert isinstance(masks, PackedMasks) and isinstance(wanted, Wanted)
+    assert len(set(masks.context_layout.lengths)) > 1
+    features = normalise_targets(engine.target(images, wanted=wanted.places))
+    prediction = engine.model(images, masks)
+    loss = jepa_loss(prediction, jepa_targets(features, wanted.rows, masks), masks, ObjectiveConfig())
+    engine.backward(loss)
+    return prediction.detach(), loss.detach(), full_gradients(engine)
+
+
+def full_gradients(engine: Engine) -> dict[str, Tensor]:
+    """Returns the gradients of all processes together, each whole."""
+    module: nn.Module = engine.module  # type: ignore[attr-defined]
+    gradients = {}
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_get_full_grad
+
+            gradient = safe_get_full_grad(parameter)
+        else:
+            gradient = parameter.grad
+        gradients[clean_name(name)] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+    return gradients
+
+
+def differences(world: World, engine: dict) -> list[tuple[float, ...]]:
+    """Returns, of each variant, the largest difference of predictions, loss and gradients, and the largest gradient."""
+    prediction, loss, gradients = per_image(world)
+    compiled_blocks = parallelize.compile_blocks
+    parallelize.compile_blocks = functools.partial(compiled_blocks, backend="aot_eager")  # type: ignore[assignment]
+    found = []
+    for checkpointing, compiled in VARIANTS:
+        torch._dynamo.reset()
+        settings = EngineConfig(**engine, precision="fp32", checkpointing=checkpointing, compile=compiled)
+        got = packed_batch(world, settings)
+        assert got[2].keys() == gradients.keys()
+        apart = max(float((got[2][name] - gradients[name]).abs().max()) for name in gradients)
+        largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+        found.append((float((got[0] - prediction).abs().max()), float((got[1] - loss).abs()), apart, largest))
+    return found
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_packed_equals_each_image_alone(name: str) -> None:
+    processes, engine = ENGINES[name]
+    for results in run(differences, processes, engine, alone=name == "plain"):
+        for variant, (prediction, loss, gradient, largest) in zip(VARIANTS, results, strict=True):
+            assert prediction <= TOLERANCE and loss <= TOLERANCE and gradient <= TOLERANCE, variant
+            assert largest > 1e3 * TOLERANCE  # the gradients that were compared are some
