@@ -43,7 +43,8 @@ class Meters:
     """Means of named numbers since the last `flush`, and the time spent per step and waiting for data.
 
     `add` and the timers never synchronise; `flush` does, once. Step time is wall time between flushes
-    over the steps done, so that queued device work is counted, less the time inside `paused`.
+    over the steps done, so that queued device work is counted, less the time inside `paused`. The first step of a
+    process compiles and allocates: taken inside `warming_up`, its numbers count and its time doesn't.
     """
 
     def __init__(self, device: torch.device | str, clock: Clock = time.perf_counter) -> None:
@@ -51,6 +52,7 @@ class Meters:
         self._clock = clock
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
+        self.warm_up_s: float | None = None
         self._reset_timers()
 
     def _reset_timers(self) -> None:
@@ -87,29 +89,42 @@ class Meters:
         finally:
             self._paused_s += self._clock() - before
 
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Times what happens inside as `warm_up_s`, and begins the time of the first row after it. Synchronises."""
+        before = self._clock()
+        yield
+        self._wait_for_device()
+        self.warm_up_s = self._clock() - before
+        self._reset_timers()
+
+    def _wait_for_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # host sync: the clock must not be read ahead of the device
+
     def end_step(self) -> None:
         """Counts one optimiser step."""
         self._steps += 1
 
     def flush(self, reduce: Reduce | None = None) -> dict[str, float]:
-        """Returns the means since the last call, with `data_wait_ms` and `step_ms`, and starts anew.
+        """Returns the means since the last call, with `data_wait_ms` and `step_ms` if steps were timed; starts anew.
 
         Synchronises with the device and transfers once. `reduce` averages a float64 vector over the
         processes; all of them must have added the same names.
         """
         names = sorted(self._sums)
         means = [self._mean(name) for name in names]
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # host sync: the clock must not be read ahead of the device
+        self._wait_for_device()
         step_s = (self._clock() - self._started - self._paused_s) / max(1, self._steps)
         wait_s = self._waited_s / max(1, self._steps)
         timers = torch.tensor([1e3 * wait_s, 1e3 * step_s], dtype=torch.float64, device=self._device)
         vector = torch.cat([torch.stack(means), timers]) if means else timers
         values = (vector if reduce is None else reduce(vector)).tolist()  # host sync: the one transfer of a row
+        timed = [*names, DATA_WAIT, STEP] if self._steps else names
         self._sums.clear()
         self._counts.clear()
         self._reset_timers()
-        return dict(zip([*names, DATA_WAIT, STEP], values, strict=True))
+        return dict(zip(timed, values, strict=False))
 
     def _mean(self, name: str) -> Tensor:
         """Returns the mean of `name` so far, a float64 scalar on the device."""

@@ -19,7 +19,7 @@ FIELDS = (
     "weight_decay",
     "momentum",
     "data_wait_ms",  # per step, in next() of the loader
-    "step_ms",  # per step, wall, evaluation and checkpoints left out
+    "step_ms",  # per step, wall; evaluation, checkpoints and the first step of a process left out
     "images_per_s",  # over all processes
     "mfu",  # share of the peak of all devices; null where the peak is unknown
     "peak_bytes",  # of device memory; null on the CPU
@@ -45,7 +45,7 @@ def training_row(
     `images_per_step` counts all processes; `flops_per_image` is a whole training image (forward and
     backward) and `peak_flops` the sum of all devices' peaks, FLOP/s. Extra means are kept at the end.
     """
-    step_s = means[STEP] / 1e3
+    step_s = means.get(STEP, 0.0) / 1e3  # not there where the warm-up was the only step
     images_per_s = images_per_step / step_s if step_s > 0 else None
     known = {
         "step": step,

@@ -197,10 +197,21 @@ class Loop:
                 if batch.step == 0:
                     with task.meters.paused():
                         task.first_batch(batch, self.folder)
-                self._step(batch)
+                if batch.step == self.start:
+                    self._warm_up(batch)
+                else:
+                    self._step(batch)
                 self._after(batch.step + 1, sinks, progress)
             progress.close()
         task.finish(self.folder)
+
+    def _warm_up(self, batch: Batch) -> None:
+        """Takes the first step of this process, which compiles and allocates, outside the time of the rows."""
+        with self.task.meters.warming_up():
+            self._step(batch)
+        if self.world.is_main:
+            self._describe_run(warm_up_s=self.task.meters.warm_up_s)
+            logger.info("compiled and warmed up in %.1f s, which no row counts", self.task.meters.warm_up_s)
 
     def _step(self, batch: Batch) -> None:
         """Takes one step; where it can't be taken, saves the state before it, which has not moved."""
@@ -283,12 +294,16 @@ class Loop:
                 left.rename(aside)
                 logger.warning("%s is of a run without checkpoint; moved to %s", left, aside.name)
         (self.folder / "config.yaml").write_text(to_yaml(self.config))
-        (self.folder / "run.json").write_text(json.dumps(self.versions, indent=2) + "\n")
+        self._describe_run()
         logger.info(
             "%s: %s, batch %d, %d steps of which %d are done; %s in %s on %d x %s",
             self.folder, self.task.source.summary(), self.task.batch_size, self.task.last_step, self.start,
             self.config.engine.strategy, self.config.engine.precision, self.world.size, self.world.device.type,
         )  # fmt: skip
+
+    def _describe_run(self, **measured: float | None) -> None:
+        """Writes run.json: versions, and what was measured since."""
+        (self.folder / "run.json").write_text(json.dumps({**self.versions, **measured}, indent=2) + "\n")
 
 
 def _check_identity(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -88,6 +88,7 @@ def test_a_run_learns_colours_and_leaves_its_results(finished):
         assert json.loads(file.metadata()["ijepa_scale.classes"]) == list(COLORS)
         assert file.get_tensor("head.weight").shape == (3, 24)
     assert json.loads((folder / "results.json").read_text())["images"] == 36
+    assert json.loads((folder / "run.json").read_text())["warm_up_s"] > 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "top1" in row] == [30, 60]
     losses = [row for row in rows if "loss" in row]

@@ -30,7 +30,9 @@ def test_meters_average_and_start_anew():
     meters.add("grad_norm", 2.5)
     values = meters.flush()
     assert values["loss"] == 2.0 and values["grad_norm"] == 2.5
+    meters.end_step()
     assert set(meters.flush()) == {"data_wait_ms", "step_ms"}
+    assert meters.flush() == {}  # nothing was timed
 
 
 def test_meters_leave_the_callers_tensor_alone():
@@ -74,6 +76,35 @@ def test_meters_time_waiting_and_steps_without_pauses():
     values = meters.flush()
     assert values["data_wait_ms"] == pytest.approx(250.0)
     assert values["step_ms"] == pytest.approx(1000.0)
+
+
+def test_the_first_step_counts_but_its_time_does_not():
+    clock = Clock()
+    meters = Meters("cpu", clock)
+
+    def step(seconds, loss):
+        clock.now_s += seconds
+        meters.add("loss", loss)
+        meters.end_step()
+
+    for number in meters.timed(range(3)):
+        if number == 0:
+            with meters.warming_up():
+                step(60.0, 6.0)
+        else:
+            step(0.5, 3.0)
+    assert meters.warm_up_s == 60.0
+    values = meters.flush()
+    assert values["step_ms"] == pytest.approx(500.0) and values["loss"] == pytest.approx(4.0)
+
+
+def test_a_row_of_the_warm_up_alone_has_no_speed():
+    meters = Meters("cpu")
+    with meters.warming_up():
+        meters.add("loss", 1.0)
+        meters.end_step()
+    row = training_row(meters.flush(), step=1, epoch=0, images_seen=4, hyper=HYPER, images_per_step=4)
+    assert row["loss"] == 1.0 and row["step_ms"] is None and row["images_per_s"] is None
 
 
 def test_feature_std_sees_the_image_and_not_the_place():
