@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.config.schema import ObjectiveConfig
 from ijepa_scale.masks.types import Masks, PackedMasks
 
@@ -59,6 +60,27 @@ def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: Objectiv
     if isinstance(masks, PackedMasks):
         return (elements.mean(dim=-1) * masks.weights).sum()
     return elements.mean()
+
+
+def fused_jepa_loss(prediction: Tensor, tokens: Tensor, rows: Tensor, masks: Masks, config: ObjectiveConfig) -> Tensor:
+    """Returns `jepa_loss` of the target encoder's tokens (B, U, D) in one pass over them; CUDA and Triton only.
+
+    `rows` (R,) int64 says where the targets lie in the flattened (B * U). The norm and the gradient are part of the
+    pass: no normalised, gathered copy is written.
+
+    Raises:
+        ValueError: Triton isn't there, or shapes and devices don't fit.
+    """
+    return target_loss(
+        prediction.flatten(0, -2),
+        tokens.flatten(0, 1),
+        rows,
+        masks.weights if isinstance(masks, PackedMasks) else None,
+        beta=config.beta,
+        eps=TARGET_NORM_EPS,
+        loss=config.loss,
+        implementation="triton",
+    )
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Augment:
         flip = draws[:, _FLIP] < config.flip if config.flip else None
         options = {"interpolation": config.interpolation, "flip": flip}
         if not (config.color_jitter or config.grayscale or config.solarize or self._blur is not None):
-            normalise = (self._scale.tolist(), self._shift.tolist())
+            normalise = (self._scale.tolist(), self._shift.tolist())  # of host tensors
             return crop_resize(
                 batch.pixels, batch.sizes, self.image_size, **options, normalise=normalise, dtype=torch.float32
             )

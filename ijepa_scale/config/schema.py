@@ -147,6 +147,7 @@ class ScheduleConfig:
         raise_problems("schedule", problems)
 
 
+TRITON = ("target_loss", "target_update")
 ATTENTION = ("auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4")
 NO_GRAPH = (
     "a graph replays fixed addresses and weights are gathered elsewhere each time; set engine.cuda_graphs=false, "
@@ -170,6 +171,7 @@ class EngineConfig:
     cuda_graphs: bool = False  # replay the target's forward as a CUDA graph; not where its weights are sharded
     attention: str = "auto"  # kernel of dense attention: auto | flash | cudnn | efficient | math | fa3 | fa4
     zero_communication: str = "fp32"  # under bf16, ZeRO gathers weights and reduces gradients in: fp32 | bf16
+    triton: Any = ()  # our kernels in place of PyTorch's, on CUDA: target_loss, target_update
     replicas: int = 1  # fsdp2: shard within groups of processes, replicate this many times (HSDP)
     reshard_after_forward: bool = False  # fsdp2: free context and predictor weights between forward and backward
 
@@ -183,6 +185,9 @@ class EngineConfig:
             problems.append(f"target_precision is fp8 but precision is {self.precision}; set precision=bf16 beside it")
         choose(problems, "checkpointing", self.checkpointing, ("none", "full", "selective"))
         choose(problems, "attention", self.attention, ATTENTION)
+        object.__setattr__(self, "triton", (self.triton,) if isinstance(self.triton, str) else tuple(self.triton))
+        for name in self.triton:
+            choose(problems, "triton", name, TRITON)
         choose(problems, "zero_communication", self.zero_communication, ("fp32", "bf16"))
         at_least(problems, 1, accumulation=self.accumulation, replicas=self.replicas)
         if self.strategy == "deepspeed" and self.ds_config is None:

@@ -25,4 +25,9 @@ def build_engine(world: World, config: EngineConfig, optimizer: OptimizerConfig)
         raise ConfigError(
             f"optimizer.impl is {optimizer.impl}, whose kernels can't take fsdp2's sharded tensors; set it to torch"
         )
+    if config.triton and world.device.type != "cuda":
+        raise ConfigError(
+            f"engine.triton names {', '.join(config.triton)} but the device is {world.device.type}; Triton's kernels "
+            "need CUDA: set engine.triton=[]"
+        )
     return _ENGINES[config.strategy](world, config, optimizer)

@@ -52,7 +52,7 @@ class FiniteWatch:
         """
         words = self._world.gather(torch.stack([loss, *(a.to(loss) for a in also)]))
         if self._stopped is None:
-            _judge(step, words.tolist())  # on the CPU, or where the optimiser can't be stopped on the device
+            _judge(step, words.tolist())  # host sync, if not on the CPU: where the optimiser can't be stopped on the device
             return None
         self.settle()
         self._stopped.logical_or_(~words.isfinite().all())
@@ -74,7 +74,7 @@ class FiniteWatch:
         if self._pending is not None:
             (step, host, event), self._pending = self._pending, None
             if event is not None:
-                event.synchronize()
+                event.synchronize()  # host sync: with the last step, while this one is queued
             _judge(step, host.tolist())  # in host memory already
 
 

@@ -38,6 +38,7 @@ class PlainEngine:
                 "or start one process"
             )
         self.world = world
+        self.triton: tuple[str, ...] = config.triton
         self._config = config
         self._optimizer_config = optimizer
         # torch's fused AdamW takes the flag on the device; for other kernels the host reads it before they run

@@ -48,6 +48,7 @@ class Engine(Protocol):
     """One way of spreading a training step over processes."""
 
     world: World
+    triton: tuple[str, ...]  # kernels that the step takes from Triton
 
     def prepare(
         self,

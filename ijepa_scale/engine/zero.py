@@ -74,6 +74,7 @@ class ZeroEngine:
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
         assert config.ds_config is not None
         self.world = world
+        self.triton: tuple[str, ...] = config.triton
         self._config = config
         self._optimizer_config = optimizer
         environment.export_accelerator(world.device.type)  # checking the file imports deepspeed, which picks one
@@ -221,8 +222,8 @@ class ZeroEngine:
             self._replicated.updated()
         if self._stage == 3 and self.target_module is not None:
             if self.world.device.type == "cuda":
-                # host sync: DeepSpeed gathers on a stream of its own, which doesn't wait for the update on ours
-                torch.cuda.current_stream().synchronize()
+                # DeepSpeed gathers on a stream of its own, which doesn't wait for the update on ours
+                torch.cuda.current_stream().synchronize()  # host sync
             self._target_callable.optimizer.partition_all_parameters()
 
     def pieces(self) -> list[Piece]:

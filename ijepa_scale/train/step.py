@@ -15,7 +15,7 @@ from ijepa_scale.ema import update_target
 from ijepa_scale.engine.protocol import Engine, StepInfo
 from ijepa_scale.masks import Masks, MasksAhead, MaskSampler, Wanted
 from ijepa_scale.metrics.meters import Meters, feature_std
-from ijepa_scale.objective import jepa_loss, jepa_targets, normalise_targets
+from ijepa_scale.objective import fused_jepa_loss, jepa_loss, jepa_targets, normalise_targets
 from ijepa_scale.schedules import Hyper
 
 
@@ -48,14 +48,22 @@ class TrainStep:
         for micro in self._engine.accumulate(batch):
             images = self._augment(micro)  # (B, 3, H, W)
             masks, wanted = self._masks(micro.step, micro.position, len(micro), self._batch_size)
-            features = normalise_targets(self._engine.target(images, wanted=wanted.places))  # (B, U, D), no gradient
+            tokens = self._engine.target(images, wanted=wanted.places)  # (B, U, D), no gradient
             prediction = self._engine.model(images, masks)  # encode the context, predict the targets
-            target = jepa_targets(features, wanted.rows, masks)
-            self._engine.backward(jepa_loss(prediction, target, masks, self._objective))
+            features = normalise_targets(tokens)
+            if "target_loss" in self._engine.triton:
+                loss = fused_jepa_loss(prediction, tokens, wanted.rows, masks, self._objective)
+            else:
+                loss = jepa_loss(prediction, jepa_targets(features, wanted.rows, masks), masks, self._objective)
+            self._engine.backward(loss)
             self._observe(features, masks, wanted)
         info = self._engine.step(hyper, batch.step)
         update_target(
-            *self._engine.local_shards(), hyper.momentum, copies=self._engine.target_copies(), stopped=info.stopped
+            *self._engine.local_shards(),
+            hyper.momentum,
+            copies=self._engine.target_copies(),
+            stopped=info.stopped,
+            implementation="triton" if "target_update" in self._engine.triton else "auto",
         )
         self._engine.target_updated()
         self._meters.add("loss", info.loss)

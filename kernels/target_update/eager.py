@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def target_update(
         # SGD, maximising, with weight decay 1: target - lr * (target - source), and found_inf is read on the device.
         # lr rounded to fp32 first, as lerp's weight is: on CUDA this kernel computes in float64.
         stop = (found_nonfinite != 0).float().reshape(())  # 1.0 is the only number that stops it
-        rate = torch.tensor(1.0 - momentum, dtype=torch.float32).item()  # a host tensor: no host sync
+        rate = float(np.float32(1.0 - momentum))
         torch._fused_sgd_(
             target, source, [], weight_decay=1.0, momentum=0.0, lr=rate, dampening=0.0, nesterov=False,
             maximize=True, is_first_step=False, found_inf=stop,

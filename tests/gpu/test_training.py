@@ -33,11 +33,49 @@ def test_fp32_agrees_with_the_cpu() -> None:
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-4  # other kernels, 20 steps
 
 
-@pytest.mark.parametrize("change", [{}, {"accumulation": 2}, {"checkpointing": "full"}, {"compile": True}], ids=str)
+CHANGES = (
+    {}, {"accumulation": 2}, {"checkpointing": "full"}, {"compile": True}, {"target_precision": "fp8"},
+    {"triton": ("target_loss", "target_update")}, {"compile": True, "triton": ("target_loss", "target_update")},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_bf16_stays_with_fp32(change: dict) -> None:
     found, expected = losses("cuda:0", precision="bf16", **change), losses("cuda:0")
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-2
     assert found[-1] < 0.7 * found[0]
+
+
+def steps_without_waiting(world: World, engine: dict, masks: dict) -> list[float]:
+    """Returns the losses of steps during which nothing may make the host wait."""
+    _, step = make(world, EngineConfig(**engine, precision="bf16"), OptimizerConfig(), masks_config(**masks))
+    batches = [part(index, world).to(world.device) for index in range(6)]
+    found = [step(batch).loss for batch in batches[:3]]  # compiled kernels, optimiser states
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found += [step(batch).loss for batch in batches[3:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [float(loss) for loss in found]
+
+
+@pytest.mark.parametrize("context", ["truncate", "packed"])
+@pytest.mark.parametrize("change", [{}, {"accumulation": 2}, {"compile": True}, {"target_precision": "fp8"}], ids=str)
+@pytest.mark.parametrize("strategy", ["plain", "ddp", "fsdp2"])
+def test_the_step_does_not_synchronise(strategy: str, change: dict, context: str) -> None:
+    if strategy == "fsdp2" and change.get("target_precision"):
+        pytest.skip("fp8 is refused where weights are sharded")
+    found = run(steps_without_waiting, 1, {"strategy": strategy, **change}, {"context": context}, device="cuda:0")[0]
+    assert all(0 < loss < 1 for loss in found)
+
+
+@pytest.mark.parametrize("strategy", ["plain", "ddp", "fsdp2"])
+def test_a_bad_step_stops_on_the_device(strategy: str) -> None:
+    from tests.distributed.test_engines import spoiled_step
+
+    for late in (False, True):
+        message, moved = run(spoiled_step, 1, {"strategy": strategy}, 1, late, device="cuda:0")[0]
+        assert "step 2: process 0 has loss nan" in message and not moved
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero3"])

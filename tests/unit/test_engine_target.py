@@ -97,6 +97,15 @@ def test_fp8_features_that_are_off_are_refused(caplog) -> None:
         check_fp8(target, images_of(4), WORLD)
 
 
+def test_kernels_of_triton_are_refused_on_the_cpu() -> None:
+    config = EngineConfig(strategy="plain", triton=["target_loss"])
+    assert config.triton == ("target_loss",)
+    with pytest.raises(ConfigError, match=r"triton names target_loss but the device is cpu; .* set engine.triton=\[\]"):
+        build_engine(WORLD, config, OptimizerConfig())
+    with pytest.raises(ConfigError, match="engine.triton is 'crop'; choose one of target_loss, target_update"):
+        EngineConfig(triton="crop")
+
+
 def test_fp8_is_refused_where_weights_are_sharded_or_not_bf16() -> None:
     with pytest.raises(ConfigError, match="target_precision is fp8 but precision is fp32; set precision=bf16"):
         EngineConfig(target_precision="fp8", precision="fp32")

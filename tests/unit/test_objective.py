@@ -2,6 +2,8 @@ import pytest
 import torch
 from packing_by_hand import NUM_PATCHES, UNEVEN_CONTEXT, UNEVEN_TARGETS, pack_by_hand, random_masks
 
+from ijepa_kernels.target_loss import target_loss
+from ijepa_scale import objective
 from ijepa_scale.config.schema import ObjectiveConfig
 from ijepa_scale.masks import Wanted
 from ijepa_scale.masks.types import target_index
@@ -105,6 +107,25 @@ def test_the_loss_is_fp32_whatever_the_prediction():
     with torch.autocast("cpu", torch.bfloat16):
         loss = jepa_loss(prediction, torch.full((2, 1, 4), 1.001), random_masks(1, 1, 2), ObjectiveConfig(loss="l2"))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("masks", [random_masks(2, 4, 3), pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS)], ids=type)
+@pytest.mark.parametrize("config", [ObjectiveConfig(), ObjectiveConfig(beta=0.5), ObjectiveConfig(loss="l2")])
+def test_the_fused_loss_is_asked_for_the_same_number(masks, config, monkeypatch):
+    """Its kernel needs CUDA: here its reference stands for it, and what it is handed is tested."""
+
+    def on_the_cpu(*given, implementation, **options):
+        assert implementation == "triton"
+        return target_loss(*given, implementation="reference", **options)
+
+    monkeypatch.setattr(objective, "target_loss", on_the_cpu)
+    tokens = tokens_of(3)
+    target = targets_of(tokens, masks)
+    prediction = torch.randn(target.shape, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    found = objective.fused_jepa_loss(prediction, tokens, target_index(masks, NUM_PATCHES), masks, config)
+    expected = jepa_loss(prediction, target, masks, config)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, prediction)[0] for loss in (found, expected)))
 
 
 def test_shapes_that_differ_are_refused():

@@ -1,0 +1,72 @@
+"""The step as it runs on a GPU doesn't make the host wait: seen here from the operations that would."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.build import build_engine
+from ijepa_scale.engine.finite import FiniteWatch
+from ijepa_scale.engine.world import World
+from ijepa_scale.masks import MaskSampler
+from ijepa_scale.metrics.meters import Meters
+from ijepa_scale.models.registry import build_jepa, build_target
+from ijepa_scale.schedules import Hyper
+from ijepa_scale.train.step import TrainStep
+
+WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+MODEL = ModelConfig(name="vit_tiny", image_size=32, patch_size=4, width=48, depth=2, predictor_depth=2)
+# What reads device memory on the host, or has a size that only the device knows.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "equal",
+           "is_nonzero", "bincount", "repeat_interleave", "histc"}  # fmt: skip
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where an operation would make the host wait for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.rpartition("::")[2]
+        assert name not in WAITING, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def a_step(late: bool, **engine) -> tuple[TrainStep, Batch]:
+    built = build_engine(WORLD, EngineConfig(strategy="plain", precision="bf16", **engine), OptimizerConfig())
+    module = build_jepa(MODEL, seed=0)
+    built.prepare(module, build_target(module))
+    built._watch = FiniteWatch(WORLD, late=late)
+    step = TrainStep(
+        built,
+        augment=lambda batch: batch.pixels.view(-1, 3, 32, 32).float(),
+        masks=MaskSampler(MaskConfig(min_keep=3, group_size=4, context="packed"), MODEL.grid, seed=0),
+        schedule=lambda step: Hyper(lr=1e-3, weight_decay=0.1, momentum=0.99),
+        objective=ObjectiveConfig(),
+        batch_size=4,
+        meters=Meters("cpu"),
+    )
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 4 * 3 * 32 * 32, dtype=np.uint8))
+    sizes = np.full((4, 2), 32)
+    labels = torch.zeros(4, dtype=torch.int64)
+    return step, Batch(pixels=pixels, sizes=sizes, sample_ids=np.arange(4), labels=labels, step=0, epoch=0, position=0)
+
+
+@pytest.mark.parametrize("engine", [{}, {"accumulation": 2}, {"checkpointing": "full"}, {"target_precision": "fp8"}])
+def test_a_step_waits_for_nothing(engine) -> None:
+    step, batch = a_step(late=True, **engine)
+    step(batch)  # the optimiser makes its states, the masks of the next step are drawn
+    with NoWaiting():
+        info = step(batch)
+        step(batch)
+    assert info.stopped == 0.0
+
+
+def test_the_check_sees_a_wait() -> None:
+    """Early, as on the CPU, the finite check is read in the step: so the test above can fail."""
+    step, batch = a_step(late=False)
+    with pytest.raises(AssertionError, match="_local_scalar_dense waits for the device"), NoWaiting():
+        torch.ones(2)[0].item()
+    assert step(batch).stopped is None
