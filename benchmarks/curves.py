@@ -30,6 +30,7 @@ SEEDS = (0, 1)
 
 def curve(settings: list[str], seed: int, device: torch.device) -> np.ndarray:
     """Returns the losses of a run, a value a step."""
+    torch.compiler.reset()  # graphs of the run before would count towards torch.compile's limit
     run = build_run(configured([*settings, f"seed={seed}"]), alone(device))
     losses = [run.step(batch).loss for batch in run.loader(0)]
     return torch.stack(losses).double().cpu().numpy()

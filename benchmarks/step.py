@@ -82,6 +82,7 @@ def on_cpu(sides: list[Measured], module: JEPA, images: Tensor, steps: int) -> N
 
 def on_gpu(side: Measured, module: JEPA, images: Tensor, steps: int) -> None:
     """Measures one side by events, alone in a fresh allocator."""
+    torch.compiler.reset()  # graphs of the side before would count towards torch.compile's limit
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,196 @@
+"""The benchmarks compare like with like: baseline and loop equal ours, and the suite loses nothing silently."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu_suite
+from benchmarks.baseline_masks import LoopMasks
+from benchmarks.common import in_turns, ratios
+from benchmarks.curves import distances
+from benchmarks.scaling import WireBytes, engine_settings, planned_bytes
+from benchmarks.suite import Item, exit_code, judge, plan, run_items, summary
+from benchmarks.synthetic import Baseline, Draws, Ours, configured, images_for, start
+from ijepa_scale.config import MaskConfig
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.masks.reference import sample_reference
+
+TINY = [
+    "model.image_size=32", "model.patch_size=4", "model.width=48", "model.depth=3", "model.heads=3",
+    "model.predictor_width=24", "model.predictor_depth=2", "masks.min_keep=3", "masks.group_size=6",
+    "data.batch_size=6", "data.reader=synthetic", "engine.strategy=plain", "engine.device=cpu",
+    "engine.precision=fp32",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_contexts", [1, 2])
+def test_baseline_trains_as_our_step_does(num_contexts):
+    config = configured([*TINY, f"masks.num_context_blocks={num_contexts}"])
+    device = torch.device("cpu")
+    module, images = start(config), images_for(config, 6, device)
+    ours, baseline = Ours(config, module, images), Baseline(config, module, images, Draws(config, device))
+    for step in range(3):
+        assert abs(float(ours(step)) - float(baseline(step))) < 1e-5
+    mine, theirs = ours.engine.target_module.state_dict(), baseline.step.target.state_dict()
+    assert mine.keys() == theirs.keys()
+    first = module.encoder.state_dict()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=0)
+    assert any(not torch.equal(value, first[name]) for name, value in mine.items())
+
+
+def test_flops_of_a_step_follow_its_masks():
+    config = configured(TINY)
+    truncated, packed = (
+        Draws(configured([*TINY, f"masks.context={kind}"]), torch.device("cpu")) for kind in ("truncate", "packed")
+    )
+    assert packed.flops(0) > truncated.flops(0) > 6 * 1e6
+    assert len({truncated.flops(step) for step in range(4)}) > 1
+    assert truncated.count == config.data.batch_size
+
+
+CASES = {
+    "published": (MaskConfig(sampler="reference"), (16, 16)),
+    "two contexts": (MaskConfig(sampler="reference", num_context_blocks=2, context_scale=(0.3, 0.6)), (14, 14)),
+    "overlap": (MaskConfig(sampler="reference", allow_overlap=True), (14, 14)),
+    "crowded": (
+        MaskConfig(sampler="reference", min_keep=11, context_scale=(0.4, 0.6), target_scale=(0.3, 0.4)),
+        (8, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loop_draws_the_numbers_of_the_reference_sampler(name):
+    config, grid = CASES[name]
+    loop, generators = LoopMasks(config, grid), [torch.Generator().manual_seed(3) for _ in range(2)]
+    for step in range(3):  # the generators go on
+        found = loop(step, 16, generators[0])
+        expected = sample_reference(config, grid, step=step, count=16, generator=generators[1]).dense()
+        assert torch.equal(found.context, expected.context) and torch.equal(found.targets, expected.targets)
+
+
+def test_loop_refuses_what_it_would_never_find():
+    with pytest.raises(ConfigError, match="masks.min_keep is 10, but target blocks on a grid of 4x4"):
+        LoopMasks(MaskConfig(sampler="reference"), (4, 4))
+
+
+def test_turns_alternate_and_the_first_round_warms_up():
+    calls, now = [], [0.0]
+
+    def work(name, seconds):
+        def run(turn):
+            calls.append((name, turn))
+            now[0] += seconds
+
+        return run
+
+    found = in_turns({"a": work("a", 1.0), "b": work("b", 3.0)}, 2, clock=lambda: now[0])
+    assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert found == {"a": [1.0, 1.0], "b": [3.0, 3.0]}
+    assert ratios(found["b"], found["a"])["p50"] == 3.0
+
+
+def test_collectives_are_counted_as_a_ring_sends_them():
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        whole, part = torch.zeros(8), torch.zeros(2)
+        with WireBytes(4) as wire:
+            dist.all_reduce(whole)
+            dist.all_gather_into_tensor(whole, part)
+            dist.reduce_scatter_tensor(part, whole)
+    finally:
+        dist.destroy_process_group()
+    assert wire.bytes == {"allreduce": 48, "allgather": 24, "reduce_scatter": 24}
+    assert set(wire.calls.values()) == {1}
+
+
+def test_planned_bytes_know_every_engine_but_not_the_baseline():
+    config = configured([setting for setting in TINY if "strategy" not in setting] + engine_settings("zero1"))
+    assert planned_bytes("eager baseline, ddp", config, 2) is None
+    assert planned_bytes("zero1", config, 2) > planned_bytes("ddp", config, 2) > 0
+
+
+def item(name, code, *, limit_s=20.0, expected_s=1.0, cannot=None):
+    return Item(name=name, command=("-c", code), expected_s=expected_s, limit_s=limit_s, cannot=cannot)
+
+
+def test_suite_names_what_failed_and_what_was_skipped():
+    lines = []
+    items = [
+        item("fine", "print('all is well')"),
+        item("wrong", "raise SystemExit('the bar is not met')"),
+        item("slow", "import time; time.sleep(60)", limit_s=1.0),
+        item("killed", "import os; os.kill(os.getpid(), 9)"),
+        item("not here", "", cannot="it needs a CUDA device"),
+        item("too long", "", expected_s=4000.0),
+    ]
+    outcomes = run_items(items, 1000.0, show=lines.append)
+    found = {each.name: (each.status, each.reason) for each in outcomes}
+    assert found == {
+        "fine": ("done", ""),
+        "wrong": ("failed", "exit code 1: the bar is not met"),
+        "slow": ("failed", "not done after 1 s"),
+        "killed": ("failed", "killed by signal 9"),
+        "not here": ("skipped", "it needs a CUDA device"),
+        "too long": ("skipped", found["too long"][1]),
+    }
+    assert "s of 1000 s left, 4000 s expected" in found["too long"][1]
+    assert "all is well" in lines
+    assert exit_code(outcomes) == 1 and exit_code(outcomes[:1]) == 0
+    assert all(name in summary(outcomes) for name in found)
+    assert "| all | 4004 | 1000 |  |" in plan(items[:4] + items[5:], 1000.0)
+
+
+def test_suite_tells_memory_and_skipped_tests():
+    output = "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\nat the end\n"
+    assert judge(1, output) == (
+        "failed",
+        "out of memory: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+    )
+    assert judge(0, "SKIPPED [2] tests/gpu/test_a.py: needs two GPUs\n5 passed, 2 skipped") == (
+        "failed",
+        "2 tests skipped: tests/gpu/test_a.py: needs two GPUs",
+    )
+    assert judge(0, "5 passed") == ("done", "")
+
+
+def test_suite_compares_with_its_bars():
+    step = {"benchmark": "step", "model": "vit_huge", "image_size": 224, "share_of_peak": 0.5}
+    rows = [
+        {**step, "side": "ours", "times_baseline": {"p50": 2.5}},
+        {**step, "side": "ours, masks.context=packed", "share_times_ours": 0.99},
+        {"benchmark": "curves", "seed_from_seed": 0.2, "fast_from_eager": 0.1},
+    ]
+    found = [(value, word) for _, _, value, word in gpu_suite.verdicts(rows)]
+    missing = ("not measured", "")
+    assert found == [("2.5", "met"), ("0.5", "NOT MET"), missing, missing, missing, ("0.99", "met"), ("2", "met")]
+
+
+def test_distances_of_curves():
+    fast, eager = ([torch.tensor([1.0, 2.0]).numpy(), torch.tensor([2.0, 3.0]).numpy()] for _ in range(2))
+    assert distances({"fast": fast, "eager": eager}) == (0.0, 1.0)
+
+
+def test_quick_suite_writes_rows_table_and_picture(tmp_path, monkeypatch, capsys):
+    arguments = ["gpu_suite", "--device", "cpu", "--quick", "--items", "step H/14@224", "tests"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--folder", str(tmp_path)])
+    monkeypatch.setattr(gpu_suite, "folder_of", lambda images, scratch: scratch)
+    with pytest.raises(SystemExit) as stopped:
+        gpu_suite.main()
+    assert stopped.value.code == 1  # the GPU tests can't run here, and that isn't hidden
+    (path,) = tmp_path.glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["side"] for row in rows] == ["eager baseline", "ours", "ours, masks.context=packed"]
+    assert rows[1]["times_baseline"]["p50"] > 0 and rows[1]["loss_difference_times_baseline"] < 2e-2
+    text = path.with_suffix(".md").read_text()
+    assert "| tests | skipped | 0 | GPU tests need a CUDA device |" in text
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert "| step H/14@224 | done |" in capsys.readouterr().out
