@@ -52,7 +52,7 @@ class FiniteWatch:
         """
         words = self._world.gather(torch.stack([loss, *(a.to(loss) for a in also)]))
         if self._stopped is None:
-            _judge(step, words.tolist())  # host sync, if not on the CPU: where the optimiser can't be stopped on the device
+            _judge(step, words.tolist())  # host sync on a GPU: of an optimiser that the device can't stop
             return None
         self.settle()
         self._stopped.logical_or_(~words.isfinite().all())
