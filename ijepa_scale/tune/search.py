@@ -17,6 +17,7 @@ from ijepa_scale.tune.children import Outcome
 from ijepa_scale.tune.ranking import Measurement, is_faster, ranked, winner
 from ijepa_scale.tune.space import CHECKPOINTING, Candidate, Space
 
+SKIPPABLE = ("compile", "attention", "spreads", "finals")
 FINALISTS = 3
 _CLOSE = 0.8  # of the best rate: what is slower than that and beyond the spread stays out of the finals
 _LEAST_S = 5.0  # no child is started for less
@@ -40,6 +41,7 @@ class Budget:
     seconds: float  # no candidate is started after that, and none runs longer
     candidate_seconds: float  # that one candidate may take
     candidates: int  # started at most, the finals included
+    skip: tuple[str, ...] = ()  # stages of SKIPPABLE that aren't gone through
 
 
 class Search:
@@ -74,9 +76,17 @@ class Search:
     def run(self) -> None:
         """Goes through all stages."""
         self._batches(self._space.engine)
-        self._kernels()
-        self._spreads()
-        self._finals()
+        stages = {
+            "compile": self._compilation,
+            "attention": self._attention,
+            "spreads": self._spreads,
+            "finals": self._finals,
+        }
+        for name, stage in stages.items():
+            if name in self._budget.skip:
+                self._leave_out(f"stage {name}", "--skip")
+            else:
+                stage()
 
     def _batches(self, engine: EngineConfig) -> None:
         """Tries micro-batches of the engine as configured, the largest first, with more and more recomputed."""
@@ -98,14 +108,17 @@ class Search:
                     break  # smaller ones will hardly be faster again
                 best = found
 
-    def _kernels(self) -> None:
-        """Tries compilation, then attention kernels, on the fastest so far."""
+    def _compilation(self) -> None:
+        """Tries the fastest so far compiled, or eager where the configuration compiles."""
+        best = self.winner
+        if best is not None:
+            self._vary(best.candidate, compile=not best.candidate.engine.compile)
+
+    def _attention(self) -> None:
+        """Tries attention kernels on the fastest so far."""
         best = self.winner
         if best is None:
             return
-        self._vary(best.candidate, compile=not best.candidate.engine.compile)
-        best = self.winner
-        assert best is not None
         configured = best.candidate.engine.attention
         for name, same in self._space.attentions(best.attention, configured):
             if same is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from tune_stubs import config, done, failed, machine, measured, space
@@ -29,7 +30,7 @@ class Probe:
         return self._answer(candidate)
 
 
-def searched(answer: Answer, where: Space | None = None, **budget: float) -> tuple[Search, Probe, list[str]]:
+def searched(answer: Answer, where: Space | None = None, **budget: Any) -> tuple[Search, Probe, list[str]]:
     probe, said = Probe(answer), []
     limits = Budget(**{"seconds": 600.0, "candidate_seconds": 60.0, "candidates": 40, **budget})
     search = Search(where or space(), probe, limits, say=said.append, clock=lambda: 2.0 * len(probe.asked))
@@ -174,6 +175,13 @@ def test_the_budget_ends_the_search() -> None:
     assert probe.seconds == [7.0, 5.0]
     assert "--minutes 0.116667 are over" in search.found.left_out.values()
     assert said[-1].startswith("not measured once more: plain, 64") and said[-1].endswith("--minutes 0.116667 are over")
+
+
+def test_stages_can_be_skipped() -> None:
+    skip = ("compile", "attention", "spreads", "finals")
+    search, probe, _ = searched(speed(micro_16=0.5), space(config(), machine(processes=2)), skip=skip)
+    assert [each.micro_batch for each in probe.asked] == [32, 16]
+    assert search.found.left_out["stage spreads"] == "--skip"
 
 
 def candidates() -> list[Candidate]:

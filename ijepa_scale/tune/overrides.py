@@ -1,0 +1,70 @@
+"""The winner as a YAML file over the configuration it was found for, and as settings to paste. Floor 4."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ijepa_scale.config import PretrainConfig, load_config, read_config
+from ijepa_scale.config.files import known_keys
+from ijepa_scale.config.yaml_text import write_yaml
+from ijepa_scale.errors import ConfigError
+
+# Written even where the configuration says the same, so that a later change of it doesn't undo the tuning.
+TUNED = ("engine.strategy", "engine.accumulation", "engine.checkpointing", "engine.compile", "engine.attention")
+
+
+def overrides_of(path: Path, tuned: PretrainConfig, *, also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns the dotted settings that turn the file into `tuned`: what was tuned, and what was set beside the file."""
+    after = _flat(tuned)
+    try:
+        before = _flat(read_config(path).config)
+    except ConfigError:  # it needs what was set beside it
+        before = {}
+    always = {*TUNED, *also}
+    return {key: after[key] for key in known_keys(PretrainConfig) if key in always or before.get(key) != after[key]}
+
+
+def write_overrides(path: Path, base: Path, settings: Mapping[str, Any], tuned: PretrainConfig, notes: str) -> None:
+    """Writes a configuration file that is `base` with these settings, `notes` as comments above it.
+
+    Raises:
+        ConfigError: the file can't be written.
+    """
+    nested: dict[str, Any] = {"base": os.path.relpath(base.resolve(), path.resolve().parent)}
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    comments = "".join(f"# {line}\n" for line in notes.splitlines())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(comments + write_yaml(nested))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written ({error}); give another file with --to") from error
+    assert load_config(path) == tuned, f"{path} doesn't load as what was tuned"
+
+
+def as_arguments(settings: Mapping[str, Any]) -> str:
+    """Returns the settings for a command line."""
+    return " ".join(f"{key}={_plain(value)}" for key, value in settings.items())
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+
+
+def _flat(config: PretrainConfig) -> dict[str, Any]:
+    """Returns the dotted settings of a configuration."""
+    values = dataclasses.asdict(config)
+    found = {}
+    for key in known_keys(PretrainConfig):
+        inner: Any = values
+        for part in key.split("."):
+            inner = inner[part]
+        found[key] = inner
+    return found

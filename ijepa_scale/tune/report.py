@@ -1,0 +1,74 @@
+"""What a search has found, for a terminal. Floor 4: text only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ijepa_scale.tune.ranking import Measurement, ranked
+from ijepa_scale.tune.search import Found
+from ijepa_scale.tune.space import Space
+from ijepa_scale.tune.workers import HEADROOM, Workers
+
+_HEAD = (
+    f"{'':>4}{'images/s':>10}{'20 to 80%':>16}{'step ms':>10}{'GB':>8}{'GB worst':>10}{'MFU':>7}{'data wait':>11}"
+    "  setting"
+)
+
+
+def head_text(space: Space) -> str:
+    """Returns what is tuned, before anything is measured."""
+    config, worst = space.config, space.worst
+    patches = config.model.grid[0] * config.model.grid[1]
+    return "\n".join(
+        (
+            f"machine    {space.machine.text()}",
+            f"batch      {space.batch_size} images, {space.share} of each process, as configured",
+            f"strategy   {space.engine.strategy}: {space.reason}",
+            f"worst step contexts of {worst.context} and targets of {worst.target} of {patches} patches, all at once",
+        )
+    )
+
+
+def found_text(space: Space, found: Found, best: Measurement | None, wait: Mapping[str, float]) -> str:
+    """Returns the ranked table, what has failed and what was left out. `wait` is ms of data wait by label."""
+    lines: list[str] = []
+    if found.measured:
+        lines += _table(space, found, best, wait)
+    for title, reasons in (("failed", found.failed), ("left out", found.left_out)):
+        lines += ["", f"{title}:", *(f"  {label}: {reason}" for label, reason in reasons.items())] if reasons else []
+    return "\n".join(lines)
+
+
+def _table(space: Space, found: Found, best: Measurement | None, wait: Mapping[str, float]) -> Iterator[str]:
+    yield _HEAD
+    for place, each in enumerate(ranked(list(found.measured.values())), start=1):
+        low, middle, high = each.rates
+        mfu = each.mfu(space.machine.peak_flops)
+        label = each.candidate.label
+        yield (
+            f"{place:>3} {middle:>10.1f}{f'{low:.1f} to {high:.1f}':>16}{each.step_ms:>10.1f}"
+            f"{each.peak_bytes / 1e9:>8.2f}{each.worst_bytes / 1e9:>10.2f}{'-' if mfu is None else f'{mfu:.1%}':>7}"
+            f"{f'{wait[label]:.1f} ms' if label in wait else '-':>11}  {label}" + (" <- winner" if each is best else "")
+        )
+    yield (
+        "Medians over steps with the same masks, percentiles beside them; GB are the peak of one process over drawn "
+        "masks and in the worst step."
+    )
+    yield (
+        "A rate is higher only where it is in four of five steps; others are ties, and of ties the simplest wins: "
+        "less checkpointing, not compiled, less sharding, fewer micro-batches."
+    )
+
+
+def workers_text(workers: Workers, processes: int) -> str:
+    """Returns what the loaders could do."""
+    if workers.chosen is None:
+        return f"workers not measured: {workers.reason}"
+    lines = [f"workers (the step needs {workers.need:.1f} images/s, {HEADROOM:g} times that counts as enough):"]
+    for count, rate in workers.rates.items():
+        mark = " <- chosen" if count == workers.chosen else ""
+        lines.append(f"  {count:>3} for each of {processes}: {rate:.1f} images/s{mark}")
+    lines += [f"  {count:>3} for each of {processes}: {reason}" for count, reason in workers.failed.items()]
+    if not workers.keeps_up:
+        lines.append("  none is enough: the step will wait for data; smaller images on disk or more cores help")
+    return "\n".join(lines)
