@@ -17,6 +17,7 @@ from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.attention import use_attention
 from ijepa_scale.engine.finite import FiniteWatch
+from ijepa_scale.engine.graphs import target_forward
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
@@ -66,6 +67,7 @@ class PlainEngine:
             self.target_module = target.to(self.world.device).requires_grad_(False).eval()
             self._replicated = self._replicate(target)
         self._wrap()
+        self._target_forward = target_forward(self._config, self.target_module, self.world.device)
         self.optimizer = build_optimizer(self.module, self._optimizer_config, groups=groups)
         self._shards: tuple[list[Tensor], list[Tensor]] = [], []
         if target is not None:
@@ -99,7 +101,7 @@ class PlainEngine:
         """Returns the target encoder's output, without gradients."""
         assert self.target_module is not None, "prepare() was given no target"
         with self._autocast:
-            return self.target_module(*args, **options)
+            return self._target_forward(*args, **options)
 
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
         """Yields the micro-batches on the device; gradients are reduced on the last one."""

@@ -24,6 +24,7 @@ from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.attention import use_attention
 from ijepa_scale.engine.ds_config import LOW_PRECISION_LAYERS, compose, load_ds_config
 from ijepa_scale.engine.finite import NOTHING_MOVED, FiniteWatch
+from ijepa_scale.engine.graphs import target_forward
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
@@ -128,7 +129,7 @@ class ZeroEngine:
         self._followed: Any = module.get_submodule(followed)
         self.zero = self._engine.optimizer
         self.target_module: Any = target
-        self._target_callable: Any = target
+        self._target_callable: Any = target_forward(self._config, target, self.world.device, sharded=self._stage == 3)
         self._replicated = self._replicate(target) if target is not None and self._stage < 3 else None
         if self._stage == 3 and target is not None:
             # no gradient is reduced here, and products round the weights to bf16 anyway: so they may travel in it

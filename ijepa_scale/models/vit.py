@@ -73,14 +73,31 @@ class VisionTransformer(nn.Module):
         tokens = self._embed(images, keep, index)
         if last is not None:
             return self._last(tokens, last, drop)
-        *blocks, final = self.blocks
-        for block in blocks:
-            tokens = block(tokens, layout)
+        return self.head(self._before_last(tokens, layout), layout, wanted=wanted)
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """Returns the tokens (B, N, D), fp32, that the last block takes: their shape depends on `images` alone.
+
+        `head(trunk(images), wanted=wanted)` is `forward(images, wanted=wanted)`, past the hooks that engines put on
+        `__call__`: for weights that lie whole on the device.
+        """
+        self._check(images, 0, None, None)
+        return self._before_last(self._embed(images, None, None), None)
+
+    def head(self, tokens: Tensor, layout: SequenceLayout | None = None, *, wanted: Tensor | None = None) -> Tensor:
+        """Returns the output of the last block and the final norm, of all `tokens` or of those at `wanted` (B, U)."""
+        final = self.blocks[-1]
         if wanted is None:
             return self.norm(final(tokens, layout))
         rows = wanted + torch.arange(len(tokens), device=wanted.device)[:, None] * tokens.shape[1]
         queries = tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*wanted.shape, -1)
         return self.norm(final(tokens, queries=queries))
+
+    def _before_last(self, tokens: Tensor, layout: SequenceLayout | None) -> Tensor:
+        *blocks, _ = self.blocks
+        for block in blocks:
+            tokens = block(tokens, layout)
+        return tokens
 
     def encode_blocks(self, images: Tensor, keep: Tensor) -> Tensor:
         """Returns tokens (E * B, K, D) of the E context blocks `keep` (E, B, K); patches are embedded once."""

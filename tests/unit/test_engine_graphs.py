@@ -1,0 +1,90 @@
+"""The graphed target: its split into trunk and head, what it replays, and where it is refused. CUDA: tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ijepa_scale.config import EngineConfig
+from ijepa_scale.engine.graphs import GraphedTarget, target_forward
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.models.registry import build_encoder
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+GRAPHS = EngineConfig(cuda_graphs=True)
+
+
+class ReplayedOnCpu(GraphedTarget):
+    """Stands for a graph: a replay computes from the same memory into the same memory."""
+
+    captures = replays = 0
+
+    def _capture(self, images):
+        self.captures += 1
+        tokens = self._encoder.trunk(images).clone()
+
+        def replay():
+            self.replays += 1
+            tokens.copy_(self._encoder.trunk(images))
+
+        return tokens, replay
+
+
+@pytest.fixture
+def encoder():
+    return build_encoder("vit_tiny", image_size=32, patch_size=8, depth=3, width=24, heads=2, seed=1).requires_grad_(
+        False
+    )
+
+
+def images_of(count, seed=0):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_trunk_and_head_are_the_forward_bit_for_bit(encoder):
+    images, wanted = images_of(2), torch.tensor([[0, 5, 7], [3, 2, 15]])
+    assert torch.equal(encoder.head(encoder.trunk(images)), encoder(images))
+    assert torch.equal(encoder.head(encoder.trunk(images), wanted=wanted), encoder(images, wanted=wanted))
+    with pytest.raises(ValueError, match="this encoder takes"):
+        encoder.trunk(images[..., :16])
+
+
+@torch.no_grad()
+def test_a_replay_follows_images_tokens_and_weights(encoder):
+    target = ReplayedOnCpu(encoder)
+    for step, count in enumerate((3, 5, 1)):  # other numbers of tokens each time
+        images, wanted = images_of(2, seed=step), torch.arange(2 * count).view(2, count) % 16
+        assert torch.equal(target(images, wanted=wanted), encoder(images, wanted=wanted))
+        for parameter in encoder.parameters():
+            parameter.mul_(1.1)
+    assert (target.captures, target.replays) == (1, 3)
+
+
+@torch.no_grad()
+def test_evaluations_are_not_replayed_and_another_batch_is_captured_anew(encoder):
+    target = ReplayedOnCpu(encoder)
+    assert torch.equal(target(images_of(5)), encoder(images_of(5)))
+    assert len(target(images_of(2), last=2)) == 2 and target.captures == 0
+    for count in (2, 3):
+        wanted = torch.zeros(count, 1, dtype=torch.int64)
+        assert torch.equal(target(images_of(count), wanted=wanted), encoder(images_of(count), wanted=wanted))
+    assert target.captures == 2
+
+
+def test_without_the_option_the_target_is_called(encoder):
+    assert target_forward(EngineConfig(), encoder, CPU) is encoder
+    with pytest.raises(AssertionError, match="prepare\\(\\) was given no target"):
+        target_forward(EngineConfig(), None, CPU)()
+
+
+def test_graphs_are_refused_where_they_cannot_be(encoder):
+    with pytest.raises(ConfigError, match="cuda_graphs is true but this run is on cpu; set engine.cuda_graphs=false"):
+        target_forward(GRAPHS, encoder, CPU)
+    with pytest.raises(ConfigError, match="the target's weights are sharded: a graph replays fixed addresses"):
+        target_forward(GRAPHS, encoder, CUDA, sharded=True)
+    with pytest.raises(ConfigError, match="only pretraining has a target in its steps; set engine.cuda_graphs=false"):
+        target_forward(GRAPHS, None, CUDA)
+    with pytest.raises(ConfigError, match="cuda_graphs is true but strategy is fsdp2: a graph replays fixed addresses"):
+        EngineConfig(strategy="fsdp2", cuda_graphs=True)
+    assert isinstance(target_forward(GRAPHS, encoder, CUDA), GraphedTarget)
