@@ -38,14 +38,14 @@ Result = tuple[Tensor, Tensor, dict[str, Tensor]]  # predictions in the packed o
 
 def per_image(world: World) -> Result:
     """Returns the result of this process's images, each alone and dense; the gradients are those of all processes."""
-    module = build_jepa(MODEL, seed=3)
+    module = build_jepa(MODEL, seed=3).to(world.device)
     target = build_target(module)
     sampler = MaskSampler(MASKS, MODEL.grid, seed=5)
-    images = images_of(part(0, dataclasses.replace(world, rank=0, size=1)))  # of all processes
+    images = images_of(part(0, dataclasses.replace(world, rank=0, size=1))).to(world.device)  # of all processes
     predictions, losses = [], []
     for place in range(BATCH):
         image = images[place : place + 1]
-        packed = sampler(0, place, 1, BATCH)
+        packed = sampler(0, place, 1, BATCH).map(lambda tensor: tensor.to(world.device))
         assert isinstance(packed, PackedMasks)
         shape = (MASKS.num_target_blocks, 1, -1)
         masks = DenseMasks(packed.context_index.view(1, 1, -1), packed.target_index.view(shape))
@@ -93,11 +93,11 @@ def full_gradients(engine: Engine) -> dict[str, Tensor]:
     return gradients
 
 
-def differences(world: World, engine: dict) -> list[tuple[float, ...]]:
+def differences(world: World, engine: dict, backend: str = "aot_eager") -> list[tuple[float, ...]]:
     """Returns, of each variant, the largest difference of predictions, loss and gradients, and the largest gradient."""
     prediction, loss, gradients = per_image(world)
     compiled_blocks = parallelize.compile_blocks
-    parallelize.compile_blocks = functools.partial(compiled_blocks, backend="aot_eager")  # type: ignore[assignment]
+    parallelize.compile_blocks = functools.partial(compiled_blocks, backend=backend)  # type: ignore[assignment]
     found = []
     for checkpointing, compiled in VARIANTS:
         torch._dynamo.reset()

@@ -164,12 +164,12 @@ def test_compiled_packed_attention_is_not_compiled_anew_for_other_lengths(varlen
     counter = torch._dynamo.testing.CompileCounter()
     function = attention if way == "runs" else flash_packed
 
-    @torch.compile(backend=counter, fullgraph=True)
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def compiled(q, k, v, layout):
         return function(q * 1.0, k, v, layout)
 
     torch._dynamo.reset()
-    for longest in range(9, 17):  # the longest sequence has another length and place each time, under one bound
+    for longest in (*range(9, 17), 30, 70, 9):  # the longest has another length and place each time, and other bounds
         lengths = [3, 5, 4, 8, 1]
         lengths.insert(longest % 5, longest)
         layout = SequenceLayout.of(lengths)
