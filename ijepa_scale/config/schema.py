@@ -172,6 +172,7 @@ class EngineConfig:
     attention: str = "auto"  # kernel of dense attention: auto | flash | cudnn | efficient | math | fa3 | fa4
     zero_communication: str = "fp32"  # under bf16, ZeRO gathers weights and reduces gradients in: fp32 | bf16
     triton: Any = ()  # our kernels in place of PyTorch's, on CUDA: target_loss, target_update
+    layer_norm: str = "torch"  # kernel of layer norms: torch (fused by compile) | triton (ours) | apex
     replicas: int = 1  # fsdp2: shard within groups of processes, replicate this many times (HSDP)
     reshard_after_forward: bool = False  # fsdp2: free context and predictor weights between forward and backward
 
@@ -186,6 +187,7 @@ class EngineConfig:
         choose(problems, "checkpointing", self.checkpointing, ("none", "full", "selective"))
         choose(problems, "attention", self.attention, ATTENTION)
         object.__setattr__(self, "triton", (self.triton,) if isinstance(self.triton, str) else tuple(self.triton))
+        choose(problems, "layer_norm", self.layer_norm, ("torch", "triton", "apex"))
         for name in self.triton:
             choose(problems, "triton", name, TRITON)
         choose(problems, "zero_communication", self.zero_communication, ("fp32", "bf16"))

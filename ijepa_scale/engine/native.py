@@ -18,6 +18,7 @@ from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.attention import use_attention
 from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.graphs import target_forward
+from ijepa_scale.engine.norms import use_layer_norm
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
@@ -58,6 +59,7 @@ class PlainEngine:
     ) -> None:
         """Moves the modules to the device, and applies checkpointing, compilation and wrapping."""
         use_attention(self._config, module, target, self.world)
+        use_layer_norm(self._config, self.world.device, module, target)
         checkpoint_blocks(module, self._config.checkpointing)
         compile_parts(self._config, module, target)
         self.module: Any = module.to(self.world.device)

@@ -25,6 +25,7 @@ from ijepa_scale.engine.attention import use_attention
 from ijepa_scale.engine.ds_config import LOW_PRECISION_LAYERS, compose, load_ds_config
 from ijepa_scale.engine.finite import NOTHING_MOVED, FiniteWatch
 from ijepa_scale.engine.graphs import target_forward
+from ijepa_scale.engine.norms import use_layer_norm
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
@@ -100,6 +101,7 @@ class ZeroEngine:
         if self._stage == 3 and self._config.target_precision == "fp8":
             raise ConfigError(f"engine.target_precision is fp8 but the ZeRO stage is 3: {NO_FP8}")
         use_attention(self._config, module, target, self.world)
+        use_layer_norm(self._config, self.world.device, module, target)
         checkpoint_blocks(module, self._config.checkpointing)
         module.to(self.world.device)
         if target is not None:

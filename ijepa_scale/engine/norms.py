@@ -1,0 +1,69 @@
+"""Layer norms by another kernel than PyTorch's, applied to a model from outside. Floor 3.
+
+Only the class of each norm changes: parameters, their names and the model's code stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_kernels.layer_norm import layer_norm
+from ijepa_scale.config import EngineConfig
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.models.layers import LayerNorm
+
+
+class TritonLayerNorm(LayerNorm):
+    """A layer norm by our kernel; its result is fp32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns `input` normalised along the last dimension."""
+        return layer_norm(input, self.weight.float(), self.bias.float(), eps=self.eps, implementation="triton")
+
+
+class ApexLayerNorm(LayerNorm):
+    """A layer norm by NVIDIA apex's kernel; its result is fp32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns `input` normalised along the last dimension."""
+        return _apex()(input.float(), self.weight.float(), self.bias.float(), self.normalized_shape, self.eps)
+
+
+def use_layer_norm(config: EngineConfig, device: torch.device, *parts: nn.Module | None) -> None:
+    """Gives every layer norm of the parts the kernel that the configuration names.
+
+    Raises:
+        ConfigError: the kernel isn't there, or the device isn't CUDA.
+    """
+    if config.layer_norm == "torch":
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"engine.layer_norm is {config.layer_norm} but the device is {device.type}; its kernel needs CUDA: "
+            "set engine.layer_norm=torch"
+        )
+    if config.layer_norm == "apex":
+        _apex()
+    kind = {"triton": TritonLayerNorm, "apex": ApexLayerNorm}[config.layer_norm]
+    for part in parts:
+        for norm in () if part is None else part.modules():
+            if type(norm) is LayerNorm:
+                norm.__class__ = kind
+
+
+def _apex() -> Callable[..., Any]:
+    """Returns apex's function, having made sure that apex is NVIDIA's: the PyPI name is another project."""
+    try:
+        importlib.import_module("fused_layer_norm_cuda")
+        return importlib.import_module("apex.normalization.fused_layer_norm").fused_layer_norm_affine
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"engine.layer_norm is apex but NVIDIA's apex with its CUDA extensions isn't installed ({error}); build it "
+            "from github.com/NVIDIA/apex (the PyPI package of that name is another project), or set "
+            "engine.layer_norm=torch"
+        ) from error
