@@ -35,7 +35,8 @@ def test_fp32_agrees_with_the_cpu() -> None:
 
 CHANGES = (
     {}, {"accumulation": 2}, {"checkpointing": "full"}, {"compile": True}, {"target_precision": "fp8"},
-    {"triton": ("target_loss", "target_update")}, {"layer_norm": "triton"}, {"compile": True, "triton": ("target_loss", "target_update")},
+    {"triton": ("target_loss", "target_update")}, {"layer_norm": "triton"},
+    {"compile": True, "triton": ("target_loss", "target_update")},
 )  # fmt: skip
 
 
