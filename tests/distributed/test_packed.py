@@ -11,15 +11,18 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ijepa_scale.config import EngineConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from ijepa_scale.engine import parallelize
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.masks.types import DenseMasks, PackedMasks, Wanted
+from ijepa_scale.models.jepa import JEPA
+from ijepa_scale.models.layers import Attention
 from ijepa_scale.models.registry import build_jepa, build_target
 from ijepa_scale.objective import jepa_loss, jepa_targets, normalise_targets
 from ijepa_scale.optim import clean_name
+from tests.distributed import training
 from tests.distributed.harness import run
 from tests.distributed.training import BATCH, MODEL, images_of, make, masks_config, part
 
@@ -36,9 +39,20 @@ NUM_PATCHES = MODEL.grid[0] * MODEL.grid[1]
 Result = tuple[Tensor, Tensor, dict[str, Tensor]]  # predictions in the packed order, loss, gradients by name
 
 
+def sharp_jepa(config: ModelConfig, seed: int) -> JEPA:
+    """Returns a model whose attention is far from the even one of fresh weights, which would hide what it does."""
+    module = build_jepa(config, seed)
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, Attention):
+                part.qkv.weight.mul_(15.0)
+                part.proj.weight.mul_(5.0)
+    return module
+
+
 def per_image(world: World) -> Result:
     """Returns the result of this process's images, each alone and dense; the gradients are those of all processes."""
-    module = build_jepa(MODEL, seed=3).to(world.device)
+    module = sharp_jepa(MODEL, seed=3).to(world.device)
     target = build_target(module)
     sampler = MaskSampler(MASKS, MODEL.grid, seed=5)
     images = images_of(part(0, dataclasses.replace(world, rank=0, size=1))).to(world.device)  # of all processes
@@ -96,6 +110,7 @@ def full_gradients(engine: Engine) -> dict[str, Tensor]:
 def differences(world: World, engine: dict, backend: str = "aot_eager") -> list[tuple[float, ...]]:
     """Returns, of each variant, the largest difference of predictions, loss and gradients, and the largest gradient."""
     prediction, loss, gradients = per_image(world)
+    training.build_jepa = sharp_jepa  # type: ignore[assignment]
     compiled_blocks = parallelize.compile_blocks
     parallelize.compile_blocks = functools.partial(compiled_blocks, backend=backend)  # type: ignore[assignment]
     found = []

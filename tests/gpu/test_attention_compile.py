@@ -19,6 +19,7 @@ from ijepa_scale.engine import parallelize
 from ijepa_scale.engine.graphs import GraphedTarget
 from ijepa_scale.engine.world import World
 from ijepa_scale.models.registry import build_encoder
+from tests.distributed import training
 from tests.distributed.test_compiled import BATCH, MASKS, CountingBackend
 from tests.distributed.test_packed import VARIANTS, differences
 from tests.distributed.training import make, masks_config, part
@@ -97,7 +98,8 @@ def test_some_tokens_ask_in_packed_sequences(head_dim: int) -> None:
 
 
 def test_packed_equals_each_image_alone_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallelize, "compile_blocks", parallelize.compile_blocks)  # put back what is replaced
+    for module, name in ((parallelize, "compile_blocks"), (training, "build_jepa")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back what is replaced
     torch.backends.cuda.matmul.allow_tf32 = False
     results = differences(world(), {"strategy": "plain"}, "inductor")
     for variant, (prediction, loss, gradient, _) in zip(VARIANTS, results, strict=True):
