@@ -6,6 +6,7 @@ a child leads a session of its own, which is killed when it is done with or when
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import multiprocessing
@@ -188,6 +189,8 @@ def _child(function: Function, argument: Any, place: Place, log: str) -> None:
         sys.stderr.flush()
         os._exit(1)
     sys.stdout.flush()
+    if place.size == 1:  # with others, what is registered there may wait for them
+        atexit._run_exitfuncs()  # unlinks torch.compile's semaphores, which would be told as leaked
     os._exit(0)  # taking process groups and DeepSpeed down takes seconds, and nothing is left to save
 
 

@@ -19,7 +19,7 @@ from ijepa_scale.tune.space import CHECKPOINTING, Candidate, Space
 
 SKIPPABLE = ("compile", "attention", "spreads", "finals")
 FINALISTS = 3
-_CLOSE = 0.8  # of the best rate: what is slower than that and beyond the spread stays out of the finals
+_CLOSE = 0.5  # of the best rate: what is slower than that and beyond the spread stays out of the finals
 _LEAST_S = 5.0  # no child is started for less
 
 Probe = Callable[[Candidate, float], Outcome]  # with the seconds that it may take
