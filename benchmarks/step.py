@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,8 @@ def row_of(side: Measured, sides: list[Measured], peak: float | None) -> dict[st
         "compile": config.engine.compile and side.name != BASELINE,
         "checkpointing": "none" if side.name == BASELINE else config.engine.checkpointing,
     }
+    if side.failed is None and not all(map(math.isfinite, side.losses)):
+        side.failed = f"a loss isn't finite: {side.losses}"
     if side.failed is not None:
         return {**about, "failed": side.failed}
     milliseconds = percentiles([1e3 * value for value in side.seconds])

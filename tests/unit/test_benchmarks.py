@@ -13,6 +13,7 @@ from benchmarks.baseline_masks import LoopMasks
 from benchmarks.common import in_turns, ratios
 from benchmarks.curves import distances
 from benchmarks.scaling import WireBytes, engine_settings, planned_bytes
+from benchmarks.step import Measured, disagrees, report, row_of
 from benchmarks.suite import Item, exit_code, judge, plan, run_items, summary
 from benchmarks.synthetic import Baseline, Draws, Ours, configured, images_for, start
 from ijepa_scale.config import MaskConfig
@@ -198,3 +199,18 @@ def test_quick_suite_writes_rows_table_and_picture(tmp_path, monkeypatch, capsys
     assert "| tests | skipped | 0 | GPU tests need a CUDA device |" in text
     assert path.with_suffix(".png").stat().st_size > 1000
     assert "| step H/14@224 | done |" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_fails_its_side():
+    config = configured(TINY)
+    side = Measured("ours", config, Draws(config, torch.device("cpu")))
+    side.seconds, side.steps, side.losses = [1.0, 1.0], [0, 1], [0.5, float("nan")]
+    row = row_of(side, [side], 1e12)
+    assert row["failed"] == "a loss isn't finite: [0.5, nan]"
+    assert "| ours | a loss isn't finite" in report([row], "cpu")
+
+
+def test_losses_that_leave_the_baselines_are_told_apart_from_the_fp8_targets():
+    row = {"side": "ours", "precision": "fp32", "loss_difference_times_baseline": 2e-4}
+    assert disagrees(row) and not disagrees({**row, "precision": "bf16"})
+    assert not disagrees({**row, "side": "ours, engine.target_precision=fp8"}) and not disagrees({"side": "ours"})
