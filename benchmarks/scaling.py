@@ -32,6 +32,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.planning.communication import transfers
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
 
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 BASELINE = "eager baseline, ddp"
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 SMALL = ["model.width=96", "model.depth=4", "model.heads=3", "model.predictor_width=48", "model.predictor_depth=2",
@@ -75,7 +76,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def engine_settings(name: str) -> list[str]:
     """Returns the overrides that choose an engine."""
     if name.startswith("zero"):
-        return ["engine.strategy=deepspeed", f"engine.ds_config=ds_configs/{name}.json"]
+        return ["engine.strategy=deepspeed", f"engine.ds_config={DS_CONFIGS / name}.json"]
     return [f"engine.strategy={name}"]
 
 
