@@ -50,25 +50,20 @@ def _table(space: Space, found: Found, best: Measurement | None, wait: Mapping[s
             f"{each.peak_bytes / 1e9:>8.2f}{each.worst_bytes / 1e9:>10.2f}{'-' if mfu is None else f'{mfu:.1%}':>7}"
             f"{f'{wait[label]:.1f} ms' if label in wait else '-':>11}  {label}" + (" <- winner" if each is best else "")
         )
-    yield (
-        "Medians over steps with the same masks, percentiles beside them; GB are the peak of one process over drawn "
-        "masks and in the worst step."
-    )
-    yield (
-        "A rate is higher only where it is in four of five steps; others are ties, and of ties the simplest wins: "
-        "less checkpointing, not compiled, less sharding, fewer micro-batches."
-    )
+    yield "Medians over steps with the same masks; GB are one process's peak over drawn masks and in the worst step."
+    yield "A candidate is faster only where four of five steps are; others are ties, and of ties the simplest wins:"
+    yield "less checkpointing, then not compiled, less sharding, attention as configured, fewer micro-batches."
 
 
-def workers_text(workers: Workers, processes: int) -> str:
-    """Returns what the loaders could do."""
+def workers_text(workers: Workers) -> str:
+    """Returns what the loaders of all processes together could do."""
     if workers.chosen is None:
         return f"workers not measured: {workers.reason}"
     lines = [f"workers (the step needs {workers.need:.1f} images/s, {HEADROOM:g} times that counts as enough):"]
     for count, rate in workers.rates.items():
         mark = " <- chosen" if count == workers.chosen else ""
-        lines.append(f"  {count:>3} for each of {processes}: {rate:.1f} images/s{mark}")
-    lines += [f"  {count:>3} for each of {processes}: {reason}" for count, reason in workers.failed.items()]
+        lines.append(f"  {count:>3} per process: {rate:.1f} images/s{mark}")
+    lines += [f"  {count:>3} per process: {reason}" for count, reason in workers.failed.items()]
     if not workers.keeps_up:
         lines.append("  none is enough: the step will wait for data; smaller images on disk or more cores help")
     return "\n".join(lines)

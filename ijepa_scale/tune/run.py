@@ -158,7 +158,7 @@ class _Tuning:
         if workers.chosen is not None:
             tuned = dataclasses.replace(tuned, data=dataclasses.replace(tuned.data, workers=workers.chosen))
             self._with_loader(best, tuned, wait)
-        self._say("\n" + found_text(space, found, best, wait) + "\n\n" + workers_text(workers, space.machine.processes))
+        self._say("\n" + found_text(space, found, best, wait) + "\n\n" + workers_text(workers))
         also = ("data.workers",) if workers.chosen is not None else ()
         settings = overrides_of(path, tuned, also=also)
         to = Path(self._options.to or Path(space.config.folder) / FILE)
