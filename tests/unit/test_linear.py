@@ -5,7 +5,7 @@ import torch
 
 from ijepa_kernels.linear import cost, linear
 
-TOLERANCE = 2e-5  # fp32 sums of up to 96 products of order 1, in another order
+TOLERANCE = 1e-4  # fp32 sums of up to 1200 products of order 1, in another order
 
 
 def inputs(rows, width, out, bias=True):
@@ -16,7 +16,10 @@ def inputs(rows, width, out, bias=True):
 
 @pytest.mark.parametrize("implementation", ["auto", "torch", "onednn"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("rows", "width", "out"), [((5,), 7, 3), ((2, 9), 96, 32), ((1, 1), 1, 1), ((0,), 4, 2)])
+@pytest.mark.parametrize(
+    ("rows", "width", "out"),
+    [((5,), 7, 3), ((2, 9), 96, 32), ((2, 9), 32, 96), ((2, 600), 8, 24), ((1, 1), 1, 1), ((0,), 4, 2)],
+)
 def test_forward_and_gradients_are_the_definitions(rows, width, out, bias, implementation):
     given = inputs(rows, width, out, bias)
     wide = [x.detach().double().requires_grad_() for x in given]
