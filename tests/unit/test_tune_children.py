@@ -77,7 +77,7 @@ def test_nothing_outlives_the_parent(number: signal.Signals, tmp_path: Path) -> 
     here = Path(__file__).parent
     parent = subprocess.Popen(
         [sys.executable, str(here / "tune_children.py"), str(pids)],
-        env=environment.child_environment(PYTHONPATH=str(here)),
+        env=environment.child_environment(PYTHONPATH=str(here), TMPDIR=str(tmp_path)),
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # so that a signal reaches this one alone
     )
