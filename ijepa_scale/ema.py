@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ijepa_kernels.target_update import target_update
+from ijepa_kernels.target_update import prepare, target_update
 
 
-@torch.no_grad()
-def update_target(
-    target: list[Tensor],
-    source: list[Tensor],
-    momentum: float,
-    *,
-    copies: Sequence[Tensor | None] = (),
-    stopped: Tensor | None = None,
-    implementation: str = "auto",
-) -> None:
-    """Moves `target` to momentum * target + (1 - momentum) * source, in place and without communication.
+class TargetUpdate:
+    """Moves a target towards its source; with Triton's kernel it remembers where the tensors lie."""
 
-    Both are fp32 tensors of equal shapes, in the same order: with bf16 the update would vanish, since
-    1 - momentum is below its resolution (nothing moved in 1000 updates at 0.996). `copies` get the bf16 rounding of
-    the tensors that have one. Where `stopped`, () fp32 on the device, isn't 0, nothing moves. Doesn't synchronise.
+    def __init__(self, implementation: str = "auto") -> None:
+        """`implementation`: auto, eager, reference or triton, see `ijepa_kernels.target_update`."""
+        self._implementation = implementation
+        self._tables: dict[bool, tuple[list[int], Any]] = {}
 
-    Source: the I-JEPA paper (arXiv 2301.08243), section 3, "Targets".
-    """
-    assert all(t.dtype == torch.float32 for t in target), "the target's shards must be fp32"
-    assert [t.shape for t in target] == [s.shape for s in source], "target and source are cut differently"
-    kept = list(copies) or [None] * len(target)
-    for copied in (False, True):
-        chosen = [index for index, copy in enumerate(kept) if (copy is not None) == copied]
-        target_update(
-            [target[index] for index in chosen],
-            [source[index] for index in chosen],
-            momentum,
-            copies=[copy for copy in kept if copy is not None] if copied else None,
-            found_nonfinite=stopped,
-            implementation=implementation,
-        )
+    @torch.no_grad()
+    def __call__(
+        self,
+        target: list[Tensor],
+        source: list[Tensor],
+        momentum: float,
+        *,
+        copies: Sequence[Tensor | None] = (),
+        stopped: Tensor | None = None,
+    ) -> None:
+        """Moves `target` to momentum * target + (1 - momentum) * source, in place and without communication.
+
+        Both are fp32 tensors of equal shapes, in the same order: with bf16 the update would vanish, since
+        1 - momentum is below its resolution (nothing moved in 1000 updates at 0.996). `copies` get the bf16 rounding
+        of the tensors that have one. Where `stopped`, () fp32 on the device, isn't 0, nothing moves. Doesn't
+        synchronise.
+
+        Source: the I-JEPA paper (arXiv 2301.08243), section 3, "Targets".
+        """
+        assert all(t.dtype == torch.float32 for t in target), "the target's shards must be fp32"
+        assert [t.shape for t in target] == [s.shape for s in source], "target and source are cut differently"
+        kept = list(copies) or [None] * len(target)
+        for copied in (False, True):
+            chosen = [index for index, copy in enumerate(kept) if (copy is not None) == copied]
+            lists = [target[index] for index in chosen], [source[index] for index in chosen]
+            roundings = [copy for copy in kept if copy is not None] if copied else None
+            target_update(
+                *lists,
+                momentum,
+                copies=roundings,
+                found_nonfinite=stopped,
+                table=self._table(copied, *lists, roundings),
+                implementation=self._implementation,
+            )
+
+    def _table(self, copied: bool, target: list[Tensor], source: list[Tensor], copies: list[Tensor] | None) -> Any:
+        """Returns the kernel's table of these tensors, made anew only where they have moved."""
+        if self._implementation != "triton" or not target:
+            return None
+        places = [tensor.data_ptr() for tensors in (target, source, copies or []) for tensor in tensors]
+        if copied not in self._tables or self._tables[copied][0] != places:
+            self._tables[copied] = places, prepare(target, source, copies)
+        return self._tables[copied][1]

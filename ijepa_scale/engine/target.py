@@ -37,7 +37,7 @@ class ReplicatedTarget:
         self.values = {name: parameter.detach() for name, parameter in module.named_parameters()}
         self._copies: dict[str, Tensor] = {}
         self._quantised: dict[str, Fp8Linear] = {}
-        if precision != "fp32":
+        if precision in ("bf16", "fp8"):
             self._round(fp8=precision == "fp8")
 
     def _round(self, *, fp8: bool) -> None:

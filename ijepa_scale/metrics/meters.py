@@ -23,20 +23,18 @@ def feature_std(features_BUD: Tensor, places_BU: Tensor, num_places: int) -> Ten
     """Returns how much target features depend on the image, a float32 scalar on their device: the collapse alarm.
 
     `features_BUD` are layer-normed features (B images, U tokens of each, D dims) at the places `places_BU` int64,
-    below `num_places`. Per place and dim, the standard deviation over the images that have the place; then
-    the mean over dims and over the places of two images or more. Layer-normed features have variance 1 over
-    their dims, so this lies between 0 and about 1; what counts is its course: it goes to 0 when the output no
-    longer depends on the image, even if it still depends on the place. NaN where no place has two images.
-    Doesn't synchronise.
+    below `num_places`. Per dim, the standard deviation over the images around each place's own mean, pooled over
+    the places (unbiased, so the number of images doesn't matter); then the mean over dims. Layer-normed
+    features have variance 1 over their dims, so this lies between 0 and about 1; what counts is its course: it goes
+    to 0 when the output no longer depends on the image, even if it still depends on the place. NaN where no place
+    has two images. Doesn't synchronise.
     """
     rows, index = features_BUD.detach().flatten(0, 1).float(), places_BU.flatten()
     empty = rows.new_zeros(num_places, rows.shape[1])
     counts = rows.new_zeros(num_places, 1).index_add_(0, index, rows.new_ones(len(rows), 1))
     means = empty.index_add(0, index, rows) / counts.clamp(min=1)
-    squares = (rows - means.index_select(0, index)).square_()
-    deviations = (empty.index_add(0, index, squares) / counts.clamp(min=1)).sqrt_().mean(dim=1)
-    shared = counts[:, 0] > 1
-    return (deviations * shared).sum() / shared.sum()
+    squares = (rows - means.index_select(0, index)).square_().sum(dim=0)  # a place of one image adds nothing
+    return (squares / (counts - 1).clamp(min=0).sum()).sqrt_().mean()
 
 
 class Meters:

@@ -25,7 +25,7 @@ from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.source import SampleSource, check_problems
 from ijepa_scale.data.stream import StreamSource
-from ijepa_scale.ema import update_target
+from ijepa_scale.ema import TargetUpdate
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.engine.world import World
@@ -128,6 +128,7 @@ class FinetuneTask:
         average = copy.deepcopy(module) if config.optimizer.ema is not None else None
         self.engine.prepare(module, average, groups=groups, followed="")
         self.meters = Meters(world.device)
+        self._update = TargetUpdate("triton" if "target_update" in config.engine.triton else "auto")
         self.accuracy: Accuracy | None = None
         self.top1: float | None = None
         self.top5: float | None = None
@@ -193,7 +194,7 @@ class FinetuneTask:
         if self.config.optimizer.ema is not None:
             copies = self.engine.target_copies()
             shards = self.engine.local_shards()
-            update_target(*shards, self.config.optimizer.ema, copies=copies, stopped=info.stopped)
+            self._update(*shards, self.config.optimizer.ema, copies=copies, stopped=info.stopped)
             self.engine.target_updated()
         self.meters.add("loss", info.loss)
         self.meters.add("grad_norm", info.grad_norm)

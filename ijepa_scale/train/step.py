@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ijepa_scale.config import ObjectiveConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.ema import update_target
+from ijepa_scale.ema import TargetUpdate
 from ijepa_scale.engine.protocol import Engine, StepInfo
-from ijepa_scale.masks import Masks, MasksAhead, MaskSampler, Wanted
+from ijepa_scale.masks import Masks, MasksAhead, MaskSampler
 from ijepa_scale.metrics.meters import Meters, feature_std
 from ijepa_scale.objective import fused_jepa_loss, jepa_loss, jepa_targets, normalise_targets
 from ijepa_scale.schedules import Hyper
+
+_OBSERVED = 32  # images whose features the collapse alarm looks at: it's a mean over many places and dims
 
 
 class TrainStep:
@@ -41,6 +43,7 @@ class TrainStep:
         self._objective = objective
         self._batch_size = batch_size  # of all processes
         self._meters = meters
+        self._update = TargetUpdate("triton" if "target_update" in engine.triton else "auto")
 
     def __call__(self, batch: Batch) -> StepInfo:
         """Returns what the step did; moves weights, optimiser and target, or raises before any has moved."""
@@ -50,28 +53,23 @@ class TrainStep:
             masks, wanted = self._masks(micro.step, micro.position, len(micro), self._batch_size)
             tokens = self._engine.target(images, wanted=wanted.places)  # (B, U, D), no gradient
             prediction = self._engine.model(images, masks)  # encode the context, predict the targets
-            features = normalise_targets(tokens)
             if "target_loss" in self._engine.triton:
                 loss = fused_jepa_loss(prediction, tokens, wanted.rows, masks, self._objective)
             else:
-                loss = jepa_loss(prediction, jepa_targets(features, wanted.rows, masks), masks, self._objective)
+                target = jepa_targets(normalise_targets(tokens), wanted.rows, masks)
+                loss = jepa_loss(prediction, target, masks, self._objective)
             self._engine.backward(loss)
-            self._observe(features, masks, wanted)
+            self._observe(tokens[:_OBSERVED], masks, wanted.places[:_OBSERVED])
         info = self._engine.step(hyper, batch.step)
-        update_target(
-            *self._engine.local_shards(),
-            hyper.momentum,
-            copies=self._engine.target_copies(),
-            stopped=info.stopped,
-            implementation="triton" if "target_update" in self._engine.triton else "auto",
-        )
+        copies = self._engine.target_copies()
+        self._update(*self._engine.local_shards(), hyper.momentum, copies=copies, stopped=info.stopped)
         self._engine.target_updated()
         self._meters.add("loss", info.loss)
         self._meters.add("grad_norm", info.grad_norm)
         self._meters.end_step()
         return info
 
-    def _observe(self, features: Tensor, masks: Masks, wanted: Wanted) -> None:
-        self._meters.add("target_std", feature_std(features, wanted.places, self._num_patches))
-        for name, tokens in zip(("context_tokens", "target_tokens"), masks.mean_tokens(), strict=True):
-            self._meters.add(name, tokens)
+    def _observe(self, tokens: Tensor, masks: Masks, places: Tensor) -> None:
+        self._meters.add("target_std", feature_std(normalise_targets(tokens), places, self._num_patches))
+        for name, mean in zip(("context_tokens", "target_tokens"), masks.mean_tokens(), strict=True):
+            self._meters.add(name, mean)

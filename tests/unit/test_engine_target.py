@@ -9,7 +9,7 @@ import torch
 from packing_by_hand import images_of, random_masks, small_jepa
 
 from ijepa_scale.config import EngineConfig, OptimizerConfig
-from ijepa_scale.ema import update_target
+from ijepa_scale.ema import TargetUpdate
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.target import ReplicatedTarget, check_fp8
 from ijepa_scale.engine.world import World
@@ -24,7 +24,7 @@ AUTOCAST = torch.autocast("cpu", dtype=torch.bfloat16)
 def moved(target: ReplicatedTarget) -> None:
     """One update towards other values."""
     source = [value * 1.5 + 0.1 for value in target.shards]
-    update_target(target.shards, source, 0.5, copies=target.copies)
+    TargetUpdate()(target.shards, source, 0.5, copies=target.copies)
     target.updated()
 
 
@@ -50,7 +50,7 @@ def test_values_stay_fp32_and_move_by_less_than_bf16_could() -> None:
     before = [value.clone() for value in target.shards]
     assert all(value.dtype == torch.float32 for value in before)
     for _ in range(3):
-        update_target(target.shards, [value + 1e-4 for value in before], 0.9, copies=target.copies)
+        TargetUpdate()(target.shards, [value + 1e-4 for value in before], 0.9, copies=target.copies)
     for value, start in zip(target.shards, before, strict=True):
         torch.testing.assert_close(value - start, torch.full_like(start, 1e-4 * (1 - 0.9**3)), atol=2e-6, rtol=0)
     assert target.module.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16

@@ -121,7 +121,7 @@ def test_feature_std_compares_like_places():
     """Each image shows some places only: their features are compared by place, and places seen once are left out."""
     places = torch.tensor([[0, 2], [2, 3], [0, 3]])
     features = torch.tensor([[[1.0], [5.0]], [[7.0], [20.0]], [[3.0], [20.0]]])
-    assert feature_std(features, places, 6).item() == pytest.approx((1.0 + 1.0 + 0.0) / 3)
+    assert feature_std(features, places, 6).item() == pytest.approx(math.sqrt((2.0 + 2.0 + 0.0) / 3))
     assert math.isnan(feature_std(features[:1], places[:1], 6).item())
 
 
@@ -228,3 +228,11 @@ def test_progress_bar_and_silence():
 def test_describe_leaves_out_what_is_unknown():
     assert describe({"step": 1, "knn": 0.5, "loss": None}) == ""
     assert duration(90061) == "1d 01:01:01"
+
+
+@pytest.mark.parametrize("images", [4, 16, 64])
+def test_feature_std_does_not_depend_on_the_number_of_images(images):
+    generator = torch.Generator().manual_seed(0)
+    places = torch.rand(images, 20, generator=generator).argsort(dim=1)[:, :8]
+    features = torch.randn(images, 8, 256, generator=generator)
+    assert feature_std(features, places, 20).item() == pytest.approx(1.0, abs=0.06)

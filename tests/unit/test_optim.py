@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ijepa_scale.config import ModelConfig, OptimizerConfig
-from ijepa_scale.ema import update_target
+from ijepa_scale.ema import TargetUpdate
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.registry import build_jepa
 from ijepa_scale.optim import build_optimizer, parameter_groups, set_hyper, set_step
@@ -60,11 +60,11 @@ def test_missing_apex_is_named() -> None:
 
 def test_target_update() -> None:
     target, source = [torch.zeros(3), torch.ones(2)], [torch.full((3,), 4.0), torch.ones(2)]
-    update_target(target, source, 0.75)
+    TargetUpdate()(target, source, 0.75)
     assert torch.equal(target[0], torch.ones(3)) and torch.equal(target[1], torch.ones(2))
-    update_target(target, source, 1.0)
+    TargetUpdate()(target, source, 1.0)
     assert torch.equal(target[0], torch.ones(3))
     with pytest.raises(AssertionError, match="must be fp32"):
-        update_target([torch.zeros(1, dtype=torch.bfloat16)], [torch.zeros(1)], 0.5)
+        TargetUpdate()([torch.zeros(1, dtype=torch.bfloat16)], [torch.zeros(1)], 0.5)
     with pytest.raises(AssertionError, match="cut differently"):
-        update_target([torch.zeros(1)], [torch.zeros(2)], 0.5)
+        TargetUpdate()([torch.zeros(1)], [torch.zeros(2)], 0.5)
