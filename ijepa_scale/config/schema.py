@@ -6,6 +6,7 @@ component is handed its own section, never the root.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,12 +182,17 @@ class EngineConfig:
         choose(problems, "strategy", self.strategy, ("auto", "plain", "ddp", "fsdp2", "deepspeed"))
         choose(problems, "device", self.device, ("auto", "cpu", "cuda"))
         choose(problems, "precision", self.precision, ("bf16", "fp32"))
-        choose(problems, "target_precision", self.target_precision or "null", ("null", "fp8"))
+        if self.target_precision not in (None, "fp8"):
+            problems.append(f"target_precision is {self.target_precision!r}; choose fp8, or null")
         if self.target_precision == "fp8" and self.precision != "bf16":
             problems.append(f"target_precision is fp8 but precision is {self.precision}; set precision=bf16 beside it")
         choose(problems, "checkpointing", self.checkpointing, ("none", "full", "selective"))
         choose(problems, "attention", self.attention, ATTENTION)
-        object.__setattr__(self, "triton", (self.triton,) if isinstance(self.triton, str) else tuple(self.triton))
+        named = () if self.triton is None else (self.triton,) if isinstance(self.triton, str) else self.triton
+        if not isinstance(named, (list, tuple)):
+            problems.append(f"triton is {self.triton!r}; give a list of {', '.join(TRITON)}")
+            named = ()
+        object.__setattr__(self, "triton", tuple(named))
         choose(problems, "layer_norm", self.layer_norm, ("torch", "triton", "apex"))
         for name in self.triton:
             choose(problems, "triton", name, TRITON)
@@ -200,7 +206,19 @@ class EngineConfig:
             problems.append(f"replicas is {self.replicas} but strategy is {self.strategy}; HSDP needs fsdp2")
         if self.cuda_graphs and self.strategy == "fsdp2":
             problems.append(f"cuda_graphs is true but strategy is fsdp2: {NO_GRAPH}")
+        problems.extend(self._without_effect())
         raise_problems("engine", problems)
+
+    def _without_effect(self) -> Iterator[str]:
+        """Yields the settings that ask for something and would change nothing."""
+        if self.zero_communication == "bf16":
+            if self.strategy != "deepspeed" and (self.strategy != "auto" or self.ds_config is None):
+                strategy = "auto without a ds_config" if self.strategy == "auto" else self.strategy
+                yield f"zero_communication is bf16 but strategy is {strategy}: only ZeRO reads it; set it to fp32"
+            if self.precision != "bf16":
+                yield f"zero_communication is bf16 but precision is {self.precision}; set one to the other's"
+        if self.compile_cache is not None and not self.compile:
+            yield f"compile_cache is {self.compile_cache!r} but compile is false; set compile=true, or it to null"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,7 +180,8 @@ def _spread(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, *, stage:
 
 def _alternatives(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets) -> Iterator[Spread]:
     """Yields every other way to spread the step."""
-    base = _spread(dataclasses.replace(engine, strategy="ddp", replicas=1, ds_config=None), cluster, zero, stage=1)
+    changes = {"strategy": "ddp", "replicas": 1, "ds_config": None, "zero_communication": "fp32"}
+    base = _spread(dataclasses.replace(engine, **changes), cluster, zero, stage=1)
     if cluster.num_gpus == 1:
         return
     yield base
@@ -189,7 +190,7 @@ def _alternatives(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets) -> 
         for groups in replicas:
             yield dataclasses.replace(base, strategy="fsdp2", replicas=groups, reshard_after_forward=reshard)
     for stage in (1, 2, 3):
-        yield dataclasses.replace(base, strategy=f"zero{stage}")
+        yield dataclasses.replace(base, strategy=f"zero{stage}", communication=engine.zero_communication)
 
 
 def _candidate(

@@ -118,6 +118,10 @@ class Space:
             ConfigError: the settings don't go together.
         """
         accumulation = self.share // micro_batch
+        if changes.get("strategy", "deepspeed") != "deepspeed":
+            changes["zero_communication"] = "fp32"  # without effect there, and refused
+        if changes.get("compile") is False:
+            changes["compile_cache"] = None  # likewise
         return Candidate(dataclasses.replace(engine, accumulation=accumulation, **changes), micro_batch)
 
     def config_of(self, candidate: Candidate) -> PretrainConfig:
@@ -144,6 +148,7 @@ class Space:
             replicas=engine.replicas,
             reshard_after_forward=engine.reshard_after_forward and engine.strategy == "fsdp2",
             precision=engine.precision,
+            communication=engine.zero_communication,
             accumulation=engine.accumulation,
             zero=ZeroBuckets.of(_zero_section(engine)) if engine.strategy == "deepspeed" else ZeroBuckets(),
         )

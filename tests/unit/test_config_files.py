@@ -210,10 +210,39 @@ def test_all_unknown_keys_come_in_one_message(tmp_path: Path) -> None:
         ("optimizer.betas=3", "optimizer.betas is 3; give 2 numbers"),
         ("augment.mean=null", "augment.mean is None; give 3 numbers"),
         ("engine.strategy=horovod", "engine.strategy is 'horovod'; choose one of auto, plain, ddp, fsdp2, deepspeed"),
+        ("engine.target_precision='null'", "engine.target_precision is 'null'; choose fp8, or null"),
+        ("engine.target_precision=''", "engine.target_precision is ''; choose fp8, or null"),
+        ("engine.triton=5", "engine.triton is 5; give a list of target_loss, target_update"),
+        (
+            "engine.zero_communication=bf16",
+            "engine.zero_communication is bf16 but strategy is auto without a ds_config: only ZeRO reads it; "
+            "set it to fp32",
+        ),
+        (
+            "engine={strategy: ddp, zero_communication: bf16}",
+            "engine.zero_communication is bf16 but strategy is ddp: only ZeRO reads it; set it to fp32",
+        ),
+        (
+            "engine={ds_config: a.json, precision: fp32, zero_communication: bf16}",
+            "engine.zero_communication is bf16 but precision is fp32; set one to the other's",
+        ),
+        (
+            "engine.compile_cache=kernels",
+            "engine.compile_cache is 'kernels' but compile is false; set compile=true, or it to null",
+        ),
     ],
 )
 def test_wrong_values_say_what_is_wanted(empty: Path, override: str, text: str) -> None:
     assert refusal(empty, override) == [f"command line: {text}"]
+
+
+def test_settings_that_take_effect_are_taken(empty: Path) -> None:
+    assert load_config(empty, ["engine.triton=null"]).engine.triton == ()
+    zero = ["engine.zero_communication=bf16", "engine.ds_config=ds_configs/zero3.json"]
+    for overrides in (zero, [*zero, "engine.strategy=deepspeed"]):
+        assert load_config(empty, overrides).engine.zero_communication == "bf16"
+    compiled = load_config(empty, ["engine.compile=true", "engine.compile_cache=kernels"]).engine
+    assert compiled.compile_cache == "kernels"
 
 
 def test_problems_of_several_sections_come_together(tmp_path: Path) -> None:

@@ -261,9 +261,12 @@ def test_the_command_speaks_json_and_refuses_plainly(capsys: pytest.CaptureFixtu
 
 def test_a_deepspeed_file_sets_stage_and_buckets(capsys: pytest.CaptureFixture[str]) -> None:
     config = published(
-        "in1k_vith14_ep300", "engine.strategy=deepspeed", "engine.ds_config=ds_configs/zero2_offload.json"
+        "in1k_vith14_ep300",
+        "engine={strategy: deepspeed, ds_config: ds_configs/zero2_offload.json, zero_communication: bf16}",
     )
     zero = json.loads((ROOT / "ds_configs" / "zero2_offload.json").read_text())["zero_optimization"]
     found = plan(config, Cluster(A100, 8), zero=zero)
     assert found.chosen.spread.label == "zero2" and found.chosen.footprint.optimizer == 0
     assert "zero2" in plan_text(found) and plan_json(found)["chosen"]["spread"]["zero"]["offload_optimizer"]
+    sent = {each.spread.label: each.spread.communication for each in found.candidates}
+    assert sent["ddp"] == sent["fsdp2"] == "fp32" and sent["zero1"] == sent["zero3"] == "bf16"

@@ -64,6 +64,17 @@ def test_sharding_needs_less() -> None:
     assert needs["fsdp2 reshard"] < needs["fsdp2"] < needs["ddp"] and needs["zero3"] < needs["zero1"]
 
 
+def test_settings_of_zero_and_of_the_compiler_go_with_them() -> None:
+    settings = {"precision": "bf16", "ds_config": f"{DS_CONFIGS}/zero2.json", "zero_communication": "bf16"}
+    found = space(config(**settings), machine(kind="cuda", processes=8, gigabytes=80))
+    spreads = dict(found.spreads(found.engine))
+    sent = {n: found.candidate(found.engine, 8, **spreads[n]).engine.zero_communication for n in ("ddp", "zero3")}
+    assert sent == {"ddp": "fp32", "zero3": "bf16"}
+    compiled = EngineConfig(strategy="plain", compile=True, compile_cache="kernels")
+    assert found.candidate(compiled, 8, compile=False).engine.compile_cache is None
+    assert found.candidate(compiled, 8, checkpointing="full").engine.compile_cache == "kernels"
+
+
 def test_one_process_has_nothing_to_spread_and_missing_files_are_told() -> None:
     assert list(space().spreads(EngineConfig())) == []
     bare = space(config(), machine(processes=2))
