@@ -24,26 +24,23 @@ class BlockBytes:
     """What one transformer block's forward leaves for its backward."""
 
     input: float  # the residual stream on entry, fp32
-    products: float  # outputs of qkv, attention and fc1
-    attention: float  # the part of `products` that is attention's: output and log-sum-exp
+    products: float  # outputs of qkv, attention (and its log-sum-exp) and fc1
     results: float  # outputs of proj and fc2, which selective checkpointing keeps though nothing reads them
     cheap: float  # outputs of norms, GELU and the first addition
 
-    def kept(self, checkpointing: str, attention_kept: bool = True) -> float:
+    def kept(self, checkpointing: str) -> float:
         """Returns the bytes kept from forward to backward."""
         if checkpointing == "none":
             return self.input + self.products + self.cheap
-        if checkpointing == "full":
-            return self.input
-        return self.input + self.products + self.results - (0.0 if attention_kept else self.attention)
+        return self.input if checkpointing == "full" else self.input + self.products + self.results
 
-    def recomputed(self, checkpointing: str, attention_kept: bool = True) -> float:
+    def recomputed(self, checkpointing: str) -> float:
         """Returns the bytes that backward makes anew for this block."""
         if checkpointing == "none":
             return 0.0
         if checkpointing == "full":
             return self.products + self.cheap + self.input  # and the residual stream on exit
-        return self.cheap + (0.0 if attention_kept else self.attention)
+        return self.cheap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +80,8 @@ def activations(
     """Returns the bytes of one micro-batch of `tokens` under eager PyTorch.
 
     `precision` and `checkpointing` are the engine section's; `casts` is false where weights are bf16
-    already (FSDP2). On CUDA in bf16, packed attention is one varlen kernel, which selective checkpointing
-    recomputes; else one SDPA call per run of equal lengths, whose outputs are copied together.
+    already (FSDP2). On CUDA in bf16, packed attention is one varlen kernel; else one SDPA call per run of
+    equal lengths, whose outputs are copied together.
     """
     sizes = resolve(model)
     e = BF16_BYTES if precision == "bf16" else FP32_BYTES
@@ -93,11 +90,10 @@ def activations(
     block = block_bytes(tokens.context, *wide, heads=sizes.heads, e=e, by_runs=by_runs)
     inner = block_bytes(tokens.predictor, *narrow, heads=sizes.heads, e=e, by_runs=by_runs)
     last = _last_block(tokens, *narrow, heads=sizes.heads, e=e, by_runs=by_runs)
-    kept = (checkpointing, by_runs or not tokens.packed)
     embedded = e * tokens.context * IMAGE_CHANNELS * sizes.patch_size**2
     # the final norm and the input of the product behind it
     encoder_tail = tokens.context * (_NORM_STATISTICS + (FP32_BYTES + e) * sizes.width)
-    predictor_tail = last.kept(*kept) + tokens.predicted * (_NORM_STATISTICS + (FP32_BYTES + e) * narrow[0])
+    predictor_tail = last.kept(checkpointing) + tokens.predicted * (_NORM_STATISTICS + (FP32_BYTES + e) * narrow[0])
     rows = tokens.predicted * sizes.width
     halves = e == BF16_BYTES
     inside, outside = _linear_weights(sizes)
@@ -105,16 +101,16 @@ def activations(
     pixels = IMAGE_CHANNELS * sizes.num_patches * sizes.patch_size**2
     return Activations(
         inputs=FP32_BYTES * tokens.images * (pixels + tokens.wanted * sizes.width),
-        encoder=embedded + sizes.depth * block.kept(*kept) + encoder_tail,
+        encoder=embedded + sizes.depth * block.kept(checkpointing) + encoder_tail,
         encoder_tail=encoder_tail,
-        predictor=(sizes.predictor_depth - 1) * inner.kept(*kept) + predictor_tail,
+        predictor=(sizes.predictor_depth - 1) * inner.kept(checkpointing) + predictor_tail,
         predictor_tail=predictor_tail,
         loss=2 * FP32_BYTES * rows,
         loss_work=(FP32_BYTES + (BF16_BYTES if halves else 0)) * rows,
         weight_casts=copied * (inside + outside),
         kept_casts=copied * (outside + (inside if checkpointing == "none" else 0)),
-        encoder_block=block.recomputed(*kept) + _backward_work(tokens.context, *wide, e=e),
-        predictor_block=inner.recomputed(*kept) + _backward_work(tokens.predictor, *narrow, e=e),
+        encoder_block=block.recomputed(checkpointing) + _backward_work(tokens.context, *wide, e=e),
+        predictor_block=inner.recomputed(checkpointing) + _backward_work(tokens.predictor, *narrow, e=e),
         encoder_work=_forward_work(tokens.context, *wide, e=e, checkpointing=checkpointing),
         predictor_work=_forward_work(tokens.predictor, *narrow, e=e, checkpointing=checkpointing),
         target_work=_target_work(tokens, sizes, e),
@@ -131,7 +127,6 @@ def block_bytes(n: float, width: int, mlp_width: int, *, heads: int, e: int, by_
     return BlockBytes(
         input=FP32_BYTES * n * width,
         products=3 * e * n * width + attention + e * n * mlp_width,
-        attention=attention,
         results=2 * e * n * width,
         cheap=n * (2 * _NORM_STATISTICS + (2 * e + FP32_BYTES) * width + e * mlp_width)
         + (e * n * width if by_runs else 0.0),
@@ -162,7 +157,6 @@ def _last_block(tokens: Tokens, width: int, mlp_width: int, *, heads: int, e: in
     return BlockBytes(
         input=FP32_BYTES * width * (n + (q if tokens.packed else 0.0)),  # packed, the wanted rows are a copy
         products=e * width * (q + 2 * n) + attention + e * q * mlp_width,
-        attention=attention,
         results=2 * e * q * width,
         cheap=norms + q * (FP32_BYTES * width + e * mlp_width) + (e * q * width if by_runs else 0.0),
     )
