@@ -19,20 +19,35 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, impleme
     which on AMD processors leaves 7 to 10% of their peak unused (one EPYC core: 100 GFLOP/s against 110).
 
     Raises:
-        ValueError: an unknown implementation, or oneDNN for tensors that it doesn't take here.
+        ValueError: an unknown implementation, oneDNN for tensors that it doesn't take here, or, outside compiled
+            code, widths that don't fit one another.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     fits = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
+    fits = fits and (bias is None or bias.dtype == torch.float32)
     fits = fits and not torch.is_autocast_enabled("cpu") and is_available()
     if implementation == "onednn" and not fits:
         raise ValueError(
             f"onednn takes fp32 on the CPU outside autocast, not {input.dtype} and {weight.dtype} on "
             f"{input.device.type} (oneDNN {'is' if is_available() else 'is not'} built in); choose auto"
         )
-    if implementation == "torch" or not fits or torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _check_widths(input, weight, bias)
+    if implementation == "torch" or not fits or compiling:
         return F.linear(input, weight, bias)
     return onednn_linear(input, weight, bias)
+
+
+def _check_widths(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    of_bias = weight.shape[:1] if bias is None else bias.shape
+    if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:] or of_bias != weight.shape[:1]:
+        raise ValueError(
+            f"input {tuple(input.shape)}, weight {tuple(weight.shape)} and bias "
+            f"{None if bias is None else tuple(bias.shape)} don't fit; expected (..., in), (out, in) and (out,): "
+            "pass the weight and the bias that belong to this width"
+        )
 
 
 def cost(rows: int, inputs: int, outputs: int, *, bytes_per_value: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _MANY_TOKENS = 1024
 
@@ -21,12 +22,20 @@ def is_available() -> bool:
 
 
 def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns input @ weight^T + bias of fp32 CPU tensors, differentiable in all three."""
+    """Returns input @ weight^T + bias of fp32 CPU tensors, differentiable in all three, once."""
     return _Linear.apply(input, weight, bias)
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    # a bias is read as if it were contiguous, whatever its strides
+    return torch.ops.mkldnn._linear_pointwise(
+        input, weight, None if bias is None else bias.contiguous(), "none", [], ""
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Returns (tokens, width) of (..., width); one row of (width,)."""
+    return tensor[None] if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 
 def _weight_gradient(gradient: Tensor, input: Tensor) -> Tensor:
@@ -45,12 +54,13 @@ class _Linear(torch.autograd.Function):
         return _product(input, weight, bias)
 
     @staticmethod
+    @once_differentiable  # the products are outside autograd: a second derivative would be wrong without a word
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
+        rows = _rows(gradient)
         of_input, of_weight, of_bias = ctx.needs_input_grad
         return (
             _product(gradient, weight.t(), None) if of_input else None,
-            _weight_gradient(rows, input.flatten(0, -2)) if of_weight else None,
+            _weight_gradient(rows, _rows(input)) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )

@@ -18,7 +18,7 @@ def inputs(rows, width, out, bias=True):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("rows", "width", "out"),
-    [((5,), 7, 3), ((2, 9), 96, 32), ((2, 9), 32, 96), ((2, 600), 8, 24), ((1, 1), 1, 1), ((0,), 4, 2)],
+    [((5,), 7, 3), ((2, 9), 96, 32), ((2, 9), 32, 96), ((2, 600), 8, 24), ((1, 1), 1, 1), ((0,), 4, 2), ((), 6, 3)],
 )
 def test_forward_and_gradients_are_the_definitions(rows, width, out, bias, implementation):
     given = inputs(rows, width, out, bias)
@@ -41,6 +41,39 @@ def test_slices_and_transposes_are_taken_as_they_are():
     torch.testing.assert_close(found, x.transpose(0, 1) @ weight[4:8].T + bias[4:8])
     found.square().sum().backward()
     assert weight.grad[:4].abs().max() == 0 < weight.grad[4:8].abs().min()
+
+
+def test_a_bias_may_have_any_stride():
+    x, weight, bias = inputs((5,), 6, 4)
+    strided = torch.stack([bias.detach(), torch.full((4,), 100.0)], dim=1)[:, 0].requires_grad_()
+    assert not strided.is_contiguous()
+    found = linear(x, weight, strided, implementation="onednn")
+    torch.testing.assert_close(found, x @ weight.T + bias)
+    found.sum().backward()
+    assert strided.grad.tolist() == [5.0] * 4
+
+
+def test_a_second_derivative_is_refused():
+    x, weight, bias = inputs((3,), 4, 5)
+    found = linear(x, weight, bias, implementation="onednn").square().sum()
+    (gradient,) = torch.autograd.grad(found, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "torch", "onednn"])
+@pytest.mark.parametrize(
+    ("shapes", "text"),
+    [
+        (((2, 3), (5, 4), (5,)), r"input \(2, 3\), weight \(5, 4\) and bias \(5,\) don't fit; expected"),
+        (((2, 4), (5, 4), (4,)), r"bias \(4,\) don't fit; .*: pass the weight and the bias that belong"),
+        (((2, 4), (4,), None), r"weight \(4,\) and bias None don't fit"),
+        (((), (5, 4), None), r"input \(\), weight \(5, 4\)"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(shapes, text, implementation):
+    with pytest.raises(ValueError, match=text):
+        linear(*(None if shape is None else torch.zeros(shape) for shape in shapes), implementation=implementation)
 
 
 def test_only_what_needs_a_gradient_gets_one():
