@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from ijepa_kernels.linear import onednn
 from ijepa_scale import environment
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.models.vit import Block
@@ -24,18 +25,17 @@ logger = logging.getLogger(__name__)
 RECOMPILE_LIMIT = 16
 
 # Kept by selective checkpointing: what is dear to compute. The rest (norms, GELU, adds) is recomputed.
-_KEPT_OPERATIONS = {
+_KEPT_OPERATIONS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
-    torch.ops.mkldnn._linear_pointwise.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.ijepa_kernels.attention_by_runs.default,
-}
+]
 
 
 def block_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
@@ -56,14 +56,15 @@ def checkpoint_blocks(module: nn.Module, mode: str) -> None:
         return
     options: dict[str, Any] = {}
     if mode == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_matrix_products)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _kept_operations())
     for children in block_lists(module):
         for index, block in enumerate(children):
             children[index] = checkpoint_wrapper(block, **options)
 
 
-def _keep_matrix_products(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+def _kept_operations() -> list[torch._ops.OpOverload]:
+    # a PyTorch without oneDNN has no such operation, and this module must import there
+    return _KEPT_OPERATIONS + ([torch.ops.mkldnn._linear_pointwise.default] if onednn.is_available() else [])
 
 
 def compile_parts(config: EngineConfig, *parts: nn.Module | None) -> None:
