@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_kernels.attention.layout import SequenceLayout, paired_runs
+from ijepa_kernels.attention.layout import SequenceLayout, check_paired, runs_of
 from ijepa_kernels.attention.runs import attention_by_runs, opaque_attention_by_runs
 from ijepa_kernels.attention.varlen import flash_packed
 
@@ -28,19 +28,28 @@ def attention(
     attention, else one SDPA call for each run of equally long sequences.
 
     Raises:
-        ValueError: a layout doesn't cover the tokens, or the two hold different numbers of sequences.
+        ValueError: outside compiled code, a layout doesn't cover the tokens, or the two hold different numbers of
+            sequences.
     """
     if layout is None:
         return F.scaled_dot_product_attention(q, k, v)
     queries = layout if query_layout is None else query_layout
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # compiled code would be specialised to the lengths
+        check_paired(queries, layout)
+        _check_covered(q, queries)
+        _check_covered(k, layout)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return flash_packed(q, k, v, layout, queries)
-    if torch.compiler.is_compiling():
+    if compiling:
         return opaque_attention_by_runs(q, k, v, queries.cu_seqlens, layout.cu_seqlens)
-    for tokens, of in ((q, queries), (k, layout)):
-        if of.total != tokens.shape[0]:
-            raise ValueError(
-                f"{tokens.shape[0]} packed tokens but the layout's {len(of.lengths)} sequences hold {of.total}; "
-                "pass the layout that belongs to these tokens"
-            )
-    return attention_by_runs(q, k, v, paired_runs(queries, layout))
+    return attention_by_runs(q, k, v, runs_of(queries.lengths, layout.lengths))
+
+
+def _check_covered(tokens: Tensor, layout: SequenceLayout) -> None:
+    """Reads the lengths on the host only."""
+    if layout.total != tokens.shape[0]:
+        raise ValueError(
+            f"{tokens.shape[0]} packed tokens but the layout's {len(layout.lengths)} sequences hold {layout.total}; "
+            "pass the layout that belongs to these tokens"
+        )

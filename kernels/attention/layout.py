@@ -47,8 +47,8 @@ class SequenceLayout:
         return SequenceLayout(self.lengths, change(self.cu_seqlens))
 
 
-def paired_runs(queries: SequenceLayout, keys: SequenceLayout) -> list[tuple[int, int, int]]:
-    """Returns (count, query length, key length) of consecutive sequences that are alike in both, in order.
+def check_paired(queries: SequenceLayout, keys: SequenceLayout) -> None:
+    """Refuses layouts of other sequences. Reads the host only.
 
     Raises:
         ValueError: the layouts hold different numbers of sequences.
@@ -58,9 +58,8 @@ def paired_runs(queries: SequenceLayout, keys: SequenceLayout) -> list[tuple[int
             f"{len(queries.lengths)} sequences of queries but {len(keys.lengths)} of keys; "
             "pass layouts of the same sequences"
         )
-    return runs_of(queries.lengths, keys.lengths)
 
 
 def runs_of(queries: Sequence[int], keys: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Returns (count, query length, key length) of consecutive equal pairs of lengths."""
+    """Returns (count, query length, key length) of consecutive equal pairs of lengths, in order."""
     return [(len(list(group)), *pair) for pair, group in groupby(zip(queries, keys, strict=True))]

@@ -42,7 +42,8 @@ def opaque_attention_by_runs(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor
     Reads `cu_queries` and `cu_keys` (S + 1,) on the host: free on the CPU, a synchronisation on CUDA (where only
     fp32 comes here). Gradients are summed in fp32.
     """
-    return attention_by_runs(q, k, v, _runs_between(cu_queries, cu_keys)).contiguous()
+    out = attention_by_runs(q, k, v, _runs_between(cu_queries, cu_keys))
+    return out.contiguous() if len(q) else q.new_empty(q.shape)  # of no tokens it is q, and outputs may not be inputs
 
 
 @opaque_attention_by_runs.register_fake

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -106,6 +108,26 @@ def test_no_sequence_sees_another():
 def test_no_tokens_give_no_tokens():
     q, k, v, _ = tensors((0, 2, 4))
     assert attention(q, k, v, SequenceLayout.of(())).shape == (0, 2, 4)
+
+
+def test_no_tokens_give_no_tokens_in_compiled_code():
+    inputs = tensors((0, 2, 4))[:3]
+    out = opaque_attention_by_runs(*inputs, *[SequenceLayout.of(()).cu_seqlens] * 2)
+    assert out.shape == (0, 2, 4) and out is not inputs[0]
+    assert [g.shape for g in torch.autograd.grad(out.sum(), inputs)] == [(0, 2, 4)] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layouts_are_checked_whatever_the_device(dtype):
+    """With stand-ins for tensors on a GPU, which have nothing that could be read."""
+    tokens = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(6, 2, 4))
+    six = SequenceLayout.of((3, 3))
+    with pytest.raises(ValueError, match="6 packed tokens but the layout's 2 sequences hold 7; pass the layout"):
+        attention(tokens, tokens, tokens, SequenceLayout.of((3, 4)))
+    with pytest.raises(ValueError, match="6 packed tokens but the layout's 2 sequences hold 5; pass the layout"):
+        attention(tokens, tokens, tokens, six, SequenceLayout.of((3, 2)))
+    with pytest.raises(ValueError, match="1 sequences of queries but 2 of keys; pass layouts of the same sequences"):
+        attention(tokens, tokens, tokens, six, SequenceLayout.of((6,)))
 
 
 def test_a_layout_of_other_tokens_is_refused():
