@@ -33,7 +33,7 @@ class Footprint:
     optimizer: float
     target: float  # and its bf16 copies, where the engine keeps them
     activations: float  # kept for backward, with images and target features
-    buffers: float
+    buffers: float  # of communication, and the pool of a CUDA graph
     peak: float
     moment: str  # of the step, when the peak is reached
 
@@ -53,9 +53,19 @@ def usable_bytes(device: Device) -> float:
 
 
 def footprint(
-    model: ModelConfig, tokens: Tokens, spread: Spread, *, checkpointing: str = "none", device: str = "cuda"
+    model: ModelConfig,
+    tokens: Tokens,
+    spread: Spread,
+    *,
+    checkpointing: str = "none",
+    device: str = "cuda",
+    cuda_graphs: bool = False,
 ) -> Footprint:
-    """Returns the bytes of one process that trains on micro-batches of `tokens`."""
+    """Returns the bytes of one process that trains on micro-batches of `tokens`.
+
+    With `cuda_graphs` the target's forward works in a pool of its own, which stays reserved all run, on a copy
+    of the images; where the target is sharded there is no graph, and nothing is counted.
+    """
     counts = count_parameters(model)
     held = spread_states(
         counts.trainable,
@@ -78,10 +88,11 @@ def footprint(
     moving = buffers(model, spread)
     gradients = held.gradients + moving.gradients
     lasting = spread.strategy == "ddp" or spread.accumulation > 1 or spread.stage == 3
-    base = held.weights + held.optimizer + held.target + copies + moving.permanent
+    graph = work.target_work + _image_bytes(model, tokens) if cuda_graphs and spread.target_replicated else 0.0
+    base = held.weights + held.optimizer + held.target + copies + moving.permanent + graph
     predictor = counts.predictor / counts.trainable
     moments = _moments(work, moving, gradients=gradients, lasting=lasting, predictor=predictor)
-    moments["input"] = (gradients if lasting else 0.0) + _input_bytes(model, tokens)
+    moments["input"] = (gradients if lasting else 0.0) + 2 * _image_bytes(model, tokens)  # augmented
     moment = max(moments, key=lambda name: moments[name])
     return Footprint(
         weights=held.weights,
@@ -89,7 +100,7 @@ def footprint(
         optimizer=held.optimizer,
         target=held.target + copies,
         activations=work.inputs + work.kept,
-        buffers=moving.largest,
+        buffers=moving.largest + graph,
         peak=base + moments[moment],
         moment=moment,
     )
@@ -100,7 +111,7 @@ def target_copy_bytes(model: ModelConfig, spread: Spread) -> float:
 
     With an fp8 target they are fewer: this is an upper bound then.
     """
-    if spread.precision != "bf16" or spread.strategy == "fsdp2" or spread.stage == 3:
+    if spread.precision != "bf16" or not spread.target_replicated:
         return 0.0
     sizes = resolve(model)
     norms = 2 * sizes.width * (2 * sizes.depth + 1)  # stay fp32
@@ -121,7 +132,14 @@ def usual_tokens(
 
 
 def largest_micro_batch(
-    model: ModelConfig, masks: MaskConfig, spread: Spread, *, checkpointing: str, device: Device, batch_size: int
+    model: ModelConfig,
+    masks: MaskConfig,
+    spread: Spread,
+    *,
+    checkpointing: str,
+    device: Device,
+    batch_size: int,
+    cuda_graphs: bool = False,
 ) -> int:
     """Returns the most images of a micro-batch that fit, 0 where none does; at most a process's share of the batch.
 
@@ -131,7 +149,8 @@ def largest_micro_batch(
 
     def fits(size: int) -> bool:
         _, largest = usual_tokens(masks, model.grid, micro_batch=size, batch_size=batch_size)
-        return footprint(model, largest, spread, checkpointing=checkpointing).fits(device)
+        needed = footprint(model, largest, spread, checkpointing=checkpointing, cuda_graphs=cuda_graphs)
+        return needed.fits(device)
 
     low, high = 0, max(1, batch_size // spread.world)
     while low < high:
@@ -140,10 +159,10 @@ def largest_micro_batch(
     return low
 
 
-def _input_bytes(model: ModelConfig, tokens: Tokens) -> float:
-    """Returns the bytes of a micro-batch while it is augmented: images in fp32, before and after."""
+def _image_bytes(model: ModelConfig, tokens: Tokens) -> float:
+    """Returns the bytes of a micro-batch's images in fp32."""
     sizes = resolve(model)
-    return 2 * FP32_BYTES * tokens.images * IMAGE_CHANNELS * sizes.num_patches * sizes.patch_size**2
+    return FP32_BYTES * tokens.images * IMAGE_CHANNELS * sizes.num_patches * sizes.patch_size**2
 
 
 def _moments(

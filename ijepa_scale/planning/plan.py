@@ -203,8 +203,8 @@ def _candidate(
     mfu: float,
 ) -> Candidate:
     mean, largest = tokens
-    checkpointing = config.engine.checkpointing
-    needed = footprint(config.model, largest, spread, checkpointing=checkpointing)
+    checkpointing, graphs = config.engine.checkpointing, config.engine.cuda_graphs
+    needed = footprint(config.model, largest, spread, checkpointing=checkpointing, cuda_graphs=graphs)
     return Candidate(
         spread=spread,
         footprint=needed,
@@ -216,6 +216,7 @@ def _candidate(
             checkpointing=checkpointing,
             device=cluster.device,
             batch_size=round(mean.images) * spread.accumulation * spread.world,
+            cuda_graphs=graphs,
         ),
         time=step_time(
             config.model, cluster, spread, flops=flops, micro_batch=mean.images, checkpointing=checkpointing, mfu=mfu
@@ -268,7 +269,8 @@ def _advice(
             _, largest = usual_tokens(
                 config.masks, config.model.grid, micro_batch=share // parts, batch_size=batch_size
             )
-            needed = footprint(config.model, largest, spread, checkpointing=mode)
+            graphs = config.engine.cuda_graphs
+            needed = footprint(config.model, largest, spread, checkpointing=mode, cuda_graphs=graphs)
             if needed.fits(cluster.device):
                 changes = [f"engine.accumulation={parts}"] if parts != config.engine.accumulation else []
                 changes += [f"engine.checkpointing={mode}"] if mode != config.engine.checkpointing else []

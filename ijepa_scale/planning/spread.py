@@ -66,6 +66,11 @@ class Spread:
         return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
 
     @property
+    def target_replicated(self) -> bool:
+        """Whether each process holds the whole target."""
+        return self.strategy != "fsdp2" and self.stage != 3
+
+    @property
     def sent_bytes(self) -> int:
         """Bytes of a trained weight where it is gathered, and of its gradient where ZeRO reduces it."""
         low = self.strategy == "fsdp2" or (self.stage > 0 and self.communication == "bf16")
@@ -74,7 +79,7 @@ class Spread:
     @property
     def target_sent_bytes(self) -> int:
         """Bytes of a target's weight where it is gathered: no gradient of it is reduced, so bf16 costs no digit."""
-        return 2 if self.precision == "bf16" and (self.strategy == "fsdp2" or self.stage == 3) else 4
+        return 2 if self.precision == "bf16" and not self.target_replicated else 4
 
     @property
     def autocast_copies(self) -> bool:

@@ -153,7 +153,12 @@ class Space:
             zero=ZeroBuckets.of(_zero_section(engine)) if engine.strategy == "deepspeed" else ZeroBuckets(),
         )
         plan = footprint(
-            self.config.model, tokens, spread, checkpointing=engine.checkpointing, device=self.machine.kind
+            self.config.model,
+            tokens,
+            spread,
+            checkpointing=engine.checkpointing,
+            device=self.machine.kind,
+            cuda_graphs=engine.cuda_graphs,
         )
         return plan.peak
 

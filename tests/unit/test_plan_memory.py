@@ -170,6 +170,14 @@ def test_states_and_buffers_shrink_as_strategies_promise(strategy: str) -> None:
     assert (found.buffers > 0) == (strategy != "ddp")
 
 
+@pytest.mark.parametrize(("strategy", "replicated"), [("ddp", True), ("zero2", True), ("fsdp2", False)])
+def test_the_pool_of_a_graph_is_there_all_run(strategy: str, replicated: bool) -> None:
+    tokens, spread = Step("truncate", "bf16", "none").tokens, Spread(strategy=strategy, world=4)
+    without, graphed = (footprint(MODEL, tokens, spread, cuda_graphs=graphs) for graphs in (False, True))
+    pool = activations(MODEL, tokens).target_work + BATCH * 3 * 96 * 96 * 4 if replicated else 0.0
+    assert graphed.peak - without.peak == pytest.approx(pool) == graphed.buffers - without.buffers
+
+
 def test_accumulation_keeps_gradients() -> None:
     tokens = Step("truncate", "bf16", "none").tokens
     once, twice = (footprint(MODEL, tokens, Spread(strategy="plain", accumulation=n)) for n in (1, 2))
