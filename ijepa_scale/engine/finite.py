@@ -30,6 +30,7 @@ class FiniteWatch:
         self._losses: list[Tensor] = []
         self._stopped = torch.zeros((), device=world.device) if late else None
         self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._first_bad: tuple[int, list[list[float]]] | None = None  # the step that stopped the device for good
 
     def record(self, loss: Tensor) -> None:
         """Takes note of a micro-batch's loss."""
@@ -69,13 +70,17 @@ class FiniteWatch:
         """Raises what the last step left to be read. Waits for that step on the device, not for what came after it.
 
         Raises:
-            NonFiniteError: names the processes and the step.
+            NonFiniteError: names the processes and the step: the first bad one, also at every later call.
         """
-        if self._pending is not None:
+        if self._first_bad is None and self._pending is not None:
             (step, host, event), self._pending = self._pending, None
             if event is not None:
                 event.synchronize()  # host sync: with the last step, while this one is queued
-            _judge(step, host.tolist())  # in host memory already
+            words = host.tolist()  # in host memory already
+            if not all(_finite(value) for row in words for value in row):
+                self._first_bad = step, words
+        if self._first_bad is not None:  # each time: no later step moves anything, and none may pass for a good one
+            _judge(*self._first_bad)
 
 
 def _judge(step: int, values: list[list[float]]) -> None:

@@ -44,5 +44,13 @@ def test_late_holds_the_device_at_once_and_tells_the_host_a_step_later(how) -> N
     with pytest.raises(NonFiniteError, match="step 2: the gradient norm is nan on processes") as caught:
         watch.settle() if how == "settle" else watch.check(3, GOOD, GOOD)
     assert caught.value.step == 2
-    assert watch.check(3, GOOD, GOOD) == 1.0, "nothing moves any more"
-    watch.settle()
+
+
+def test_late_says_at_every_later_step_that_nothing_moves() -> None:
+    """The device stays stopped, so a caller that goes on must not take frozen steps for good ones."""
+    watch = FiniteWatch(WORLD, late=True)
+    watch.check(2, NAN, GOOD)
+    for again in (watch.settle, lambda: watch.check(3, GOOD, GOOD), lambda: watch.check(4, NAN, GOOD), watch.settle):
+        with pytest.raises(NonFiniteError, match="step 2: process 0 has loss nan") as caught:
+            again()
+        assert caught.value.step == 2
