@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.config.schema import NO_GRAPH
@@ -27,12 +29,14 @@ def target_forward(
 ) -> Callable[..., Tensor]:
     """Returns what an engine calls for the target's output: the target itself, or its graph where the config asks.
 
+    `sharded`: weights are gathered for each forward; of FSDP2's modules it is seen here.
+
     Raises:
         ConfigError: a graph is asked for on the CPU, of sharded weights, or of no encoder.
     """
     if not config.cuda_graphs:
         return _no_target if target is None else target
-    if sharded:
+    if sharded or any(isinstance(module, FSDPModule) for module in (() if target is None else target.modules())):
         raise ConfigError(f"engine.cuda_graphs is true but the target's weights are sharded: {NO_GRAPH}")
     if device.type != "cuda":
         raise ConfigError(f"engine.cuda_graphs is true but this run is on {device}; set engine.cuda_graphs=false")
@@ -41,6 +45,12 @@ def target_forward(
             "engine.cuda_graphs is true but only pretraining has a target in its steps; set engine.cuda_graphs=false"
         )
     return GraphedTarget(target)
+
+
+class _Graph(NamedTuple):
+    images: Tensor  # where a replay reads, (B, 3, H, W)
+    tokens: Tensor  # where it writes, (B, N, D) fp32
+    replay: Callable[[], None]
 
 
 class GraphedTarget:
@@ -52,25 +62,27 @@ class GraphedTarget:
 
     def __init__(self, encoder: VisionTransformer) -> None:
         self._encoder = encoder
-        self._images: Tensor | None = None  # where a replay reads, (B, 3, H, W)
-        self._tokens: Tensor  # where it writes, (B, N, D) fp32
-        self._replay: Callable[[], None]
+        self._graph: _Graph | None = None
 
     def __call__(self, images: Tensor, *args: Tensor, wanted: Tensor | None = None, **options: object) -> Tensor:
         """Returns the encoder's output for the same arguments, without gradients."""
         if wanted is None or args or options:
             return self._encoder(images, *args, wanted=wanted, **options)
-        if self._images is None or self._images.shape != images.shape or self._images.dtype != images.dtype:
-            self._images = images.clone()
-            self._tokens, self._replay = self._capture(self._images)
+        graph = self._graph
+        if graph is None or graph.images.shape != images.shape or graph.images.dtype != images.dtype:
+            # the old graph and its pool go before the new ones come, and a capture that fails leaves none
+            self._graph = graph = None
+            own = images.clone()
+            self._graph = graph = _Graph(own, *self._capture(own))
             logger.info("the target's forward of images %s is captured as a CUDA graph", tuple(images.shape))
-        self._images.copy_(images)
-        self._replay()
-        return self._encoder.head(self._tokens, wanted=wanted)
+        graph.images.copy_(images)
+        graph.replay()
+        return self._encoder.head(graph.tokens, wanted=wanted)
 
     def _capture(self, images: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Returns where the tokens of `images` are written, and what writes them anew from the same memory."""
-        # casts that autocast keeps until its end would be read from freed memory by a later replay
+        # casts that autocast keeps until its end would be read from freed memory by a later replay. Compiled blocks
+        # are traced once more for it: whether autocast keeps casts is a guard of their graphs
         autocast = torch.autocast(
             "cuda",
             dtype=torch.get_autocast_dtype("cuda"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.graphs import GraphedTarget, target_forward
@@ -72,6 +76,31 @@ def test_evaluations_are_not_replayed_and_another_batch_is_captured_anew(encoder
     assert target.captures == 2
 
 
+@torch.no_grad()
+def test_the_old_graph_is_gone_before_the_new_one_is_captured(encoder):
+    seen = []
+
+    class Watched(ReplayedOnCpu):
+        fails = False
+
+        def _capture(self, images):
+            assert all(old() is None for old in seen), "two graphs at once"
+            if self.fails:
+                raise RuntimeError("out of memory")
+            tokens, replay = super()._capture(images)
+            seen.extend(map(weakref.ref, (images, tokens, replay)))
+            return tokens, replay
+
+    target, wanted = Watched(encoder), torch.zeros(3, 1, dtype=torch.int64)
+    target(images_of(2), wanted=wanted[:2])
+    target.fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        target(images_of(3), wanted=wanted)
+    target.fails = False
+    assert torch.equal(target(images_of(3), wanted=wanted), encoder(images_of(3), wanted=wanted))
+    assert target.captures == 2, "nothing was replayed of the capture that failed"
+
+
 def test_without_the_option_the_target_is_called(encoder):
     assert target_forward(EngineConfig(), encoder, CPU) is encoder
     with pytest.raises(AssertionError, match="prepare\\(\\) was given no target"):
@@ -83,6 +112,10 @@ def test_graphs_are_refused_where_they_cannot_be(encoder):
         target_forward(GRAPHS, encoder, CPU)
     with pytest.raises(ConfigError, match="the target's weights are sharded: a graph replays fixed addresses"):
         target_forward(GRAPHS, encoder, CUDA, sharded=True)
+    sharded = copy.deepcopy(encoder)
+    sharded.blocks[0].__class__ = type("Sharded", (FSDPModule, type(encoder.blocks[0])), {})  # as fully_shard does
+    with pytest.raises(ConfigError, match="the target's weights are sharded: a graph replays fixed addresses"):
+        target_forward(GRAPHS, sharded, CUDA)
     with pytest.raises(ConfigError, match="only pretraining has a target in its steps; set engine.cuda_graphs=false"):
         target_forward(GRAPHS, None, CUDA)
     with pytest.raises(ConfigError, match="cuda_graphs is true but strategy is fsdp2: a graph replays fixed addresses"):
