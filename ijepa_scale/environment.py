@@ -6,9 +6,11 @@ Turns what `python`, `torchrun`, `deepspeed` and Slurm's `srun` leave in the env
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import socket
+import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -138,23 +140,45 @@ def export_compile_cache(folder: str | None) -> Path:
     run from a folder must come from one that no one else can write.
 
     Raises:
-        ConfigError: the folder can't be made.
+        ConfigError: the folder can't be made, or others can write to it.
     """
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ijepa_scale" / "compile"
     found = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    if found.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
-        found = ""  # torch's default
+    if found and found == _inductor_default():
+        found = ""
     chosen = Path(folder or found or own).expanduser().resolve()
     try:
-        chosen.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for missing in reversed([place for place in (chosen, *chosen.parents) if not place.exists()]):
+            missing.mkdir(exist_ok=True, mode=0o700)  # each: `parents` gives those the umask's rights
+        state = chosen.stat()
+        if not stat.S_ISDIR(state.st_mode):
+            raise NotADirectoryError(f"{chosen} is no folder")
     except OSError as error:
         raise ConfigError(
             f"the folder of compiled kernels can't be made ({error}); set engine.compile_cache"
         ) from error
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise ConfigError(
+            f"the folder of compiled kernels {chosen} is of user {state.st_uid} with mode {state.st_mode & 0o777:o}; "
+            f"expected user {os.getuid()} and no one else who can write, since its code is run: "
+            "chmod go-w it, or set engine.compile_cache to a folder of your own"
+        )
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(chosen)
     if folder is not None or "TRITON_CACHE_DIR" not in os.environ:
         os.environ["TRITON_CACHE_DIR"] = str(chosen / "triton")
     return chosen
+
+
+def _inductor_default() -> str | None:
+    """Returns the folder that torch itself sets TORCHINDUCTOR_CACHE_DIR to; None for a user without a name.
+
+    Source: default_cache_dir of `torch/_inductor/runtime/cache_dir_utils.py`; this floor imports no torch.
+    """
+    try:
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, OSError):  # torch fails there too, so what is set is the user's
+        return None
+    return os.path.join(tempfile.gettempdir(), "torchinductor_" + user)
 
 
 def child_environment(**changes: str) -> dict[str, str]:

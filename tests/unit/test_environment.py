@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from ijepa_scale.environment import Launch, detect_launch, export_compile_cache, first_host
 from ijepa_scale.errors import ConfigError
@@ -82,8 +84,36 @@ def test_the_compile_cache_is_the_one_that_was_named(tmp_path, monkeypatch) -> N
     named = export_compile_cache(str(tmp_path / "named"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(named) and named.is_dir()
     assert export_compile_cache(None) == named  # the user's variable
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "torchinductor_me"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     assert export_compile_cache(None) == default  # torch's own default isn't the user's word
+    own = tmp_path / "torchinductor_of_my_project"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(own))
+    assert export_compile_cache(None) == own == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="the folder of compiled kernels can't be made .*; set engine.compile_cache"):
         export_compile_cache(str(tmp_path / "file" / "inside"))
+    with pytest.raises(ConfigError, match="can't be made .*file is no folder.; set engine.compile_cache"):
+        export_compile_cache(str(tmp_path / "file"))
+
+
+def test_a_compile_cache_that_others_can_write_is_refused(tmp_path, monkeypatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "untouched")
+    for mode in (0o775, 0o757):
+        shared = tmp_path / f"shared-{mode:o}"
+        shared.mkdir()
+        shared.chmod(mode)
+        with pytest.raises(ConfigError, match=f"{shared} is of user .* with mode {mode:o}; .*: chmod go-w"):
+            export_compile_cache(str(shared))
+    before = os.umask(0)
+    try:
+        inside = export_compile_cache(str(tmp_path / "new" / "inside"))
+    finally:
+        os.umask(before)
+    assert [folder.stat().st_mode & 0o777 for folder in (inside, inside.parent)] == [0o700, 0o700]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "untouched")
+    monkeypatch.setattr(os, "getuid", lambda: inside.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match="with mode 700; expected user .*to a folder of your own"):
+        export_compile_cache(str(inside))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "untouched"
