@@ -6,7 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from ijepa_scale.config.schema import EngineConfig, ModelConfig
+from ijepa_scale.planning.footprint import target_copy_bytes
 from ijepa_scale.planning.memory import state_bytes
+from ijepa_scale.planning.spread import Spread
 
 STATES_SHARE = 0.4  # of a device's memory; the rest is for activations, buffers and fragmentation
 
@@ -22,12 +24,19 @@ class Choice:
 
 
 def choose_strategy(
-    model: ModelConfig, *, world: int, processes_per_node: int, device: str, device_memory_bytes: float | None
+    model: ModelConfig,
+    *,
+    world: int,
+    processes_per_node: int,
+    device: str,
+    device_memory_bytes: float | None,
+    precision: str = "bf16",
 ) -> Choice:
     """Returns the fastest engine whose states take at most 40% of a device's memory, and why.
 
-    `device` is "cpu" or "cuda"; `device_memory_bytes` isn't read on the CPU or for one process. Sharding
-    stays inside a node where that is enough, so that only gradients cross the network.
+    `device` is "cpu" or "cuda"; `device_memory_bytes` isn't read on the CPU or for one process. Replicated states
+    include the target's bf16 copies where `precision` is bf16. Sharding stays inside a node where that is enough,
+    so that only gradients cross the network.
     """
     if world == 1:
         return Choice(strategy="plain", reason="one process")
@@ -37,7 +46,7 @@ def choose_strategy(
         raise ValueError(f"device_memory_bytes is {device_memory_bytes}; give the bytes of one {device} device")
     room = STATES_SHARE * device_memory_bytes
     limit = f"{STATES_SHARE:.0%} of {device_memory_bytes / 1e9:.0f} GB"
-    replicated = state_bytes(model, "ddp").total
+    replicated = state_bytes(model, "ddp").total + target_copy_bytes(model, Spread(strategy="ddp", precision=precision))
     if replicated <= room:
         return Choice(strategy="ddp", reason=f"{replicated / 1e9:.1f} GB of replicated states are within {limit}")
     nodes = world // processes_per_node if world % processes_per_node == 0 and processes_per_node > 1 else 1
@@ -79,6 +88,7 @@ def resolve_engine(
         processes_per_node=processes_per_node,
         device=device,
         device_memory_bytes=device_memory_bytes,
+        precision=engine.precision,
     )
     resolved = dataclasses.replace(
         engine,
