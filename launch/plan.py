@@ -11,11 +11,11 @@ import argparse
 import json
 import sys
 
-from ijepa_scale.config import read_config
 from ijepa_scale.errors import UserError
-from ijepa_scale.planning.devices import GPUS_PER_NODE, NETWORK_GB_PER_S, Cluster, parse_gpus
+from ijepa_scale.planning.devices import GPUS_PER_NODE, Cluster, parse_gpus
 from ijepa_scale.planning.plan import MFU, plan
 from ijepa_scale.planning.plan_text import plan_json, plan_text
+from ijepa_scale.planning.reading import read_pretraining
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", "--fname", required=True, help="YAML file, ours or a published one")
     parser.add_argument("--gpus", nargs="+", required=True, help="number and kind, such as 8x a100-80gb")
     parser.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help=f"default {GPUS_PER_NODE}")
-    network = f"GB/s per GPU and direction between nodes (default {NETWORK_GB_PER_S:g}: 400 Gb/s each)"
-    parser.add_argument("--network", type=float, default=NETWORK_GB_PER_S, help=network)
+    network = "GB/s per GPU and direction between nodes (default: usual for the GPU, such as 25 for A100, 50 for H100)"
+    parser.add_argument("--network", type=float, help=network)
     parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the peak while computing (default {MFU})")
     parser.add_argument("--images", type=int, help="training images (default: ImageNet's, 1k or 22k by the config)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -33,9 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_intermixed_args(arguments)
     overrides = flags.overrides + [word for word in flags.gpus if "=" in word]  # --gpus takes all that follows
     try:
-        config = read_config(flags.config, overrides).config
+        config = read_pretraining(flags.config, overrides)
         count, device = parse_gpus(" ".join(word for word in flags.gpus if "=" not in word))
-        cluster = Cluster(device, count, flags.gpus_per_node, flags.network * 1e9)
+        network_bandwidth = device.network_bandwidth if flags.network is None else flags.network * 1e9
+        cluster = Cluster(device, count, flags.gpus_per_node, network_bandwidth)
         zero = None
         if config.engine.ds_config is not None:
             from ijepa_scale.engine.ds_config import load_ds_config  # imports deepspeed, which takes seconds

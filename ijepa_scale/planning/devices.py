@@ -1,4 +1,4 @@
-"""GPUs by the names that people call them: memory, bandwidths, links, with sources. Floor 1: asks no device.
+"""GPUs by the names that people call them: memory, links, networks, with sources. Floor 1: asks no device.
 
 Sizes are those of the makers' data sheets in decimal GB, a few percent less than `torch.cuda` reports; links
 count one direction, half of what data sheets give. Peaks of matrix products are in `hardware`.
@@ -13,19 +13,18 @@ from ijepa_scale.config.nearest import nearest
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.hardware import peak_flops
 
-NETWORK_GB_PER_S = 50.0  # per GPU and direction: one 400 Gb/s adapter each, as in NVIDIA's DGX H100 data sheet
 GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of GPU. Bandwidths are bytes per second."""
+    """One kind of GPU. Bandwidths are bytes per second in one direction."""
 
     name: str  # as on the command line
     title: str  # as `torch.cuda.get_device_name` would say, roughly
     memory_bytes: float
-    memory_bandwidth: float
-    link_bandwidth: float  # to the other GPUs of a node, one direction
+    link_bandwidth: float  # to the other GPUs of a node
+    network_bandwidth: float  # between nodes, per GPU, in the nodes that are usual for it
 
     @property
     def peak_flops(self) -> float:
@@ -37,15 +36,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many GPUs of one kind, in nodes of equal size. `network_bandwidth` is bytes/s per GPU and direction."""
+    """So many GPUs of one kind, in nodes of equal size."""
 
     device: Device
     num_gpus: int
     gpus_per_node: int = GPUS_PER_NODE
-    network_bandwidth: float = NETWORK_GB_PER_S * 1e9
+    network_bandwidth: float = None  # type: ignore[assignment]  # bytes/s per GPU and direction; None: the device's
 
     def __post_init__(self) -> None:
         problems = []
+        if self.network_bandwidth is None:
+            object.__setattr__(self, "network_bandwidth", self.device.network_bandwidth)
         for name, value in (("--gpus", self.num_gpus), ("--gpus-per-node", self.gpus_per_node)):
             if value < 1:
                 problems.append(f"{name} is {value} GPUs; give at least 1")
@@ -70,39 +71,40 @@ class Cluster:
         """GPUs of one node that take part."""
         return min(self.num_gpus, self.gpus_per_node)
 
-    def bandwidth(self, processes: int) -> float:
-        """Returns the bytes/s per GPU of a ring over so many processes, those of a node first."""
-        inside = self.device.link_bandwidth
-        return inside if processes <= self.local_gpus else min(inside, self.network_bandwidth)
 
+# One adapter for each GPU. 400 Gb/s: NVIDIA's data sheets of DGX H100, DGX H200 and DGX B200 (8 ConnectX-7 each), and
+# Microsoft's page of ND MI300X v5. 200 Gb/s: NVIDIA's data sheet of DGX A100 (8 ConnectX-6 for computing). Nodes of
+# other GPUs differ; an adapter for 200 Gb/s is the fastest that PCIe 4.0 x16, theirs, can feed.
+_400_GBIT, _200_GBIT = 50.0, 25.0
+_G5 = 1.6  # AWS's instance page of G5: 100 Gb/s for all 8 GPUs
 
-# name, title, memory GB, memory bandwidth GB/s, link GB/s of one direction. PCIe without NVLink between all GPUs of
-# a node: 4.0 x16 32 GB/s, 5.0 x16 64 GB/s (PCI-SIG); bridges that join pairs aren't counted.
+# name, title, memory GB, link GB/s and network GB/s of one direction. PCIe without NVLink between all GPUs of a node:
+# 4.0 x16 32 GB/s, 5.0 x16 64 GB/s (PCI-SIG); bridges that join pairs aren't counted.
 _GIGABYTES: tuple[tuple[str, str, float, float, float], ...] = (
-    ("a100-40gb", "NVIDIA A100-SXM4-40GB", 40, 1555, 300),  # NVIDIA A100 data sheet: NVLink 600 GB/s both ways
-    ("a100-80gb", "NVIDIA A100-SXM4-80GB", 80, 2039, 300),  # the same
-    ("a100-40gb-pcie", "NVIDIA A100-PCIE-40GB", 40, 1555, 32),  # the same, PCIe 4.0
-    ("a100-80gb-pcie", "NVIDIA A100 80GB PCIe", 80, 1935, 32),  # the same
-    ("a800-80gb", "NVIDIA A800-SXM4-80GB", 80, 2039, 200),  # NVIDIA A800 data sheet: NVLink 400 GB/s
-    ("h100", "NVIDIA H100 80GB HBM3", 80, 3350, 450),  # NVIDIA H100 data sheet, SXM: NVLink 900 GB/s
-    ("h100-pcie", "NVIDIA H100 PCIe", 80, 2000, 64),  # NVIDIA H100 PCIe product brief, PCIe 5.0
-    ("h100-nvl", "NVIDIA H100 NVL", 94, 3900, 64),  # NVIDIA H100 data sheet, NVL
-    ("h800", "NVIDIA H800", 80, 3350, 200),  # NVIDIA H800 data sheet, SXM: NVLink 400 GB/s
-    ("h20", "NVIDIA H20", 96, 4000, 450),  # NVIDIA H20 data sheet: NVLink 900 GB/s
-    ("h200", "NVIDIA H200", 141, 4800, 450),  # NVIDIA H200 data sheet, SXM
-    ("h200-nvl", "NVIDIA H200 NVL", 141, 4800, 64),  # the same, NVL; its bridges join 2 or 4
-    ("b200", "NVIDIA B200", 180, 8000, 900),  # NVIDIA DGX B200 data sheet: 1440 GB and 64 TB/s over 8, NVLink 1.8 TB/s
-    ("a30", "NVIDIA A30", 24, 933, 32),  # NVIDIA A30 data sheet
-    ("a40", "NVIDIA A40", 48, 696, 32),  # NVIDIA A40 data sheet
-    ("a10", "NVIDIA A10", 24, 600, 32),  # NVIDIA A10 data sheet
-    ("a10g", "NVIDIA A10G", 24, 600, 32),  # AWS's instance page of G5
-    ("l4", "NVIDIA L4", 24, 300, 32),  # NVIDIA L4 data sheet
-    ("l40", "NVIDIA L40", 48, 864, 32),  # NVIDIA L40 data sheet
-    ("l40s", "NVIDIA L40S", 48, 864, 32),  # NVIDIA L40S data sheet
-    ("rtx-a6000", "NVIDIA RTX A6000", 48, 768, 32),  # NVIDIA RTX A6000 data sheet
-    ("rtx-4090", "NVIDIA GeForce RTX 4090", 24, 1008, 32),  # Ada white paper
-    ("rtx-3090", "NVIDIA GeForce RTX 3090", 24, 936, 32),  # GA102 white paper
-    ("mi300x", "AMD Instinct MI300X", 192, 5300, 448),  # AMD MI300X data sheet: 7 links of 128 GB/s both ways
+    ("a100-40gb", "NVIDIA A100-SXM4-40GB", 40, 300, _200_GBIT),  # NVIDIA A100 data sheet: NVLink 600 GB/s both ways
+    ("a100-80gb", "NVIDIA A100-SXM4-80GB", 80, 300, _200_GBIT),  # the same
+    ("a100-40gb-pcie", "NVIDIA A100-PCIE-40GB", 40, 32, _200_GBIT),  # the same, PCIe 4.0
+    ("a100-80gb-pcie", "NVIDIA A100 80GB PCIe", 80, 32, _200_GBIT),  # the same
+    ("a800-80gb", "NVIDIA A800-SXM4-80GB", 80, 200, _200_GBIT),  # NVIDIA A800 data sheet: NVLink 400 GB/s
+    ("h100", "NVIDIA H100 80GB HBM3", 80, 450, _400_GBIT),  # NVIDIA H100 data sheet, SXM: NVLink 900 GB/s
+    ("h100-pcie", "NVIDIA H100 PCIe", 80, 64, _400_GBIT),  # NVIDIA H100 PCIe product brief, PCIe 5.0
+    ("h100-nvl", "NVIDIA H100 NVL", 94, 64, _400_GBIT),  # NVIDIA H100 data sheet, NVL
+    ("h800", "NVIDIA H800", 80, 200, _400_GBIT),  # NVIDIA H800 data sheet, SXM: NVLink 400 GB/s
+    ("h20", "NVIDIA H20", 96, 450, _400_GBIT),  # NVIDIA H20 data sheet: NVLink 900 GB/s
+    ("h200", "NVIDIA H200", 141, 450, _400_GBIT),  # NVIDIA H200 data sheet, SXM
+    ("h200-nvl", "NVIDIA H200 NVL", 141, 64, _400_GBIT),  # the same, NVL; its bridges join 2 or 4
+    ("b200", "NVIDIA B200", 180, 900, _400_GBIT),  # NVIDIA DGX B200 data sheet: 1440 GB over 8, NVLink 1.8 TB/s
+    ("a30", "NVIDIA A30", 24, 32, _200_GBIT),  # NVIDIA A30 data sheet
+    ("a40", "NVIDIA A40", 48, 32, _200_GBIT),  # NVIDIA A40 data sheet
+    ("a10", "NVIDIA A10", 24, 32, _200_GBIT),  # NVIDIA A10 data sheet
+    ("a10g", "NVIDIA A10G", 24, 32, _G5),  # AWS's instance page of G5
+    ("l4", "NVIDIA L4", 24, 32, _200_GBIT),  # NVIDIA L4 data sheet
+    ("l40", "NVIDIA L40", 48, 32, _200_GBIT),  # NVIDIA L40 data sheet
+    ("l40s", "NVIDIA L40S", 48, 32, _200_GBIT),  # NVIDIA L40S data sheet
+    ("rtx-a6000", "NVIDIA RTX A6000", 48, 32, _200_GBIT),  # NVIDIA RTX A6000 data sheet
+    ("rtx-4090", "NVIDIA GeForce RTX 4090", 24, 32, _200_GBIT),  # Ada white paper
+    ("rtx-3090", "NVIDIA GeForce RTX 3090", 24, 32, _200_GBIT),  # GA102 white paper
+    ("mi300x", "AMD Instinct MI300X", 192, 448, _400_GBIT),  # AMD MI300X data sheet: 7 links of 128 GB/s both ways
 )
 _OTHER_NAMES = {"a100": "a100-80gb", "a100-pcie": "a100-80gb-pcie", "a800": "a800-80gb", "a6000": "rtx-a6000"}
 _FORMS = re.compile(r"-(sxm\d?|hbm\d?e?|nvidia|amd|instinct|geforce)(?=-|$)")
@@ -111,8 +113,8 @@ _FORMS = re.compile(r"-(sxm\d?|hbm\d?e?|nvidia|amd|instinct|geforce)(?=-|$)")
 def devices() -> dict[str, Device]:
     """Returns the known GPUs by name."""
     return {
-        name: Device(name, title, memory * 1e9, bandwidth * 1e9, link * 1e9)
-        for name, title, memory, bandwidth, link in _GIGABYTES
+        name: Device(name, title, memory * 1e9, link * 1e9, network * 1e9)
+        for name, title, memory, link, network in _GIGABYTES
     }
 
 
@@ -124,7 +126,8 @@ def find_device(name: str) -> Device:
     """
     known = devices()
     key = re.sub(r"[\s_/-]+", "-", name.strip().lower())
-    key = re.sub(r"(?<=\d)-gb\b", "gb", key)
+    key = re.sub(r"(?<=\d)(-gb|g)\b", "gb", key)
+    key = re.sub(r"\brtx(?=\w)", "rtx-", key)
     key = _FORMS.sub("", f"-{key}").strip("-")
     parts = key.split("-")
     if (size := next((part for part in parts if re.fullmatch(r"\d+gb", part)), None)) and key not in known:
@@ -143,15 +146,17 @@ def find_device(name: str) -> Device:
 
 
 def parse_gpus(text: str) -> tuple[int, Device]:
-    """Returns the number and kind of `8x a100-80gb`, `16 x H100-PCIe`, `4 rtx-4090` or `h200`, which is one.
+    """Returns the number and kind of `8x a100-80gb`, `16 x H100-PCIe`, `4 rtx-4090`, `h100x8` or `h200`, which is one.
 
     Raises:
         ConfigError: no name, no GPU, or a name that isn't known.
     """
-    match = re.fullmatch(r"\s*(?:(\d+)\s*(?:[x×*]\s*|\s))?\s*(\S.*?)\s*", text, re.IGNORECASE)
-    if match is None or re.fullmatch(r"[\d\sx×*]+", match[2], re.IGNORECASE):
+    behind = re.fullmatch(r"\s*([a-z].*?)(?<!rt)\s*[x×*]\s*(\d+)\s*", text, re.IGNORECASE)  # but rtx4090 is a name
+    text = f"{behind[2]}x {behind[1]}" if behind else text
+    match = re.fullmatch(r"\s*(?:([-+]?\d+)\s*(?:[x×*]\s*|\s))?\s*(\S.*?)\s*", text, re.IGNORECASE)
+    if match is None or re.fullmatch(r"[-+\d\sx×*]+", match[2], re.IGNORECASE):
         raise ConfigError(f"--gpus is {text.strip()!r}; give a number and a name, such as 8x a100-80gb")
     count = int(match[1] or 1)
     if count < 1:
-        raise ConfigError(f"--gpus is {text.strip()!r}; give at least 1 GPU")
+        raise ConfigError(f"--gpus is {text.strip()!r}, a number of {count}; give at least 1 GPU")
     return count, find_device(match[2])

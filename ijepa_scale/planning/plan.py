@@ -147,6 +147,11 @@ def _batches(config: PretrainConfig, num_gpus: int) -> tuple[int, int]:
 
 def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, str]:
     """Returns the engine that training would take on these GPUs, and why: the very rule of `auto`."""
+    if config.engine.device == "cpu":
+        raise ConfigError(
+            f"engine.device is cpu but --gpus names {cluster.num_gpus} {cluster.device.name}; set engine.device=auto "
+            "or cuda"
+        )
     engine, reason = resolve_engine(
         config.engine,
         config.model,
@@ -180,7 +185,7 @@ def _spread(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, *, stage:
 
 def _alternatives(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets) -> Iterator[Spread]:
     """Yields every other way to spread the step."""
-    changes = {"strategy": "ddp", "replicas": 1, "ds_config": None, "zero_communication": "fp32"}
+    changes: dict[str, Any] = {"strategy": "ddp", "replicas": 1, "ds_config": None, "zero_communication": "fp32"}
     base = _spread(dataclasses.replace(engine, **changes), cluster, zero, stage=1)
     if cluster.num_gpus == 1:
         return
@@ -261,8 +266,9 @@ def _advice(
     if chosen.fits:
         return
     share = batch_size // cluster.num_gpus
+    fewest = share + 1  # micro-batches: slower checkpointing is worth naming where it needs fewer
     for mode in CHECKPOINTING[CHECKPOINTING.index(config.engine.checkpointing) :]:
-        for parts in (parts for parts in range(config.engine.accumulation, share + 1) if share % parts == 0):
+        for parts in (parts for parts in range(config.engine.accumulation, fewest) if share % parts == 0):
             if mode == config.engine.checkpointing and parts == config.engine.accumulation:
                 continue
             spread = dataclasses.replace(chosen.spread, accumulation=parts)
@@ -278,15 +284,24 @@ def _advice(
                 yield (
                     f"{' '.join(changes)}: {share // parts} images at a time, {needed.peak / 1e9:.1f} GB per GPU{cost}"
                 )
+                fewest = parts
                 break
     for other in candidates[1:]:
         if other.fits:
-            yield f"or spread it as {other.spread.label}: {other.footprint.peak / 1e9:.1f} GB per GPU as configured"
+            graph = config.engine.cuda_graphs and not other.spread.target_replicated
+            without = ", with engine.cuda_graphs=false" if graph else ""
+            peak = f"{other.footprint.peak / 1e9:.1f} GB per GPU as configured"
+            yield f"or spread it as {other.spread.label}: {peak}{without}"
             return
 
 
 def _length(config: PretrainConfig, batch_size: int, num_images: int | None) -> tuple[int, str, int]:
     """Returns the training images, where their number is from, and the steps of the whole run."""
+    if num_images is not None and config.schedule.steps_per_epoch:
+        raise ConfigError(
+            f"--images is {num_images} but schedule.steps_per_epoch is {config.schedule.steps_per_epoch}, which says "
+            "what an epoch is; drop --images, or set schedule.steps_per_epoch=null"
+        )
     if num_images is not None:
         images, source = num_images, "--images"
     elif config.data.reader == "synthetic":

@@ -83,7 +83,7 @@ def _head(plan: Plan) -> Iterator[str]:
     yield (
         f"GPUs       {cluster.num_gpus} x {device.name}{nodes}: {device.memory_bytes / 1e9:.0f} GB, "
         f"{device.peak_flops / 1e12:.0f} TFLOP/s dense bf16, links {device.link_bandwidth / 1e9:.0f} GB/s"
-        + (f", network {cluster.network_bandwidth / 1e9:g} GB/s per GPU" if cluster.num_nodes > 1 else "")
+        + (_network(plan) if cluster.num_nodes > 1 else "")
     )
     yield (
         f"batch      {plan.batch_size} images = {cluster.num_gpus} GPUs x accumulation {engine.accumulation} x "
@@ -96,9 +96,17 @@ def _head(plan: Plan) -> Iterator[str]:
         f"(mean of {STEPS} drawn steps)"
     )
     yield (
-        f"FLOPs      {plan.flops.total / 1e9:.0f} G per image: target {plan.flops.target / 1e9:.0f}, context "
-        f"{plan.flops.context / 1e9:.0f}, predictor {plan.flops.predictor / 1e9:.0f}; recomputation not counted"
+        f"FLOPs      {plan.flops.total / 1e9:.0f} G per image, nominal (whole last blocks, as published figures "
+        f"count): target {plan.flops.target / 1e9:.0f}, context {plan.flops.context / 1e9:.0f}, predictor "
+        f"{plan.flops.predictor / 1e9:.0f}; recomputation not counted"
     )
+
+
+def _network(plan: Plan) -> str:
+    bandwidth = plan.cluster.network_bandwidth
+    usual = bandwidth == plan.cluster.device.network_bandwidth
+    source = " (usual for it; --network says otherwise)" if usual else ""
+    return f", network {bandwidth / 1e9:g} GB/s per GPU{source}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:

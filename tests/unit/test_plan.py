@@ -42,6 +42,11 @@ def published(name: str = "in1k_vith14_ep300", *overrides: str) -> PretrainConfi
         ("2 NVIDIA A100-SXM4-40GB", 2, "a100-40gb"),
         ("8x A100 80 GB PCIe", 8, "a100-80gb-pcie"),
         ("8x h100 80gb hbm3", 8, "h100"),
+        ("8x a100-80g", 8, "a100-80gb"),
+        ("2xRTX4090", 2, "rtx-4090"),
+        ("rtx4090 x2", 2, "rtx-4090"),
+        ("h100x8", 8, "h100"),
+        ("mi300x", 1, "mi300x"),
     ],
 )
 def test_gpus_are_read(text: str, count: int, name: str) -> None:
@@ -54,7 +59,8 @@ def test_gpus_are_read(text: str, count: int, name: str) -> None:
         ("8x h10O", "--gpus names 'h10O', which isn't known; did you mean h100\\? choose one of a100-40gb, a100-80gb"),
         ("8x h100-40gb", "--gpus names 'h100-40gb', which isn't known"),
         ("8x", "--gpus is '8x'; give a number and a name, such as 8x a100-80gb"),
-        ("0x a100", "--gpus is '0x a100'; give at least 1 GPU"),
+        ("0x a100", "--gpus is '0x a100', a number of 0; give at least 1 GPU"),
+        ("-8x a100", "--gpus is '-8x a100', a number of -8; give at least 1 GPU"),
     ],
 )
 def test_gpus_that_cannot_be_are_refused(text: str, message: str) -> None:
@@ -65,7 +71,7 @@ def test_gpus_that_cannot_be_are_refused(text: str, message: str) -> None:
 def test_every_device_has_a_peak_and_sane_sizes() -> None:
     for device in devices().values():
         assert device.peak_flops > 5e13 and device.memory_bytes >= 24e9
-        assert device.memory_bandwidth > device.link_bandwidth >= 32e9
+        assert device.link_bandwidth >= 32e9 and device.network_bandwidth <= device.link_bandwidth
 
 
 def test_clusters_that_cannot_be_are_refused() -> None:
@@ -78,6 +84,19 @@ def test_clusters_that_cannot_be_are_refused() -> None:
     ]
     with pytest.raises(ConfigError, match="12 GPUs don't fill nodes of 8; take 8 or 16, or give --gpus-per-node"):
         Cluster(A100, 12)
+
+
+def test_the_network_is_the_one_that_is_usual_for_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Cluster(A100, 16).network_bandwidth == 25e9 and Cluster(find_device("h200"), 16).network_bandwidth == 50e9
+    assert Cluster(A100, 16, network_bandwidth=10e9).network_bandwidth == 10e9
+    run = ["--config", str(ROOT / "configs" / "in1k_vitb16_ep600.yaml"), "--gpus", "16x"]
+    for flags, stated in (
+        (["a100"], "network 25 GB/s per GPU (usual for it; --network says otherwise)"),
+        (["h100"], "network 50 GB/s per GPU (usual for it; --network says otherwise)"),
+        (["a100", "--network", "12.5"], "network 12.5 GB/s per GPU\n"),
+    ):
+        assert main([*run, *flags]) == 0
+        assert stated in capsys.readouterr().out.replace("\n" + 11 * " ", " ")
 
 
 def test_bytes_on_the_wire() -> None:
@@ -141,7 +160,7 @@ def test_steps_take_computation_and_what_it_cannot_hide() -> None:
     full = step_time(HUGE, cluster, Spread(strategy="ddp", world=8), **{**given, "checkpointing": "full"})
     assert full.compute_s == pytest.approx(ddp.compute_s * (6.6 + 1.2) / 6.6)
     nodes = step_time(HUGE, Cluster(A100, 16), Spread(strategy="ddp", world=16), **given)
-    assert nodes.communication_s == pytest.approx(nodes.wire_bytes / (LINK_SHARE * 300e9))  # 8 x 50 is more than links
+    assert nodes.communication_s == pytest.approx(nodes.wire_bytes / (LINK_SHARE * 200e9))  # 8 x 25, below the links
     thin = step_time(HUGE, Cluster(A100, 16, 8, 10e9), Spread(strategy="ddp", world=16), **given)
     assert thin.communication_s == pytest.approx(thin.wire_bytes / (LINK_SHARE * 80e9))
 
@@ -171,6 +190,8 @@ def test_where_the_number_of_images_comes_from() -> None:
     assert plan(config, cluster, num_images=20480).steps == 3000
     steps = dataclasses.replace(config, schedule=ScheduleConfig(steps_per_epoch=7, epochs=50))
     assert (plan(steps, cluster).steps, plan(steps, cluster).num_images) == (350, 7 * 2048)
+    with pytest.raises(ConfigError, match="--images is 20480 but schedule.steps_per_epoch is 7, .*; drop --images"):
+        plan(steps, cluster, num_images=20480)
     stopped = dataclasses.replace(config, schedule=ScheduleConfig(stop_after=5))
     assert plan(stopped, cluster).steps == 5
     synthetic = dataclasses.replace(config, data=DataConfig(reader="synthetic", batch_size=64, synthetic_samples=6400))
@@ -182,6 +203,7 @@ def test_where_the_number_of_images_comes_from() -> None:
     [
         (["data.batch_size=2050"], "batch 2050 is not divisible by 8 GPUs x accumulation 1; try data.batch_size=2048"),
         (["masks.min_keep=300"], "masks.min_keep is 300, but target blocks on a grid of 16x16"),
+        (["engine.device=cpu"], "engine.device is cpu but --gpus names 8 a100-80gb; set engine.device=auto or cuda"),
         (["engine.strategy=plain"], "engine.strategy is plain but --gpus names 8; use auto"),
         (["engine.strategy=fsdp2", "engine.replicas=3"], "8 GPUs don't split into engine.replicas 3; take a divisor"),
     ],
@@ -222,6 +244,41 @@ def test_bad_flags_are_refused() -> None:
         plan(published(), Cluster(A100, 8), num_images=100)
 
 
+def test_a_graphs_pool_is_in_the_plan() -> None:
+    without, graphed = (
+        plan(published("in1k_vith14_ep300", f"engine={{strategy: ddp, cuda_graphs: {on}}}"), Cluster(A100, 8))
+        for on in ("false", "true")
+    )
+    pool = graphed.by_checkpointing["none"].target_work
+    assert graphed.chosen.footprint.peak - without.chosen.footprint.peak > pool > 1e9
+    assert graphed.chosen.largest_micro_batch < without.chosen.largest_micro_batch
+    sharded = [{c.footprint for c in f.candidates if c.spread.strategy == "fsdp2"} for f in (without, graphed)]
+    assert sharded[0] == sharded[1]
+    assert any(line.endswith("as configured, with engine.cuda_graphs=false") for line in graphed.advice)
+
+
+def test_advice_names_slower_checkpointing_only_where_it_spares_micro_batches() -> None:
+    fitting = plan(published("in1k_vith14_ep300", "engine.checkpointing=none"), Cluster(find_device("a100-40gb"), 8))
+    assert [line.partition(":")[0] for line in fitting.advice[:3]] == [
+        "engine.accumulation=4",
+        "engine.accumulation=2 engine.checkpointing=selective",
+        "engine.checkpointing=full",
+    ]
+    wide = plan(published("in1k_vith14_ep300"), Cluster(dataclasses.replace(A100, memory_bytes=60e9), 8))
+    assert [line.partition(":")[0] for line in wide.advice if line.startswith("engine.")] == [
+        "engine.accumulation=2",
+        "engine.checkpointing=selective",
+    ]
+
+
+def test_one_page_states_one_size_of_the_states() -> None:
+    found = plan(published(), Cluster(A100, 8))
+    assert found.reason.startswith(f"{found.chosen.footprint.states / 1e9:.1f} GB of replicated states are within")
+    exact = plan(published("in1k_vith14_ep300", "engine.precision=fp32"), Cluster(A100, 8))
+    assert exact.reason.startswith(f"{exact.chosen.footprint.states / 1e9:.1f} GB of replicated states are within")
+    assert "653 G per image, nominal (whole last blocks, as published figures count)" in plan_text(found)
+
+
 def test_a_run_that_does_not_fit_gets_remedies_that_do() -> None:
     config = published("in1k_vith16-448_ep300")
     found = plan(config, Cluster(A100, 8))
@@ -257,6 +314,24 @@ def test_the_command_speaks_json_and_refuses_plainly(capsys: pytest.CaptureFixtu
     assert values["chosen"]["label"] == "plain" and values["chosen"]["time"]["wire_bytes"] == 0 and values["days"] > 0
     assert main(["--config", path, "--gpus", "8x", "v100"]) == 2
     assert capsys.readouterr().err.startswith("error: --gpus names 'v100', which isn't known")
+
+
+@pytest.mark.parametrize("name", ["base", "in1k_vith14_ep300_finetuning"])
+def test_a_finetuning_configuration_is_named_as_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(ROOT / "configs" / "finetune" / f"{name}.yaml")
+    assert main(["--config", path, "--gpus", "8x", "a100", "engine.accumulation=1"]) == 2
+    said = f"error: {path} is a finetuning configuration; plan.py takes pretraining ones, such as configs/base.yaml\n"
+    assert capsys.readouterr().err == said
+
+
+def test_other_mistakes_in_a_configuration_are_told_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("engine: {accumulation: 1}")  # either kind
+    (tmp_path / "d.yaml").write_text("engine: {acumulation: 1}")  # neither
+    for name, override in (("c.yaml", "mask.x=1"), ("d.yaml", "seed=1")):
+        assert main(["--config", str(tmp_path / name), "--gpus", "8x", "a100", override]) == 2
+        assert "unknown; " in capsys.readouterr().err
 
 
 def test_a_deepspeed_file_sets_stage_and_buckets(capsys: pytest.CaptureFixture[str]) -> None:
