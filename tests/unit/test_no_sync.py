@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ijepa_scale import masks
 from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
@@ -25,13 +32,44 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique
            "is_nonzero", "bincount", "repeat_interleave", "histc"}  # fmt: skip
 
 
+# Methods that hand values to the host: on host tensors most of them are no operation that a mode would see.
+READING = ("tolist", "cpu", "numpy", "item", "__array__")
+
+
 class NoWaiting(TorchDispatchMode):
-    """Raises where an operation would make the host wait for the device."""
+    """Raises where this thread runs an operation, or calls a method, that would make the host wait for the device."""
+
+    def __enter__(self):
+        self._thread = threading.get_ident()
+        self._own = {name: vars(torch.Tensor).get(name) for name in READING}
+        for name in READING:
+            setattr(torch.Tensor, name, self._refusing(name, getattr(torch.Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, own in self._own.items():
+            delattr(torch.Tensor, name) if own is None else setattr(torch.Tensor, name, own)
+        return super().__exit__(*error)
+
+    def _refusing(self, name, method):
+        @functools.wraps(method)
+        def read(tensor, *args, **kwargs):
+            here = threading.get_ident() == self._thread
+            assert not here or _reads_the_host(sys._getframe(1)), f"{name} waits for the device"
+            return method(tensor, *args, **kwargs)
+
+        return read
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.rpartition("::")[2]
         assert name not in WAITING, f"{name} waits for the device"
         return function(*args, **(kwargs or {}))
+
+
+def _reads_the_host(caller) -> bool:
+    """Whether what is read there is host memory on a GPU too: masks being drawn, and the last step's finite check."""
+    drawing = Path(masks.__file__).parent in Path(caller.f_code.co_filename).parents
+    return drawing or caller.f_code is FiniteWatch.settle.__code__
 
 
 def a_step(late: bool, **engine) -> tuple[TrainStep, Batch]:
@@ -67,6 +105,29 @@ def test_a_step_waits_for_nothing(engine) -> None:
 def test_the_check_sees_a_wait() -> None:
     """Early, as on the CPU, the finite check is read in the step: so the test above can fail."""
     step, batch = a_step(late=False)
-    with pytest.raises(AssertionError, match="_local_scalar_dense waits for the device"), NoWaiting():
-        torch.ones(2)[0].item()
     assert step(batch).stopped is None
+    with pytest.raises(AssertionError, match="tolist waits for the device") as caught, NoWaiting():
+        step(batch)
+    assert FiniteWatch.check.__code__ in [entry.frame.code.raw for entry in caught.traceback]
+    assert step(batch).stopped is None, "and nothing is refused afterwards"
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (lambda x: x.tolist(), "tolist"),
+        (lambda x: x.cpu(), "cpu"),
+        (lambda x: x.numpy(), "numpy"),
+        (lambda x: x.item(), "item"),
+        (np.asarray, "__array__"),
+        (float, "_local_scalar_dense"),
+        (torch.nonzero, "nonzero"),
+    ],
+)
+def test_the_check_sees_each_way_to_wait(read, name) -> None:
+    value = torch.ones(())
+    with pytest.raises(AssertionError, match=f"^{name} waits for the device"), NoWaiting():
+        read(value)
+    with NoWaiting(), ThreadPoolExecutor(max_workers=1) as other:
+        assert other.submit(value.tolist).result() == 1.0, "threads that draw masks may read them"
+    read(value)
