@@ -3,7 +3,7 @@
 Only matrix products, the patch convolution and attention count, a multiply-add as two; recomputation
 doesn't count, and heads count unpadded. This agrees with torch's FlopCounterMode on the math attention
 backend; its counts of flash kernels differ (backward 2.5 x forward, nothing on the CPU).
-It doesn't see oneDNN's products, which fp32 linear layers on the CPU are made of: count on the meta device.
+It doesn't see oneDNN's products, in fp32 linear layers on the CPU: count on the meta device.
 """
 
 from __future__ import annotations
