@@ -38,7 +38,7 @@ lint: $(STAMP) ## Check style and types
 	$(BIN)/mypy
 
 test: lint ## Check style and types, then run all tests
-	$(PYTEST) tests/unit $(wildcard tests/parity)
+	$(PYTEST) -n 2 --dist loadfile tests/unit $(wildcard tests/parity)
 	$(if $(wildcard tests/distributed),$(PYTEST) tests/distributed)
 
 clean: ## Delete caches (not .venv, runs or datasets)

@@ -21,7 +21,7 @@ from ijepa_scale.engine.graphs import target_forward
 from ijepa_scale.engine.norms import use_layer_norm
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
-from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
+from ijepa_scale.engine.target import NO_FP8, HoldsTarget, ReplicatedTarget
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.optim import GroupFunction, build_optimizer, clean_name, parameter_groups, set_hyper, set_step
@@ -30,7 +30,7 @@ from ijepa_scale.schedules import Hyper
 logger = logging.getLogger(__name__)
 
 
-class PlainEngine:
+class PlainEngine(HoldsTarget):
     """One process, no wrapping; also the base of the other engines of this module."""
 
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
@@ -76,9 +76,6 @@ class PlainEngine:
             sources = [_local(p) for p in self.module.get_submodule(followed).parameters()]
             kept = self._replicated
             self._shards = kept.shards if kept else [_local(p) for p in self.target_module.parameters()], sources
-
-    def _replicate(self, target: nn.Module) -> ReplicatedTarget | None:
-        return ReplicatedTarget(target, precision=self._config.target_precision or self._config.precision)
 
     def _wrap(self) -> None:
         self._callable: Any = self.module
@@ -144,23 +141,10 @@ class PlainEngine:
         """Returns this process's fp32 shards of (target encoder, context encoder)."""
         return self._shards
 
-    def target_copies(self) -> list[Tensor | None]:
-        """Returns the bf16 roundings of the target's weights."""
-        return self._replicated.copies if self._replicated else []
-
     def target_updated(self) -> None:
         """Quantises weights that have an fp8 copy; others are the shards themselves or were rounded with them."""
         if self._replicated:
             self._replicated.updated()
-
-    def check_fp8(self, images: Tensor) -> None:
-        """Compares the fp8 target's features of `images` (B, 3, H, W) with bf16 ones, where fp8 is asked for.
-
-        Raises:
-            ConfigError: they are too far apart.
-        """
-        if self._replicated and self._config.target_precision == "fp8":
-            check_fp8(self._replicated, images, self.world)
 
     def pieces(self) -> list[Piece]:
         """Returns this process's parts of weights, optimiser states and target."""

@@ -28,7 +28,7 @@ from ijepa_scale.engine.graphs import target_forward
 from ijepa_scale.engine.norms import use_layer_norm
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
-from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
+from ijepa_scale.engine.target import NO_FP8, HoldsTarget
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, NonFiniteError
 from ijepa_scale.optim import GroupFunction, build_optimizer, clean_name, parameter_groups, set_hyper, set_step
@@ -70,7 +70,7 @@ def _require_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         args[0].requires_grad_()
 
 
-class ZeroEngine:
+class ZeroEngine(HoldsTarget):
     """DeepSpeed ZeRO over all processes."""
 
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
@@ -141,9 +141,6 @@ class ZeroEngine:
             )
         compile_parts(self._config, *parts)
 
-    def _replicate(self, target: nn.Module) -> ReplicatedTarget:
-        return ReplicatedTarget(target, precision=self._config.target_precision or self._config.precision)
-
     def model(self, *args: Any) -> Tensor:
         """Returns the trainable module's output (DeepSpeed applies autocast)."""
         return self._engine(*args)
@@ -205,19 +202,6 @@ class ZeroEngine:
         """Returns which elements of a stage-3 shard are the parameter's; the last shards end in padding."""
         chunk = parameter.ds_tensor.numel()
         return slice(0, max(0, min(chunk, parameter.ds_numel - self.world.rank * chunk)))
-
-    def target_copies(self) -> list[Tensor | None]:
-        """Returns the bf16 roundings of the target's weights under stages 1 and 2."""
-        return self._replicated.copies if self._replicated else []
-
-    def check_fp8(self, images: Tensor) -> None:
-        """Compares the fp8 target's features of `images` (B, 3, H, W) with bf16 ones, where fp8 is asked for.
-
-        Raises:
-            ConfigError: they are too far apart.
-        """
-        if self._replicated and self._config.target_precision == "fp8":
-            check_fp8(self._replicated, images, self.world)
 
     def target_updated(self) -> None:
         """Drops gathered copies of the target's weights (stage 3), which would be stale, and renews fp8 ones."""

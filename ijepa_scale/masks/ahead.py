@@ -37,7 +37,7 @@ class MasksAhead:
         call = (step, first, count, batch_size)
         ready = self._drawn.pop(call, None)
         masks, wanted = ready.result() if ready is not None else self._draw(*call)
-        for late in [key for key in self._drawn if key[0] <= step - 1]:
+        for late in [key for key in self._drawn if key[0] < step]:
             self._drawn.pop(late).cancel()  # another division of the batch, or another step than was expected
         following = (step + 1, first, count, batch_size)
         if following not in self._drawn:

@@ -211,7 +211,7 @@ class Loop:
             self._step(batch)
         if self.world.is_main:
             self._describe_run(warm_up_s=self.task.meters.warm_up_s)
-            logger.info("compiled and warmed up in %.1f s, which no row counts", self.task.meters.warm_up_s)
+            logger.info("warmed up in %.1f s, which no row counts", self.task.meters.warm_up_s)
 
     def _step(self, batch: Batch) -> None:
         """Takes one step; where it can't be taken, saves the state before it, which has not moved."""
