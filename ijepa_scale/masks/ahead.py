@@ -24,7 +24,7 @@ class MasksAhead:
         self._device = torch.device(device)
         self._num_patches = sampler.grid[0] * sampler.grid[1]
         self._drawn: dict[_Call, Future[tuple[Masks, Wanted]]] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="masks")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="masks", initializer=self._enter)
 
     def __call__(self, step: int, first: int, count: int, batch_size: int) -> tuple[Masks, Wanted]:
         """Returns the masks of these places, see `MaskSampler`, and the target tokens that they ask for.
@@ -43,6 +43,10 @@ class MasksAhead:
         if following not in self._drawn:
             self._drawn[following] = self._thread.submit(self._draw, *following)
         return masks.map(self._move), wanted.map(self._move)
+
+    def _enter(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a new thread's is the first GPU, where pinning would open a context
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, non_blocking=True)
