@@ -1,5 +1,6 @@
 """What all tests share: one thread, GPU tests skipped by name, and the real photos where they are."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ CLOTHING = Path(__file__).parents[2] / "shared" / "data" / "clothing-small.tar"
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # started in the background of a script, as CI may: then Ctrl-C, which tests send, would reach nobody
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
