@@ -39,7 +39,7 @@ lint: $(STAMP) ## Check style and types
 
 test: lint ## Check style and types, then run all tests
 	$(PYTEST) -n 2 --dist loadfile tests/unit $(wildcard tests/parity)
-	$(if $(wildcard tests/distributed),$(PYTEST) -n 2 tests/distributed)
+	$(if $(wildcard tests/distributed),$(PYTEST) -n 2 tests/distributed tests/golden)
 
 clean: ## Delete caches (not .venv, runs or datasets)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
