@@ -28,14 +28,14 @@ from torchvision import transforms
 from benchmarks.common import append, percentiles, table
 from benchmarks.loader import class_folders
 from ijepa_scale.augment.erasing import RandomErasing
-from ijepa_scale.augment.finetune import FinetuneAugment
+from ijepa_scale.augment.mae import FinetuneAugment
 from ijepa_scale.augment.mixing import Mixing
 from ijepa_scale.augment.rand_augment import OPERATIONS, Canvas, RandAugment
 from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
-from ijepa_scale.config.rand_augment import parse
+from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.decode import CROP_DRAWS, decode_crop
-from ijepa_scale.data.source import ImageFolderSource
+from ijepa_scale.data.sources.folder import ImageFolderSource
 
 SIZE, CLASSES, RECIPE, FILL = (224, 224), 1000, "rand-m9-mstd0.5-inc1", (124, 116, 104)
 CONFIG = FinetuneAugmentConfig()

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_scale.config import ModelConfig
+from ijepa_scale.config.architectures import resolve
 from ijepa_scale.masks import DenseMasks
 from ijepa_scale.models import build_jepa
-from ijepa_scale.optim import parameter_groups
-from ijepa_scale.planning.architectures import resolve
+from ijepa_scale.optim.adamw import parameter_groups
 
 
 class Attention(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ijepa_scale.config import MaskConfig
 from ijepa_scale.masks import DenseMasks
-from ijepa_scale.masks.sizes import check
+from ijepa_scale.masks.block_sizes import check
 
 PATIENCE = 20  # failed places after which one target fewer is taken out of the context
 

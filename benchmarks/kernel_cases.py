@@ -24,7 +24,7 @@ from ijepa_kernels import target_update as update
 from ijepa_kernels.attention import SequenceLayout, attention
 from ijepa_kernels.attention.reference import attention_reference
 from ijepa_kernels.crop_resize.reference import filter_matrix, padded
-from ijepa_scale.planning.architectures import Sizes, sizes_of
+from ijepa_scale.config.architectures import Sizes, sizes_of
 
 Work = Callable[[], Any]
 TRITON_WANTED = "Triton needs a CUDA device"

@@ -29,12 +29,13 @@ from benchmarks.common import append, percentiles, table
 from ijepa_scale.augment import Augment
 from ijepa_scale.config.schema import AugmentConfig
 from ijepa_scale.data.decode import CROP_DRAWS, decode_crop
-from ijepa_scale.data.index import expand
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.shards.files import FolderImages
+from ijepa_scale.data.shards.image_files import FolderImages
 from ijepa_scale.data.shards.make import MakePlan, make_shards
-from ijepa_scale.data.source import ImageFolderSource, ShardSource
+from ijepa_scale.data.sources.folder import ImageFolderSource
+from ijepa_scale.data.sources.tar_index import expand
+from ijepa_scale.data.sources.tar_shards import ShardSource
 
 SIZE, BATCH, SHARD_BYTES = (224, 224), 50, 4 << 20
 CONFIG = AugmentConfig()

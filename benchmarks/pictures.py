@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.loader import class_folders
-from ijepa_scale.data.shards.files import FolderImages
+from ijepa_scale.data.shards.image_files import FolderImages
 from ijepa_scale.data.shards.make import MakePlan, make_shards
 
 SYNTHETIC = 240  # images

@@ -18,9 +18,9 @@ from benchmarks.common import in_turns, percentiles, ratios, table
 from benchmarks.synthetic import Ours, images_for
 from ijepa_scale import rng
 from ijepa_scale.config import PretrainConfig
-from ijepa_scale.ema import TargetUpdate
+from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.models.jepa import JEPA
-from ijepa_scale.optim import set_hyper
+from ijepa_scale.optim.adamw import set_hyper
 
 ALONE, WHOLE, NORMS = "optimiser and target", "all behind backward", "norms, one by one"
 

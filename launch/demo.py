@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ijepa_scale import environment
-from ijepa_scale.data.fashion_mnist import fetch, write_fashion_mnist_shards
+from ijepa_scale.data.shards.fashion_mnist import fetch, write_fashion_mnist_shards
 from ijepa_scale.errors import UserError
 from ijepa_scale.evaluate.summary import summarize
 from ijepa_scale.metrics.plots import draw_curves

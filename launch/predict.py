@@ -11,7 +11,7 @@ import sys
 import torch
 
 from ijepa_scale.errors import UserError
-from ijepa_scale.evaluate.predict import Predictor
+from ijepa_scale.evaluate.predictions import ImageClassifier
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        predictor = Predictor(options.model, device)
+        predictor = ImageClassifier(options.model, device)
         for path in options.images:
             (guesses,) = predictor(predictor.load(path)[None], top=max(1, options.top))
             print(path, *(f"  {guess.probability:6.1%}  {guess.name}" for guess in guesses), sep="\n")

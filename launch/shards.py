@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from ijepa_scale.data.shards.command import add_arguments, run_command
+from ijepa_scale.data.shards.command_line import add_arguments, run_command
 from ijepa_scale.errors import UserError
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ijepa_scale import rng
 from ijepa_scale.augment import geometry, levels
 from ijepa_scale.augment.pipeline import change_rows, to_device
-from ijepa_scale.config.rand_augment import LEVELS, RandAugmentSettings
+from ijepa_scale.config.rand_augment_notation import LEVELS, RandAugmentSettings
 
 _OP, _APPLY, _RADIUS, _ANGLE, _NEGATE, _DRAWS = range(6)  # columns of a layer's draws
 _TRANSLATE = 0.45  # share of the side at magnitude 10

@@ -16,10 +16,10 @@ from ijepa_scale.checkpoint.convert import NAMINGS, to_transformers
 from ijepa_scale.checkpoint.sources import CLASSES_KEY, WHICH_KEY, read_weights
 from ijepa_scale.checkpoint.store import Checkpoint
 from ijepa_scale.config import ModelConfig
+from ijepa_scale.config.architectures import resolve
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.pos_embed import sincos_2d
 from ijepa_scale.models.registry import build_jepa
-from ijepa_scale.planning.architectures import resolve
 from ijepa_scale.schedules import Schedule
 
 # A gradient scaler that has done nothing: the published code, which trains in bf16, loads one all the same.

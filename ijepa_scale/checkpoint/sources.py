@@ -23,9 +23,9 @@ from torch import Tensor
 from ijepa_scale.checkpoint.convert import to_ours
 from ijepa_scale.checkpoint.store import Checkpoint, newest
 from ijepa_scale.config import ModelConfig
+from ijepa_scale.config.architectures import resolve
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.pos_embed import sincos_2d
-from ijepa_scale.planning.architectures import resolve
 
 TIMM = "timm:"
 WHICH_KEY = "ijepa_scale.weights"  # in a safetensors file's metadata: target or context

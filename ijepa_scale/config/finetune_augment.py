@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ijepa_scale.config.checks import at_least, choose, fraction, interval, numbers, raise_problems
-from ijepa_scale.config.rand_augment import parse
+from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.errors import ConfigError
 
 

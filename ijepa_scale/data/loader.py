@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.decode import largest_crop
-from ijepa_scale.data.evaluation import EvalBatch, EvalReader, spread
+from ijepa_scale.data.eval_reader import EvalBatch, EvalReader, spread
 from ijepa_scale.data.feed import DeviceFeed
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.parts import BadSample, IndexedParts, Item, Parts, StreamParts
 from ijepa_scale.data.slots import Slots
-from ijepa_scale.data.source import SampleSource
-from ijepa_scale.data.stream import StreamOrder, StreamSource
+from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.errors import DataError
 

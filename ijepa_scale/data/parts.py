@@ -16,8 +16,8 @@ from ijepa_scale import rng
 from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.data.decode import CROP_DRAWS, decode_crop
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.source import SampleSource
-from ijepa_scale.data.stream import StreamOrder, StreamSample, StreamSource
+from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.stream import StreamOrder, StreamSample, StreamSource
 from ijepa_scale.errors import DataError, SampleError
 
 _REPLACEMENTS = 8  # other samples tried in the place of a bad one

@@ -24,7 +24,7 @@ from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.target import NO_FP8, HoldsTarget, ReplicatedTarget
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.optim import GroupFunction, build_optimizer, clean_name, parameter_groups, set_hyper, set_step
+from ijepa_scale.optim.adamw import GroupFunction, build_optimizer, clean_name, parameter_groups, set_hyper, set_step
 from ijepa_scale.schedules import Hyper
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_scale.data.evaluation import EvalReader
-from ijepa_scale.data.source import SampleSource
+from ijepa_scale.data.eval_reader import EvalReader
+from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.features import local_ids

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_scale.data.evaluation import EvalBatch
+from ijepa_scale.data.eval_reader import EvalBatch
 
 Forward = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> tokens (B, N, D)
 Gather = Callable[[Tensor], Tensor]  # (...) -> (processes, ...), equal shapes on all of them

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ijepa_scale.config.schema import EvaluateConfig
-from ijepa_scale.data.build import build_source
-from ijepa_scale.data.evaluation import EvalReader, spread
-from ijepa_scale.data.source import SampleSource
+from ijepa_scale.data.eval_reader import EvalReader, spread
+from ijepa_scale.data.sources.open import build_source
+from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.features import Forward, extract_features, gather_features, local_ids

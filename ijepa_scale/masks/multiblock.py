@@ -11,8 +11,8 @@ import numpy as np
 
 from ijepa_scale import rng
 from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.masks.block_sizes import Size, context_aspect, multiblock_size
 from ijepa_scale.masks.group import GroupMasks, block_places, cut_by_key
-from ijepa_scale.masks.sizes import Size, context_aspect, multiblock_size
 
 # Streams: "mask-size" per group (target scale, target aspect, context scale); "mask-place" per image (one
 # number per target, then one per context block); "mask-cut" per image (one key per context block and patch).

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.masks.block_sizes import Size, context_aspect, reference_size
 from ijepa_scale.masks.group import GroupMasks, block_places, cut_first
-from ijepa_scale.masks.sizes import Size, context_aspect, reference_size
 
 _PATIENCE = 20  # failed places after which one target fewer is taken out of the context
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from ijepa_scale import rng
 from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.masks.block_sizes import check
 from ijepa_scale.masks.group import GroupMasks
 from ijepa_scale.masks.multiblock import sample_multiblock
 from ijepa_scale.masks.packing import pack_groups
 from ijepa_scale.masks.reference import sample_reference
-from ijepa_scale.masks.sizes import check
 from ijepa_scale.masks.types import Masks
 
 _GROUPS_KEPT = 4  # micro-batches of one group follow one another; a few more for prefetching

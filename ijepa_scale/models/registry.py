@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from ijepa_scale import rng
+from ijepa_scale.config.architectures import resolve
 from ijepa_scale.config.schema import ModelConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.init import initialise
@@ -16,7 +17,6 @@ from ijepa_scale.models.jepa import JEPA
 from ijepa_scale.models.pos_embed import sincos_2d
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer
-from ijepa_scale.planning.architectures import resolve
 
 _Model = TypeVar("_Model", VisionTransformer, Predictor)
 _ENCODER_SIZES = ("width", "depth", "heads", "mlp_ratio")

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ijepa_scale.config.architectures import IMAGE_CHANNELS, Architecture, resolve
 from ijepa_scale.config.schema import ModelConfig
-from ijepa_scale.planning.architectures import IMAGE_CHANNELS, Architecture, resolve
 from ijepa_scale.planning.memory import FP32_BYTES
 from ijepa_scale.planning.tokens import Tokens
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ijepa_scale.config.architectures import resolve
 from ijepa_scale.config.schema import ModelConfig
-from ijepa_scale.planning.architectures import resolve
 from ijepa_scale.planning.devices import Cluster
 from ijepa_scale.planning.memory import FP32_BYTES
 from ijepa_scale.planning.parameters import block_parameters, count_parameters

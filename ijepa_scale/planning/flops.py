@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ijepa_scale.config.architectures import IMAGE_CHANNELS, Architecture, resolve
 from ijepa_scale.config.schema import ModelConfig
 from ijepa_scale.masks.types import DenseMasks, Masks
-from ijepa_scale.planning.architectures import IMAGE_CHANNELS, Architecture, resolve
 
 _BACKWARD = 2  # backward / forward, of everything whose input needs a gradient
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from ijepa_scale.config.architectures import IMAGE_CHANNELS, resolve
 from ijepa_scale.config.schema import MaskConfig, ModelConfig
 from ijepa_scale.planning.activations import BF16_BYTES, Activations, activations
-from ijepa_scale.planning.architectures import IMAGE_CHANNELS, resolve
 from ijepa_scale.planning.communication import Buffers, buffers
 from ijepa_scale.planning.devices import Device
 from ijepa_scale.planning.memory import FP32_BYTES, spread_states

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ijepa_scale.config.architectures import IMAGE_CHANNELS, resolve
 from ijepa_scale.config.schema import ModelConfig
-from ijepa_scale.planning.architectures import IMAGE_CHANNELS, resolve
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122  # training images; ImageNet's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class PlannedStrategy:
     """One way to spread the run's step."""
 
     spread: Spread
@@ -52,8 +52,8 @@ class Plan:
     batch_size: int  # of all GPUs
     micro_batch: int  # images per GPU at once
     by_checkpointing: dict[str, Activations]  # of the largest masks drawn
-    candidates: tuple[Candidate, ...]
-    chosen: Candidate  # what the configuration would run
+    candidates: tuple[PlannedStrategy, ...]
+    chosen: PlannedStrategy  # what the configuration would run
     reason: str
     advice: tuple[str, ...]  # empty where the configuration runs as it is
     num_images: int
@@ -206,11 +206,11 @@ def _candidate(
     tokens: tuple[Tokens, Tokens],
     flops: FlopCount,
     mfu: float,
-) -> Candidate:
+) -> PlannedStrategy:
     mean, largest = tokens
     checkpointing, graphs = config.engine.checkpointing, config.engine.cuda_graphs
     needed = footprint(config.model, largest, spread, checkpointing=checkpointing, cuda_graphs=graphs)
-    return Candidate(
+    return PlannedStrategy(
         spread=spread,
         footprint=needed,
         fits=needed.fits(cluster.device),
@@ -236,7 +236,7 @@ def _least(config: PretrainConfig, spread: Spread, batch_size: int) -> Footprint
 
 
 def _refuse_impossible(
-    config: PretrainConfig, cluster: Cluster, candidates: tuple[Candidate, ...], batch_size: int
+    config: PretrainConfig, cluster: Cluster, candidates: tuple[PlannedStrategy, ...], batch_size: int
 ) -> None:
     least = [(_least(config, each.spread, batch_size), each.spread) for each in candidates]
     if any(needed.fits(cluster.device) for needed, _ in least):
@@ -259,7 +259,7 @@ def _refuse_impossible(
 
 
 def _advice(
-    config: PretrainConfig, cluster: Cluster, candidates: tuple[Candidate, ...], batch_size: int
+    config: PretrainConfig, cluster: Cluster, candidates: tuple[PlannedStrategy, ...], batch_size: int
 ) -> Iterator[str]:
     """Yields what to change where the run as configured doesn't fit; nothing where it does."""
     chosen = candidates[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ijepa_scale.planning.communication import LINK_SHARE
 from ijepa_scale.planning.footprint import USABLE_SHARE, usable_bytes
-from ijepa_scale.planning.plan import Candidate, Plan
+from ijepa_scale.planning.plan import Plan, PlannedStrategy
 from ijepa_scale.planning.tokens import STEPS
 
 WIDTH = 110
@@ -49,7 +49,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _candidate_values(each: Candidate) -> dict[str, Any]:
+def _candidate_values(each: PlannedStrategy) -> dict[str, Any]:
     values = _plain(each)
     values["label"] = each.spread.label
     values["time"] |= {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ijepa_scale.augment.finetune import FinetuneAugment
+from ijepa_scale.augment.mae import FinetuneAugment
 from ijepa_scale.augment.mixing import check_pairs
 from ijepa_scale.augment.pipeline import to_device
 from ijepa_scale.checkpoint.export import export_safetensors
@@ -20,23 +20,23 @@ from ijepa_scale.checkpoint.weights import LoadReport, load_weights
 from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.data.build import build_source, training_source
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.source import SampleSource, check_problems
-from ijepa_scale.data.stream import StreamSource
-from ijepa_scale.ema import TargetUpdate
+from ijepa_scale.data.sources.open import build_source, training_source
+from ijepa_scale.data.sources.source import SampleSource, check_problems
+from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import StepInfo
+from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.classification import Accuracy, ClassifierCheck, check_labels
-from ijepa_scale.evaluate.report import class_names, write_report
+from ijepa_scale.evaluate.classifier_report import class_names, write_report
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.row import Row, training_row
 from ijepa_scale.models.classifier import build_classifier, drop_factors
-from ijepa_scale.objective import soft_cross_entropy
-from ijepa_scale.optim import layer_decay_groups
+from ijepa_scale.objectives.jepa import soft_cross_entropy
+from ijepa_scale.optim.adamw import layer_decay_groups
 from ijepa_scale.planning.flops import finetune_flops
 from ijepa_scale.schedules import FinetuneSchedule
 from ijepa_scale.train.loop import Evaluation, Loop, find_checkpoint

@@ -18,8 +18,8 @@ from ijepa_scale.checkpoint import store
 from ijepa_scale.config import CheckpointConfig, EngineConfig, LoggingConfig, to_yaml
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.loader import TrainLoader
-from ijepa_scale.data.source import SampleSource
-from ijepa_scale.data.stream import StreamSource
+from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.protocol import Engine, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
@@ -27,7 +27,7 @@ from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.row import Row
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
-from ijepa_scale.train.setup import versions
+from ijepa_scale.provenance import provenance
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +137,14 @@ class Loop:
         self.start = 0
         self.resumed = resume
         self.loss: float | None = None  # of the last row
-        self.versions = versions(self.world) if self.world.is_main else {}
+        self.provenance = self._provenance() if self.world.is_main else {}
         if resume is not None:
             self._resume(resume)
+
+    def _provenance(self) -> dict[str, Any]:
+        device = self.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        return provenance(device=name, processes=self.world.size)
 
     def _resume(self, path: Path) -> None:
         checkpoint = store.Checkpoint(path)
@@ -268,7 +273,7 @@ class Loop:
             "kind": self.task.kind,
             "identity": self.task.identity(),
             "config": dataclasses.asdict(self.config),
-            "versions": self.versions,
+            "versions": self.provenance,
             **self.task.state(),
         }
         path = store.save(
@@ -303,7 +308,7 @@ class Loop:
 
     def _describe_run(self, **measured: float | None) -> None:
         """Writes run.json: versions, and what was measured since."""
-        (self.folder / "run.json").write_text(json.dumps({**self.versions, **measured}, indent=2) + "\n")
+        (self.folder / "run.json").write_text(json.dumps({**self.provenance, **measured}, indent=2) + "\n")
 
 
 def _check_identity(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

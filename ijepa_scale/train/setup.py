@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
-from importlib import metadata
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from ijepa_scale import environment
 from ijepa_scale.augment import Augment
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.config.finetune_run import FinetuneConfig
-from ijepa_scale.data.build import training_order, training_source
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.source import SampleSource, check_problems
-from ijepa_scale.data.stream import StreamOrder, StreamSource
+from ijepa_scale.data.sources.open import training_order, training_source
+from ijepa_scale.data.sources.source import SampleSource, check_problems
+from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
 from ijepa_scale.engine.attention import require_packed
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import Engine
@@ -40,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 # A checkpoint continues a run only where these sections are the same; the others may change, and are named.
 IDENTITY = ("seed", "model", "masks", "augment", "objective")
-_PACKAGES = ("torch", "torchvision", "deepspeed", "numpy", "simplejpeg", "webdataset")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -207,23 +202,3 @@ def build_run(config: PretrainConfig, world: World) -> Run:
         schedule=schedule,
         batch_size=batch_size,
     )
-
-
-def versions(world: World) -> dict[str, Any]:
-    """Returns what the run was made with: package versions, git revision, machine."""
-    found = {name: _version(name) for name in ("ijepa_scale", *_PACKAGES)}
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "cpu"
-    return {
-        "packages": found,
-        "python": platform.python_version(),
-        "revision": environment.git_revision(str(Path(__file__).parent)),
-        "device": device,
-        "processes": world.size,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

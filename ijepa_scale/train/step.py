@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ijepa_scale.config import ObjectiveConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.ema import TargetUpdate
 from ijepa_scale.engine.protocol import Engine, StepInfo
+from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.masks import Masks, MasksAhead, MaskSampler
 from ijepa_scale.metrics.meters import Meters, feature_std
-from ijepa_scale.objective import fused_jepa_loss, jepa_loss, jepa_targets, normalise_targets
+from ijepa_scale.objectives.jepa import fused_jepa_loss, jepa_loss, jepa_targets, normalise_targets
 from ijepa_scale.schedules import Hyper
 
 _OBSERVED = 32  # images whose features the collapse alarm looks at: it's a mean over many places and dims

@@ -16,14 +16,14 @@ import torch
 
 from ijepa_kernels.attention.backend import HeadShape, backend_for
 from ijepa_scale.config import PretrainConfig
+from ijepa_scale.config.architectures import resolve
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.data.build import training_order, training_source
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.source import SampleSource, check_problems
-from ijepa_scale.data.stream import StreamOrder, StreamSource
+from ijepa_scale.data.sources.open import training_order, training_source
+from ijepa_scale.data.sources.source import SampleSource, check_problems
+from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
 from ijepa_scale.engine.world import World, choose_device, start_world
-from ijepa_scale.planning.architectures import resolve
 from ijepa_scale.planning.flops import mask_flops
 from ijepa_scale.train.setup import Run, build_run, global_batch
 from ijepa_scale.train.step import TrainStep

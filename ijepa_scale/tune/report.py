@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ijepa_scale.tune.loader_workers import HEADROOM, Workers
 from ijepa_scale.tune.ranking import Measurement, ranked
 from ijepa_scale.tune.search import Found
 from ijepa_scale.tune.space import Space
-from ijepa_scale.tune.workers import HEADROOM, Workers
 
 _HEAD = (
     f"{'':>4}{'images/s':>10}{'20 to 80%':>16}{'step ms':>10}{'GB':>8}{'GB worst':>10}{'MFU':>7}{'data wait':>11}"

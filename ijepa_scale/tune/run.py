@@ -16,6 +16,7 @@ from ijepa_scale.config.checks import at_least, choose
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.tune import worst
 from ijepa_scale.tune.children import Children, Outcome
+from ijepa_scale.tune.loader_workers import Workers, choose_workers, counts
 from ijepa_scale.tune.machine import Machine
 from ijepa_scale.tune.overrides import as_arguments, overrides_of, write_overrides
 from ijepa_scale.tune.probe import LoaderJob, StepJob, describe_machine, machine_of, measure_loader, measure_steps
@@ -23,7 +24,6 @@ from ijepa_scale.tune.ranking import Measurement
 from ijepa_scale.tune.report import found_text, head_text, workers_text
 from ijepa_scale.tune.search import SKIPPABLE, Budget, Search
 from ijepa_scale.tune.space import Candidate, Space
-from ijepa_scale.tune.workers import Workers, choose_workers, counts
 
 FILE = "tuned.yaml"
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"

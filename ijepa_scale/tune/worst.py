@@ -13,7 +13,7 @@ import torch
 
 from ijepa_scale.config import MaskConfig
 from ijepa_scale.masks import DenseMasks, Masks, MaskSampler, pack
-from ijepa_scale.masks.sizes import possible_sizes
+from ijepa_scale.masks.block_sizes import possible_sizes
 from ijepa_scale.planning.tokens import Tokens, draw_masks
 
 KINDS = ("possible", "drawn")

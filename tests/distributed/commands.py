@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ijepa_scale import environment
-from ijepa_scale.data.write import Sample, write_shards
+from ijepa_scale.data.shards.write import Sample, write_shards
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "launch" / "pretrain.py"

@@ -27,10 +27,10 @@ from torch import Tensor
 from ijepa_scale.checkpoint.store import Checkpoint
 from ijepa_scale.config import load_config
 from ijepa_scale.config.finetune_run import FinetuneConfig
-from ijepa_scale.data.build import build_source
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.write import Sample, write_shards
+from ijepa_scale.data.shards.write import Sample, write_shards
+from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.engine.world import World
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.train.finetune import finetune

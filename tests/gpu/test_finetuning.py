@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_scale.augment.finetune import FinetuneAugment
+from ijepa_scale.augment.mae import FinetuneAugment
 from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
 from ijepa_scale.data.batch import Batch
 

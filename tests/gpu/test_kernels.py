@@ -11,10 +11,10 @@ from ijepa_kernels.fp8_linear import CAPABILITY, fp8_linear, quantise_rows
 from ijepa_kernels.layer_norm import layer_norm
 from ijepa_kernels.target_loss import target_loss
 from ijepa_kernels.target_update import prepare, target_update
-from tests.unit.test_fp8_linear import layer
-from tests.unit.test_layer_norm import inputs as norm_inputs
-from tests.unit.test_target_loss import inputs as loss_inputs
-from tests.unit.test_target_update import lists, ulps
+from tests.unit.kernels.test_fp8_linear import layer
+from tests.unit.kernels.test_layer_norm import inputs as norm_inputs
+from tests.unit.kernels.test_target_loss import inputs as loss_inputs
+from tests.unit.kernels.test_target_update import lists, ulps
 
 pytestmark = pytest.mark.gpu
 # fp32: sums in another order. bf16: rounded once here and twice there where the upstream gradient isn't 1.

@@ -11,8 +11,8 @@ import torch
 from ijepa_scale import rng
 from ijepa_scale.config import MaskConfig
 from ijepa_scale.masks import DenseMasks, MaskSampler
+from ijepa_scale.masks.block_sizes import reference_size
 from ijepa_scale.masks.reference import sample_reference
-from ijepa_scale.masks.sizes import reference_size
 
 
 def literal_size(height: int, width: int, scale: tuple, aspect: tuple, r: float) -> tuple[int, int]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FLOORS = {
-    **dict.fromkeys(["errors", "rng", "schedules", "environment"], 0),
+    **dict.fromkeys(["errors", "rng", "schedules", "environment", "provenance"], 0),
     **dict.fromkeys(["config", "masks", "planning"], 1),
-    **dict.fromkeys(["models", "data", "augment", "objective", "ema", "optim"], 2),
+    **dict.fromkeys(["models", "data", "augment", "objectives", "optim"], 2),
     **dict.fromkeys(["engine", "checkpoint", "metrics"], 3),
     **dict.fromkeys(["train", "evaluate", "tune"], 4),
 }
@@ -29,7 +29,7 @@ IMPORT_TIME_CALLS = {
 SYNCHRONISING = {"item", "cpu", "tolist", "numpy", "synchronize", "print", "float", "int", "bool"}
 WAITING = {"item", "cpu", "tolist", "numpy", "synchronize", "nonzero", "masked_select", "unique", "equal"}
 STEP_PATH = (
-    "ijepa_scale/train/step.py", "ijepa_scale/objective.py", "ijepa_scale/ema.py", "ijepa_scale/optim.py",
+    "ijepa_scale/train/step.py", "ijepa_scale/objectives/", "ijepa_scale/engine/target_update.py", "ijepa_scale/optim/",
     "ijepa_scale/masks/ahead.py", "ijepa_scale/models/", "ijepa_scale/augment/pipeline.py",
     "ijepa_scale/engine/native.py", "ijepa_scale/engine/zero.py", "ijepa_scale/engine/finite.py",
     "ijepa_scale/engine/target.py", "ijepa_scale/engine/graphs.py", "ijepa_scale/metrics/meters.py",

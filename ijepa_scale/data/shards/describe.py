@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ijepa_scale.data.index import ShardIndex, index_tar
-from ijepa_scale.data.scan import NO_LABEL, Problems
+from ijepa_scale.data.shards.byte_sizes import format_bytes
 from ijepa_scale.data.shards.journal import JOURNAL
 from ijepa_scale.data.shards.manifest import read_classes, read_manifest
-from ijepa_scale.data.shards.sizes import format_bytes
+from ijepa_scale.data.sources.scan import NO_LABEL, Problems
+from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
 
 _SHOWN = 5  # problems
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.data.fetch import file_sha256
-from ijepa_scale.data.write import PART, ShardRow, check_empty, place, sync
+from ijepa_scale.data.shards.write import PART, ShardRow, check_empty, place, sync
+from ijepa_scale.data.sources.fetch import file_sha256
 from ijepa_scale.errors import DataError
 
 JOURNAL = "making.jsonl"

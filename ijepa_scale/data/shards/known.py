@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ijepa_scale.data.scan import Problems
+from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.errors import DataError
 
 # name: splits, the default first; where they are train and test, the constructor takes train=bool

@@ -20,12 +20,12 @@ from torch.utils.data import Dataset
 
 from ijepa_scale import rng
 from ijepa_scale.data.decode import decode
-from ijepa_scale.data.shards.files import check_size
+from ijepa_scale.data.shards.image_files import check_size
 from ijepa_scale.data.shards.journal import Entry, Journal
 from ijepa_scale.data.shards.known import encode_png
-from ijepa_scale.data.source import SampleSource
+from ijepa_scale.data.shards.write import Sample, ShardRow, image_suffix, write_manifest, write_parts
+from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.workers import ordered_loader
-from ijepa_scale.data.write import Sample, ShardRow, image_suffix, write_manifest, write_parts
 from ijepa_scale.errors import DataError, SampleError
 
 logger = logging.getLogger(__name__)

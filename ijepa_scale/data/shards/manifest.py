@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ijepa_scale.data.source import CLASSES, MANIFEST, parse_classes
-from ijepa_scale.data.write import ShardRow
+from ijepa_scale.data.shards.write import ShardRow
+from ijepa_scale.data.sources.tar_shards import CLASSES, MANIFEST, parse_classes
 from ijepa_scale.errors import DataError
 
 

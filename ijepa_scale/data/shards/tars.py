@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_scale.data.cache import Handle
-from ijepa_scale.data.index import Names
-from ijepa_scale.data.scan import IRREGULAR, Break, Problems, leaves_its_folder, walk_members
-from ijepa_scale.data.shards.files import check_size
-from ijepa_scale.data.source import FOLDER_SUFFIXES, SPLITS
+from ijepa_scale.data.shards.image_files import check_size
+from ijepa_scale.data.sources.cache import Handle
+from ijepa_scale.data.sources.folder import FOLDER_SUFFIXES, SPLITS
+from ijepa_scale.data.sources.scan import IRREGULAR, Break, Problems, leaves_its_folder, walk_members
+from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError, SampleError
 
 _Place = tuple[int, int]  # offset and size in bytes

@@ -11,13 +11,13 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ijepa_scale.data.decode import decode
-from ijepa_scale.data.fetch import file_sha256
-from ijepa_scale.data.index import ShardIndex, index_path, load_index, scan_index
 from ijepa_scale.data.shards.journal import JOURNAL
 from ijepa_scale.data.shards.manifest import read_classes, read_manifest
-from ijepa_scale.data.source import MANIFEST
+from ijepa_scale.data.shards.write import ShardRow
+from ijepa_scale.data.sources.fetch import file_sha256
+from ijepa_scale.data.sources.tar_index import ShardIndex, index_path, load_index, scan_index
+from ijepa_scale.data.sources.tar_shards import MANIFEST
 from ijepa_scale.data.workers import ordered_loader
-from ijepa_scale.data.write import ShardRow
 from ijepa_scale.errors import DataError, SampleError
 
 _PREFETCH = 2

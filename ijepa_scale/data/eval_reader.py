@@ -1,0 +1,132 @@
+"""Images for evaluation: resized, centre-cropped and normalised as published. Floor 2: no model, no peers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ijepa_scale.data.decode import decode
+from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.workers import ordered_loader
+from ijepa_scale.errors import DataError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CROP_FRACTION = 0.875  # 224 of 256 pixels
+_SMALL = 64  # pixels: sets of such images are evaluated whole
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Images in the order asked for; the last batch may be smaller."""
+
+    images: Tensor  # (B, 3, h, w) float32, normalised
+    labels: Tensor  # (B,) int64; -1 where there is none
+    sample_ids: np.ndarray  # (B,) int64
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def pin_memory(self) -> EvalBatch:
+        """Returns the batch with its tensors in page-locked memory."""
+        return EvalBatch(self.images.pin_memory(), self.labels.pin_memory(), self.sample_ids)
+
+
+def spread(count: int, chosen: int) -> np.ndarray:
+    """Returns `chosen` ids (all of them where there are no more) spread evenly over range(count), int64, ascending."""
+    chosen = min(count, chosen)
+    return (np.arange(chosen, dtype=np.int64) * count) // max(1, chosen)
+
+
+def center_crop(pixels: np.ndarray, size: tuple[int, int], crop_fraction: float) -> np.ndarray:
+    """Returns (h, w, 3) uint8: resized (PIL bicubic) to cover size / crop_fraction, its centre cut out.
+
+    For a square `size` this is torchvision's Resize(round(size / crop_fraction)) and CenterCrop(size).
+    """
+    height, width = pixels.shape[:2]
+    resized = covering_size((height, width), size, crop_fraction)
+    image = Image.fromarray(pixels)
+    if resized != (height, width):
+        image = image.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
+    top, left = (round((have - want) / 2.0) for have, want in zip(resized, size, strict=True))
+    return np.asarray(image)[top : top + size[0], left : left + size[1]]
+
+
+def covering_size(have: tuple[int, int], size: tuple[int, int], crop_fraction: float) -> tuple[int, int]:
+    """Returns the (height, width) that an image is resized to before `size` is cut from its centre."""
+    height, width = have
+    cover = [round(side / crop_fraction) for side in size]
+    if height * cover[1] <= width * cover[0]:  # the height is what just covers
+        return cover[0], max(cover[1], int(cover[0] * width / height))
+    return max(cover[0], int(cover[1] * height / width)), cover[1]
+
+
+class EvalReader:
+    """The given samples in the given order, as `EvalBatch`es.
+
+    `crop_fraction` is by default 0.875 above 64 pixels and 1 up to there. A sample that can't be decoded ends the
+    evaluation: a figure over other images than asked for would be no figure.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        image_size: tuple[int, int],
+        *,
+        ids: Sequence[int] | np.ndarray,
+        batch_size: int = 64,
+        crop_fraction: float | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        self.ids = np.asarray(ids, dtype=np.int64)
+        if crop_fraction is None:
+            crop_fraction = _CROP_FRACTION if min(image_size) > _SMALL else 1.0
+        batches = _Batches(source, image_size, crop_fraction, mean, std)
+        parts = [self.ids[begin : begin + batch_size] for begin in range(0, len(self.ids), batch_size)]
+        self._batches = ordered_loader(batches, parts, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        for item in self._batches:
+            if isinstance(item, str):
+                raise DataError(item)
+            yield item
+
+
+class _Batches(Dataset):
+    """Item (ids) is the batch of those samples, or the text of the error that ends the evaluation."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        image_size: tuple[int, int],
+        crop_fraction: float,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.source, self.image_size, self.crop_fraction = source, image_size, crop_fraction
+        self.scale = torch.tensor([1.0 / (255.0 * value) for value in std])[:, None, None]
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])[:, None, None]
+
+    def __getitem__(self, ids: np.ndarray) -> EvalBatch | str:
+        images, labels = [], []
+        for sample in ids.tolist():
+            try:
+                pixels = decode(self.source.read(sample))
+            except DataError as error:
+                return f"sample {self.source.name(sample)}: {error}"
+            images.append(center_crop(pixels, self.image_size, self.crop_fraction))
+            labels.append(self.source.label(sample))
+        stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        return EvalBatch(stacked.float().mul_(self.scale).add_(self.shift), torch.tensor(labels), ids)

@@ -1,0 +1,210 @@
+"""The commands on shards: make, verify, info, index. Floor 2: arguments in, text out; the work is beside it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ijepa_scale.data.shards.byte_sizes import format_bytes, parse_bytes
+from ijepa_scale.data.shards.describe import describe_shards
+from ijepa_scale.data.shards.image_files import CsvImages, FolderImages
+from ijepa_scale.data.shards.known import DATASETS, TorchvisionImages
+from ijepa_scale.data.shards.make import JPEG_QUALITY, MAX_BAD_FRACTION, MakePlan, make_shards
+from ijepa_scale.data.shards.tars import TarImages
+from ijepa_scale.data.shards.verify import verify_shards
+from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.tar_index import expand, index_tar
+from ijepa_scale.errors import DataError
+
+READERS = ("imagefolder", "csv", "tar")
+_MOST_WORKERS = 16  # taken by themselves
+_LINE_EVERY_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the commands and their options."""
+    commands = parser.add_subparsers(dest="command", required=True)
+    cores = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+    make = commands.add_parser(
+        "make",
+        help="write shards from images; may be killed at any moment and started again with the same arguments",
+        description="Writes shards from images, each of which is decoded first. May be killed at any moment and "
+        "started again with the same arguments: it goes on, and the shards are the same byte by byte.",
+    )
+    make.add_argument(
+        "--from", dest="reader", default="imagefolder", metavar="KIND", choices=[*READERS, *DATASETS],
+        help="imagefolder (default), csv (path,label), tar (CLASS/*.jpg members, or CLASS.tar members), "
+        f"or a torchvision name: {', '.join(DATASETS)}",
+    )  # fmt: skip
+    make.add_argument("--root", required=True, help="folder, CSV file, tar, or the folder of torchvision's files")
+    make.add_argument("--to", required=True, help="folder for the shards; must not hold any yet")
+    make.add_argument(
+        "--split", help="folder in ROOT that holds the class folders (default: train, if there are only splits); "
+        "for a torchvision name its split (default train)",
+    )  # fmt: skip
+    make.add_argument("--download", action="store_true", help="let torchvision download into ROOT what is missing")
+    make.add_argument("--shard-size", default="256MB", help="like 256MB, 1GiB, 500kB: of images (default 256MB)")
+    make.add_argument(
+        "--resize-shorter", type=int, metavar="PIXELS", help="resize images whose shorter side is larger (bicubic, "
+        f"antialiased; JPEG of quality {JPEG_QUALITY}, 4:4:4); others keep their bytes",
+    )  # fmt: skip
+    make.add_argument(
+        "--max-bad-fraction", type=float, default=MAX_BAD_FRACTION, metavar="X",
+        help=f"share of images that may be left out because they can't be used (default {MAX_BAD_FRACTION:g})",
+    )  # fmt: skip
+    make.add_argument("--prefix", default="shard", help="beginning of the shards' names (default shard)")
+    make.add_argument("--seed", type=int, default=0, help="of the order in which images are written (default 0)")
+    verify = commands.add_parser("verify", help="hash the shards, decode every image; exit code 2 names what is bad")
+    for command, verb in ((make, "decode"), (verify, "hash and decode")):
+        command.add_argument(
+            "--workers", type=int, default=cores, help=f"processes that {verb}; 0: this one (default here {cores})"
+        )
+    info = commands.add_parser("info", help="say what the shards hold")
+    index = commands.add_parser("index", help="write the indices beside shards made elsewhere")
+    for command in (verify, info, index):
+        command.add_argument("pattern", help="folder, glob or {000..127} pattern")
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Returns the exit code: 0, or 2 after `verify` has found something.
+
+    Raises:
+        DataError: a mistake that the user can mend.
+    """
+    if getattr(options, "workers", 0) < 0:
+        raise DataError(f"workers is {options.workers}; give 0 or more processes")
+    with logging_redirect_tqdm():
+        return _COMMANDS[options.command](options)
+
+
+def open_images(reader: str, root: str, *, split: str | None = None, download: bool = False) -> SampleSource:
+    """Returns the images that `--from` and its companions name.
+
+    Raises:
+        DataError: there are none, or an argument that isn't for this reader.
+    """
+    if download and reader in READERS:
+        raise DataError(f"--download is for torchvision's data sets, not for {reader}; drop it")
+    if reader == "csv":
+        if split is not None:
+            raise DataError(f"--split {split} is not for csv; list the images of the split in a CSV of their own")
+        return CsvImages(root)
+    if reader == "tar":
+        return TarImages(root, split)
+    return (
+        FolderImages(root, split)
+        if reader == "imagefolder"
+        else TorchvisionImages(reader, root, split=split, download=download)
+    )
+
+
+def _make(options: argparse.Namespace) -> int:
+    if not 0 <= options.max_bad_fraction <= 1:
+        raise DataError(f"max-bad-fraction is {options.max_bad_fraction:g}; give a share from 0 to 1")
+    plan = MakePlan(
+        shard_bytes=parse_bytes(options.shard_size),
+        prefix=options.prefix,
+        seed=options.seed,
+        resize_shorter=options.resize_shorter,
+    )
+    if options.reader == "imagefolder" and Path(options.to).resolve().is_relative_to(Path(options.root).resolve()):
+        raise DataError(
+            f"--to {options.to} lies in --root {options.root} and would become a class; name another folder"
+        )
+    source = open_images(options.reader, options.root, split=options.split, download=options.download)
+    print(source.summary(), flush=True)
+    with _Progress(source.num_samples, "images") as progress:
+        made = make_shards(
+            source, options.to, plan=plan, workers=options.workers, max_bad_fraction=options.max_bad_fraction,
+            progress=lambda done, shards, bad: progress.show(done, f"{shards} shards, {bad} left out"),
+        )  # fmt: skip
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in made.left_out.most_common())
+    size = format_bytes(sum(row.bytes for row in made.shards))
+    print(
+        f"{made.num_samples} images in {len(made.shards)} shards, {size}, in {options.to}; left out: {kinds or 'none'}"
+    )
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    paths = expand(options.pattern)
+    folders = len({path.parent for path in paths})
+    faults = samples = 0
+    hashed = True
+    with _Progress(len(paths), "shards") as progress:
+        for number, verdict in enumerate(verify_shards(paths, workers=options.workers), start=1 - folders):
+            for fault in verdict.faults:
+                progress.note(f"bad: {fault}")
+            faults, samples = faults + len(verdict.faults), samples + verdict.num_samples
+            hashed = hashed and verdict.hashed
+            progress.show(max(0, number), f"{samples} images, {faults} faults")
+    checked = "hashes and images" if hashed else "images (no manifest.json: no hashes to hold them against)"
+    print(f"{len(paths)} shards, {samples} images: {f'{faults} faults' if faults else f'{checked} are good'}")
+    return 2 if faults else 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    print("\n".join(describe_shards(expand(options.pattern))))
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    for path in expand(options.pattern):
+        index = index_tar(path)
+        found = index.problems.summary()
+        print(f"{path}: {len(index)} samples{f'; left out: {found}' if found else ''}")
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "make": _make, "verify": _verify, "info": _info, "index": _index,
+}  # fmt: skip
+
+
+class _Progress:
+    """A bar where standard error is a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        self._total, self._unit = total, unit
+        self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._first: tuple[int, float] | None = None
+        self._shown = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, done: int, text: str) -> None:
+        """Shows how much is done."""
+        now = time.monotonic()
+        if self._bar is not None:
+            if self._first is None:
+                self._bar.initial = self._bar.n = done  # of the run before: not of this one's speed
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif now - self._shown >= _LINE_EVERY_S:
+            self._shown = now
+            rate = (done - self._first[0]) / max(1e-9, now - self._first[1]) if self._first else 0.0
+            pace = f", {rate:.0f} {self._unit}/s" if rate else ""
+            print(f"{done} of {self._total} {self._unit}{pace}, {text}", file=sys.stderr, flush=True)
+        self._first = self._first or (done, now)
+
+    def note(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        tqdm.write(text, file=sys.stdout) if self._bar is not None else print(text, flush=True)
+
+
+__all__ = ["READERS", "add_arguments", "open_images", "run_command"]

@@ -1,0 +1,243 @@
+"""Writing tar shards, the same bytes from the same samples every time. Floor 2: files only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import webdataset
+
+from ijepa_scale.data.sources.tar_index import index_tar
+from ijepa_scale.data.sources.tar_shards import CLASSES, MANIFEST
+from ijepa_scale.errors import DataError
+
+PART = ".part"  # behind the name of a file that isn't whole yet
+_MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to be written."""
+
+    key: str  # unique, without dots
+    image: bytes  # JPEG, PNG or WebP
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """What the manifest says of one shard."""
+
+    name: str
+    bytes: int
+    samples: int
+    sha256: str
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    folder: str | Path,
+    *,
+    shard_bytes: int = 256 << 20,
+    prefix: str = "shard",
+    classes: list[str] | None = None,
+) -> list[Path]:
+    """Returns the tar shards written into `folder`, with their indices, `manifest.json` and `classes.json` beside.
+
+    A shard is closed before the sample that would take its images over `shard_bytes`, appears under its name when
+    it is whole, and carries no time or user: equal samples make equal bytes.
+
+    Raises:
+        DataError: the folder already holds shards, or a sample can't be part of one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_empty(folder)
+    rows = []
+    for row, _ in write_parts(samples, folder, shard_bytes=shard_bytes, prefix=prefix):
+        place(folder, row)
+        rows.append(row)
+    write_manifest(folder, rows, classes=classes)
+    return [folder / row.name for row in rows]
+
+
+def check_empty(folder: Path) -> None:
+    """Refuses a folder in which something would be overwritten or mixed up.
+
+    Raises:
+        DataError: it holds shards, or what lies beside shards.
+    """
+    found = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name.endswith((".tar", f".tar{PART}")) or entry.name in (MANIFEST, CLASSES)
+    )
+    if found:
+        raise DataError(f"folder {folder} already holds shards ({found[0]}); name an empty one")
+
+
+def write_parts(
+    samples: Iterable[Sample], folder: Path, *, shard_bytes: int, prefix: str, first: int = 0
+) -> Iterator[tuple[ShardRow, str]]:
+    """Yields each shard and its last sample's key as soon as it is whole, under its name with `PART` behind.
+
+    It is on the disk by then, and gets its name by `place`. `first` is the number of the first shard.
+
+    Raises:
+        DataError: a sample that can't be part of a shard.
+    """
+    part: _Part | None = None
+    try:
+        for sample in samples:
+            if part is not None and part.image_bytes + len(sample.image) > shard_bytes:
+                row, last = part.close(), part.last_key
+                part, first = None, first + 1
+                yield row, last
+            if part is None:
+                part = _Part(folder / f"{prefix}-{first:06d}.tar")
+            part.add(sample)
+    except BaseException:
+        if part is not None:
+            part.abandon()
+        raise
+    if part is not None:
+        yield part.close(), part.last_key
+
+
+def place(folder: Path, row: ShardRow) -> None:
+    """Gives a whole shard its name, and writes its index.
+
+    Raises:
+        DataError: another file has the name.
+    """
+    path = folder / row.name
+    if path.exists():
+        raise DataError(f"{path} has appeared while it was being written; remove it, or write into another folder")
+    os.replace(f"{path}{PART}", path)
+    sync(folder)
+    index_tar(path)
+
+
+def write_manifest(
+    folder: Path, rows: list[ShardRow], *, classes: list[str] | None, left_out: Mapping[str, int] | None = None
+) -> None:
+    """Writes what lies beside the shards: `classes.json`, and at last `manifest.json`, the mark of a whole set.
+
+    `left_out` counts the images that are in no shard, by kind.
+
+    Raises:
+        DataError: there is no shard, or one can't be read as it was written.
+    """
+    if not rows:
+        raise DataError(f"there are no samples to write into {folder}; check what they come from")
+    for row in rows:
+        index = index_tar(folder / row.name)
+        if len(index) != row.samples or index.problems.counts:
+            raise DataError(
+                f"{folder / row.name} reads as {len(index)} samples, {row.samples} were written "
+                f"({index.problems.summary() or 'no problems'}); check the disk and write into an empty folder"
+            )
+    if classes is not None:
+        _write_json(folder / CLASSES, classes)
+    manifest = {
+        "version": _MANIFEST_VERSION,
+        "samples": sum(row.samples for row in rows),
+        "bytes": sum(row.bytes for row in rows),
+        "left_out": dict(sorted((left_out or {}).items())),
+        "shards": [asdict(row) for row in rows],
+    }
+    _write_json(folder / MANIFEST, manifest)
+
+
+def sync(folder: Path) -> None:
+    """Puts the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Part:
+    """A shard that is being written, hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self._name, self._part = path.name, path.with_name(path.name + PART)
+        self._file = self._part.open("wb")
+        self._digest = hashlib.sha256()
+        self._bytes = self._samples = 0
+        self._tar = webdataset.TarWriter(self, user="", group="", encoder=False, mtime=0, format="GNU_FORMAT")
+        self.image_bytes = 0
+        self.last_key = ""
+
+    def write(self, data: bytes) -> int:
+        """Returns the bytes written; what the tar writer calls."""
+        if self._file.closed:  # abandoned: what is left in the writer goes nowhere
+            return len(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+        return self._file.write(data)
+
+    def add(self, sample: Sample) -> None:
+        """Appends one sample."""
+        if not sample.key or "." in sample.key.rpartition("/")[2]:
+            raise DataError(f"key {sample.key!r} is empty or has a dot; tar shards split names at dots")
+        content = {"__key__": sample.key, _suffix(sample): sample.image}
+        if sample.label is not None:
+            content["cls"] = str(sample.label).encode()
+        self._tar.write(content)
+        self._samples += 1
+        self.image_bytes += len(sample.image)
+        self.last_key = sample.key
+
+    def close(self) -> ShardRow:
+        """Returns what the manifest will say, when all of it is on the disk."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        sync(self._part.parent)
+        return ShardRow(self._name, self._bytes, self._samples, self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        """Removes it."""
+        with contextlib.suppress(OSError):  # of a full disk; what led here is told already
+            self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+def image_suffix(image: bytes) -> str | None:
+    """Returns the file suffix that the image's first bytes call for; None for what shards don't hold."""
+    if image.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if image.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if image.startswith(b"RIFF") and image[8:12] == b"WEBP" else None
+
+
+def _suffix(sample: Sample) -> str:
+    suffix = image_suffix(sample.image)
+    if suffix is None:
+        raise DataError(f"image {sample.key!r} begins with {sample.image[:12]!r}; give JPEG, PNG or WebP")
+    return suffix
+
+
+def _write_json(path: Path, content: object) -> None:
+    temporary = path.with_name(path.name + PART)
+    with temporary.open("w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+__all__ = [
+    "CLASSES", "MANIFEST", "PART", "Sample", "ShardRow", "check_empty", "image_suffix", "place", "sync",
+    "write_manifest", "write_parts", "write_shards",
+]  # fmt: skip

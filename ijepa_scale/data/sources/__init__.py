@@ -1,0 +1,1 @@
+"""What images can be read from, and how their samples are listed."""

@@ -1,0 +1,189 @@
+"""Samples of tar shards that lie somewhere else: fetched whole, a window ahead, into a bounded cache. Floor 2."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ijepa_scale.data.sources.cache import FileCache, Handle, RemoteFile
+from ijepa_scale.data.sources.fetch import NotThereError, Retry, check_address, fetch, remote_size
+from ijepa_scale.data.sources.scan import Problems
+from ijepa_scale.data.sources.tar_index import ShardIndex, braces, index_path, load_index, save_index, scan_index
+from ijepa_scale.data.sources.tar_shards import CLASSES, MANIFEST, ShardSource, parse_classes
+from ijepa_scale.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_PARALLEL = 8  # indices fetched at once
+_LARGEST_TEXT, _LARGEST_INDEX = 256 << 20, 2 << 30  # bytes of a manifest and of an index
+
+
+class RemoteShardSource(ShardSource):
+    """Samples of tar shards behind https, s3, gs or hf addresses.
+
+    Each shard comes down whole, at most once per machine while the cache holds it, checked against the manifest
+    beside the shards where there is one, else against the size that the server says. Its index is the one beside it
+    (`NAME.tar.idx.npz`, as `launch/shards.py` writes it), else is made from the shard.
+    """
+
+    def __init__(self, pattern: str, cache: FileCache) -> None:
+        self._cache = cache
+        self._remote = list_remote(pattern, cache)
+        logger.info("%d remote shards; cache %s", len(self._remote), cache.folder)
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            shards = list(pool.map(lambda file: remote_index(file, cache), self._remote))
+        self._remote_of = {index.path: file for index, file in zip(shards, self._remote, strict=True)}
+        self._needed: set[int] = set()
+        self._take(shards, [file.url.rpartition("/")[2] for file in self._remote])
+        beside = f"{self._remote[0].url.rpartition('/')[0]}/{CLASSES}"
+        content = _text(beside, cache)
+        self.classes = None if content is None else parse_classes(content, beside)
+
+    def check_room(self, window_shards: int) -> None:
+        """Refuses a cache that can't hold the window being read and the next one.
+
+        Raises:
+            DataError: naming what it would need.
+        """
+        largest = sorted((shard.tar_bytes for shard in self._shards), reverse=True)
+        needed = sum(largest[: 2 * window_shards])
+        if needed > self._cache.max_bytes:
+            raise DataError(
+                f"data.cache_gb is {self._cache.max_bytes / (1 << 30):.3g} but two windows of {window_shards} shards "
+                f"have {needed / (1 << 30):.3g} GiB; give that much, or lower data.window_shards"
+            )
+
+    def name(self, sample_id: int) -> str:
+        """Returns address and key."""
+        shard, row = self._locate(sample_id)
+        return f"{self._remote[shard].url}:{self._shards[shard].keys[row]}"
+
+    def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
+        """Begins to fetch the shards, and lets go of all others."""
+        needed = [int(shard) for shard in [*now, *soon]]
+        for shard in [shard for shard in self._files if shard not in needed]:
+            self._files.pop(shard).close()
+        files = [self._remote[shard] for shard in needed if not self._cache.has(self._remote[shard].url)]
+        if files:
+            threading.Thread(target=_fetch_ahead, args=(self._cache, files), daemon=True).start()
+
+    def _open(self, index: ShardIndex) -> Handle:
+        return self._cache.open(self._remote_of[index.path])
+
+    def problems(self) -> Problems:
+        """Returns what of the shards can't be used."""
+        found = Problems()
+        for shard in self._shards:
+            found.extend(shard.problems)
+        return found
+
+
+def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
+    """Returns the shards that an address names: one, a `{000..127}` pattern, or a folder with a manifest.json.
+
+    Raises:
+        DataError: an address that isn't fetched, or a folder without manifest.
+    """
+    check_address(pattern)
+    names = sorted(set(braces(pattern)))
+    is_folder = not names[0].endswith(".tar")
+    folder = names[0].rstrip("/") if is_folder else names[0].rpartition("/")[0]
+    known = _manifest(f"{folder}/{MANIFEST}", cache, required=is_folder)
+    if is_folder:
+        names = [f"{folder}/{name}" for name in sorted(known)]
+    if not names:
+        raise DataError(f"{folder}/{MANIFEST} names no shards; write it again with launch/shards.py")
+    return [RemoteFile(name, *known.get(name.rpartition("/")[2], (None, None))) for name in names]
+
+
+def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[int, str]]:
+    """Returns (bytes, SHA-256) by shard name."""
+    content = _text(url, cache)
+    if content is None:
+        if required:
+            raise DataError(f"{url} isn't there; a remote folder needs it: or name shards, like .../{{000..127}}.tar")
+        return {}
+    try:
+        rows = json.loads(content)["shards"]
+        return {str(row["name"]): (int(row["bytes"]), str(row["sha256"])) for row in rows}
+    except (ValueError, TypeError, LookupError) as error:
+        raise DataError(f"{url} is no manifest of shards ({error}); write it again with launch/shards.py") from None
+
+
+def _text(url: str, cache: FileCache) -> bytes | None:
+    """Returns the content of a small remote file; None where there is none."""
+    to = cache.folder / "index" / f"{cache.path(url).name}-{os.getpid()}-{threading.get_native_id()}"
+    to.parent.mkdir(exist_ok=True)
+    try:
+        fetch(url, to, size=None, sha256=None, retry=cache.retry, largest=_LARGEST_TEXT)
+        return to.read_bytes()
+    except NotThereError:
+        return None
+    finally:
+        to.unlink(missing_ok=True)
+
+
+def remote_index(file: RemoteFile, cache: FileCache) -> ShardIndex:
+    """Returns the index of a remote shard: kept here, else the one beside it, else made from the fetched shard.
+
+    Raises:
+        DataError: the shard can't be fetched or is no tar.
+    """
+    path = cache.path(file.url)
+    kept = cache.folder / "index" / index_path(path).name
+    kept.parent.mkdir(exist_ok=True)
+    size = remote_size(file.url, cache.retry) if file.size is None else file.size
+    found = load_index(kept, path, size, None)
+    if found is None:
+        new = kept.with_name(f"{kept.name}.{os.getpid()}-{threading.get_native_id()}")
+        quick = Retry(attempts=min(3, cache.retry.attempts), first_pause_s=cache.retry.first_pause_s)
+        try:
+            fetch(f"{file.url}.idx.npz", new, size=None, sha256=None, retry=quick, largest=_LARGEST_INDEX)
+            found = load_index(new, path, size, None)
+        except DataError as error:
+            logger.info("%s: no index beside it (%s); reading the shard", file.url, error)
+        finally:
+            new.unlink(missing_ok=True)
+    if found is None:
+        handle = cache.open(file)
+        try:
+            scanned = scan_index(path, path.stat())
+            found = ShardIndex(
+                path, scanned.tar_bytes, None, scanned.offsets, scanned.sizes, scanned.labels, scanned.keys,
+                scanned.problems,
+            )  # fmt: skip
+        finally:
+            handle.close()
+    if not kept.exists():
+        save_index(found, kept)
+    return found
+
+
+def _fetch_ahead(cache: FileCache, files: list[RemoteFile]) -> None:
+    """Fetches files that will be read; who then reads them says what is wrong with one that didn't come."""
+    begin = threading.get_native_id() % len(files)  # workers begin at different ones, not all behind one lock
+    for file in files[begin:] + files[:begin]:
+        try:
+            cache.open(file).close()
+        except DataError as error:
+            logger.warning("%s", error)
+
+
+def open_cache(folder: str | None, gigabytes: float, pattern: str, **options: Any) -> FileCache:
+    """Returns the cache of a run.
+
+    Raises:
+        DataError: no folder is named.
+    """
+    if folder is None:
+        raise DataError(
+            f"{pattern!r} is remote and data.cache is null; name a folder for fetched shards: data.cache=DIR"
+        )
+    return FileCache(Path(folder), int(gigabytes * (1 << 30)), **options)

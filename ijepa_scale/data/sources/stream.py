@@ -1,0 +1,255 @@
+"""Tar shards read from their beginning to their end, as plain WebDataset does: no index, no copy, no state. Floor 2.
+
+What it can't do, and the indexed reader can: resume (a run that goes on begins other passes), see each sample once
+per epoch (every worker cycles through its own share of the shards), give the same batches to another number of
+processes or workers, repair a connection that breaks in mid-shard (the rest of that shard is left out).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import webdataset
+from webdataset.tariterators import group_by_keys
+
+from ijepa_scale import rng
+from ijepa_scale.data.order import part_size
+from ijepa_scale.data.sources.fetch import Retry, check_address, open_remote, scheme_of
+from ijepa_scale.data.sources.scan import (
+    IMAGE_SUFFIXES,
+    MAX_LABEL_BYTES,
+    MAX_MEMBER_BYTES,
+    NO_LABEL,
+    Problems,
+    parse_label,
+)
+from ijepa_scale.data.sources.tar_index import braces, expand
+from ijepa_scale.errors import DataError
+
+_PIPE = "pipe:"
+_BLOCK = 512  # bytes of a tar header
+
+
+@dataclass(frozen=True)
+class StreamSample:
+    """An encoded image as it came by, or what was wrong in its place (then `kind` is set)."""
+
+    sample_id: int  # a hash of shard, key and pass: no number in a set
+    pass_number: int
+    name: str
+    data: bytes = b""
+    label: int = NO_LABEL
+    kind: str | None = None
+    reason: str = ""
+
+
+class _Draws:
+    """The part of `random.Random` that webdataset's shuffle asks for, keyed."""
+
+    def __init__(self, key: int) -> None:
+        self._numbers = np.random.Generator(np.random.Philox(key=key))
+
+    def randint(self, low: int, high: int) -> int:
+        """Returns an integer in [low, high]."""
+        return int(self._numbers.integers(low, high, endpoint=True))
+
+
+class _Tail(io.RawIOBase):
+    """A stream that remembers its last bytes: tarfile ends silently where a header is cut or damaged."""
+
+    _KEPT = 1 << 15  # tarfile reads ahead 10 KB
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._kept, self._count = file, b"", 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._kept = (self._kept + data)[-self._KEPT :]
+        self._count += len(data)
+        return data
+
+    def has_end_mark(self, offset: int) -> bool:
+        """Returns whether the block at `offset` is the end mark."""
+        begin = offset - (self._count - len(self._kept))
+        return begin >= 0 and self._kept[begin : begin + _BLOCK] == bytes(_BLOCK)
+
+
+class StreamOrder:
+    """Counts steps and epochs of a stream, whose length nobody knows: an epoch is `steps_per_epoch` steps."""
+
+    num_samples = None
+
+    def __init__(self, batch_size: int, steps_per_epoch: int) -> None:
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
+
+    def epoch(self, step: int) -> int:
+        """Returns the epoch that global batch `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def part_size(self, world: int) -> int:
+        """Returns the images of a global batch that each of `world` processes takes.
+
+        Raises:
+            DataError: the batch doesn't divide among the processes.
+        """
+        return part_size(self.batch_size, world)
+
+
+class StreamSource:
+    """Shards that are streamed: local paths, addresses that fsspec reads, or, where allowed, `pipe:` commands.
+
+    `shuffle` samples (encoded) are held by each worker, and drawn from at random.
+    """
+
+    num_samples = None
+
+    def __init__(self, pattern: str, *, shuffle: int = 1000, allow_pipe: bool = False, retry: Retry | None = None):
+        self.urls = _expand(pattern, allow_pipe)
+        self._shuffle, self._retry = shuffle, retry or Retry()
+        names = "\n".join(url.rpartition("/")[2] for url in self.urls)
+        self.fingerprint = f"stream {hashlib.sha256(names.encode('utf-8', 'surrogateescape')).hexdigest()}"
+
+    def summary(self) -> str:
+        """Returns what there is, for the log."""
+        return f"a stream of {len(self.urls)} shards"
+
+    def problems(self) -> Problems:
+        """Returns none: nothing has been read yet."""
+        return Problems()
+
+    def check_parts(self, world: int, workers: int) -> None:
+        """Refuses more readers than shards: some would have nothing to read.
+
+        Raises:
+            DataError: naming both.
+        """
+        readers = world * max(1, workers)
+        if len(self.urls) < readers:
+            raise DataError(
+                f"data.reader stream: {len(self.urls)} shards for {world} processes x {max(1, workers)} workers; each "
+                "worker needs a shard of its own: lower data.workers, write more shards, or use data.reader=shards"
+            )
+
+    def stream(self, seed: int, start_step: int, part: int, parts: int) -> Iterator[StreamSample]:
+        """Yields samples without end: reader `part` of `parts`, whose passes over the shards are disjoint.
+
+        Raises:
+            DataError: a whole pass without a sample, or a shard that can't be opened.
+        """
+        passing = self._passes(seed, start_step, part, parts)
+        if self._shuffle > 1:
+            mix = cast(Callable[..., Any], webdataset.shuffle)
+            draws = _Draws(rng.key(seed, "stream.samples", start_step, part))
+            passing = iter(mix(self._shuffle, initial=min(100, self._shuffle), rng=draws)(passing))
+        return passing
+
+    def _passes(self, seed: int, start_step: int, part: int, parts: int) -> Iterator[StreamSample]:
+        number = 0
+        while True:
+            stream = f"stream.shards.{start_step}"  # a resumed run doesn't begin with the same shards again
+            count = 0
+            for shard in rng.permutation(len(self.urls), seed, stream, number)[part::parts]:
+                for sample in self._shard(self.urls[int(shard)], number):
+                    count += sample.kind is None
+                    yield sample
+            if not count:
+                raise DataError(
+                    f"{self.summary()}: a pass over those of reader {part} gave no sample; "
+                    "check that they are tars with images (launch/shards.py info)"
+                )
+            number += 1
+
+    def _shard(self, url: str, number: int) -> Iterator[StreamSample]:
+        """Yields the samples of one shard; what breaks off ends it and is one bad sample."""
+        bad: list[StreamSample] = []
+
+        def twice(error: Exception) -> bool:
+            bad.append(StreamSample(0, number, url, kind="two images", reason=str(error.args[0])))
+            return True
+
+        with _open(url, self._retry) as file:
+            for sample in group_by_keys(_members(file, url, number, bad), handler=twice):
+                yield from bad
+                bad.clear()
+                yield _sample(sample, url, number)
+        yield from bad
+
+
+def _members(file: IO[bytes], url: str, number: int, bad: list[StreamSample]) -> Iterator[dict[str, Any]]:
+    """Yields the members that a sample may consist of, as webdataset groups them; notes others in `bad`."""
+    tail = _Tail(file)
+    try:
+        with tarfile.open(fileobj=tail, mode="r|") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+                kind = member.name.lower().rpartition(".")[2]
+                if not member.isreg() or kind not in (*IMAGE_SUFFIXES, "cls", "json"):
+                    continue
+                most = MAX_MEMBER_BYTES if kind in IMAGE_SUFFIXES else MAX_LABEL_BYTES
+                if not 0 < member.size <= most:
+                    reason = f"{member.size} bytes; give 1 to {most}"
+                    bad.append(StreamSample(0, number, f"{url}:{member.name}", kind="member size", reason=reason))
+                    continue
+                stream = tar.extractfile(member)
+                assert stream is not None  # a regular file
+                data = stream.read()
+                if len(data) != member.size:
+                    raise EOFError(f"{member.name!r} has {len(data)} of {member.size} bytes")
+                yield {"fname": member.name, "data": data, "__url__": url}
+            if not tail.has_end_mark(tar.offset):
+                raise EOFError("no end mark")
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        reason = f"cut short, damaged or disconnected ({error})"
+        bad.append(StreamSample(0, number, url, kind="cut short", reason=reason))
+
+
+def _sample(members: dict[str, Any], url: str, number: int) -> StreamSample:
+    """Returns the sample that grouped members make."""
+    key = members["__key__"]
+    digest = hashlib.blake2b(f"{url.rpartition('/')[2]}|{key}|{number}".encode("utf-8", "surrogateescape"))
+    sample_id, name = int.from_bytes(digest.digest()[:8], "little") >> 1, f"{url}:{key}"
+    images = [value for suffix, value in members.items() if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+    if not images:
+        return StreamSample(sample_id, number, name, kind="no image", reason=f"no image ({', '.join(IMAGE_SUFFIXES)})")
+    try:
+        labels = [parse_label(members[kind], kind) for kind in ("cls", "json") if kind in members]
+    except (ValueError, RecursionError):
+        return StreamSample(sample_id, number, name, kind="bad label", reason="no integer (.cls) or label (.json)")
+    label = next((label for label in labels if label is not None), NO_LABEL)
+    return StreamSample(sample_id, number, name, images[0], label)
+
+
+def _expand(pattern: str, allow_pipe: bool) -> list[str]:
+    """Returns the shards that a pattern names."""
+    if pattern.startswith(_PIPE):
+        if not allow_pipe:
+            raise DataError(
+                f"{pattern!r} would run a shell command; if you trust it, set data.allow_pipe=true, else name files"
+            )
+        return sorted(set(braces(pattern)))
+    if scheme_of(pattern) is None:
+        return [str(path) for path in expand(pattern)]
+    check_address(pattern)
+    return sorted(set(braces(pattern)))
+
+
+def _open(url: str, retry: Retry) -> IO[bytes]:
+    """Returns the shard as a stream of bytes."""
+    if url.startswith(_PIPE):
+        return cast(IO[bytes], webdataset.gopen(url, "rb"))
+    if scheme_of(url) is not None:
+        return open_remote(url, retry)
+    try:
+        return Path(url).open("rb")
+    except OSError as error:
+        raise DataError(f"shard {url} can't be read ({error.strerror}); check the path and its permissions") from None
+
+
+__all__ = ["StreamOrder", "StreamSample", "StreamSource"]

@@ -1,0 +1,215 @@
+"""Where each sample lies in a tar shard, found once and kept beside the tar. Floor 2: files only.
+
+A shard is an ordinary WebDataset tar: `KEY.jpg` with `KEY.cls` (an integer) or `KEY.json` ({"label": ...}).
+What of it can't be used is in the index too, counted by kind.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import logging
+import os
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, NO_LABEL, Problems, scan_tar
+from ijepa_scale.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+INDEX_VERSION = 2
+# What a damaged index file can raise while it is read.
+_DAMAGE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
+_REMOTE = re.compile(r"^(pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://|hf:)")
+_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+
+
+class Names:
+    """An immutable list of strings in two arrays: 14 million of them pickle in a moment."""
+
+    def __init__(self, blob: np.ndarray, ends: np.ndarray) -> None:
+        self.blob, self.ends = blob, ends  # (bytes,) uint8 and (N,) int64
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        """Returns the packed form of `names`."""
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, item: int) -> str:
+        begin = int(self.ends[item - 1]) if item else 0
+        return self.blob[begin : int(self.ends[item])].tobytes().decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Samples of one tar, in the order of their images. Arrays (N,) int64; a label is -1 where there is none."""
+
+    path: Path
+    tar_bytes: int
+    tar_mtime_ns: int | None  # None: a fetched copy, whose time says nothing
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    keys: Names
+    problems: Problems
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+def index_path(tar: str | Path) -> Path:
+    """Returns where the index of `tar` is kept."""
+    return Path(f"{tar}.idx.npz")
+
+
+def index_tar(path: str | Path) -> ShardIndex:
+    """Returns the index of a tar shard: the kept one where size and mtime still fit, else a new scan.
+
+    A new one is written beside the tar under a temporary name and renamed, so any number of processes may
+    do this at once; where the folder can't be written the scan is repeated by each process.
+
+    Raises:
+        DataError: a tar that is missing, compressed or no tar.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"shard {path} can't be read ({error.strerror}); check the path and its permissions") from None
+    kept = load_index(index_path(path), path, status.st_size, status.st_mtime_ns)
+    if kept is None:
+        kept = scan_index(path, status)
+        save_index(kept, index_path(path))
+    return kept
+
+
+def scan_index(path: Path, status: os.stat_result) -> ShardIndex:
+    """Returns the index that a walk over the tar finds.
+
+    Raises:
+        DataError: no readable tar.
+    """
+    scan = scan_tar(path)
+    offsets, sizes, labels = scan.columns
+    return ShardIndex(
+        path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, Names.of(scan.keys), scan.problems
+    )
+
+
+def expand(pattern: str | Path) -> list[Path]:
+    """Returns the sorted tar files that a folder, a glob or a brace pattern (`{000..127}`, `{a,b}`) names.
+
+    Raises:
+        DataError: nothing matches, a file that braces name is missing, or the pattern isn't a local path.
+    """
+    text = str(pattern)
+    if _REMOTE.match(text):
+        raise DataError(
+            f"{text!r} is no local path; data.train may be remote, here copy the shards to a local folder and name that"
+        )
+    if os.path.isdir(text):
+        found = [entry for entry in Path(text).iterdir() if entry.suffix == ".tar"]
+        if not found:
+            raise DataError(f"folder {text!r} holds no *.tar file; name a folder of shards, a glob or a brace pattern")
+        return sorted(found)
+    paths: set[Path] = set()
+    for name in braces(text):
+        matches = [name] if os.path.isfile(name) else glob.glob(name)
+        if not matches:
+            raise DataError(f"{name!r} matches no file; name a folder of shards, a glob or a {{000..127}} pattern")
+        paths.update(Path(match) for match in matches)
+    return sorted(paths)
+
+
+def braces(text: str) -> list[str]:
+    """Returns what `{a,b}` and `{000..127}` in `text` stand for."""
+    begin = text.find("{")
+    end = text.find("}", begin)
+    if begin < 0 or end < 0:
+        return [text]
+    inner = text[begin + 1 : end]
+    bounds = _RANGE.match(inner)
+    if bounds:
+        first, last = bounds.groups()
+        if int(last) < int(first) or int(last) - int(first) > 1_000_000:
+            raise DataError(f"{{{inner}}} in {text!r} counts no shards; give {{FIRST..LAST}} with FIRST <= LAST")
+        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        parts = inner.split(",")
+    return [text[:begin] + part + rest for part in parts for rest in braces(text[end + 1 :])]
+
+
+def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None) -> ShardIndex | None:
+    """Returns the index in file `kept` where it is one of this tar; with no mtime the size alone decides."""
+    try:
+        with np.load(kept, allow_pickle=False) as arrays:
+            version, stamped_bytes, mtime_ns = (int(number) for number in arrays["stamp"])
+            if (version, stamped_bytes) != (INDEX_VERSION, tar_bytes) or tar_mtime_ns not in (None, mtime_ns):
+                return None
+            offsets, sizes, labels = (arrays[name].astype(np.int64) for name in ("offsets", "sizes", "labels"))
+            keys = Names(arrays["key_bytes"].astype(np.uint8), arrays["key_ends"].astype(np.int64))
+            problems = Problems.loads(arrays["problems"].tobytes())
+    except FileNotFoundError:
+        return None
+    except _DAMAGE as error:
+        logger.warning("index %s is damaged (%s); scanning the tar again", kept, error)
+        return None
+    if (
+        len({len(offsets), len(sizes), len(labels), len(keys)}) > 1
+        or min(offsets.min(initial=0), sizes.min(initial=0)) < 0
+    ):
+        logger.warning("index %s is damaged (its columns disagree); scanning the tar again", kept)
+        return None
+    if (offsets + sizes).max(initial=0) > tar_bytes or sizes.max(initial=0) > MAX_MEMBER_BYTES:
+        logger.warning("index %s is damaged (it points outside the tar); scanning the tar again", kept)
+        return None
+    return ShardIndex(path, tar_bytes, tar_mtime_ns, offsets, sizes, labels, keys, problems)
+
+
+def save_index(index: ShardIndex, target: Path) -> None:
+    """Writes the index, whole or not at all; a folder that can't be written is only logged."""
+    temporary = None
+    try:
+        if not target.parent.stat().st_mode & 0o222:  # read-only on purpose, which root would get past
+            raise PermissionError(errno.EACCES, "the folder is read-only")
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = file.name
+            np.savez(
+                file,
+                stamp=np.array([INDEX_VERSION, index.tar_bytes, index.tar_mtime_ns or 0], dtype=np.int64),
+                offsets=index.offsets,
+                sizes=index.sizes.astype(np.int32),  # below MAX_MEMBER_BYTES
+                labels=index.labels,
+                key_bytes=index.keys.blob,
+                key_ends=index.keys.ends,
+                problems=np.frombuffer(index.problems.dumps(), dtype=np.uint8),
+            )
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except OSError as error:
+        logger.warning("index %s can't be kept (%s): every process scans the tar itself", target, error.strerror)
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+__all__ = [
+    "NO_LABEL", "Names", "ShardIndex", "braces", "expand", "index_path", "index_tar", "load_index", "save_index",
+    "scan_index",
+]  # fmt: skip

@@ -1,0 +1,175 @@
+"""Samples of tar shards in local files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ijepa_scale.data.sources.cache import Handle
+from ijepa_scale.data.sources.scan import Problems
+from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
+from ijepa_scale.errors import DataError
+
+MANIFEST = "manifest.json"
+CLASSES = "classes.json"
+_OPEN_FILES = 64
+
+
+class ShardSource:
+    """Samples of indexed tar shards in local files."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        if not paths:
+            raise DataError("the list of shards is empty; name a folder of shards, a glob or a brace pattern")
+        self._take([index_tar(path) for path in paths], [path.name for path in paths])
+        beside = paths[0].parent / CLASSES
+        self.classes: list[str] | None = parse_classes(beside.read_bytes(), str(beside)) if beside.is_file() else None
+
+    def _take(self, shards: list[ShardIndex], names: list[str]) -> None:
+        """Numbers the samples of these shards, whose names are the same wherever they lie."""
+        self._shards = shards
+        if not any(len(shard) for shard in shards):
+            raise DataError(f"no shard holds a sample that can be read: {self.problems().summary()}")
+        self.shard_sizes = np.array([len(shard) for shard in shards], dtype=np.int64)
+        self.num_samples = int(self.shard_sizes.sum())
+        self.fingerprint = _shard_fingerprint(shards, names)
+        self._ends = np.cumsum(self.shard_sizes)
+        self._files: OrderedDict[int, Handle] = OrderedDict()  # shard -> open file of this process
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_files", {}).values():
+            handle.close()
+
+    def read(self, sample_id: int) -> bytes:
+        """Returns the encoded image.
+
+        Raises:
+            DataError: the tar can't be read or has changed since it was indexed.
+        """
+        shard, row = self._locate(sample_id)
+        index = self._shards[shard]
+        size = int(index.sizes[row])
+        try:
+            data = os.pread(self._file(shard), size, int(index.offsets[row]))
+        except OSError as error:
+            raise DataError(f"shard {index.path} can't be read ({error.strerror}); check the disk") from None
+        if len(data) != size:
+            raise DataError(f"shard {index.path} has become shorter than its index; start again with the whole file")
+        return data
+
+    def label(self, sample_id: int) -> int:
+        """Returns the label; -1 where there is none."""
+        shard, row = self._locate(sample_id)
+        return int(self._shards[shard].labels[row])
+
+    def labels(self) -> np.ndarray:
+        """Returns all labels, (N,) int64; -1 where there is none."""
+        return np.concatenate([shard.labels for shard in self._shards]).astype(np.int64)
+
+    def name(self, sample_id: int) -> str:
+        """Returns tar and key."""
+        shard, row = self._locate(sample_id)
+        return f"{self._shards[shard].path}:{self._shards[shard].keys[row]}"
+
+    def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
+        """Has the system read the shards into its cache, in the background."""
+        paths = [self._shards[int(shard)].path for shard in [*now, *soon]]
+        threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
+
+    def summary(self) -> str:
+        """Returns what there is, for the log."""
+        return f"{self.num_samples} images in {len(self.shard_sizes)} shards"
+
+    def problems(self) -> Problems:
+        """Returns what of the shards can't be used, with what their manifest says is missing."""
+        found = Problems()
+        for shard in self._shards:
+            found.extend(shard.problems)
+            if "cut short" in shard.problems.counts:
+                lost = manifest_samples(shard.path) - len(shard) - shard.problems.counts.total()
+                for _ in range(max(0, lost)):
+                    found.add("lost with the end of a shard", str(shard.path), "the manifest counts more samples")
+        return found
+
+    def _locate(self, sample_id: int) -> tuple[int, int]:
+        """Returns (shard, row in it) of a sample."""
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"sample {sample_id} is not among {self.num_samples}; give 0 to {self.num_samples - 1}")
+        shard = int(np.searchsorted(self._ends, sample_id, side="right"))
+        return shard, int(sample_id - (self._ends[shard] - self.shard_sizes[shard]))
+
+    def _file(self, shard: int) -> int:
+        """Returns an open file descriptor of a shard, closing the one used longest ago where there are many."""
+        if shard not in self._files:
+            self._files[shard] = self._open(self._shards[shard])
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(shard)
+        return self._files[shard].descriptor
+
+    def _open(self, index: ShardIndex) -> Handle:
+        """Returns the open shard."""
+        try:
+            handle = Handle(os.open(index.path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise DataError(f"shard {index.path} can't be read ({error.strerror}); check the disk") from None
+        status = os.fstat(handle.descriptor)
+        if (status.st_size, status.st_mtime_ns) != (index.tar_bytes, index.tar_mtime_ns):
+            handle.close()
+            raise DataError(f"shard {index.path} has changed since it was indexed; start again")
+        return handle
+
+
+def parse_classes(content: bytes, origin: str) -> list[str]:
+    """Returns the class names in the content of a classes.json.
+
+    Raises:
+        DataError: it is no list of names.
+    """
+    try:
+        names = json.loads(content)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("not a list of names")
+    except ValueError as error:
+        raise DataError(f"{origin} is no list of class names ({error}); write it again, or remove it") from None
+    return names
+
+
+def manifest_samples(shard: Path) -> int:
+    """Returns the samples that the manifest beside a shard says it has; 0 where that can't be read."""
+    try:
+        rows = json.loads((shard.parent / MANIFEST).read_text())["shards"]
+        return sum(int(row["samples"]) for row in rows if row["name"] == shard.name)
+    except (OSError, ValueError, TypeError, LookupError):
+        return 0
+
+
+def _read_ahead(paths: list[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # who reads the shard will say what is wrong with it
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _shard_fingerprint(shards: list[ShardIndex], names: list[str]) -> str:
+    """Returns a hash of what the samples are and where they lie, whatever folder the shards are in."""
+    digest = hashlib.sha256()
+    for name, shard in zip(names, shards, strict=True):
+        digest.update(f"{name}|{shard.tar_bytes}|{len(shard)}|".encode("utf-8", "surrogateescape"))
+        for array in (shard.offsets, shard.sizes, shard.labels, shard.keys.ends, shard.keys.blob):
+            digest.update(array.tobytes())
+    return digest.hexdigest()

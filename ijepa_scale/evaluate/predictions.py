@@ -1,0 +1,96 @@
+"""Classes of single images, from a finetuned run. Floor 4: one process, any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ijepa_scale.augment.eval_transform import EvalTransform
+from ijepa_scale.checkpoint.store import Checkpoint, newest
+from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config.finetune_run import ClassifierEvaluationConfig
+from ijepa_scale.data.decode import decode
+from ijepa_scale.errors import CheckpointError, ConfigError, DataError, SampleError
+from ijepa_scale.models.classifier import Classifier, build_classifier
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class and how likely it is."""
+
+    name: str
+    probability: float
+
+
+class ImageClassifier:
+    """A finetuned classifier: the best checkpoint of a run folder, its newest, or the checkpoint given.
+
+    Raises:
+        CheckpointError: there is none, or it is no classifier's.
+        ConfigError: `device` isn't there.
+    """
+
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        path = Path(path)
+        self.checkpoint = newest(path / "best") or newest(path / "checkpoints") or path
+        checkpoint = Checkpoint(self.checkpoint)
+        if checkpoint.extra.get("kind", "pretrain") != "finetune":
+            raise CheckpointError(
+                f"{self.checkpoint} is of a pretraining run, which names no classes; finetune it first: "
+                "launch/finetune.py --config C.yaml model.init=RUN"
+            )
+        config = checkpoint.extra["config"]
+        self._config = ClassifierConfig(**config["model"])
+        self.classes = checkpoint.extra["classes"] or [str(number) for number in range(self._config.num_classes)]
+        self._device = _usable(device)
+        augment = config["augment"]
+        crop_fraction = ClassifierEvaluationConfig(**config["evaluate"]).crop_of(self._config.image_size)
+        self._transform = EvalTransform(
+            self._config.image_size, crop_fraction, mean=augment["mean"], std=augment["std"], device=self._device
+        )
+        prefix = "target." if "target.head.weight" in checkpoint.tensors else "model."  # averaged, where there are some
+        self.module: Classifier = build_classifier(self._config)
+        missing, unexpected = self.module.load_state_dict(checkpoint.full(prefix), strict=False)
+        if missing != ["encoder.pos_embed"] or unexpected:  # made from the grid, not stored
+            raise CheckpointError(
+                f"{self.checkpoint}: missing {missing}, unexpected {unexpected}; use a fitting version"
+            )
+        self.module.eval().to(self._device)
+
+    def load(self, path: str | Path) -> Tensor:
+        """Returns (3, h, w) float32: the image resized, centre-cropped and normalised as in evaluation.
+
+        Raises:
+            DataError: it can't be read or decoded.
+        """
+        try:
+            pixels = decode(Path(path).read_bytes())
+        except OSError as error:
+            raise DataError(f"image {path} can't be read ({error.strerror}); check the path") from None
+        except SampleError as error:
+            raise DataError(f"image {path}: {error}") from None
+        return self._transform([pixels])[0]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, *, top: int = 5) -> list[list[Guess]]:
+        """Returns the `top` likeliest classes of each of the images (B, 3, h, w), the likeliest first. Synchronises."""
+        shares, order = self.module(images.to(self._device)).softmax(dim=-1).topk(min(top, len(self.classes)))
+        return [
+            [Guess(self.classes[number], share) for share, number in zip(row, numbers, strict=True)]
+            for row, numbers in zip(shares.tolist(), order.tolist(), strict=True)
+        ]
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """Returns the device, which is there."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} isn't one; give cpu, cuda or cuda:N") from error
+    count = torch.cuda.device_count()
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and (chosen.index or 0) >= count):
+        raise ConfigError(f"device {chosen} can't be used: this host has {count} GPUs; give cpu, or cuda:N below that")
+    return chosen

@@ -1,0 +1,33 @@
+"""What a run was made with: package versions, git revision, machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ijepa_scale import environment
+
+_PACKAGES = ("ijepa_scale", "torch", "torchvision", "deepspeed", "numpy", "simplejpeg", "webdataset")
+
+
+def provenance(*, device: str | None, processes: int) -> dict[str, Any]:
+    """Returns the versions of what computes, for `run.json` and checkpoints.
+
+    `device` is the accelerator's name; None stands for the host's processor.
+    """
+    return {
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "revision": environment.git_revision(str(Path(__file__).parent)),
+        "device": device or platform.processor() or "cpu",
+        "processes": processes,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

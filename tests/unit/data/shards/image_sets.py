@@ -1,0 +1,93 @@
+"""Small image sets as they occur, for the tests of making shards."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ijepa_scale.data.shards.image_files import FolderImages
+from ijepa_scale.data.shards.make import MakePlan, make_shards
+
+
+def pixels_of(seed: int, height: int = 12, width: int = 10) -> np.ndarray:
+    """Returns smooth pixels, other ones for each seed."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(seed: int, kind: str = "JPEG", size: tuple[int, int] = (12, 10)) -> bytes:
+    """Returns an image file of (height, width) pixels."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels_of(seed, *size)).save(stream, kind)
+    return stream.getvalue()
+
+
+def class_folders(root: Path, count: int = 30, classes: tuple[str, ...] = ("b", "a", "c")) -> Path:
+    """Writes ROOT/CLASS/NUMBER.JPEG, `count` in all, and returns ROOT."""
+    for number in range(count):
+        path = root / classes[number % len(classes)] / f"{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number, ("JPEG", "PNG", "WEBP")[number // 3 % 3]))
+    return root
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Appends a regular file to a tar."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def tar_of(folder: Path, path: Path, prefix: str = "") -> Path:
+    """Writes the files below a folder into a tar, not in their order."""
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            if file.is_file():
+                add(tar, f"{prefix}{file.relative_to(folder)}", file.read_bytes())
+    return path
+
+
+def tar_of_tars(folder: Path, path: Path) -> Path:
+    """Writes class folders as ImageNet comes: a member CLASS.tar per class, which holds its images flat."""
+    with tarfile.open(path, "w") as outer:
+        for entry in sorted(folder.iterdir(), reverse=True):
+            stream = io.BytesIO()
+            with tarfile.open(fileobj=stream, mode="w") as inner:
+                for file in sorted(entry.iterdir()):
+                    add(inner, file.name, file.read_bytes())
+            add(outer, f"{entry.name}.tar", stream.getvalue())
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Returns the content of all files of a folder of shards; indices without the time that they note."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(".idx.npz"):
+            with np.load(path) as arrays:
+                found[path.name] = b"".join(arrays[name].tobytes() for name in sorted(arrays) if name != "stamp")
+        else:
+            found[path.name] = path.read_bytes()
+    return found
+
+
+PLAN = MakePlan(shard_bytes=2500)
+
+
+def damaged_folders(root: Path) -> Path:
+    """Writes 30 images of which two can't be decoded, and returns `root`."""
+    class_folders(root)
+    (root / "a" / "1.JPEG").write_bytes(b"no image at all")
+    whole = (root / "c" / "2.JPEG").read_bytes()
+    (root / "c" / "2.JPEG").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+def make(folder: Path, to: Path, **options):
+    """Makes small shards of class folders, of which a tenth may be bad."""
+    return make_shards(FolderImages(folder), to, plan=PLAN, **{"max_bad_fraction": 0.1, **options})

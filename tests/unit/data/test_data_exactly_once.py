@@ -1,0 +1,93 @@
+"""Each sample at most once a pass, and all but the remainder: over processes, workers and uneven shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ijepa_scale import rng
+from ijepa_scale.config.schema import AugmentConfig
+from ijepa_scale.data.loader import TrainLoader
+from ijepa_scale.data.order import SampleOrder
+from ijepa_scale.data.shards.write import Sample, write_shards
+from ijepa_scale.data.sources.tar_shards import ShardSource
+from tests.unit.data.test_data_loader import jpeg
+
+BATCH = 24  # divisible by 1, 2, 3, 4 and 8 processes
+SHARDS = {1: [61], 3: [3, 50, 11], 8: [1, 30, 2, 7, 9, 1, 4, 19]}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ShardSource]:
+    found = {}
+    for count, sizes in SHARDS.items():
+        paths: list[Path] = []
+        for number, size in enumerate(sizes):
+            folder = tmp_path_factory.mktemp("shards")
+            paths += write_shards([Sample(f"{number}-{n}", jpeg(n, 9, 9), n) for n in range(size)], folder)
+        found[count] = ShardSource(paths)
+    return found
+
+
+def read(source: ShardSource, world: int, workers: int, steps: range, *, seed: int, window: int) -> np.ndarray:
+    """Returns (steps, batch) sample ids, as all processes together read them from real worker processes."""
+    parts = []
+    for rank in range(world):
+        order = SampleOrder(source.shard_sizes, BATCH, seed, window)
+        loader = TrainLoader(
+            source, order, AugmentConfig(), (8, 8), seed=seed, rank=rank, world=world,
+            workers=workers, start_step=steps.start, stop_step=steps.stop,
+        )  # fmt: skip
+        read = list(loader)
+        assert [batch.step for batch in read] == list(steps)
+        parts.append(np.stack([batch.sample_ids for batch in read]))
+    return np.concatenate(parts, axis=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    world=st.sampled_from([1, 2, 3, 4, 8]),
+    workers=st.sampled_from([0, 0, 0, 1, 2, 4]),
+    shards=st.sampled_from(sorted(SHARDS)),
+    window=st.integers(1, 9),
+    seed=st.integers(0, 3),
+)
+def test_each_sample_is_read_at_most_once_a_pass(sources, world, workers, shards, window, seed):
+    source = sources[shards]
+    order = SampleOrder(source.shard_sizes, BATCH, seed, window)
+    first_pass = range(order.steps_per_epoch)
+    ids = read(source, world, workers, first_pass, seed=seed, window=window)
+    assert ids.size == source.num_samples - source.num_samples % BATCH
+    assert len(np.unique(ids)) == ids.size
+    np.testing.assert_array_equal(ids, np.stack([order.batch(step) for step in first_pass]))
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    worlds=st.tuples(*[st.sampled_from([1, 2, 3, 4, 8])] * 2),
+    workers=st.tuples(*[st.sampled_from([0, 1, 2])] * 2),
+    switch=st.integers(1, 4),
+)
+def test_other_processes_from_the_middle_of_a_pass_keep_the_order(sources, worlds, workers, switch):
+    source = sources[3]  # 64 samples: a pass is 2 batches
+    whole = read(source, 1, 0, range(5), seed=1, window=2)
+    before = read(source, worlds[0], workers[0], range(switch), seed=1, window=2)
+    after = read(source, worlds[1], workers[1], range(switch, 5), seed=1, window=2)
+    np.testing.assert_array_equal(np.concatenate([before, after]), whole)
+
+
+@pytest.mark.parametrize("samples", [1_281_167, 1_000_000_000])
+def test_a_batch_in_mid_pass_needs_its_own_window_only(samples, monkeypatch):
+    shards = [10_000] * (samples // 10_000) + [samples % 10_000 or 10_000]
+    counts: list[int] = []
+    permutation = rng.permutation
+    monkeypatch.setattr(rng, "permutation", lambda count, *key: counts.append(count) or permutation(count, *key))
+    order = SampleOrder(shards, 2048, 0, 8)
+    ids = order.batch(order.steps_per_epoch // 2)
+    assert len(np.unique(ids)) == 2048 and ids.max() < order.num_samples
+    # what it costs: one permutation of the shards, and one of each window that the batch touches
+    assert counts[0] == len(shards) and len(counts) <= 3 and max(counts[1:]) <= 80_000

@@ -1,0 +1,284 @@
+"""Remote shards from a server that fails: every sample once, one transfer a machine, a bounded cache."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ijepa_scale.config.schema import AugmentConfig
+from ijepa_scale.data.loader import TrainLoader
+from ijepa_scale.data.order import SampleOrder
+from ijepa_scale.data.shards.write import Sample, write_shards
+from ijepa_scale.data.sources.cache import FileCache, RemoteFile
+from ijepa_scale.data.sources.fetch import Retry, fetch, file_sha256, remote_size
+from ijepa_scale.data.sources.remote import RemoteShardSource, open_cache
+from ijepa_scale.data.sources.tar_index import index_path
+from ijepa_scale.data.sources.tar_shards import ShardSource
+from ijepa_scale.errors import DataError
+from tests.unit.data.flaky_server import FAULTS, FlakyServer, serving
+from tests.unit.data.test_data_loader import crops, jpeg
+
+QUICK = Retry(attempts=25, first_pause_s=0.005, longest_pause_s=0.02, timeout_s=0.3)
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "shards"
+    write_shards([Sample(f"{n:03d}", jpeg(n), n % 5) for n in range(60)], folder, shard_bytes=9_000)
+    assert len(list(folder.glob("*.tar"))) >= 5
+    return folder
+
+
+def a_cache(folder: Path, megabytes: float = 100, **options) -> FileCache:
+    return FileCache(folder, int(megabytes * 1e6), QUICK, **options)
+
+
+def a_loader(source, workers=0):
+    order = SampleOrder(source.shard_sizes, 6, 1, 2)
+    steps = 2 * order.steps_per_epoch
+    return TrainLoader(source, order, AugmentConfig(), (8, 8), seed=1, stop_step=steps, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_flaky_server_delivers_every_sample_once(shards, tmp_path, workers, with_index):
+    if not with_index:
+        for tar in shards.glob("*.tar"):
+            index_path(tar).unlink()
+    local = list(crops(a_loader(ShardSource(sorted(shards.glob("*.tar"))))))
+    server = FlakyServer(shards, FAULTS, probability=0.4, seed=workers)
+    with serving(server) as address:
+        source = RemoteShardSource(address, a_cache(tmp_path / "cache"))
+        delivered = list(crops(a_loader(source, workers)))
+    assert delivered == local  # the same samples in the same order, the same pixels
+    first_pass = [sample for sample, _, _ in delivered[:60]]
+    assert sorted(first_pass) == list(range(60))
+    assert source.fingerprint == ShardSource(sorted(shards.glob("*.tar"))).fingerprint
+    assert sum(server.failed.values()) >= 5
+    assert {count for path, count in server.sent.items() if path.endswith(".tar")} == {1}
+
+
+def test_without_a_manifest_the_servers_size_is_held(shards, tmp_path):
+    count = len(list(shards.glob("*.tar")))
+    (shards / "manifest.json").unlink()
+    server = FlakyServer(shards, ("503", "drop", "cut"), probability=0.4)
+    with serving(server) as address:
+        source = RemoteShardSource(f"{address}/shard-{{000000..{count - 1:06d}}}.tar", a_cache(tmp_path / "cache"))
+        assert len(list(crops(a_loader(source)))) == 120
+        assert source.name(0).startswith(f"{address}/shard-000000.tar:")
+        with pytest.raises(DataError, match="manifest.json isn't there; a remote folder needs it: or name shards"):
+            RemoteShardSource(address, a_cache(tmp_path / "cache"))
+
+
+def test_class_names_come_along(shards, tmp_path):
+    (shards / "classes.json").write_text(json.dumps(list("abcde")))
+    with serving(FlakyServer(shards)) as address:
+        assert RemoteShardSource(address, a_cache(tmp_path / "c")).classes == list("abcde")
+        (shards / "classes.json").write_text('{"a": 1}')
+        with pytest.raises(DataError, match="classes.json is no list of class names .*; write it again, or remove it"):
+            RemoteShardSource(address, a_cache(tmp_path / "c"))
+    with pytest.raises(DataError, match="classes.json is no list of class names"):
+        ShardSource(sorted(shards.glob("*.tar")))
+
+
+def test_what_is_not_there_is_said_at_once(shards, tmp_path):
+    with serving(FlakyServer(shards)) as address:
+        begin = time.monotonic()
+        with pytest.raises(DataError, match="no.tar can't be fetched .*; check the address and the permissions"):
+            fetch(f"{address}/no.tar", tmp_path / "x", size=None, sha256=None, retry=Retry(), largest=10)
+        with pytest.raises(DataError, match="secret.tar can't be fetched .*403"):
+            remote_size(f"{address}/secret.tar", Retry())
+        assert time.monotonic() - begin < 5  # no pauses of a second and more
+
+
+def test_what_stays_wrong_ends_in_a_clear_error(shards, tmp_path):
+    retry = Retry(attempts=3, first_pause_s=0.001, timeout_s=0.2)
+    tar = sorted(shards.glob("*.tar"))[0]
+    size, to = tar.stat().st_size, tmp_path / "x"
+    cases = {"503": "503", "cut": "", "stall": "", "garbage": "SHA-256 is another than the manifest's"}
+    for fault, reason in cases.items():
+        with serving(FlakyServer(shards, (fault,), probability=1.0)) as address:
+            with pytest.raises(DataError, match=f"didn't arrive in 3 tries .*{reason}.*; check the server"):
+                fetch(f"{address}/{tar.name}", to, size=size, sha256=file_sha256(tar), retry=retry, largest=size)
+        assert not to.exists()
+    with serving(FlakyServer(shards)) as address:
+        with pytest.raises(DataError, match="over 100 bytes came"):
+            fetch(f"{address}/{tar.name}", to, size=None, sha256=None, retry=retry, largest=100)
+        with pytest.raises(DataError, match=f"{size} bytes came instead of {size + 1}"):
+            fetch(f"{address}/{tar.name}", to, size=size + 1, sha256=None, retry=retry, largest=size + 1)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ftp://host/a.tar", "has the scheme 'ftp'; give a local path, or one of https, http, s3, gs, hf"),
+        ("http://example.org/a.tar", "is unencrypted; give https"),
+        ("pipe:cat a.tar", "has the scheme None"),
+    ],
+)
+def test_addresses_that_are_not_fetched(tmp_path, address, message):
+    with pytest.raises(DataError, match=message):
+        RemoteShardSource(address, a_cache(tmp_path))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
+    with pytest.raises(DataError, match="s3://bucket/a.tar needs s3fs .*; install it with pip"):
+        remote_size("s3://bucket/a.tar", QUICK)
+
+
+class Answered(Exception):
+    """What requests, aiohttp and botocore raise: each says the status in its own place."""
+
+    def __init__(self, place, status):
+        super().__init__(f"status {status}")
+        if place == "aiohttp":
+            self.status = status
+        elif place == "botocore":
+            self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+        else:
+            self.response = type("Response", (), {"status_code": status})()
+
+
+@pytest.mark.parametrize("place", ["aiohttp", "botocore", "requests"])
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (429, 3), (503, 3)])
+def test_which_answers_are_final(monkeypatch, place, status, tries):
+    asked = []
+
+    def answer(url, **options):
+        asked.append(url)
+        raise Answered(place, status)
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", answer)
+    with pytest.raises(DataError, match=f"status {status}"):
+        remote_size("s3://bucket/a.tar", Retry(attempts=3, first_pause_s=0.001))
+    assert len(asked) == tries
+
+
+def test_a_run_names_its_cache():
+    with pytest.raises(DataError, match="'s3://b/x' is remote and data.cache is null; name a folder .*data.cache=DIR"):
+        open_cache(None, 1.0, "s3://b/x")
+
+
+def read_all(cache: FileCache, files: list[RemoteFile], pipe) -> None:
+    found = []
+    for file in files:
+        handle = cache.open(file)
+        found.append(os.pread(handle.descriptor, 1 << 20, 0))
+        handle.close()
+    pipe.send(found)
+
+
+def test_processes_share_one_transfer(shards, tmp_path):
+    server = FlakyServer(shards)
+    server.seconds_per_answer = 0.05
+    names = [tar.name for tar in sorted(shards.glob("*.tar"))]
+    with serving(server) as address:
+        files = [RemoteFile(f"{address}/{name}") for name in names]
+        pipes = [FORK.Pipe() for _ in range(3)]
+        runs = [FORK.Process(target=read_all, args=(a_cache(tmp_path / "c"), files, pipe[1])) for pipe in pipes]
+        for run in runs:
+            run.start()
+        found = [pipe[0].recv() for pipe in pipes]
+        for run in runs:
+            run.join()
+    assert found == [[(shards / name).read_bytes() for name in names]] * 3
+    assert dict(server.sent) == {f"/{name}": 1 for name in names}
+
+
+def taken(folder: Path) -> int:
+    return sum(entry.stat().st_size for entry in folder.glob("*.tar"))
+
+
+def test_the_bound_holds_and_files_in_use_stay(shards, tmp_path):
+    tars = sorted(shards.glob("*.tar"))
+    sizes = [tar.stat().st_size for tar in tars]
+    bound = max(sizes) * 3
+    cache = FileCache(tmp_path / "c", bound, QUICK, wait_s=0.3)
+    with serving(FlakyServer(shards)) as address:
+        files = [RemoteFile(f"{address}/{tar.name}") for tar in tars]
+        held = cache.open(files[0])
+        for file in files[1:] + files[1:]:
+            cache.open(file).close()
+            assert taken(cache.folder) <= bound and cache.has(files[0].url)
+        assert os.pread(held.descriptor, 1 << 20, 0) == tars[0].read_bytes()
+        more = [cache.open(file) for file in files[1:3]]
+        with pytest.raises(DataError, match="is full of files in use, and .* raise data.cache_gb, or lower"):
+            for file in files[3:]:
+                more.append(cache.open(file))
+        held.close()
+        cache.open(files[3]).close()
+        assert not cache.has(files[0].url)  # the one opened longest ago
+        for handle in more:
+            handle.close()
+        tiny = FileCache(tmp_path / "d", 10, QUICK)
+        with pytest.raises(DataError, match="GiB, the cache 0.00; raise data.cache_gb"):
+            tiny.open(files[0])
+        source = RemoteShardSource(address, cache)
+        with pytest.raises(DataError, match="but two windows of 4 shards have .*; give that much, or lower"):
+            source.check_room(4)
+
+
+def test_a_killed_transfer_leaves_the_cache_sound(shards, tmp_path):
+    server = FlakyServer(shards)
+    server.seconds_per_answer = 30.0
+    tar = sorted(shards.glob("*.tar"))[0]
+    cache = a_cache(tmp_path / "c", megabytes=1.5 * tar.stat().st_size / 1e6)
+    cache.retry = Retry(timeout_s=60)
+    with serving(server) as address:
+        file = RemoteFile(f"{address}/{tar.name}", tar.stat().st_size)
+        run = FORK.Process(target=read_all, args=(cache, [file], None))
+        run.start()
+        while not list(cache.folder.glob("*.part")):
+            time.sleep(0.01)
+        os.kill(run.pid, signal.SIGKILL)
+        run.join()
+        server.seconds_per_answer = 0.0
+        other = RemoteFile(f"{address}/{sorted(shards.glob('*.tar'))[1].name}")
+        assert not cache.has(file.url)
+        for wanted in (other, file):  # the dead one's reservation doesn't count any more
+            cache.open(wanted).close()
+    assert not [entry for entry in cache.folder.iterdir() if entry.suffix in (".part", ".new")]
+
+
+def test_equal_names_of_other_addresses_do_not_collide(tmp_path):
+    for folder, content in (("a", b"1"), ("b", b"22")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.tar").write_bytes(content)
+    cache = a_cache(tmp_path / "c")
+    with serving(FlakyServer(tmp_path)) as address:
+        handles = [cache.open(RemoteFile(f"{address}/{folder}/x.tar")) for folder in "ab"]
+        assert [os.pread(handle.descriptor, 9, 0) for handle in handles] == [b"1", b"22"]
+        for handle in handles:
+            handle.close()
+
+
+def test_a_manifest_that_is_none_is_refused(shards, tmp_path):
+    for text in ("text", "{}", json.dumps({"shards": [{"name": "x"}]})):
+        (shards / "manifest.json").write_text(text)
+        with serving(FlakyServer(shards)) as address:
+            with pytest.raises(DataError, match="is no manifest of shards .*; write it again"):
+                RemoteShardSource(address, a_cache(tmp_path / "c"))
+    (shards / "manifest.json").write_text('{"shards": []}')
+    with serving(FlakyServer(shards)) as address:
+        with pytest.raises(DataError, match="names no shards"):
+            RemoteShardSource(address, a_cache(tmp_path / "c"))
+
+
+def test_a_damaged_index_beside_the_shard_is_not_believed(shards, tmp_path):
+    expected = ShardSource(sorted(shards.glob("*.tar"))).fingerprint
+    for number, tar in enumerate(sorted(shards.glob("*.tar"))):
+        index_path(tar).write_bytes([b"", b"text", np.random.default_rng(0).bytes(3000)][number % 3])
+    with serving(FlakyServer(shards)) as address:
+        assert RemoteShardSource(address, a_cache(tmp_path / "c")).fingerprint == expected

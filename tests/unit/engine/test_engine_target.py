@@ -1,0 +1,121 @@
+"""The target of engines that replicate it: fp32 values, and the roundings it computes with."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.engine.build import build_engine
+from ijepa_scale.engine.target import ReplicatedTarget, check_fp8
+from ijepa_scale.engine.target_update import TargetUpdate
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.models import build_target
+from ijepa_scale.models.fp8 import Fp8Linear
+from tests.unit.models.packing_by_hand import images_of, random_masks, small_jepa
+
+WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+AUTOCAST = torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def moved(target: ReplicatedTarget) -> None:
+    """One update towards other values."""
+    source = [value * 1.5 + 0.1 for value in target.shards]
+    TargetUpdate()(target.shards, source, 0.5, copies=target.copies)
+    target.updated()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16_copies_compute_what_autocast_computes_from_fp32_weights(compiled) -> None:
+    module = build_target(small_jepa())
+    exact, target = copy.deepcopy(module), ReplicatedTarget(module, precision="bf16")
+    if compiled:
+        for block in target.module.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
+    places = random_masks(1, 1, 2).context[0]
+    for _ in range(2):
+        with AUTOCAST:
+            assert torch.equal(target.module(images_of(2)), exact(images_of(2)))
+            assert torch.equal(target.module(images_of(2), wanted=places), exact(images_of(2), wanted=places))
+        moved(target)
+        exact.load_state_dict({**exact.state_dict(), **target.values})
+
+
+def test_values_stay_fp32_and_move_by_less_than_bf16_could() -> None:
+    target = ReplicatedTarget(build_target(small_jepa()), precision="bf16")
+    before = [value.clone() for value in target.shards]
+    assert all(value.dtype == torch.float32 for value in before)
+    for _ in range(3):
+        TargetUpdate()(target.shards, [value + 1e-4 for value in before], 0.9, copies=target.copies)
+    for value, start in zip(target.shards, before, strict=True):
+        torch.testing.assert_close(value - start, torch.full_like(start, 1e-4 * (1 - 0.9**3)), atol=2e-6, rtol=0)
+    assert target.module.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert target.module.blocks[0].norm1.weight.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_fp8_features_are_near_bf16_ones_and_follow_the_values() -> None:
+    module = build_target(small_jepa(shake=0.02))
+    exact, target = copy.deepcopy(module), ReplicatedTarget(module, precision="fp8")
+    assert isinstance(module.blocks[0].attn.qkv, Fp8Linear) and list(target.values) == [
+        n for n, _ in exact.named_parameters()
+    ]
+    for _ in range(2):
+        mean, least = target.compare(images_of(4))
+        with AUTOCAST:
+            expected = torch.nn.functional.cosine_similarity(target.module(images_of(4)), exact(images_of(4)), dim=-1)
+        assert (mean, least) == pytest.approx((expected.mean().item(), expected.min().item()), abs=1e-6)
+        assert 0.99 < least <= mean < 1.0, "close, and not the same computation"
+        moved(target)
+        exact.load_state_dict({**exact.state_dict(), **target.values})
+
+
+def test_values_loaded_from_outside_reach_every_copy() -> None:
+    for precision in ("bf16", "fp8"):
+        target = ReplicatedTarget(build_target(small_jepa()), precision=precision)
+        fresh = ReplicatedTarget(build_target(small_jepa(shake=0.1)), precision=precision)
+        for value, other in zip(target.shards, fresh.shards, strict=True):
+            value.copy_(other)
+        target.loaded()
+        with AUTOCAST, torch.no_grad():
+            assert torch.equal(target.module(images_of(2)), fresh.module(images_of(2)))
+
+
+def test_fp8_features_that_are_off_are_refused(caplog) -> None:
+    target = ReplicatedTarget(build_target(small_jepa(shake=0.02)), precision="fp8")
+    with caplog.at_level("INFO"):
+        check_fp8(target, images_of(4), WORLD)
+    assert "features have cosine" in caplog.text and "(0.999 is asked for)" in caplog.text
+    target.module.blocks[0].mlp.fc1.weight_scale.mul_(-3.0)
+    with pytest.raises(
+        ConfigError, match=r"cosine 0\.\d+ with bf16 ones .* expected 0.999 or more in the mean; set eng"
+    ):
+        check_fp8(target, images_of(4), WORLD)
+
+
+def test_kernels_of_triton_are_refused_on_the_cpu() -> None:
+    config = EngineConfig(strategy="plain", triton=["target_loss"])
+    assert config.triton == ("target_loss",)
+    with pytest.raises(ConfigError, match=r"triton names target_loss but the device is cpu; .* set engine.triton=\[\]"):
+        build_engine(WORLD, config, OptimizerConfig())
+    with pytest.raises(ConfigError, match="engine.triton is 'crop'; choose one of target_loss, target_update"):
+        EngineConfig(triton="crop")
+
+
+def test_fp8_is_refused_where_weights_are_sharded_or_not_bf16() -> None:
+    with pytest.raises(ConfigError, match="target_precision is fp8 but precision is fp32; set precision=bf16"):
+        EngineConfig(target_precision="fp8", precision="fp32")
+    engine = build_engine(WORLD, EngineConfig(strategy="fsdp2", target_precision="fp8"), OptimizerConfig())
+    jepa = small_jepa()
+    with pytest.raises(ConfigError, match="target_precision is fp8 but strategy is fsdp2: weights that are sharded"):
+        engine.prepare(jepa, build_target(jepa))
+    zero = build_engine(
+        WORLD, EngineConfig(strategy="deepspeed", ds_config="ds_configs/zero3.json", target_precision="fp8"),
+        OptimizerConfig(),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="target_precision is fp8 but the ZeRO stage is 3: weights that are sharded"):
+        zero.prepare(jepa, build_target(jepa))

@@ -1,0 +1,68 @@
+"""The Triton kernels: against their references under the interpreter, and compiled for GPUs that aren't there."""
+
+import json
+
+import pytest
+
+from tests.unit.kernels.kernel_harness import CAPABILITIES, run
+
+# Sums in another order in fp32. The interpreter cuts bf16 off where a GPU rounds (2^-7 each), and the gradient
+# becomes bf16 twice where the upstream one isn't 1.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-6}
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return json.loads(run("-m", "tests.unit.kernels.interpret_kernels", TRITON_INTERPRET="1").splitlines()[-1])
+
+
+def test_target_loss_equals_the_reference(interpreted):
+    found = interpreted["target_loss"]
+    assert len(found) == 42
+    for name, off in found.items():
+        assert off["loss"] < 1e-6, (name, off)  # fp32 whatever the inputs are
+        assert off["gradient"] < TOLERANCE["bfloat16" if "bfloat16" in name else "float32"], (name, off)
+
+
+def test_target_loss_keeps_its_promises(interpreted):
+    found = interpreted["target_loss rules"]
+    assert found["same bits"] and found["outside is NaN"] and found["no graph"]
+    assert "modified by an inplace operation" in found["second backward"]
+    assert found["compiled"] < 1e-6
+
+
+def test_target_update_equals_the_reference(interpreted):
+    found = interpreted["target_update"]
+    assert len(found) == 24
+    for name, off in found.items():
+        assert off["target"] <= 1, (name, off)
+        assert off["copies"] < 2**-7, (name, off)  # cut off, not rounded, by the interpreter
+        assert off["source kept"], name
+        assert (off["moved"] > 0) == ("flag 2.0" not in name and not name.startswith("1.0")), (name, off)
+
+
+def test_target_update_wants_a_table_of_its_tensors(interpreted):
+    found = interpreted["target_update rules"]
+    assert found["other"] == "the table was made of other tensors, or they have moved; call prepare with these again"
+    assert found["without"] < 1e-6
+
+
+def test_layer_norm_equals_the_reference(interpreted):
+    found = interpreted["layer_norm"]
+    assert len(found) == 21
+    for name, off in found.items():
+        dtype, result = name.rpartition(", ")[2].split(" to ")
+        assert off["out"] < TOLERANCE[result], (name, off)
+        assert off["x"] < (TOLERANCE[dtype] if dtype == "bfloat16" else 3e-6), (name, off)  # two means are subtracted
+        assert max(off["weight"], off["bias"]) < 3e-6, (name, off)  # sums over all rows, in fp32
+
+
+def test_layer_norm_compiles_whole(interpreted):
+    assert interpreted["layer_norm rules"]["compiled"]
+
+
+def test_the_kernels_compile(tmp_path):
+    found = json.loads(run("-m", "tests.unit.kernels.compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
+    assert len(found) == 10
+    for name, sizes in found.items():
+        assert len(sizes) == len(CAPABILITIES) and min(sizes) > 1000, (name, sizes)

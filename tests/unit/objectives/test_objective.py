@@ -1,0 +1,133 @@
+import pytest
+import torch
+
+from ijepa_kernels.target_loss import target_loss
+from ijepa_scale.config.schema import ObjectiveConfig
+from ijepa_scale.masks import Wanted
+from ijepa_scale.masks.types import target_index
+from ijepa_scale.objectives import jepa as objective
+from ijepa_scale.objectives.jepa import jepa_loss, jepa_targets, normalise_targets
+from tests.unit.models.packing_by_hand import NUM_PATCHES, UNEVEN_CONTEXT, UNEVEN_TARGETS, pack_by_hand, random_masks
+
+
+def tokens_of(num_images, width=8):
+    return 3.0 + 2.0 * torch.randn(num_images, NUM_PATCHES, width, generator=torch.Generator().manual_seed(0))
+
+
+def targets_of(tokens, masks):
+    """Of all places; and what `Wanted` picks out gives the same."""
+    features = normalise_targets(tokens)
+    found = jepa_targets(features, target_index(masks, NUM_PATCHES), masks)
+    wanted = Wanted.of(masks, len(tokens), NUM_PATCHES)
+    some = normalise_targets(tokens.gather(1, wanted.places[..., None].expand(-1, -1, tokens.shape[-1])))
+    assert torch.equal(jepa_targets(some, wanted.rows, masks), found)
+    return found
+
+
+def normalised(token):
+    token = token.double()
+    return ((token - token.mean()) / (token.var(unbiased=False) + 1e-5).sqrt()).float()
+
+
+def test_dense_targets_are_normalised_places_in_the_predictors_order():
+    tokens, masks = tokens_of(3), random_masks(2, 4, 3)
+    got = targets_of(tokens, masks)
+    assert got.shape == (4 * 2 * 3, 3, 8) and got.dtype == torch.float32
+    rows = [
+        torch.stack([normalised(tokens[b, place]) for place in masks.targets[i, b]])
+        for i in range(4)
+        for _ in range(2)
+        for b in range(3)
+    ]
+    torch.testing.assert_close(got, torch.stack(rows), atol=2e-6, rtol=2e-6)
+
+
+def test_packed_targets_are_the_same_places():
+    tokens = tokens_of(3)
+    got = targets_of(tokens, pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS))
+    rows = [normalised(tokens[b, place]) for block in UNEVEN_TARGETS for b in range(3) for place in block[b]]
+    torch.testing.assert_close(got, torch.stack(rows), atol=2e-6, rtol=2e-6)
+
+
+def test_the_norm_has_eps_1e_5_and_no_affine():
+    tokens = torch.zeros(1, NUM_PATCHES, 2)
+    tokens[..., 0] = 0.01  # variance 2.5e-5, so eps matters: 0.005 / sqrt(3.5e-5)
+    got = targets_of(tokens, random_masks(1, 1, 1))
+    torch.testing.assert_close(got[0, 0], torch.tensor([0.8451543, -0.8451543]), atol=1e-6, rtol=0)
+
+
+def test_targets_carry_no_gradient_and_are_fp32_under_autocast():
+    tokens = tokens_of(2).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = targets_of(tokens, random_masks(1, 2, 2))
+    assert not got.requires_grad and got.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # errors 0.5, 2, 0, 1
+        (ObjectiveConfig(), (0.125 + 1.5 + 0.0 + 0.5) / 4),
+        (ObjectiveConfig(beta=2.0), (0.0625 + 1.0 + 0.0 + 0.25) / 4),
+        (ObjectiveConfig(loss="l2"), (0.25 + 4.0 + 0.0 + 1.0) / 4),
+    ],
+)
+def test_dense_loss_by_hand(config, expected):
+    prediction, target = torch.tensor([[[0.5, 1.0]], [[3.0, 0.0]]]), torch.tensor([[[0.0, -1.0]], [[3.0, 1.0]]])
+    assert jepa_loss(prediction, target, random_masks(1, 1, 2), config).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_packed_loss_weighs_images_alike():
+    masks = pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS)
+    generator = torch.Generator().manual_seed(3)
+    prediction, target = (torch.randn(15, 8, generator=generator) for _ in range(2))
+    means, start = [], 0
+    for block in UNEVEN_TARGETS:
+        for places in block:
+            rows = slice(start, start + len(places))
+            means.append((prediction[rows] - target[rows]).square().mean())
+            start += len(places)
+    got = jepa_loss(prediction, target, masks, ObjectiveConfig(loss="l2"))
+    torch.testing.assert_close(got, torch.stack(means).mean())
+
+
+def test_packed_loss_of_equal_lengths_is_the_dense_one():
+    masks = random_masks(2, 2, 3)
+    packed = pack_by_hand(masks.context.tolist(), masks.targets.tolist())
+    generator = torch.Generator().manual_seed(3)
+    prediction, target = (torch.randn(12, 3, 8, generator=generator) for _ in range(2))
+    dense = jepa_loss(prediction, target, masks, ObjectiveConfig())
+    torch.testing.assert_close(
+        jepa_loss(prediction.flatten(0, 1), target.flatten(0, 1), packed, ObjectiveConfig()), dense
+    )
+
+
+def test_the_loss_is_fp32_whatever_the_prediction():
+    prediction = torch.full((2, 1, 4), 1.0, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = jepa_loss(prediction, torch.full((2, 1, 4), 1.001), random_masks(1, 1, 2), ObjectiveConfig(loss="l2"))
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("masks", [random_masks(2, 4, 3), pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS)], ids=type)
+@pytest.mark.parametrize("config", [ObjectiveConfig(), ObjectiveConfig(beta=0.5), ObjectiveConfig(loss="l2")])
+def test_the_fused_loss_is_asked_for_the_same_number(masks, config, monkeypatch):
+    """Its kernel needs CUDA: here its reference stands for it, and what it is handed is tested."""
+
+    def on_the_cpu(*given, implementation, **options):
+        assert implementation == "triton"
+        return target_loss(*given, implementation="reference", **options)
+
+    monkeypatch.setattr(objective, "target_loss", on_the_cpu)
+    tokens = tokens_of(3)
+    target = targets_of(tokens, masks)
+    prediction = torch.randn(target.shape, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    found = objective.fused_jepa_loss(prediction, tokens, target_index(masks, NUM_PATCHES), masks, config)
+    expected = jepa_loss(prediction, target, masks, config)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, prediction)[0] for loss in (found, expected)))
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"prediction \(2, 4\) and target \(3, 4\) differ in shape; take both from"):
+        jepa_loss(torch.zeros(2, 4), torch.zeros(3, 4), random_masks(1, 1, 2), ObjectiveConfig())

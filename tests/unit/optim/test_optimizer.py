@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from ijepa_scale.config import ModelConfig, OptimizerConfig
+from ijepa_scale.engine.target_update import TargetUpdate
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.models.registry import build_jepa
+from ijepa_scale.optim.adamw import build_optimizer, parameter_groups, set_hyper, set_step
+from ijepa_scale.schedules import Hyper
+
+MODEL = ModelConfig(
+    name="vit_tiny", image_size=16, patch_size=8, width=24, depth=1, heads=3, predictor_width=12, predictor_depth=1
+)
+
+
+def test_the_four_published_groups() -> None:
+    module = build_jepa(MODEL, seed=0)
+    names = {id(p): n for n, p in module.named_parameters()}
+    groups = parameter_groups(module)
+    assert [g["name"] for g in groups] == ["encoder", "predictor", "encoder 1-D", "predictor 1-D"]
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert name.startswith(group["name"].split()[0] + ".")
+            assert group["decay"] == (parameter.ndim > 1)
+    assert any(names[id(p)] == "predictor.mask_token" for p in groups[1]["params"])  # 3-D: it decays
+
+
+def test_hyper_spares_the_groups_without_decay() -> None:
+    groups = parameter_groups(build_jepa(MODEL, seed=0))
+    set_hyper(groups, Hyper(lr=0.5, weight_decay=0.25, momentum=1.0))
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.5, 0.25), (0.5, 0.25), (0.5, 0.0), (0.5, 0.0)]
+
+
+def test_adam_follows_its_definition_and_set_step_moves_its_clock() -> None:
+    module = build_jepa(MODEL, seed=0)
+    optimizer = build_optimizer(module, OptimizerConfig())
+    set_hyper(optimizer.param_groups, Hyper(lr=0.01, weight_decay=0.1, momentum=1.0))
+    parameter = module.encoder.blocks[0].mlp.fc1.weight
+    before = parameter.detach().clone()
+    parameter.grad = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    gradient = parameter.grad.clone()
+    optimizer.step()
+    step = gradient / (gradient.abs() + 1e-8)  # the first step's moments, bias-corrected
+    assert torch.allclose(parameter, before * (1 - 0.01 * 0.1) - 0.01 * step, atol=1e-6)
+    set_step(optimizer, 41)
+    assert optimizer.state[parameter]["step"] == 41
+
+
+@pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="apex is installed")
+def test_missing_apex_is_named() -> None:
+    with pytest.raises(ConfigError, match="NVIDIA's apex with its CUDA extensions isn't installed"):
+        build_optimizer(build_jepa(MODEL, seed=0), OptimizerConfig(impl="apex"))
+
+
+def test_target_update() -> None:
+    target, source = [torch.zeros(3), torch.ones(2)], [torch.full((3,), 4.0), torch.ones(2)]
+    TargetUpdate()(target, source, 0.75)
+    assert torch.equal(target[0], torch.ones(3)) and torch.equal(target[1], torch.ones(2))
+    TargetUpdate()(target, source, 1.0)
+    assert torch.equal(target[0], torch.ones(3))
+    with pytest.raises(AssertionError, match="must be fp32"):
+        TargetUpdate()([torch.zeros(1, dtype=torch.bfloat16)], [torch.zeros(1)], 0.5)
+    with pytest.raises(AssertionError, match="cut differently"):
+        TargetUpdate()([torch.zeros(1)], [torch.zeros(2)], 0.5)

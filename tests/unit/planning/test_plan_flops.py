@@ -1,0 +1,53 @@
+"""The FLOP model against torch's counter, for every pretraining configuration, truncated and packed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import pytest
+
+from ijepa_scale.config import MaskConfig, ModelConfig, load_config
+from ijepa_scale.config.architectures import resolve
+from ijepa_scale.masks import MaskSampler
+from ijepa_scale.planning.flops import FlopCount, mask_flops
+from tests.unit.planning.nominal_flops import step_flops
+
+CONFIGS = sorted(Path(__file__).parents[3].glob("configs/*.yaml"))
+IMAGES = 2
+
+
+@functools.lru_cache(maxsize=32)
+def _counts(model: ModelConfig, masks_config: MaskConfig) -> tuple[dict[str, int], FlopCount]:
+    """Returns what torch counts and what the model says; once for configurations that only differ elsewhere.
+
+    Torch counts models of one block and of two; a further block adds what the second did. That is exact, and is
+    checked on whole models below.
+    """
+    masks = MaskSampler(masks_config, model.grid, seed=0)(0, 0, IMAGES, IMAGES)
+    one, two = (
+        step_flops(dataclasses.replace(model, depth=n, predictor_depth=n), masks, num_images=IMAGES) for n in (1, 2)
+    )
+    sizes = resolve(model)
+    depths = {"target": sizes.depth, "context": sizes.depth, "predictor": sizes.predictor_depth}
+    measured = {part: one[part] + (depth - 1) * (two[part] - one[part]) for part, depth in depths.items()}
+    return measured, mask_flops(model, masks, num_images=IMAGES)
+
+
+@pytest.mark.parametrize("context", ["truncate", "packed"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_flops_of_every_configuration_agree_with_torchs_counter(path: Path, context: str) -> None:
+    config = load_config(path)
+    masks_config = dataclasses.replace(config.masks, context=context, group_size=IMAGES)
+    measured, counted = _counts(config.model, masks_config)
+    for part, flops in measured.items():
+        assert getattr(counted, part) * IMAGES / flops == pytest.approx(1, abs=1e-3), part
+    assert counted.total * IMAGES / sum(measured.values()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("context", ["truncate", "packed"])
+def test_blocks_cost_alike(context: str) -> None:
+    model, masks_config = ModelConfig(name="vit_small"), MaskConfig(context=context, group_size=IMAGES)
+    masks = MaskSampler(masks_config, model.grid, seed=0)(0, 0, IMAGES, IMAGES)
+    assert step_flops(model, masks, num_images=IMAGES) == _counts(model, masks_config)[0]
