@@ -1,4 +1,4 @@
-"""Question: how many images does a CPU-second augment for finetuning, batched here and by timm on PIL? Floor 5.
+"""Question: how many images does a CPU-second augment for finetuning, batched here and by timm on PIL?
 
 python -m benchmarks.augment --images FOLDER_OR_TAR [--device cuda] [--to benchmarks/results/augment.jsonl]
 

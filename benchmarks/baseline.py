@@ -1,4 +1,4 @@
-"""The baseline of the step benchmarks: the published recipe, plainly, in eager PyTorch. Floor 5.
+"""The baseline of the step benchmarks: the published recipe, plainly, in eager PyTorch.
 
 Written from the method's description as most would write it: explicit softmax attention, every predictor sequence
 whole, all tokens of the target normalised before they are gathered, a loop over parameters for norms, target

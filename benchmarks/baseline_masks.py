@@ -1,4 +1,4 @@
-"""The baseline of the mask benchmarks: one image after another, as most would write the published draw. Floor 5.
+"""The baseline of the mask benchmarks: one image after another, as most would write the published draw.
 
 Written from the method's description: a loop over images and blocks with two `torch.randint` each, every block
 painted into a grid of its own and turned into indices, contexts masked by the complements of all targets, and a

@@ -1,4 +1,4 @@
-"""What every benchmark needs: who measured, percentiles, rows in a file. Floor 5."""
+"""What every benchmark needs: who measured, percentiles, rows in a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Question: do the losses of fast and of eager settings stay together, compared with those of two seeds? Floor 5.
+"""Question: do the losses of fast and of eager settings stay together, compared with those of two seeds?
 
 python -m benchmarks.curves --fast engine.compile=true --steps 200 --model vit_small --batch 32 [--device cuda]
     [--images FOLDER_OR_TAR] [--precision bf16] [--to FILE] [--plot FILE] [section.key=value ...]

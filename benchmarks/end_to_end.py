@@ -1,4 +1,4 @@
-"""Question: how much of the synthetic step's speed is left when images come from tar shards? Floor 5.
+"""Question: how much of the synthetic step's speed is left when images come from tar shards?
 
 python -m benchmarks.end_to_end --model vit_tiny --image-size 224 --patch-size 16 --batch 16 [--images FOLDER_OR_TAR]
     [--workers 1] [--steps N] [--device cuda] [--precision bf16] [--to FILE] [--plot FILE] [section.key=value ...]

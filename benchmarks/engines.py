@@ -1,4 +1,4 @@
-"""Question: how far do 20 fp32 steps under each engine end from one process's, on gloo? Floor 5.
+"""Question: how far do 20 fp32 steps under each engine end from one process's, on gloo?
 
 python -m benchmarks.engines [--to benchmarks/results/engines.jsonl]
 

@@ -1,4 +1,4 @@
-"""Question: does finetuning from the demonstration's encoder beat training from scratch, at equal budget? Floor 5.
+"""Question: does finetuning from the demonstration's encoder beat training from scratch, at equal budget?
 
 python -m benchmarks.finetune_demo --init runs/demo [--seeds 3] [--to benchmarks/results/finetune_demo.jsonl]
 

@@ -1,4 +1,4 @@
-"""Question: everything that is measured on a GPU, in one command and under nine minutes. Floor 5.
+"""Question: everything that is measured on a GPU, in one command and under nine minutes.
 
 python -m benchmarks.gpu_suite [--dry-run] [--items NAME ...] [--images FOLDER_OR_TAR] [--folder benchmarks/results]
 python -m benchmarks.gpu_suite --device cpu --quick      # the suite's own logic, with toy sizes

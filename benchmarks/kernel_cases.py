@@ -1,4 +1,4 @@
-"""What the kernels' benchmark measures: for each kernel our way, plain PyTorch's and torch.compile's. Floor 5.
+"""What the kernels' benchmark measures: for each kernel our way, plain PyTorch's and torch.compile's.
 
 A way is a call without arguments on tensors made beforehand; where a kernel has a backward pass it is part of the
 call. What the compiler needs and wouldn't be timed with ours (padded canvases, masks) is made beforehand too.

@@ -1,4 +1,4 @@
-"""Question: which of our kernels beat plain PyTorch and torch.compile, and how near are they to the device? Floor 5.
+"""Question: which of our kernels beat plain PyTorch and torch.compile, and how near are they to the device?
 
 python -m benchmarks.kernels [--device cuda] [--only target_loss ...] [--quick] [--to benchmarks/results/kernels.jsonl]
 

@@ -1,4 +1,4 @@
-"""Question: how many training images does a CPU-second make, by this data path and by the classic ones? Floor 5.
+"""Question: how many training images does a CPU-second make, by this data path and by the classic ones?
 
 python -m benchmarks.loader --images FOLDER_OR_TAR [--to benchmarks/results/loader.jsonl] [--plot docs/loader.png]
 

@@ -1,4 +1,4 @@
-"""Question: how much faster are the masks of a batch drawn here than by a loop over images? Floor 5.
+"""Question: how much faster are the masks of a batch drawn here than by a loop over images?
 
 python -m benchmarks.masks [--images 128] [--rounds 30] [--to benchmarks/results/masks.jsonl] [--plot masks.png]
 

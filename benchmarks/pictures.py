@@ -1,4 +1,4 @@
-"""Photographs for the benchmarks that read files: those given, or synthetic ones written for the run. Floor 5."""
+"""Photographs for the benchmarks that read files: those given, or synthetic ones written for the run."""
 
 from __future__ import annotations
 

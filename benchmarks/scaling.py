@@ -1,4 +1,4 @@
-"""Question: what do more processes bring under each engine, and what does each of them put on the wire? Floor 5.
+"""Question: what do more processes bring under each engine, and what does each of them put on the wire?
 
 python -m benchmarks.scaling [--processes 1 2 4] [--engines ddp fsdp2 zero1 ...] [--device cuda] [--to FILE]
     [--plot FILE] [section.key=value ...]

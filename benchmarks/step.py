@@ -10,7 +10,7 @@ thread and CPU time is compared pair by pair; on a GPU each side has the device 
 events after warming up. Masks are drawn anew each step, so lengths vary. The share is of the data sheet's bf16 peak
 on a GPU; on the CPU it is of the fastest matrix products of that precision measured in the same run. FLOPs are those
 of the published recipe for both sides. Packed masks have no baseline of equal work: compare their share with the
-truncated one. Ends with 1 where losses disagree or a side failed. Floor 5.
+truncated one. Ends with 1 where losses disagree or a side failed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs benchmarks one after another in child processes within a time budget, and loses nothing silently. Floor 5."""
+"""Runs benchmarks one after another in child processes within a time budget, and loses nothing silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two sides of the step benchmarks: our real training step and the baseline, on images that lie there. Floor 5.
+"""The two sides of the step benchmarks: our real training step and the baseline, on images that lie there.
 
 Ours is the `TrainStep` of a training run over its engine, with the augmentation replaced by images on the device;
 the baseline gets the masks that ours draws for the same step. Both begin with the weights of one module.

@@ -1,4 +1,4 @@
-"""The part of a step behind backward: optimiser and target update, ours beside the baseline's. Floor 5.
+"""The part of a step behind backward: optimiser and target update, ours beside the baseline's.
 
 Twice: what both recipes do, the optimiser's step and the target's update alone; and all that follows backward in each,
 which for ours adds one total gradient norm and the finite check, and for the baseline a norm read for each weight.

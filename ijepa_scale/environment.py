@@ -1,4 +1,4 @@
-"""The only reader and writer of environment variables. Floor 0: knows nothing of the rest.
+"""The only reader and writer of environment variables. Knows nothing of the rest.
 
 Turns what `python`, `torchrun`, `deepspeed` and Slurm's `srun` leave in the environment into one
 `Launch`, and puts it back in the form that `torch.distributed` and DeepSpeed read.

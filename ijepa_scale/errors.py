@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Floor 0: knows nothing of the rest of the package.
+"""Errors that a user can act on. Knows nothing of the rest of the package.
 
 Each message names the value found, what was expected and the remedy. Launch scripts print it
 and exit with code 2; library callers catch it as `ValueError`.

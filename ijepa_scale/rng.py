@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of (seed, stream, step, sample). Floor 0: knows nothing of the rest.
+"""Random numbers as pure functions of (seed, stream, step, sample). Knows nothing of the rest.
 
 Nothing here keeps state: resuming at a step, or splitting a batch over other processes or workers,
 can't change a draw. Batches of draws come from Philox-4x32-10 evaluated for all samples at once.

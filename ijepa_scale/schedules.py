@@ -1,4 +1,4 @@
-"""Learning rate, weight decay and EMA momentum as pure functions of the step. Floor 0."""
+"""Learning rate, weight decay and EMA momentum as pure functions of the step."""
 
 from __future__ import annotations
 

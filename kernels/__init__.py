@@ -1,4 +1,4 @@
-"""Kernels behind plain functions: one public function per folder, its reference in plain PyTorch. Floor 1.
+"""Kernels behind plain functions: one public function per folder, its reference in plain PyTorch.
 
 Installed as `ijepa_kernels`. Knows tensors only: nothing of models, masks, processes or configs.
 """

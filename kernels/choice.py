@@ -1,4 +1,4 @@
-"""What every kernel says when the chosen implementation isn't there. Floor 1: nothing falls back by itself."""
+"""What every kernel says when the chosen implementation isn't there. Nothing falls back by itself."""
 
 from __future__ import annotations
 

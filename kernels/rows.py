@@ -1,4 +1,4 @@
-"""How many whole rows a Triton program holds in registers, and how wide they may be. Floor 1."""
+"""How many whole rows a Triton program holds in registers, and how wide they may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretrains a small I-JEPA on Fashion-MNIST under ZeRO-3 and says what it learned. Floor 5: prepares, runs, reports."""
+"""Pretrains a small I-JEPA on Fashion-MNIST under ZeRO-3 and says what it learned. Prepares, runs, reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes, verifies, describes and indexes tar shards. Floor 5: parses, calls, reports."""
+"""Makes, verifies, describes and indexes tar shards. Parses, calls, reports."""
 
 from __future__ import annotations
 

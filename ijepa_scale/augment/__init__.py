@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device, each sample by its own keyed draws. Floor 2."""
+"""Augmentation of whole batches on the device, each sample by its own keyed draws."""
 
 from ijepa_scale.augment.pipeline import Augment
 

@@ -1,4 +1,4 @@
-"""Gaussian blur of a batch, a width per image, as two matrix products. Floor 2: tensors only."""
+"""Gaussian blur of a batch, a width per image, as two matrix products. Tensors only."""
 
 from __future__ import annotations
 

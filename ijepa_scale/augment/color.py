@@ -1,4 +1,4 @@
-"""Colour operations on batches (B, 3, H, W) of floating-point images in [0, 1], a factor per image. Floor 2.
+"""Colour operations on batches (B, 3, H, W) of floating-point images in [0, 1], a factor per image.
 
 Each equals torchvision's operation of that name on one floating-point image. Factors are (B, 1, 1, 1).
 """

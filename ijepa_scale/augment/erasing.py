@@ -1,4 +1,4 @@
-"""Random erasing: a rectangle of noise on some images, by each image's own keyed draws. Floor 2.
+"""Random erasing: a rectangle of noise on some images, by each image's own keyed draws.
 
 The noise is drawn on the host, so that every device sees the same numbers, for the erased pixels only.
 """

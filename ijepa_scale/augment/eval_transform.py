@@ -1,4 +1,4 @@
-"""Whole images to what a model is evaluated on, on the device. Floor 2: tensors only."""
+"""Whole images to what a model is evaluated on, on the device. Tensors only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PIL's geometric transforms of 8-bit images, batched, each image by its own numbers. Floor 2: tensors only.
+"""PIL's geometric transforms of 8-bit images, batched, each image by its own numbers. Tensors only.
 
 Each takes and returns (B, 3, H, W) uint8, within 1 level of PIL's, computed in float32 and truncated as PIL does.
 What lies outside an image becomes `fill` (3,) uint8, on the images' device. Nothing synchronises.

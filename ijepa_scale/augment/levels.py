@@ -1,4 +1,4 @@
-"""PIL's operations on 8-bit images, batched, a parameter per image. Floor 2: tensors only.
+"""PIL's operations on 8-bit images, batched, a parameter per image. Tensors only.
 
 Each takes and returns (B, 3, H, W) uint8 and equals PIL's operation of that name, most of them bit for bit:
 rounding and truncation are PIL's. Parameters are (B,) tensors on the images' device. Nothing synchronises.

@@ -1,4 +1,4 @@
-"""From a batch of labelled crops to mixed, normalised images and soft labels. Floor 2: no model, no files.
+"""From a batch of labelled crops to mixed, normalised images and soft labels. No model, no files.
 
 What happens to a sample depends on (seed, epoch, sample id), what pairs are mixed how on (seed, step, place in the
 global batch): never on the micro-batch, the process or the device.

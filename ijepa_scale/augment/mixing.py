@@ -1,4 +1,4 @@
-"""Mixup, CutMix and label smoothing, a draw per pair of neighbours in the global batch. Floor 2.
+"""Mixup, CutMix and label smoothing, a draw per pair of neighbours in the global batch.
 
 Images 2k and 2k + 1 of the global batch are mixed with one another, by a draw keyed by (seed, step, k). So
 the result is the same however the batch is split over processes and micro-batches, as long as no pair is torn.

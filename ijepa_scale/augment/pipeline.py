@@ -1,4 +1,4 @@
-"""From a batch of crops to normalised training images, on the batch's device. Floor 2: no model, no files.
+"""From a batch of crops to normalised training images, on the batch's device. No model, no files.
 
 What happens to a sample depends on (seed, epoch, sample id) alone. Draws are made on the host, and everything
 that picks samples or sizes is known there, so nothing synchronises.

@@ -1,4 +1,4 @@
-"""RandAugment of a batch, each image by its own keyed draws, each operation once per layer. Floor 2.
+"""RandAugment of a batch, each image by its own keyed draws, each operation once per layer.
 
 Sources: arXiv 1909.13719 (RandAugment); operations, ranges and notation are those of timm's "increasing" set,
 which the finetuning recipe of arXiv 2111.06377 names `rand-m9-mstd0.5-inc1`.

@@ -1,1 +1,1 @@
-"""Saving and resuming. Floor 3."""
+"""Saving and resuming."""

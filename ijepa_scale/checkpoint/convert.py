@@ -1,4 +1,4 @@
-"""Names of an encoder's tensors elsewhere, and here. Floor 3: pure functions of dictionaries, knows no file.
+"""Names of an encoder's tensors elsewhere, and here. Pure functions of dictionaries, knows no file.
 
 Ours are the published ones, which timm shares: pos_embed, patch_embed.proj, blocks.N.{norm1, attn.qkv,
 attn.proj, norm2, mlp.fc1, mlp.fc2}, norm; a classifier adds fc_norm and head.

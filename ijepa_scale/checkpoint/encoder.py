@@ -1,4 +1,4 @@
-"""A trained encoder out of a checkpoint. Floor 3."""
+"""A trained encoder out of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes weights for other programs: safetensors under three namings, and the published `.pth.tar`. Floor 3."""
+"""Writes weights for other programs: safetensors under three namings, and the published `.pth.tar`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads an encoder's weights from wherever they are, under our names. Floor 3: fits them into nothing.
+"""Reads an encoder's weights from wherever they are, under our names. Fits them into nothing.
 
 Sources: a run folder or checkpoint of ours (pretraining or finetuning, any engine), a published
 `.pth.tar`, `.safetensors`, a folder that transformers saved, or timm's registry. Only plain tensors are

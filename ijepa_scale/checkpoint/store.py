@@ -1,4 +1,4 @@
-"""Checkpoints on disk: atomic, hashed, readable by any engine on any number of processes. Floor 3.
+"""Checkpoints on disk: atomic, hashed, readable by any engine on any number of processes.
 
 A checkpoint is a folder `step-00001000` of one safetensors file per writing process and a
 `manifest.json`. The manifest says which elements of which tensor lie in which file, so a reader asks

@@ -1,4 +1,4 @@
-"""Fits weights into an encoder or classifier, and tells what fitted. Floor 3.
+"""Fits weights into an encoder or classifier, and tells what fitted.
 
 Strict: every tensor of the source has a place or a reason to be left out, every parameter of the model
 has a source or a reason to be new. Anything else is refused before the model has changed.

@@ -1,4 +1,4 @@
-"""The configuration of a run: schema, YAML files, translation of published files. Floor 1."""
+"""The configuration of a run: schema, YAML files, translation of published files."""
 
 from ijepa_scale.config.files import Loaded, load_config, read_config, to_yaml
 from ijepa_scale.config.schema import (

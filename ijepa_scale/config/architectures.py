@@ -1,4 +1,4 @@
-"""The named architectures and their sizes, written once. Floor 1: numbers only, builds no module.
+"""The named architectures and their sizes, written once. Numbers only, builds no module.
 
 Models are built from an `Architecture`, and parameters, FLOPs and memory are counted from it.
 """

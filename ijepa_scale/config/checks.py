@@ -1,4 +1,4 @@
-"""Checks of configuration fields, whose problems are gathered and told together. Floor 1."""
+"""Checks of configuration fields, whose problems are gathered and told together."""
 
 from __future__ import annotations
 

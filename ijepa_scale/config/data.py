@@ -1,4 +1,4 @@
-"""Where images come from and how they are augmented. Floor 1: knows no component."""
+"""Where images come from and how they are augmented. Knows no component."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations from YAML files and dotted overrides, and back. Floor 1: reads files, knows no component.
+"""Configurations from YAML files and dotted overrides, and back. Reads files, knows no component.
 
 Layers are laid one over another: the schema's defaults, the file's bases, the file, the overrides.
 Every unknown key and mistyped value of all layers is told in one message, with where it came from.

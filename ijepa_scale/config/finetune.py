@@ -1,4 +1,4 @@
-"""What a finetuning run trains and how: sections beside those of pretraining. Floor 1: knows no component."""
+"""What a finetuning run trains and how: sections beside those of pretraining. Knows no component."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentation of finetuning. Floor 1: knows no component."""
+"""Augmentation of finetuning. Knows no component."""
 
 from __future__ import annotations
 

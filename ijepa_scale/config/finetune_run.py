@@ -1,4 +1,4 @@
-"""A finetuning run: its sections put together. Floor 1: knows no component."""
+"""A finetuning run: its sections put together. Knows no component."""
 
 from __future__ import annotations
 

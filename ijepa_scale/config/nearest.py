@@ -1,4 +1,4 @@
-"""The known name that a mistyped one was probably meant to be. Floor 1: strings only."""
+"""The known name that a mistyped one was probably meant to be. Strings only."""
 
 from __future__ import annotations
 

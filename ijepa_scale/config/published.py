@@ -1,4 +1,4 @@
-"""Pretraining files of the published layout, translated to ours. Floor 1: mappings in, mappings out.
+"""Pretraining files of the published layout, translated to ours. Mappings in, mappings out.
 
 The layout has the sections data, logging, mask, meta and optimization. It has no seed: the published
 program seeds every process with 0, so that all of them draw the same crops and masks; here `seed: 0`

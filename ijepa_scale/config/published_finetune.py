@@ -1,4 +1,4 @@
-"""Finetuning files of the published layout's known fork, translated to ours. Floor 1: mappings in, mappings out.
+"""Finetuning files of the published layout's known fork, translated to ours. Mappings in, mappings out.
 
 The fork reads the pretraining layout with a few keys more. What its code fixed (RandAugment, accumulation) isn't
 in its files; what it lacked (layer-wise decay of the learning rate) stays off in a translated file, and is told.

@@ -1,4 +1,4 @@
-"""timm's notation of RandAugment. Floor 1: knows no component."""
+"""timm's notation of RandAugment. Knows no component."""
 
 from __future__ import annotations
 

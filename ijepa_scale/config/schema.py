@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, one per component. Floor 1: knows no component.
+"""What a run is made of: frozen dataclasses, one per component. Knows no component.
 
 Every field is checked when the dataclass is made, all problems of a section in one message; a
 component is handed its own section, never the root.

@@ -1,4 +1,4 @@
-"""YAML text to plain values and back: safe types only, no key twice, `1e-3` a number. Floor 1."""
+"""YAML text to plain values and back: safe types only, no key twice, `1e-3` a number."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From tar shards, class folders or nothing to batches of crops. Floor 2."""
+"""From tar shards, class folders or nothing to batches of crops."""

@@ -1,4 +1,4 @@
-"""What the data path hands to the training step. Floor 2: tensors, no process and no model."""
+"""What the data path hands to the training step. Tensors, no process and no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoded bytes -> the crop of a training image, RGB. Floor 2: one image at a time, no files and no tensors.
+"""Encoded bytes -> the crop of a training image, RGB. One image at a time, no files and no tensors.
 
 The crop is chosen from the header, so that a JPEG of which it needs only half the resolution is decoded at
 half the cost. EXIF orientation is ignored, as torchvision does.

@@ -1,4 +1,4 @@
-"""Images for evaluation: resized, centre-cropped and normalised as published. Floor 2: no model, no peers."""
+"""Images for evaluation: resized, centre-cropped and normalised as published. No model, no peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hands out buffers, and brings what is in them to the device beside the computation. Floor 2."""
+"""Hands out buffers, and brings what is in them to the device beside the computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches for training, decoded in worker processes. Floor 2: no model, no peers.
+"""Batches for training, decoded in worker processes. No model, no peers.
 
 What is in a batch depends on (seed, step) and on which part of it this process takes; the number of workers
 and the step at which reading starts change nothing.

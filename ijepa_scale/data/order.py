@@ -1,4 +1,4 @@
-"""Which samples make up which batch: a pure function of (seed, step). Floor 2: numbers only, no files.
+"""Which samples make up which batch: a pure function of (seed, step). Numbers only, no files.
 
 Each pass over the set permutes the shards, groups them in windows, and permutes the samples inside a window;
 global batch t is a slice of that order. Nothing is kept between calls but a cache.

@@ -1,4 +1,4 @@
-"""What one process contributes to a global batch: read, decoded, cropped into a buffer. Floor 2: no peers.
+"""What one process contributes to a global batch: read, decoded, cropped into a buffer. No peers.
 
 From an indexed source the samples are those of the pure order; from a stream they are whatever comes next.
 """

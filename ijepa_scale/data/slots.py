@@ -1,4 +1,4 @@
-"""Buffers that worker processes fill and the training process empties, used again and again. Floor 2.
+"""Buffers that worker processes fill and the training process empties, used again and again.
 
 A fresh 60 MB buffer per batch costs as much in page faults as decoding into it (measured on Zen 4); these are
 touched once. They lie in an anonymous memory file, which the size of /dev/shm (64 MB in a container) doesn't bound.

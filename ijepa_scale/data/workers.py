@@ -1,4 +1,4 @@
-"""Worker processes that make items in order. Floor 2: knows nothing of what the items are."""
+"""Worker processes that make items in order. Knows nothing of what the items are."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Ways of spreading a training step over processes, behind one protocol. Floor 3."""
+"""Ways of spreading a training step over processes, behind one protocol."""

@@ -1,4 +1,4 @@
-"""Forces the dense attention kernel that the config names, tries it on the run's own shapes and logs it. Floor 3."""
+"""Forces the dense attention kernel that the config names, tries it on the run's own shapes and logs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes the engine that a config asks for. Floor 3."""
+"""Makes the engine that a config asks for."""
 
 from __future__ import annotations
 

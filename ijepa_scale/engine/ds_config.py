@@ -1,4 +1,4 @@
-"""DeepSpeed JSON files: read and checked, then composed with the run's own settings. Floor 3: knows no engine.
+"""DeepSpeed JSON files: read and checked, then composed with the run's own settings. Knows no engine.
 
 A file names the ZeRO stage, its buckets and offload. Batch, accumulation, clipping, precision and the
 optimiser are the YAML's alone, so a file can't contradict it. DeepSpeed is imported inside functions;

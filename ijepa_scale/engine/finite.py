@@ -1,4 +1,4 @@
-"""Whether losses and gradients are finite, decided for all processes together. Floor 3: knows no model.
+"""Whether losses and gradients are finite, decided for all processes together. Knows no model.
 
 On the CPU the answer is read before anything moves. Reading it on a GPU would make the host wait for the device
 in each step, so there it stays on the device, where it keeps optimiser and target from moving from that step on,

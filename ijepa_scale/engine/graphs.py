@@ -1,4 +1,4 @@
-"""The target's forward as a CUDA graph: its hundreds of launches become one. Floor 3.
+"""The target's forward as a CUDA graph: its hundreds of launches become one.
 
 A graph replays fixed addresses. Weights and their roundings are updated in place, so a replay sees the new ones;
 weights that are gathered for each forward (FSDP2, ZeRO-3) lie elsewhere each time, so there it is refused.

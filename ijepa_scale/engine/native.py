@@ -1,4 +1,4 @@
-"""The engines that PyTorch alone provides: one process, DDP, FSDP2 and HSDP. Floor 3."""
+"""The engines that PyTorch alone provides: one process, DDP, FSDP2 and HSDP."""
 
 from __future__ import annotations
 

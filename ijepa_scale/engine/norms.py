@@ -1,4 +1,4 @@
-"""Layer norms by another kernel than PyTorch's, applied to a model from outside. Floor 3.
+"""Layer norms by another kernel than PyTorch's, applied to a model from outside.
 
 Only the class of each norm changes: parameters, their names and the model's code stay as they are.
 """

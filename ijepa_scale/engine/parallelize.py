@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation, applied to a model from outside. Floor 3.
+"""Activation checkpointing and compilation, applied to a model from outside.
 
 Order: checkpointing, then compilation, then the engine's sharding. Each acts block by block.
 """

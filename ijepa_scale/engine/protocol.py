@@ -1,4 +1,4 @@
-"""What every engine offers the training step. Floor 3.
+"""What every engine offers the training step.
 
 The step knows these names alone; autocast, loss scaling by accumulation, gradient synchronisation
 and sharding are the engine's. The crux is `local_shards`: this process's fp32 tensors of the context

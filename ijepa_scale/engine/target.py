@@ -1,4 +1,4 @@
-"""The target encoder of engines that hold the whole of it: fp32 values, and what computes from them. Floor 3.
+"""The target encoder of engines that hold the whole of it: fp32 values, and what computes from them.
 
 Computing in bf16 from fp32 weights rounds each weight anew in each forward. The target's weights change once a
 step, so their rounding (or their fp8 quantisation) is kept, and renewed by the update; the update itself always

@@ -1,4 +1,4 @@
-"""The target encoder's update. Floor 2: tensors only; which tensors is the engine's business."""
+"""The target encoder's update. Tensors only; which tensors is the engine's business."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of a run and what they say to each other. Floor 3: knows no model."""
+"""The processes of a run and what they say to each other. Knows no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO stages 1, 2 and 3, with an exact EMA target under each. Floor 3.
+"""The DeepSpeed engine: ZeRO stages 1, 2 and 3, with an exact EMA target under each.
 
 Parameters and optimiser states are fp32 under every precision; bf16 is DeepSpeed's `torch_autocast`.
 So the target's shards are fp32 too, and its update is local: stage 3 shards the target as it shards the

@@ -1,1 +1,1 @@
-"""How good the features are. Floor 4."""
+"""How good the features are."""

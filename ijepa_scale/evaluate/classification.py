@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of a classifier over a labelled set: each image counted once, whatever the processes. Floor 4."""
+"""Top-1 and top-5 of a classifier over a labelled set: each image counted once, whatever the processes."""
 
 from __future__ import annotations
 

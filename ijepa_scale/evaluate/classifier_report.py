@@ -1,4 +1,4 @@
-"""The results of a finetuning run as files: figures, per-class table, pictures. Floor 4."""
+"""The results of a finetuning run as files: figures, per-class table, pictures."""
 
 from __future__ import annotations
 

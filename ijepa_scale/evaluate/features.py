@@ -1,4 +1,4 @@
-"""One feature per image from an encoder's patch tokens. Floor 4."""
+"""One feature per image from an encoder's patch tokens."""
 
 from __future__ import annotations
 

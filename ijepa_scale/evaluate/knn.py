@@ -1,4 +1,4 @@
-"""The weighted k-nearest-neighbour classifier on frozen features. Floor 4: tensors in, a number out."""
+"""The weighted k-nearest-neighbour classifier on frozen features. Tensors in, a number out."""
 
 from __future__ import annotations
 

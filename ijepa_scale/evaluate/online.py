@@ -1,4 +1,4 @@
-"""The k-nearest-neighbour check of the target encoder while it is being trained. Floor 4."""
+"""The k-nearest-neighbour check of the target encoder while it is being trained."""
 
 from __future__ import annotations
 

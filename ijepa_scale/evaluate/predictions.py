@@ -1,4 +1,4 @@
-"""Classes of single images, from a finetuned run. Floor 4: one process, any device."""
+"""Classes of single images, from a finetuned run. One process, any device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pretraining run came to, read from its rows. Floor 4."""
+"""What a pretraining run came to, read from its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Context and target masks of I-JEPA as pure functions of (seed, step, position). Floor 1."""
+"""Context and target masks of I-JEPA as pure functions of (seed, step, position)."""
 
 from ijepa_scale.masks.ahead import MasksAhead
 from ijepa_scale.masks.packing import pack

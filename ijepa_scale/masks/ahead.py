@@ -1,4 +1,4 @@
-"""Masks of the coming step, drawn on a thread while the present one is computed. Floor 1: knows no model.
+"""Masks of the coming step, drawn on a thread while the present one is computed. Knows no model.
 
 Masks are a pure function of step and place, so drawing them early changes none of them.
 """

@@ -1,4 +1,4 @@
-"""Sizes of mask blocks: how they are drawn, which ones are possible, which configurations can't work. Floor 1.
+"""Sizes of mask blocks: how they are drawn, which ones are possible, which configurations can't work.
 
 Knows the patch grid and `MaskConfig`; nothing of places, images or steps. A size is (height, width) in patches.
 """

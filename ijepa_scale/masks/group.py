@@ -1,4 +1,4 @@
-"""Masks of the images that share block sizes and one cut, in host memory. Floor 1: no step, no seed.
+"""Masks of the images that share block sizes and one cut, in host memory. No step, no seed.
 
 Legend: E context blocks, M target blocks, B images, N patches of an image, T patches of a target block.
 """

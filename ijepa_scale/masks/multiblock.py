@@ -1,4 +1,4 @@
-"""The default mask draw: the paper's multi-block masks over the whole grid, for a group at once. Floor 1.
+"""The default mask draw: the paper's multi-block masks over the whole grid, for a group at once.
 
 Differs from the reference: the last row and column take part, scale and aspect are independent, and a
 cut keeps a random subset of the context instead of the top of the image. Every number is keyed by

@@ -1,4 +1,4 @@
-"""Masks as packed sequences: which token goes where, computed on the host. Floor 1: index arithmetic only.
+"""Masks as packed sequences: which token goes where, computed on the host. Index arithmetic only.
 
 Legend: E context blocks, M target blocks, B images, N patches of an image, C / R / P context, target
 and predictor tokens of the whole pack. `PackedMasks` says what each result means.

@@ -1,4 +1,4 @@
-"""The published mask draw, quirks included, from an explicit generator. Floor 1.
+"""The published mask draw, quirks included, from an explicit generator.
 
 Kept so that published runs can be reproduced number by number; `multiblock` is the corrected draw.
 Quirks: one number gives a block's scale and aspect; the last row and column are never used; the cut

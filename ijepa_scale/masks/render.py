@@ -1,4 +1,4 @@
-"""Masks as small pictures, for reports and for eyes. Floor 1."""
+"""Masks as small pictures, for reports and for eyes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks of any part of a global batch as a function of (seed, step, place). Floor 1.
+"""Masks of any part of a global batch as a function of (seed, step, place).
 
 Groups of `group_size` consecutive places share block sizes and one cut. A group is always sampled
 whole, so an image's masks can't depend on processes, accumulation or micro-batches.

@@ -1,4 +1,4 @@
-"""What a mask is to the rest of the package. Floor 1: index tensors, no model and no process.
+"""What a mask is to the rest of the package. Index tensors, no model and no process.
 
 Shapes: B images, N patches per image, E context blocks, M target blocks, K context tokens and
 T target tokens per block. Patches are numbered row-major.

@@ -1,1 +1,1 @@
-"""Watching a run: numbers added up on the device, written as rows, drawn as pictures. Floor 3."""
+"""Watching a run: numbers added up on the device, written as rows, drawn as pictures."""

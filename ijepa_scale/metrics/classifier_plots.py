@@ -1,4 +1,4 @@
-"""Pictures of a finetuning run: its first batch, its curves, its confusion matrix. Floor 3: no window."""
+"""Pictures of a finetuning run: its first batch, its curves, its confusion matrix. No window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of the training loop, added up where they are and fetched once per row. Floor 3.
+"""Numbers of the training loop, added up where they are and fetched once per row.
 
 Knows no engine and no process group: averaging over processes is a callable that it is handed.
 """

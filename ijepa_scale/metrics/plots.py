@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and what the masks hide. Floor 3: files in, PNG out, no window."""
+"""Pictures of a run: its curves, and what the masks hide. Files in, PNG out, no window."""
 
 from __future__ import annotations
 

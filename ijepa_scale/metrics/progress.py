@@ -1,4 +1,4 @@
-"""How far a run has come: a bar on a terminal, plain lines elsewhere. Floor 3."""
+"""How far a run has come: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One row of `metrics.jsonl`: its fields and their units. Floor 3."""
+"""One row of `metrics.jsonl`: its fields and their units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where rows of numbers go: a JSON-lines file always, TensorBoard if wanted. Floor 3.
+"""Where rows of numbers go: a JSON-lines file always, TensorBoard if wanted.
 
 Only process 0 writes; the others get a `Sinks` without members.
 """

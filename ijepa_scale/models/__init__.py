@@ -1,4 +1,4 @@
-"""Encoder, predictor and both as one module. Floor 2: plain nn.Modules, knows no process and no optimiser."""
+"""Encoder, predictor and both as one module. Plain nn.Modules, knows no process and no optimiser."""
 
 from ijepa_scale.models.jepa import JEPA
 from ijepa_scale.models.layers import Block

@@ -1,4 +1,4 @@
-"""The encoder with a linear layer on its pooled tokens, for finetuning. Floor 2: knows no process and no optimiser.
+"""The encoder with a linear layer on its pooled tokens, for finetuning. Knows no process and no optimiser.
 
 Drop path works by factors that are handed in, not by draws inside: `drop_factors` makes them on the
 host from (seed, step, sample), so neither accumulation, processes nor recomputation in backward

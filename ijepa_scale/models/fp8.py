@@ -1,4 +1,4 @@
-"""An encoder's linear layers in fp8, for forwards without gradients. Floor 2.
+"""An encoder's linear layers in fp8, for forwards without gradients.
 
 Weights are quantised when they change, inputs on the way; norms, the residual stream and attention stay as they are.
 """

@@ -1,4 +1,4 @@
-"""The only owner of initialisation. Floor 2: a generator in, weights out; global generators aren't touched."""
+"""The only owner of initialisation. A generator in, weights out; global generators aren't touched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoder and predictor as one trainable module: one engine, one backward. Floor 2."""
+"""Encoder and predictor as one trainable module: one engine, one backward."""
 
 from __future__ import annotations
 

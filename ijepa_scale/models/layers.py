@@ -1,4 +1,4 @@
-"""The layers of both transformers. Floor 2: plain nn.Modules; knows no mask, no process and no precision policy.
+"""The layers of both transformers. Plain nn.Modules; knows no mask, no process and no precision policy.
 
 The residual stream stays in fp32 whatever the weights or autocast are: a bf16 residual stream triples
 the rounding error of a deep network. So layers take fp32 and cast inside: `Linear` and the patch

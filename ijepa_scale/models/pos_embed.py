@@ -1,4 +1,4 @@
-"""The fixed position embedding, and its passage to another grid. Floor 2: pure functions of sizes."""
+"""The fixed position embedding, and its passage to another grid. Pure functions of sizes."""
 
 from __future__ import annotations
 

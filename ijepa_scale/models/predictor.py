@@ -1,4 +1,4 @@
-"""The predictor: a narrow transformer from context tokens to target features. Floor 2: knows no process.
+"""The predictor: a narrow transformer from context tokens to target features. Knows no process.
 
 Shapes: B images, N patches, D encoder channels, E context blocks of K tokens, M target blocks of T
 tokens; packed: C context tokens, R target tokens, P tokens of all predictor sequences.

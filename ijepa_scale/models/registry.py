@@ -1,4 +1,4 @@
-"""Builds models from names and sizes, with the weights of a seed. Floor 2: the sizes live in planning."""
+"""Builds models from names and sizes, with the weights of a seed. The sizes live in planning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder: a vision transformer without class token. Floor 2: knows no mask sampler, loss or process.
+"""The encoder: a vision transformer without class token. Knows no mask sampler, loss or process.
 
 Every way through it is reachable through `forward`, because engines hook `__call__`; the named methods
 are aliases for readers. Shapes: B images, N patches, D channels, E context blocks, K kept tokens per

@@ -1,4 +1,4 @@
-"""Targets and loss of I-JEPA. Floor 2: tensors in, a scalar out; knows no model and no process.
+"""Targets and loss of I-JEPA. Tensors in, a scalar out; knows no model and no process.
 
 Shapes: B images, N patches, D channels, E context blocks, M target blocks of T tokens, R packed target tokens.
 """

@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups. Floor 2: modules and tensors, no process."""
+"""AdamW and its parameter groups. Modules and tensors, no process."""
 
 from __future__ import annotations
 

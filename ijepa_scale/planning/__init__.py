@@ -1,1 +1,1 @@
-"""What a run needs and how fast it can be: sizes, FLOPs, memory, hardware peaks. Floor 1: builds no module."""
+"""What a run needs and how fast it can be: sizes, FLOPs, memory, hardware peaks. Builds no module."""

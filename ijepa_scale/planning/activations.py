@@ -1,4 +1,4 @@
-"""Bytes that one micro-batch takes on the device, by what engine and model do. Floor 1: formulas, asks no device.
+"""Bytes that one micro-batch takes on the device, by what engine and model do. Formulas, asks no device.
 
 What autograd keeps is read off `models/layers.py`, operation by operation, for eager PyTorch; compiled blocks keep
 less (the GELU is recomputed), by an amount that the compiler decides: there these figures are upper bounds.

@@ -1,4 +1,4 @@
-"""Bytes that a step puts on the wire, and the buffers that hold them. Floor 1: formulas, talks to nobody.
+"""Bytes that a step puts on the wire, and the buffers that hold them. Formulas, talks to nobody.
 
 A ring over n processes sends (n - 1) / n of the bytes per process for an all-gather or a reduce-scatter, twice
 that for an all-reduce (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002). Scalars, such as the finite

@@ -1,4 +1,4 @@
-"""GPUs by the names that people call them: memory, links, networks, with sources. Floor 1: asks no device.
+"""GPUs by the names that people call them: memory, links, networks, with sources. Asks no device.
 
 Sizes are those of the makers' data sheets in decimal GB, a few percent less than `torch.cuda` reports; links
 count one direction, half of what data sheets give. Peaks of matrix products are in `hardware`.

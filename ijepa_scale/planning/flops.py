@@ -1,4 +1,4 @@
-"""Floating-point operations of one training image, in closed form. Floor 1: builds no module.
+"""Floating-point operations of one training image, in closed form. Builds no module.
 
 Only matrix products, the patch convolution and attention count, a multiply-add as two; recomputation
 doesn't count, and heads count unpadded. This agrees with torch's FlopCounterMode on the math attention

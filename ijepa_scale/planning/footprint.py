@@ -1,4 +1,4 @@
-"""What one process needs on its device at the dearest moment of a step, and whether that fits. Floor 1: formulas.
+"""What one process needs on its device at the dearest moment of a step, and whether that fits. Formulas.
 
 Cheap: thousands of settings a second, once masks have been drawn. `spread.Spread` says how the step is spread,
 `tokens.Tokens` what a micro-batch holds.

@@ -1,4 +1,4 @@
-"""What an accelerator can do at most, with sources. Floor 1: names and numbers, asks no device."""
+"""What an accelerator can do at most, with sources. Names and numbers, asks no device."""
 
 from __future__ import annotations
 

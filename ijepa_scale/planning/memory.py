@@ -1,4 +1,4 @@
-"""What a model's states take under each engine. Floor 1: formulas, asks no device.
+"""What a model's states take under each engine. Formulas, asks no device.
 
 States are weights, gradients, Adam's two moments and the target encoder, all fp32 (bf16 is autocast).
 Activations aren't counted: they depend on checkpointing and batch.

@@ -1,4 +1,4 @@
-"""How many numbers a model holds, in closed form. Floor 1: builds no module."""
+"""How many numbers a model holds, in closed form. Builds no module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run before its launch: what fits, what it costs, how long it takes, and the strategy to take. Floor 1.
+"""A run before its launch: what fits, what it costs, how long it takes, and the strategy to take.
 
 Everything here is computed from formulas; nothing is measured. `plan_text` writes it down.
 """

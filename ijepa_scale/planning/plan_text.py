@@ -1,4 +1,4 @@
-"""A plan as text for people and as JSON for machines. Floor 1."""
+"""A plan as text for people and as JSON for machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration that a plan is made for. Floor 1: reads files, plans nothing."""
+"""The configuration that a plan is made for. Reads files, plans nothing."""
 
 from __future__ import annotations
 

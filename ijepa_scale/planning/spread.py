@@ -1,4 +1,4 @@
-"""How one step is spread over processes, in the numbers that memory and communication depend on. Floor 1."""
+"""How one step is spread over processes, in the numbers that memory and communication depend on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a step takes: computation at a stated share of the peak, and communication beside it. Floor 1."""
+"""How long a step takes: computation at a stated share of the peak, and communication beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `engine.strategy: auto` becomes, and why. Floor 1: formulas, asks no device."""
+"""What `engine.strategy: auto` becomes, and why. Formulas, asks no device."""
 
 from __future__ import annotations
 

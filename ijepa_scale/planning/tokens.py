@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch holds, from masks drawn as training draws them. Floor 1: knows no model, no device.
+"""How many tokens a micro-batch holds, from masks drawn as training draws them. Knows no model, no device.
 
 Drawn masks say more than bounds: a truncated context is cut to the shortest of its group, far below the
 largest block.

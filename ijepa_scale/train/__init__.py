@@ -1,1 +1,1 @@
-"""Training: one step, one loop. Floor 4."""
+"""Training: one step, one loop."""

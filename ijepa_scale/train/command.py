@@ -1,4 +1,4 @@
-"""The command line that all training scripts share. Floor 4."""
+"""The command line that all training scripts share."""
 
 from __future__ import annotations
 

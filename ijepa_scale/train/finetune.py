@@ -1,4 +1,4 @@
-"""Finetuning as a task of the loop: the MAE recipe, its accuracy and its results. Floor 4."""
+"""Finetuning as a task of the loop: the MAE recipe, its accuracy and its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop of every training run: steps, rows, evaluations, checkpoints. Floor 4: knows no model and no objective.
+"""The loop of every training run: steps, rows, evaluations, checkpoints. Knows no model and no objective.
 
 What is trained, and what is its own in a run, is a `Task`; there is no second loop.
 """

@@ -1,4 +1,4 @@
-"""A picture of the first batch, so that a wrong crop or mask is seen before hours are spent. Floor 4."""
+"""A picture of the first batch, so that a wrong crop or mask is seen before hours are spent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finetuning run says before hours are spent: batch, rates, groups, weights, first loss. Floor 4."""
+"""What a finetuning run says before hours are spent: batch, rates, groups, weights, first loss."""
 
 from __future__ import annotations
 

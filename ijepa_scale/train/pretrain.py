@@ -1,4 +1,4 @@
-"""Pretraining as a task of the loop: its rows and its check by nearest neighbours. Floor 4."""
+"""Pretraining as a task of the loop: its rows and its check by nearest neighbours."""
 
 from __future__ import annotations
 

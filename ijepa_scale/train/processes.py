@@ -1,4 +1,4 @@
-"""Starts what a launch script runs: in this process, in children, or where a launcher put it. Floor 4."""
+"""Starts what a launch script runs: in this process, in children, or where a launcher put it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns a configuration into the parts of a pretraining run, and refuses what can't be run. Floor 4."""
+"""Turns a configuration into the parts of a pretraining run, and refuses what can't be run."""
 
 from __future__ import annotations
 

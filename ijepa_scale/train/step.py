@@ -1,4 +1,4 @@
-"""The training step of I-JEPA, as the paper writes it. Floor 4.
+"""The training step of I-JEPA, as the paper writes it.
 
 What makes it fast or distributed is the engine's; nothing here waits for the device.
 """

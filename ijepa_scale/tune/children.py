@@ -1,4 +1,4 @@
-"""Runs a function in processes of its own that may fail in any way without harm to this one. Floor 4.
+"""Runs a function in processes of its own that may fail in any way without harm to this one.
 
 Knows nothing of what is measured. Whatever happens here, Ctrl-C and SIGKILL included, no process stays behind:
 a child leads a session of its own, which is killed when it is done with or when its parent is gone.

@@ -1,4 +1,4 @@
-"""How many decoding processes keep the step from waiting, measured apart from the step. Floor 4."""
+"""How many decoding processes keep the step from waiting, measured apart from the step."""
 
 from __future__ import annotations
 

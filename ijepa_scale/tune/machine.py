@@ -1,4 +1,4 @@
-"""What the machine at hand is and how much memory a process has taken of it. Floor 4."""
+"""What the machine at hand is and how much memory a process has taken of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The winner as a YAML file over the configuration it was found for, and as settings to paste. Floor 4."""
+"""The winner as a YAML file over the configuration it was found for, and as settings to paste."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a child process measures: steps over drawn masks, then one over the longest. Floor 4: picks nothing.
+"""What a child process measures: steps over drawn masks, then one over the longest. Picks nothing.
 
 Everything is the run's own (`build_run`), apart from where images come from and which masks the last step has.
 """

@@ -1,4 +1,4 @@
-"""What was measured of a candidate, who is faster, and who wins. Floor 4: numbers only."""
+"""What was measured of a candidate, who is faster, and who wins. Numbers only."""
 
 from __future__ import annotations
 

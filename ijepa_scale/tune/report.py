@@ -1,4 +1,4 @@
-"""What a search has found, for a terminal. Floor 4: text only."""
+"""What a search has found, for a terminal. Text only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tunes a configuration from beginning to end. Floor 4: the only place that knows processes and search both."""
+"""Tunes a configuration from beginning to end. The only place that knows processes and search both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search, stage by stage, so that it ends in minutes. Floor 4: knows neither processes nor models.
+"""The search, stage by stage, so that it ends in minutes. Knows neither processes nor models.
 
 Micro-batch and checkpointing first, then compilation and attention, then the spread over processes, then the
 fastest once more in reverse order. `probe` measures one candidate and may fail in any way.

@@ -1,4 +1,4 @@
-"""What may be varied, and what the plan leaves out before anything is measured. Floor 4: measures nothing."""
+"""What may be varied, and what the plan leaves out before anything is measured. Measures nothing."""
 
 from __future__ import annotations
 

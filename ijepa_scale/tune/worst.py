@@ -1,4 +1,4 @@
-"""The longest masks that a configuration can draw, for the step that must not run out of memory. Floor 4.
+"""The longest masks that a configuration can draw, for the step that must not run out of memory.
 
 Block sizes change from step to step and contexts lose what the targets cover, so an ordinary step says little
 about the memory of the dearest one, which may come in the second epoch.

@@ -1,4 +1,4 @@
-"""Self-attention over dense batches and over packed sequences of different lengths. Floor 1: tensors only.
+"""Self-attention over dense batches and over packed sequences of different lengths. Tensors only.
 
 `attention` picks the way by device and dtype, never silently by what happens to fail; `reference.py`
 is the specification it is tested against.

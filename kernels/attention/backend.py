@@ -1,4 +1,4 @@
-"""Which kernel dense attention runs in: forced for the whole process, tried out, and named. Floor 1: tensors only.
+"""Which kernel dense attention runs in: forced for the whole process, tried out, and named. Tensors only.
 
 PyTorch's SDPA picks a kernel at each call and takes a slower one without a word where a faster one
 can't run. Here one is chosen at the start; a call that it can't take is then an error of SDPA's.

@@ -1,4 +1,4 @@
-"""Where sequences of different lengths begin and end in a packed tensor. Floor 1."""
+"""Where sequences of different lengths begin and end in a packed tensor."""
 
 from __future__ import annotations
 

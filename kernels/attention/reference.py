@@ -1,4 +1,4 @@
-"""The specification of `attention`: explicit softmax, in fp32 at least, one sequence at a time. Floor 1, for tests."""
+"""The specification of `attention`: explicit softmax, in fp32 at least, one sequence at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed attention without a variable-length kernel: SDPA over runs of equally long sequences. Floor 1."""
+"""Packed attention without a variable-length kernel: SDPA over runs of equally long sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's variable-length flash attention, wrapped once: its signature moves between releases. Floor 1.
+"""PyTorch's variable-length flash attention, wrapped once: its signature moves between releases.
 
 2.10: varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, return_aux), without a scale.
 2.11: (the same seven, *, return_aux, scale, window_size). 2.12 adds keywords for grouped queries and paged keys.

@@ -1,4 +1,4 @@
-"""A linear layer's three products through oneDNN. Floor 1.
+"""A linear layer's three products through oneDNN.
 
 The weight's gradient is a product over the tokens, and there oneDNN is ahead only where it makes the smaller of the
 two widths the rows: 105 to 107 GFLOP/s against MKL's 100, and 95 the other way round (one EPYC core). So it is

@@ -6,18 +6,12 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FLOORS = {
-    **dict.fromkeys(["errors", "rng", "schedules", "environment", "provenance"], 0),
-    **dict.fromkeys(["config", "masks", "planning"], 1),
-    **dict.fromkeys(["models", "data", "augment", "objectives", "optim"], 2),
-    **dict.fromkeys(["engine", "checkpoint", "metrics"], 3),
-    **dict.fromkeys(["train", "evaluate", "tune"], 4),
-}
-KERNELS_FLOOR, TOP_FLOOR = 1, 5
+TABLE = ROOT / "docs" / "architecture.md"
+TOP_LAYER = 5
 MAX_FILE_LINES, MAX_LAUNCH_LINES, MAX_STEP_LINES, MAX_FUNCTION_LINES = 400, 60, 80, 80
 # Calls that may run at import. Names in CapWords construct values and may too.
 IMPORT_TIME_CALLS = {
@@ -57,8 +51,8 @@ class Source:
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
     @property
-    def floor(self) -> int | None:
-        return floor_of(self.module)
+    def layer(self) -> int | None:
+        return layer_of(self.module)
 
 
 def sources(*folders: str) -> list[Source]:
@@ -67,14 +61,21 @@ def sources(*folders: str) -> list[Source]:
     return [Source(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")) for path in paths]
 
 
-def floor_of(module: str) -> int | None:
-    """Returns the floor of one of our modules; None where it has none. The package itself faces outwards: top."""
+@lru_cache
+def layers() -> dict[str, int]:
+    """Returns the layer of each module of the package, and of `kernels`, from the table in docs/architecture.md."""
+    rows = re.findall(r"^\| (\d) \|([^|]*)\|", TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)/?`", names)}
+
+
+def layer_of(module: str) -> int | None:
+    """Returns the layer of one of our modules; None where it has none. The package itself faces outwards: top."""
     first, _, rest = module.partition(".")
     if first == "ijepa_kernels":
-        return KERNELS_FLOOR
+        return layers()["kernels"]
     if first == "ijepa_scale" and rest and rest != "__version__":
-        return FLOORS.get(rest.partition(".")[0])
-    return 0 if rest == "__version__" else TOP_FLOOR
+        return layers().get(rest.partition(".")[0])
+    return 0 if rest == "__version__" else TOP_LAYER
 
 
 def imports(source: Source, known: set[str] | None = None, *, typing: bool = True) -> Iterator[tuple[int, str]]:
@@ -129,17 +130,17 @@ def keyword(call: ast.Call, name: str) -> object:
 
 
 def imports_upwards(source: Source) -> list[str]:
-    if source.floor is None:
-        return [f"{source.path}: has no floor; give it one in FLOORS"]
+    if source.layer is None:
+        return [f"{source.path}: has no layer; give it one in docs/architecture.md"]
     found = []
     for line, name in imports(source):
         if name.partition(".")[0] not in ("ijepa_scale", "ijepa_kernels", "launch", "benchmarks"):
             continue
-        floor = floor_of(name)
-        if floor is None:
-            found.append(f"{source.path}:{line}: {name} has no floor")
-        elif floor > source.floor:
-            found.append(f"{source.path}:{line}: floor {source.floor} imports {name} of floor {floor}")
+        layer = layer_of(name)
+        if layer is None:
+            found.append(f"{source.path}:{line}: {name} has no layer")
+        elif layer > source.layer:
+            found.append(f"{source.path}:{line}: layer {source.layer} imports {name} of layer {layer}")
         if source.module.startswith("ijepa_kernels") and name.startswith("ijepa_scale"):
             found.append(f"{source.path}:{line}: kernels import {name}; they must not know the package")
     return found
@@ -164,12 +165,12 @@ def import_cycles(files: list[Source]) -> list[str]:
     return found
 
 
-def distributed_below_floor_3(source: Source) -> list[str]:
-    if source.floor is None or source.floor >= 3:
+def distributed_below_layer_3(source: Source) -> list[str]:
+    if source.layer is None or source.layer >= 3:
         return []
     lines = [line for line, name in imports(source) if name.startswith("torch.distributed")]
     lines += [node.lineno for node in ast.walk(source.tree) if dotted(node) == "torch.distributed"]
-    return [f"{source.path}:{line}: floor {source.floor} uses torch.distributed" for line in lines]
+    return [f"{source.path}:{line}: layer {source.layer} uses torch.distributed" for line in lines]
 
 
 def reads_environment(source: Source) -> list[str]:

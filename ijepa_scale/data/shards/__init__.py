@@ -1,1 +1,1 @@
-"""Sets of tar shards as a whole: made from images, described, verified. Floor 2: no model, no training."""
+"""Sets of tar shards as a whole: made from images, described, verified. No model, no training."""

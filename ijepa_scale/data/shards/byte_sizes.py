@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them. Floor 2: text only."""
+"""Sizes in bytes as people write them. Text only."""
 
 from __future__ import annotations
 

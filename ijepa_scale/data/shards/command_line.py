@@ -1,4 +1,4 @@
-"""The commands on shards: make, verify, info, index. Floor 2: arguments in, text out; the work is beside it."""
+"""The commands on shards: make, verify, info, index. Arguments in, text out; the work is beside it."""
 
 from __future__ import annotations
 

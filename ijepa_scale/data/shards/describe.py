@@ -1,4 +1,4 @@
-"""What a set of shards holds, in a few lines. Floor 2: reads indices, no images."""
+"""What a set of shards holds, in a few lines. Reads indices, no images."""
 
 from __future__ import annotations
 

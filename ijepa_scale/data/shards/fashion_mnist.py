@@ -1,4 +1,4 @@
-"""Fashion-MNIST for the demonstration: found or fetched, checked, and written as tar shards. Floor 2.
+"""Fashion-MNIST for the demonstration: found or fetched, checked, and written as tar shards.
 
 Knows the IDX format and where the files come from; nothing of training. 70,000 images of 28 x 28
 pixels in 10 classes, MIT licence.

@@ -1,4 +1,4 @@
-"""Images in files, to be made into shards: class folders, and CSV lists. Floor 2: reads, decodes nothing."""
+"""Images in files, to be made into shards: class folders, and CSV lists. Reads, decodes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has been written of a set of shards so far, so that it can be finished later. Floor 2: files only.
+"""What has been written of a set of shards so far, so that it can be finished later. Files only.
 
 One file beside the shards, appended to and synced: the plan, then a line per shard, before the shard gets its name.
 While it is open the folder is locked against a second process; when the set is whole it is removed.

@@ -1,4 +1,4 @@
-"""Data sets that torchvision knows by name, to be made into shards. Floor 2: reads; downloads only when told to.
+"""Data sets that torchvision knows by name, to be made into shards. Reads; downloads only when told to.
 
 Only sets whose files are arrays of pixels: their images are stored as PNG, without loss. Those whose files are
 images already (Food101, Flowers102, ImageNet, ...) are read as class folders or CSV lists, byte for byte.

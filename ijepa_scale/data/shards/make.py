@@ -1,4 +1,4 @@
-"""Making a set of shards from images, each of them verified; resumable. Floor 2: no terminal, no training.
+"""Making a set of shards from images, each of them verified; resumable. No terminal, no training.
 
 The order of the images is a permutation keyed by the seed, so every shard holds every class. Worker processes read,
 decode and resize; this process writes. So the bytes depend on the images and the plan alone.

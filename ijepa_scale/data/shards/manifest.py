@@ -1,4 +1,4 @@
-"""What a set of shards says of itself: manifest and class names, read back. Floor 2: files only."""
+"""What a set of shards says of itself: manifest and class names, read back. Files only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images in one tar, to be made into shards: CLASS/*.jpg members, or a tar of tars. Floor 2: reads, decodes nothing.
+"""Images in one tar, to be made into shards: CLASS/*.jpg members, or a tar of tars. Reads, decodes nothing.
 
 Members are read where they lie, by offset; nothing is extracted. A member X.tar counts as a folder X, so the official
 ILSVRC2012_img_train.tar has the classes that its inner tars are called.

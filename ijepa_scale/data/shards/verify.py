@@ -1,4 +1,4 @@
-"""Whether shards are what their manifest says, and each image decodes. Floor 2: no terminal, no training."""
+"""Whether shards are what their manifest says, and each image decodes. No terminal, no training."""
 
 from __future__ import annotations
 

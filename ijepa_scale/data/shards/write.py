@@ -1,4 +1,4 @@
-"""Writing tar shards, the same bytes from the same samples every time. Floor 2: files only."""
+"""Writing tar shards, the same bytes from the same samples every time. Files only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bounded folder of fetched files, shared by all processes of a machine. Floor 2.
+"""A bounded folder of fetched files, shared by all processes of a machine.
 
 Each entry has a lock file: who reads the entry holds it shared, who fetches or removes it exclusively; a process
 that dies lets go. So one process fetches while the others wait, and what is in use is never removed. A file

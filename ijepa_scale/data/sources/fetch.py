@@ -1,4 +1,4 @@
-"""Brings one remote file here whole, or says why not. Floor 2: files and a network, no processes and no tensors.
+"""Brings one remote file here whole, or says why not. Files and a network, no processes and no tensors.
 
 Addresses go through fsspec: https, s3, gs, hf. Transient faults are tried again, with growing pauses; what comes is
 held against the size and hash that are known of it.

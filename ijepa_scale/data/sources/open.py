@@ -1,4 +1,4 @@
-"""From configuration to what is read, and in which order. Floor 2: the only place that knows all readers."""
+"""From configuration to what is read, and in which order. The only place that knows all readers."""
 
 from __future__ import annotations
 

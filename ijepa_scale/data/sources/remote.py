@@ -1,4 +1,4 @@
-"""Samples of tar shards that lie somewhere else: fetched whole, a window ahead, into a bounded cache. Floor 2."""
+"""Samples of tar shards that lie somewhere else: fetched whole, a window ahead, into a bounded cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One walk over the headers of a tar: its members, the samples they make, and what can't be used. Floor 2: files only.
+"""One walk over the headers of a tar: its members, the samples they make, and what can't be used. Files only.
 
 Nothing is extracted. A bad member costs its own sample and is noted; it never costs the rest of the shard.
 """

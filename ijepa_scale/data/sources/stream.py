@@ -1,4 +1,4 @@
-"""Tar shards read from their beginning to their end, as plain WebDataset does: no index, no copy, no state. Floor 2.
+"""Tar shards read from their beginning to their end, as plain WebDataset does: no index, no copy, no state.
 
 What it can't do, and the indexed reader can: resume (a run that goes on begins other passes), see each sample once
 per epoch (every worker cycles through its own share of the shards), give the same batches to another number of

@@ -1,4 +1,4 @@
-"""Where each sample lies in a tar shard, found once and kept beside the tar. Floor 2: files only.
+"""Where each sample lies in a tar shard, found once and kept beside the tar. Files only.
 
 A shard is an ordinary WebDataset tar: `KEY.jpg` with `KEY.cls` (an integer) or `KEY.json` ({"label": ...}).
 What of it can't be used is in the index too, counted by kind.

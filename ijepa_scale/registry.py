@@ -1,0 +1,88 @@
+"""Names of components that a configuration can choose: the one place where a newcomer is registered.
+
+A component of the package is one file and one line in a table below. A component from outside registers itself when
+its module is imported, which happens only where a person names the module on the command line (`--plugin`): a
+configuration or a checkpoint holds names, and can't run code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from ijepa_scale.errors import ConfigError
+
+
+class Registry:
+    """Classes of one kind by name. A class may carry `Config`, the section that configures it."""
+
+    def __init__(self, kind: str, built_in: dict[str, str]) -> None:
+        """`built_in` gives "module:Class" for each name; a module is imported when its class is asked for."""
+        self.kind = kind
+        self._built_in = built_in
+        self._added: dict[str, type] = {}
+
+    def names(self) -> tuple[str, ...]:
+        """Returns the known names, the package's own first."""
+        return *self._built_in, *self._added
+
+    def register(self, name: str) -> Callable[[type], type]:
+        """Returns a decorator that adds a class under `name`.
+
+        Raises:
+            ConfigError: the name is taken by another class.
+        """
+
+        def add(member: type) -> type:
+            known = self._added.get(name)
+            same = known is not None and (known.__module__, known.__qualname__) == (
+                member.__module__,
+                member.__qualname__,
+            )
+            if name in self._built_in or (known is not None and not same):
+                raise ConfigError(f"{self.kind} {name!r} is registered already; register {member.__name__} as another")
+            self._added[name] = member
+            return member
+
+        return add
+
+    def get(self, name: str) -> Any:
+        """Returns the class registered under `name`.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if name in self._added:
+            return self._added[name]
+        if name not in self._built_in:
+            raise ConfigError(
+                f"{self.kind} {name!r} is unknown; choose one of {', '.join(self.names())}, or name the module that "
+                "registers it with --plugin"
+            )
+        module, _, member = self._built_in[name].partition(":")
+        return getattr(importlib.import_module(module), member)
+
+
+OBJECTIVES = Registry("objective", {})
+SAMPLERS = Registry("mask sampler", {})
+OPTIMIZERS = Registry("optimizer", {})
+SOURCES = Registry("reader", {})
+SINKS = Registry("metrics sink", {})
+EVALUATORS = Registry("evaluator", {})
+
+
+def load_plugin(module: str) -> None:
+    """Imports a user's module, which registers its components.
+
+    Raises:
+        ConfigError: the module can't be found.
+    """
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module + ".").startswith(error.name + "."):
+            raise
+        raise ConfigError(
+            f"--plugin {module}: no such module; give a name that Python can import, e.g. with its folder in PYTHONPATH"
+        ) from None
