@@ -18,7 +18,7 @@ from benchmarks.common import in_turns, percentiles, ratios, table
 from benchmarks.synthetic import Ours, images_for
 from ijepa_scale import rng
 from ijepa_scale.config import PretrainConfig
-from ijepa_scale.engine.target_update import TargetUpdate
+from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.models.jepa import JEPA
 from ijepa_scale.optim.adamw import set_hyper
 
@@ -40,7 +40,8 @@ def measure_update(config: PretrainConfig, module: JEPA, device: torch.device, r
     bf16 = config.engine.precision == "bf16"
     baseline = BaselineStep(config.model, config.seed, device=device, bf16=bf16, module=module)
     gradients = gradients_for(module, device)
-    hyper, update = ours.schedule(0), TargetUpdate("triton" if "target_update" in config.engine.triton else "auto")
+    hyper = ours.schedule(0)
+    went_well = StepInfo(loss=torch.zeros((), device=device), grad_norm=0.0)
 
     def given(parameters: Any) -> None:
         for parameter, gradient in zip((p for p in parameters if p.requires_grad), gradients, strict=True):
@@ -49,11 +50,10 @@ def measure_update(config: PretrainConfig, module: JEPA, device: torch.device, r
     def ours_alone() -> None:
         set_hyper(ours.engine.optimizer.param_groups, hyper)
         ours.engine.optimizer.step()
-        update(*ours.engine.local_shards(), hyper.momentum, copies=ours.engine.target_copies())
+        ours.engine.update_target(hyper.momentum, went_well)
 
     def ours_whole() -> None:
-        ours.engine.step(hyper, 0)
-        update(*ours.engine.local_shards(), hyper.momentum, copies=ours.engine.target_copies())
+        ours.engine.update_target(hyper.momentum, ours.engine.step(hyper, 0))
 
     def baselines_alone() -> None:
         baseline.optimize(hyper.lr, hyper.weight_decay)

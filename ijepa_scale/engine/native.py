@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,113 +11,64 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.engine.attention import use_attention
-from ijepa_scale.engine.finite import FiniteWatch
-from ijepa_scale.engine.graphs import target_forward
-from ijepa_scale.engine.norms import use_layer_norm
-from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks, compile_parts
+from ijepa_scale.engine.base import BaseEngine
+from ijepa_scale.engine.parallelize import blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
-from ijepa_scale.engine.target import NO_FP8, HoldsTarget, ReplicatedTarget
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.optim.adamw import GroupFunction, build_optimizer, clean_name, parameter_groups, set_hyper, set_step
+from ijepa_scale.optim.adamw import GroupFunction, build_optimizer, set_hyper, set_step
 from ijepa_scale.schedules import Hyper
 
-logger = logging.getLogger(__name__)
 
-
-class PlainEngine(HoldsTarget):
-    """One process, no wrapping; also the base of the other engines of this module."""
+class NativeEngine(BaseEngine):
+    """What the engines of this module share: PyTorch's autograd, clipping and optimiser."""
 
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
-        if world.size > 1 and type(self) is PlainEngine:
-            raise ConfigError(
-                f"engine.strategy is plain but {world.size} processes are running; use ddp, fsdp2 or deepspeed, "
-                "or start one process"
-            )
-        self.world = world
-        self.triton: tuple[str, ...] = config.triton
-        self._config = config
-        self._optimizer_config = optimizer
         # torch's fused AdamW takes the flag on the device; for other kernels the host reads it before they run
-        self._watch = FiniteWatch(world, late=world.device.type == "cuda" and optimizer.impl in ("auto", "torch"))
-        self._autocast = torch.autocast(
-            world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
-        )  # re-entered at each forward
+        late = world.device.type == "cuda" and optimizer.impl in ("auto", "torch")
+        super().__init__(world, config, optimizer, late=late)
 
-    def prepare(
-        self,
-        module: nn.Module,
-        target: nn.Module | None = None,
-        *,
-        groups: GroupFunction = parameter_groups,
-        followed: str = "encoder",
-    ) -> None:
-        """Moves the modules to the device, and applies checkpointing, compilation and wrapping."""
-        use_attention(self._config, module, target, self.world)
-        use_layer_norm(self._config, self.world.device, module, target)
-        checkpoint_blocks(module, self._config.checkpointing)
-        compile_parts(self._config, module, target)
-        self.module: Any = module.to(self.world.device)
-        self.target_module: Any = None
-        self._replicated: ReplicatedTarget | None = None
-        if target is not None:
-            self.target_module = target.to(self.world.device).requires_grad_(False).eval()
-            self._replicated = self._replicate(target)
+    @override
+    def _distribute(self, groups: GroupFunction) -> None:
+        compile_parts(self._config, self.module, self.target_module)
         self._wrap()
-        self._target_forward = target_forward(self._config, self.target_module, self.world.device)
         self.optimizer = build_optimizer(self.module, self._optimizer_config, groups=groups)
-        self._shards: tuple[list[Tensor], list[Tensor]] = [], []
-        if target is not None:
-            sources = [_local(p) for p in self.module.get_submodule(followed).parameters()]
-            kept = self._replicated
-            self._shards = kept.shards if kept else [_local(p) for p in self.target_module.parameters()], sources
+        self._shards = ([], []) if self.target_module is None else super()._local_shards()
 
     def _wrap(self) -> None:
         self._callable: Any = self.module
 
+    @override
     def model(self, *args: Any) -> Tensor:
-        """Returns the trainable module's output."""
         with self._autocast:
             return self._callable(*args)
 
-    @torch.no_grad()
-    def evaluate(self, *args: Any) -> Tensor:
-        """Returns the trainable module's output in evaluation mode, without gradients."""
-        training = self.module.training
-        self.module.eval()
+    @override
+    def _evaluate(self, *args: Any) -> Tensor:
         with self._autocast:
-            output = self.module(*args)
-        self.module.train(training)
-        return output
+            return self.module(*args)
 
-    @torch.no_grad()
-    def target(self, *args: Any, **options: Any) -> Tensor:
-        """Returns the target encoder's output, without gradients."""
-        assert self.target_module is not None, "prepare() was given no target"
-        with self._autocast:
-            return self._target_forward(*args, **options)
-
+    @override
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
-        """Yields the micro-batches on the device; gradients are reduced on the last one."""
         parts = self._config.accumulation
         for index, micro in enumerate(batch.split(parts)):
-            self._reduce_gradients(index == parts - 1)
+            self._reduce_gradients(index == parts - 1)  # on the last one
             yield micro.to(self.world.device)
 
     def _reduce_gradients(self, reduce: bool) -> None:
         """Sets whether the coming backward reduces gradients over the processes."""
 
+    @override
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of one micro-batch's mean loss."""
         self._watch.record(loss)
         (loss / self._config.accumulation).backward()
 
+    @override
     def step(self, hyper: Hyper, step: int) -> StepInfo:
-        """Moves the trainable weights, or stops every process before anything has moved."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -133,74 +83,63 @@ class PlainEngine(HoldsTarget):
         self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(loss=loss, grad_norm=norm, stopped=stopped)
 
-    def settle(self) -> None:
-        """Raises what the last step left to be read."""
-        self._watch.settle()
+    @override
+    def _local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self._shards  # they stay where they are, and looking for them takes the host's time in each step
 
-    def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns this process's fp32 shards of (target encoder, context encoder)."""
-        return self._shards
+    @override
+    def _trained_pieces(self, name: str, parameter: Any) -> Iterator[Piece]:
+        yield self._piece(f"model.{name}", parameter)
+        state = self.optimizer.state[parameter]
+        if not state:  # before the first step: made here, so that loading has somewhere to write
+            state["step"] = torch.zeros((), device=self.world.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        for key in ("exp_avg", "exp_avg_sq"):
+            yield self._piece(f"optimizer.{key}.{name}", state[key])
 
-    def target_updated(self) -> None:
-        """Quantises weights that have an fp8 copy; others are the shards themselves or were rounded with them."""
-        if self._replicated:
-            self._replicated.updated()
-
-    def pieces(self) -> list[Piece]:
-        """Returns this process's parts of weights, optimiser states and target."""
-        pieces = []
-        for name, parameter in self.module.named_parameters():
-            name = clean_name(name)
-            pieces.append(self._piece(f"model.{name}", parameter))
-            if not parameter.requires_grad:  # frozen: no optimiser state
-                continue
-            state = self.optimizer.state[parameter]
-            if not state:  # before the first step: made here, so that loading has somewhere to write
-                state["step"] = torch.zeros((), device=self.world.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            pieces += [self._piece(f"optimizer.{key}.{name}", state[key]) for key in ("exp_avg", "exp_avg_sq")]
-        if self.target_module is not None:
-            kept = self._replicated.values if self._replicated else dict(self.target_module.named_parameters())
-            pieces += [self._piece(f"target.{clean_name(name)}", value) for name, value in kept.items()]
-        return pieces
-
-    def _piece(self, name: str, tensor: Tensor) -> Piece:
-        return Piece(
-            name=name,
-            tensor=tensor.detach().view(-1),
-            start=0,
-            shape=tuple(tensor.shape),
-            write=self.world.is_main,
-        )
-
+    @override
     def loaded(self, optimizer_step: int) -> None:
-        """Sets Adam's step counter, and renews what is computed from the target's values."""
         set_step(self.optimizer, optimizer_step)
         if self._replicated:
             self._replicated.loaded()
 
 
-class DdpEngine(PlainEngine):
+class PlainEngine(NativeEngine):
+    """One process, no wrapping."""
+
+    def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
+        if world.size > 1:
+            raise ConfigError(
+                f"engine.strategy is plain but {world.size} processes are running; use ddp, fsdp2 or deepspeed, "
+                "or start one process"
+            )
+        super().__init__(world, config, optimizer)
+
+
+class DdpEngine(NativeEngine):
     """Replicated weights, gradients averaged while backward runs."""
 
+    @override
     def _wrap(self) -> None:
         self._callable = DistributedDataParallel(
             self.module, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
         )
 
+    @override
     def _reduce_gradients(self, reduce: bool) -> None:
         self._callable.require_backward_grad_sync = reduce
 
 
-class Fsdp2Engine(PlainEngine):
+class Fsdp2Engine(NativeEngine):
     """Sharded weights, gradients, optimiser and target; over all processes, or within groups of them (HSDP)."""
 
-    def _replicate(self, target: nn.Module) -> ReplicatedTarget | None:
-        if self._config.target_precision == "fp8":
-            raise ConfigError(f"engine.target_precision is fp8 but strategy is fsdp2: {NO_FP8}")
-        return None
+    @property
+    @override
+    def _sharding(self) -> str:
+        return "strategy is fsdp2"
 
+    @override
     def _wrap(self) -> None:
         size, replicas = self.world.size, self._config.replicas
         if size % replicas:
@@ -229,18 +168,24 @@ class Fsdp2Engine(PlainEngine):
             fully_shard(self.target_module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         self._callable = self.module
 
-    def evaluate(self, *args: Any) -> Tensor:
-        """Returns the trainable module's output in evaluation mode, without gradients; shards the weights again."""
-        output = super().evaluate(*args)
+    @override
+    def _evaluate(self, *args: Any) -> Tensor:
+        output = super()._evaluate(*args)
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()  # as no backward follows
         return output
 
+    @override
     def _reduce_gradients(self, reduce: bool) -> None:
         self.module.set_requires_gradient_sync(reduce)
 
-    def _piece(self, name: str, tensor: Tensor) -> Piece:
+    @override
+    def _local(self, parameter: Any) -> Tensor:
+        return parameter.detach().to_local()
+
+    @override
+    def _piece(self, name: str, tensor: Any) -> Piece:
         assert isinstance(tensor, DTensor)
         shard_size, shard_rank = self._mesh["shard"].size(), self._mesh["shard"].get_local_rank()
         rows = tensor.shape[0] if tensor.ndim else 1
@@ -255,7 +200,3 @@ class Fsdp2Engine(PlainEngine):
             shape=tuple(tensor.shape),
             write=self.world.rank < shard_size,  # the first replica
         )
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()

@@ -1,13 +1,12 @@
 """What every engine offers the training step.
 
-The step knows these names alone; autocast, loss scaling by accumulation, gradient synchronisation
-and sharding are the engine's. The crux is `local_shards`: this process's fp32 tensors of the context
-encoder and of the target encoder, cut alike and in the same order, so that the target update is one
-fused operation without communication under every engine. Finetuning has no target, or an average of it all.
+The step knows these names alone; autocast, loss scaling by accumulation, gradient synchronisation, sharding and the
+target's update are the engine's. Finetuning has no target, or an average of all its weights.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,6 +49,7 @@ class Engine(Protocol):
     world: World
     triton: tuple[str, ...]  # kernels that the step takes from Triton
 
+    @abstractmethod
     def prepare(
         self,
         module: nn.Module,
@@ -65,9 +65,11 @@ class Engine(Protocol):
         they are; they are sharded, saved and loaded as the others.
         """
 
+    @abstractmethod
     def model(self, *args: Any) -> Tensor:
         """Returns the trainable module's output, under the engine's precision."""
 
+    @abstractmethod
     def evaluate(self, *args: Any) -> Tensor:
         """Returns the trainable module's output in evaluation mode, without gradients, under the engine's precision.
 
@@ -75,9 +77,11 @@ class Engine(Protocol):
         outside training steps: it leaves weights sharded, as saving and stepping need them.
         """
 
+    @abstractmethod
     def target(self, *args: Any, **options: Any) -> Tensor:
         """Returns the target encoder's output, without gradients, under the engine's precision."""
 
+    @abstractmethod
     def check_fp8(self, images: Tensor) -> None:
         """Compares the fp8 target's features of `images` (B, 3, H, W) with bf16 ones, where fp8 is asked for.
 
@@ -85,12 +89,15 @@ class Engine(Protocol):
             ConfigError: they are too far apart.
         """
 
+    @abstractmethod
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
         """Yields the micro-batches, on the device; gradients are reduced when they have to be."""
 
+    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch's mean loss, scaled for accumulation."""
 
+    @abstractmethod
     def step(self, hyper: Hyper, step: int) -> StepInfo:
         """Moves the trainable weights, or stops every process before anything has moved.
 
@@ -101,6 +108,15 @@ class Engine(Protocol):
             NonFiniteError: a loss or the gradient norm is NaN or infinite on some process.
         """
 
+    @abstractmethod
+    def update_target(self, momentum: float, info: StepInfo) -> None:
+        """Moves the target to momentum * target + (1 - momentum) * followed weights: exactly, in fp32, in place.
+
+        `info` is what the step before it returned: where that one was stopped, nothing moves. Neither communicates
+        nor, under the native engines, synchronises.
+        """
+
+    @abstractmethod
     def settle(self) -> None:
         """Raises what the last step left to be read; call it before the state is saved, shown or evaluated.
 
@@ -108,17 +124,10 @@ class Engine(Protocol):
             NonFiniteError: as `step`, naming the step that was bad.
         """
 
-    def local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns this process's fp32 shards of (target encoder, context encoder), cut alike; none without a target."""
-
-    def target_copies(self) -> list[Tensor | None]:
-        """Returns bf16 tensors that must follow the target's shards, in their order; [] where there are none."""
-
-    def target_updated(self) -> None:
-        """Is told that the target's shards have moved."""
-
+    @abstractmethod
     def pieces(self) -> list[Piece]:
         """Returns all state this process must save, each element on at least one process."""
 
+    @abstractmethod
     def loaded(self, optimizer_step: int) -> None:
         """Is told that `pieces` have been filled from a checkpoint taken after that many optimiser steps."""

@@ -12,7 +12,6 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.parallelize import blocks
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
@@ -102,30 +101,6 @@ class ReplicatedTarget:
             for name, part in kept.items():
                 outer, _, child = name.removesuffix(".weight").rpartition(".")
                 setattr(self.module.get_submodule(outer), child, part)
-
-
-class HoldsTarget:
-    """What engines share that may hold the whole target; `_replicated` is None where they don't."""
-
-    world: World
-    _config: EngineConfig
-    _replicated: ReplicatedTarget | None = None
-
-    def _replicate(self, target: nn.Module) -> ReplicatedTarget | None:
-        return ReplicatedTarget(target, precision=self._config.target_precision or self._config.precision)
-
-    def target_copies(self) -> list[Tensor | None]:
-        """Returns the bf16 roundings of the target's weights, in the order of its shards; [] where it is sharded."""
-        return self._replicated.copies if self._replicated else []
-
-    def check_fp8(self, images: Tensor) -> None:
-        """Compares the fp8 target's features of `images` (B, 3, H, W) with bf16 ones, where fp8 is asked for.
-
-        Raises:
-            ConfigError: they are too far apart.
-        """
-        if self._replicated and self._config.target_precision == "fp8":
-            check_fp8(self._replicated, images, self.world)
 
 
 def check_fp8(target: ReplicatedTarget, images: Tensor, world: World) -> None:

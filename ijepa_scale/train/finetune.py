@@ -27,7 +27,6 @@ from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import StepInfo
-from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.classification import Accuracy, ClassifierCheck, check_labels
@@ -128,7 +127,6 @@ class FinetuneTask:
         average = copy.deepcopy(module) if config.optimizer.ema is not None else None
         self.engine.prepare(module, average, groups=groups, followed="")
         self.meters = Meters(world.device)
-        self._update = TargetUpdate("triton" if "target_update" in config.engine.triton else "auto")
         self.accuracy: Accuracy | None = None
         self.top1: float | None = None
         self.top5: float | None = None
@@ -192,10 +190,7 @@ class FinetuneTask:
             self.engine.backward(soft_cross_entropy(logits, targets))
         info = self.engine.step(hyper, batch.step)
         if self.config.optimizer.ema is not None:
-            copies = self.engine.target_copies()
-            shards = self.engine.local_shards()
-            self._update(*shards, self.config.optimizer.ema, copies=copies, stopped=info.stopped)
-            self.engine.target_updated()
+            self.engine.update_target(self.config.optimizer.ema, info)
         self.meters.add("loss", info.loss)
         self.meters.add("grad_norm", info.grad_norm)
         self.meters.end_step()

@@ -12,7 +12,6 @@ from torch import Tensor
 from ijepa_scale.config import ObjectiveConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.protocol import Engine, StepInfo
-from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.masks import Masks, MasksAhead, MaskSampler
 from ijepa_scale.metrics.meters import Meters, feature_std
 from ijepa_scale.objectives.jepa import fused_jepa_loss, jepa_loss, jepa_targets, normalise_targets
@@ -43,7 +42,6 @@ class TrainStep:
         self._objective = objective
         self._batch_size = batch_size  # of all processes
         self._meters = meters
-        self._update = TargetUpdate("triton" if "target_update" in engine.triton else "auto")
 
     def __call__(self, batch: Batch) -> StepInfo:
         """Returns what the step did; moves weights, optimiser and target, or raises before any has moved."""
@@ -61,9 +59,7 @@ class TrainStep:
             self._engine.backward(loss)
             self._observe(tokens[:_OBSERVED], masks, wanted.places[:_OBSERVED])
         info = self._engine.step(hyper, batch.step)
-        copies = self._engine.target_copies()
-        self._update(*self._engine.local_shards(), hyper.momentum, copies=copies, stopped=info.stopped)
-        self._engine.target_updated()
+        self._engine.update_target(hyper.momentum, info)  # not after a stopped step
         self._meters.add("loss", info.loss)
         self._meters.add("grad_norm", info.grad_norm)
         self._meters.end_step()

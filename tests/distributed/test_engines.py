@@ -6,9 +6,11 @@ import functools
 import math
 
 import pytest
+import torch
 
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.engine.finite import FiniteWatch
+from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, NonFiniteError
 from tests.distributed.harness import run
@@ -233,21 +235,31 @@ def test_infinite_gradient_under_a_finite_loss_moves_nothing(name: str) -> None:
         assert not moved
 
 
-def target_follows_its_shards(world: World, engine: dict) -> float:
-    """Returns how much the target's output moves when its shards do."""
+def target_follows(world: World, engine: dict) -> tuple[float, float, bool]:
+    """Returns how much the target's output moves when the encoder does and when it follows, and if that was exact."""
     built, _ = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
     images = images_of(part(0, world))
-    before = built.target(images).clone()
-    for shard in built.local_shards()[0]:
-        shard.mul_(1.5)
-    built.target_updated()
-    return float((built.target(images) - before).abs().max())
+    start = built.target(images).clone()
+    for piece in built.pieces():
+        if piece.name.startswith("model.encoder."):
+            piece.tensor.mul_(1.5)
+    built.loaded(0)
+    before, output = full_state(world, built), built.target(images)
+    built.update_target(0.5, StepInfo(loss=torch.zeros(()), grad_norm=0.0))
+    after = full_state(world, built)
+    exact = all(
+        value.equal(torch.lerp(before[name], before[f"model.encoder.{name.removeprefix('target.')}"], 0.5))
+        for name, value in after.items()
+        if name.startswith("target.")
+    )
+    return float((output - start).abs().max()), float((built.target(images) - start).abs().max()), exact
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_targets_output_follows_its_shards(name: str) -> None:
-    processes, engine = ENGINES[name]
-    assert all(change > 0.1 for change in run(target_follows_its_shards, processes, engine))
+@pytest.mark.parametrize("name", ["plain", *ENGINES])
+def test_the_targets_output_follows_its_update(name: str) -> None:
+    processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
+    for loaded, updated, exact in run(target_follows, processes, engine, alone=name == "plain"):
+        assert loaded == 0.0 and updated > 0.1 and exact
 
 
 def sharded_elements(world: World, engine: dict) -> tuple[int, int, int]:
@@ -256,7 +268,7 @@ def sharded_elements(world: World, engine: dict) -> tuple[int, int, int]:
     step(part(0, world))
     pieces = [p for p in built.pieces() if p.name.startswith("target.")]
     full = sum(math.prod(p.shape) for p in pieces)
-    return sum(s.numel() for s in built.local_shards()[0]), sum(p.tensor.numel() for p in pieces), full
+    return sum(s.numel() for s in built._local_shards()[0]), sum(p.tensor.numel() for p in pieces), full
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "hsdp", "zero3"])

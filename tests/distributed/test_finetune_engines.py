@@ -38,7 +38,6 @@ def curve(world: World, engine: dict, frozen: int = 0, steps: int = STEPS, resum
     module = build_classifier(config, seed=1)
     built = build_engine(world, EngineConfig(**{"precision": "fp32", **engine}), OPTIMIZER.adamw(BATCH))
     built.prepare(module, groups=functools.partial(layer_decay_groups, layer_decay=OPTIMIZER.layer_decay))
-    assert built.local_shards() == ([], [])
     first = 0
     if resume is not None and (found := newest(resume)) is not None:
         checkpoint = Checkpoint(found)

@@ -41,7 +41,7 @@ def states(world: World, strategy: str) -> dict[str, int]:
     optimizer = built.zero.optimizer if zero else built.optimizer
     moments = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
     masters = built._masters() if zero else []
-    values = built.local_shards()[0]
+    values = built._local_shards()[0]
     found = {"weights": _bytes(module), "optimizer": _bytes(moments) + _bytes(masters), "target": _bytes(values)}
     found["copies"] = _bytes([*target, *values]) - found["target"]
     if zero:

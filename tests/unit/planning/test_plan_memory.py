@@ -224,7 +224,7 @@ def test_the_peak_is_that_of_a_whole_training_step(mode: str) -> None:
 
     step(batch(0))  # makes the optimiser's states
     moments = [value for state in engine.optimizer.state.values() for value in state.values()]
-    there = [*module.parameters(), *engine.target_module.parameters(), *engine.local_shards()[0], *moments]
+    there = [*module.parameters(), *engine.target_module.parameters(), *engine._local_shards()[0], *moments]
     with LiveBytes(there) as live:
         step(batch(1))
     tokens = micro_batches(masks, draw_masks(masks, MODEL.grid, batch_size=BATCH)[1:2], MODEL.grid, BATCH)[0]
