@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ijepa_scale.config import MaskConfig
-from ijepa_scale.masks import DenseMasks
-from ijepa_scale.masks.block_sizes import check
+from ijepa_scale.masks import DenseMasks, MaskSampler
 
 PATIENCE = 20  # failed places after which one target fewer is taken out of the context
 
@@ -27,7 +26,7 @@ class LoopMasks:
     """
 
     def __init__(self, config: MaskConfig, grid: tuple[int, int]) -> None:
-        check(config, grid)  # or the loop might not end
+        MaskSampler(config, grid, seed=0)  # refuses what can't be drawn, or the loop might not end
         self.config, self.grid = config, grid
 
     def __call__(self, step: int, count: int, generator: torch.Generator) -> DenseMasks:

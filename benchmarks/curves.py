@@ -23,7 +23,7 @@ import torch
 from benchmarks.common import append
 from benchmarks.pictures import folder_of, shards_of
 from benchmarks.synthetic import add_model_flags, alone, configured, settings_of
-from ijepa_scale.train.setup import build_run
+from ijepa_scale.train.pretrain import PretrainTask
 
 SEEDS = (0, 1)
 
@@ -31,7 +31,7 @@ SEEDS = (0, 1)
 def curve(settings: list[str], seed: int, device: torch.device) -> np.ndarray:
     """Returns the losses of a run, a value a step."""
     torch.compiler.reset()  # graphs of the run before would count towards torch.compile's limit
-    run = build_run(configured([*settings, f"seed={seed}"]), alone(device))
+    run = PretrainTask(configured([*settings, f"seed={seed}"]), alone(device))
     losses = [run.step(batch).loss for batch in run.loader(0)]
     return torch.stack(losses).double().cpu().numpy()
 

@@ -41,7 +41,8 @@ from benchmarks.synthetic import (
 from ijepa_scale import rng
 from ijepa_scale.config import AugmentConfig, PretrainConfig
 from ijepa_scale.metrics.meters import DATA_WAIT, STEP, Meters
-from ijepa_scale.train.setup import Run, build_run
+from ijepa_scale.objectives.protocol import build_objective
+from ijepa_scale.train.pretrain import PretrainTask
 from ijepa_scale.train.step import TrainStep
 
 WINDOW = {"cpu": 2, "cuda": 5}  # steps between reads of the clock
@@ -58,14 +59,14 @@ def windows(batches: Iterable[Any], work: Any, meters: Meters, window: int) -> l
     return found[WARM_UP:]
 
 
-def synthetic_step(run: Run, images: torch.Tensor) -> TrainStep:
+def synthetic_step(run: PretrainTask, images: torch.Tensor) -> TrainStep:
     """Returns the run's step with images that lie on the device in place of its augmentation."""
     return TrainStep(
         run.engine,
         augment=lambda micro: images[micro.position :][: len(micro)],
         masks=run.masks,
         schedule=run.schedule,
-        objective=run.config.objective,
+        objective=build_objective(run.config.objective, triton=run.config.engine.triton),
         batch_size=run.batch_size,
         meters=run.meters,
     )
@@ -74,7 +75,7 @@ def synthetic_step(run: Run, images: torch.Tensor) -> TrainStep:
 def measure_ours(config: PretrainConfig, device: torch.device, steps: int) -> dict[str, dict[str, Any]]:
     """Returns what our step did from shards and on synthetic images, in this order, with the same weights."""
     batch = config.data.batch_size or 0
-    run, window = build_run(config, alone(device)), WINDOW[device.type]
+    run, window = PretrainTask(config, alone(device)), WINDOW[device.type]
     found = {}
     begin = cpu_seconds()
     found["ours, from shards"] = {"windows": windows(run.loader(0), run.step, run.meters, window)}
@@ -117,7 +118,7 @@ def measure_baseline(
         step, (pictures, _) = item
         work.images = pictures.to(device, non_blocking=True)
         work(step)
-        meters.end_step()
+        meters.count_step()
 
     meters, begin = Meters(device), cpu_seconds()
     found = windows(enumerate(loader), train, meters, WINDOW[device.type])

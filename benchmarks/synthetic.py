@@ -27,8 +27,9 @@ from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models import build_jepa
 from ijepa_scale.models.jepa import JEPA
 from ijepa_scale.models.registry import build_target
+from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.planning.flops import mask_flops
-from ijepa_scale.train.setup import build_schedule
+from ijepa_scale.train.pretrain import build_schedule
 from ijepa_scale.train.step import TrainStep
 
 CONFIG = Path(__file__).parents[1] / "configs" / "base.yaml"
@@ -143,7 +144,7 @@ class Ours:
             augment=lambda micro: images[micro.position - self._first :][: len(micro)],
             masks=MaskSampler(config.masks, config.model.grid, seed=config.seed),
             schedule=self.schedule,
-            objective=config.objective,
+            objective=build_objective(config.objective, triton=config.engine.triton),
             batch_size=config.data.batch_size,
             meters=self.meters,
         )

@@ -64,12 +64,40 @@ class Registry:
         return getattr(importlib.import_module(module), member)
 
 
-OBJECTIVES = Registry("objective", {})
-SAMPLERS = Registry("mask sampler", {})
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "smooth_l1": "ijepa_scale.objectives.regression:Regression",
+        "l2": "ijepa_scale.objectives.regression:Regression",
+        "cosine": "ijepa_scale.objectives.cosine:Cosine",
+    },
+)
+SAMPLERS = Registry(
+    "mask sampler",
+    {
+        "multiblock": "ijepa_scale.masks.multiblock:MultiblockDraw",
+        "reference": "ijepa_scale.masks.reference:ReferenceDraw",
+        "random": "ijepa_scale.masks.random_patches:RandomDraw",
+    },
+)
 OPTIMIZERS = Registry("optimizer", {})
-SOURCES = Registry("reader", {})
-SINKS = Registry("metrics sink", {})
-EVALUATORS = Registry("evaluator", {})
+SOURCES = Registry(
+    "reader",
+    {
+        "shards": "ijepa_scale.data.sources.readers:read_shards",
+        "stream": "ijepa_scale.data.sources.readers:read_stream",
+        "imagefolder": "ijepa_scale.data.sources.readers:read_folder",
+        "synthetic": "ijepa_scale.data.sources.readers:read_synthetic",
+    },
+)
+SINKS = Registry(
+    "metrics sink",
+    {
+        "wandb": "ijepa_scale.metrics.wandb_sink:WandbSink",
+        "mlflow": "ijepa_scale.metrics.mlflow_sink:MlflowSink",
+    },
+)
+EVALUATORS = Registry("evaluator", {"knn": "ijepa_scale.evaluate.online:OnlineKnn"})
 
 
 def load_plugin(module: str) -> None:

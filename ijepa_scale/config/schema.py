@@ -13,6 +13,7 @@ from typing import Any
 from ijepa_scale.config.checks import at_least, choose, interval, numbers, raise_problems
 from ijepa_scale.config.data import AugmentConfig, DataConfig
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.registry import OBJECTIVES, SAMPLERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        choose(problems, "sampler", self.sampler, ("multiblock", "reference"))
+        choose(problems, "sampler", self.sampler, SAMPLERS.names())
         choose(problems, "context", self.context, ("truncate", "packed"))
         for name in ("context_scale", "target_scale"):
             object.__setattr__(self, name, interval(problems, name, getattr(self, name), 0.0, 1.0))
@@ -90,7 +91,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        choose(problems, "loss", self.loss, ("smooth_l1", "l2"))
+        choose(problems, "loss", self.loss, OBJECTIVES.names())
         if not self.beta > 0:
             problems.append(f"beta is {self.beta}; give a number above 0")
         raise_problems("objective", problems)
@@ -227,6 +228,7 @@ class LoggingConfig:
 
     every: int = 10  # steps between rows of metrics.jsonl
     tensorboard: bool = True
+    sinks: Any = None
     progress: str = "auto"  # auto (a bar on a terminal, lines elsewhere) | bar | lines | none
 
     def __post_init__(self) -> None:
@@ -254,6 +256,7 @@ class CheckpointConfig:
 class EvaluateConfig:
     """The online k-nearest-neighbour check of the target encoder, beside the untrained one's figure."""
 
+    evaluator: str = "knn"
     every: int = 0  # steps; 0: never
     train: str | None = None  # labelled images that vote
     test: str | None = None  # labelled held-out images

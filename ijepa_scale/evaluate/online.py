@@ -12,6 +12,7 @@ from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.evaluator import ImageSettings
 from ijepa_scale.evaluate.features import Forward, extract_features, gather_features, local_ids
 from ijepa_scale.evaluate.knn import knn_accuracy
 
@@ -23,29 +24,20 @@ class OnlineKnn:
     of the images; the figure is the same on all processes, and for any number of them.
     """
 
-    def __init__(
-        self,
-        config: EvaluateConfig,
-        image_size: tuple[int, int],
-        *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        world: World,
-    ) -> None:
-        self._config = config
-        self._image_size = image_size
-        self._normalisation = {"mean": mean, "std": std}
-        self._world = world
+    Config = EvaluateConfig
+
+    def __init__(self, config: EvaluateConfig, images: ImageSettings, world: World) -> None:
+        self._config, self._images, self._world = config, images, world
         self._train = _Split("evaluate.train", config.reader, config.train, config.max_train)
         self._test = _Split("evaluate.test", config.reader, config.test, config.max_test)
         self._num_classes = int(max(self._train.labels.max(), self._test.labels.max())) + 1
 
-    def run(self, forward: Forward) -> float:
-        """Returns the accuracy, 0 to 1, of `forward` (images -> patch tokens) on the test images.
+    def run(self, forward: Forward) -> dict[str, float]:
+        """Returns the accuracy `knn`, 0 to 1, of `forward` (images -> patch tokens) on the test images.
 
-        Synchronises and communicates: all processes call it together.
+        Synchronises and communicates: every process calls it together.
         """
-        return knn_accuracy(
+        accuracy = knn_accuracy(
             self._features(forward, self._train),
             self._train.labels.to(self._world.device),
             self._features(forward, self._test),
@@ -54,15 +46,17 @@ class OnlineKnn:
             temperature=self._config.temperature,
             num_classes=self._num_classes,
         )
+        return {"knn": accuracy}
 
     def _features(self, forward: Forward, split: _Split) -> Tensor:
         """Returns the features of all images of a split, in order."""
         reader = EvalReader(
             split.source,
-            self._image_size,
+            self._images.size,
             ids=local_ids(split.ids, self._world.rank, self._world.size),
             batch_size=self._config.batch_size,
-            **self._normalisation,
+            mean=self._images.mean,
+            std=self._images.std,
         )
         return gather_features(
             extract_features(forward, reader, self._world.device), self._world.gather, len(split.ids)

@@ -1,6 +1,6 @@
 """Masks of the coming step, drawn on a thread while the present one is computed. Knows no model.
 
-Masks are a pure function of step and place, so drawing them early changes none of them.
+Masks are a pure function of step and position, so drawing them early changes none of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _Call = tuple[int, int, int, int]
 
 
 class MasksAhead:
-    """Answers as the sampler does, with the masks on a device, and then draws the same places of the next step."""
+    """Returns the sampler's masks on a device, and then draws those of the same images of the next step."""
 
     def __init__(self, sampler: MaskSampler, device: torch.device | str) -> None:
         self._sampler = sampler
@@ -27,12 +27,12 @@ class MasksAhead:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="masks", initializer=self._enter)
 
     def __call__(self, step: int, first: int, count: int, batch_size: int) -> tuple[Masks, Wanted]:
-        """Returns the masks of these places, see `MaskSampler`, and the target tokens that they ask for.
+        """Returns the masks of these images, see `MaskSampler`, and which target tokens they need.
 
-        Doesn't synchronise: what was drawn ahead of a GPU lies in pinned memory.
+        Doesn't synchronise: what was drawn ahead for a GPU is in pinned memory.
 
         Raises:
-            ValueError: the places don't lie in [0, batch_size).
+            ValueError: the images are not in [0, batch_size).
         """
         call = (step, first, count, batch_size)
         ready = self._drawn.pop(call, None)

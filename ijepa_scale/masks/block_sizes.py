@@ -1,50 +1,42 @@
-"""Sizes of mask blocks: how they are drawn, which ones are possible, which configurations can't work.
+"""Sizes of rectangular mask blocks: which are possible, how long masks can get, which configurations can't work.
 
-Knows the patch grid and `MaskConfig`; nothing of places, images or steps. A size is (height, width) in patches.
+Knows the patch grid and the section `masks`, but no positions, images or steps. A size is (height, width) in patches.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ijepa_scale.config.schema import MaskConfig
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.masks.draw import Lengths
 
 Size = tuple[int, int]
 Interval = tuple[float, float]
 
 
-def reference_size(grid: Size, scale: Interval, aspect: Interval, draw: float) -> Size:
-    """Returns the block size of the published draw: `draw` in [0, 1] gives scale and aspect both.
+@dataclass(frozen=True, kw_only=True)
+class BlockRule:
+    """What block sizes depend on besides the configuration: each sampler has its own."""
 
-    A side is always shorter than the grid's (so it can be 0 on a grid one patch wide).
-    Source: released I-JEPA code (arXiv 2301.08243), multi-block mask collator.
-    """
-    area = int(grid[0] * grid[1] * _between(scale, draw))
-    return _shorter_sides(grid, area, _between(aspect, draw))
-
-
-def multiblock_size(grid: Size, scale: Interval, aspect: Interval, draws: tuple[float, float]) -> Size:
-    """Returns a block size whose scale and aspect come from two independent draws in [0, 1].
-
-    A side is at most the grid's; where one is cut, the other grows so that the area stays.
-    # differs from the reference: one number for scale and aspect makes every small block wide and every big one tall
-    """
-    area = int(grid[0] * grid[1] * _between(scale, draws[0]))
-    return _fitted_sides(grid, area, _between(aspect, draws[1]))
+    sides: Callable[[Size, int, float], Size]  # (grid, patches, height / width) -> size
+    unused: int  # rows at the bottom and columns at the right that no block reaches
+    coupled: bool  # one random number gives a block's scale and aspect
+    context_aspect: Callable[[Size], float]  # grid -> height / width of context blocks
 
 
-def context_aspect(config: MaskConfig, grid: Size) -> Interval:
-    """Returns the aspect of context blocks as an interval of one value.
+def size_of(rule: BlockRule, grid: Size, scale: Interval, aspect: Interval, draws: tuple[float, float]) -> Size:
+    """Returns the block size that two numbers in [0, 1] give: how far into `scale`, and into `aspect`."""
+    return rule.sides(grid, int(grid[0] * grid[1] * _between(scale, draws[0])), _between(aspect, draws[1]))
 
-    It is 1 in the reference; `multiblock` takes the grid's own height / width, so that a context block
-    of scale 1 is the whole image on grids that aren't square too.
-    """
-    value = 1.0 if config.sampler == "reference" else grid[0] / grid[1]
-    return value, value
+
+def context_size(rule: BlockRule, grid: Size, scale: Interval, draw: float) -> Size:
+    """Returns the size of a context block; its aspect is the rule's."""
+    aspect = rule.context_aspect(grid)
+    return size_of(rule, grid, scale, (aspect, aspect), (draw, draw))
 
 
 @dataclass(frozen=True)
@@ -65,15 +57,35 @@ class PossibleSizes:
         return _areas(self.contexts)
 
 
-def possible_sizes(config: MaskConfig, grid: Size) -> PossibleSizes:
+def possible_sizes(config: MaskConfig, grid: Size, rule: BlockRule) -> PossibleSizes:
     """Returns the block sizes that can be drawn, found at every point where rounding changes one."""
+    aspect = rule.context_aspect(grid)
     return PossibleSizes(
-        targets=_sizes(config, grid, config.target_scale, config.target_aspect),
-        contexts=_sizes(config, grid, config.context_scale, context_aspect(config, grid)),
+        targets=_sizes(rule, grid, config.target_scale, config.target_aspect),
+        contexts=_sizes(rule, grid, config.context_scale, (aspect, aspect)),
     )
 
 
-def check(config: MaskConfig, grid: Size) -> PossibleSizes:
+def longest_blocks(config: MaskConfig, grid: Size, sizes: PossibleSizes, rule: BlockRule) -> Lengths:
+    """Returns lengths that no draw of these sizes exceeds.
+
+    A context is longest where all its targets overlap one another and reach as far out of it as they can. A
+    micro-batch hardly ever holds only such images, so memory measured with them is an upper bound.
+    """
+    rows, columns = grid[0] - rule.unused, grid[1] - rule.unused
+    most = 0
+    for context in sizes.contexts:
+        area = context[0] * context[1]
+        for target in sizes.targets:
+            least = max(0, context[0] + target[0] - rows) * max(0, context[1] + target[1] - columns)
+            covered = min(context[0], target[0]) * min(context[1], target[1])
+            # where one target may leave too little, the sampler leaves the targets in the context
+            whole = config.allow_overlap or area - covered <= config.min_keep
+            most = max(most, area if whole else area - least)
+    return Lengths(context=most, target=sizes.target_tokens[1])
+
+
+def check(config: MaskConfig, grid: Size, rule: BlockRule) -> PossibleSizes:
     """Returns the possible sizes of a configuration that can be satisfied.
 
     Raises:
@@ -81,14 +93,14 @@ def check(config: MaskConfig, grid: Size) -> PossibleSizes:
     """
     if min(grid) < 1:
         raise ConfigError(f"the patch grid is {_text(grid)}; masks need at least 1x1: raise model.image_size")
-    sizes = possible_sizes(config, grid)
+    sizes = possible_sizes(config, grid, rule)
     problems = [
-        _too_small(config, grid, kind, found)
+        _too_small(config, grid, rule, kind, found)
         for kind, found in (("target", sizes.targets), ("context", sizes.contexts))
         if _areas(found)[0] <= config.min_keep
     ]
     if not problems and not config.allow_overlap:
-        problems = _swallowed(config, grid, sizes)
+        problems = _swallowed(config, grid, sizes, rule)
     if problems:
         raise ConfigError("\n".join(problems))
     return sizes
@@ -98,31 +110,16 @@ def _between(interval: Interval, draw: float) -> float:
     return interval[0] + draw * (interval[1] - interval[0])
 
 
-def _shorter_sides(grid: Size, area: int, aspect: float) -> Size:
-    height, width = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
-    return min(height, grid[0] - 1), min(width, grid[1] - 1)
-
-
-def _fitted_sides(grid: Size, area: int, aspect: float) -> Size:
-    height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    if height > grid[0]:
-        height, width = grid[0], round(area / grid[0])
-    elif width > grid[1]:
-        height, width = round(area / grid[1]), grid[1]
-    return min(height, grid[0]), min(width, grid[1])
-
-
-def _sizes(config: MaskConfig, grid: Size, scale: Interval, aspect: Interval) -> frozenset[Size]:
-    sides = _shorter_sides if config.sampler == "reference" else _fitted_sides
+def _sizes(rule: BlockRule, grid: Size, scale: Interval, aspect: Interval) -> frozenset[Size]:
     patches = grid[0] * grid[1]
     found: set[Size] = set()
     for area in range(int(patches * scale[0]), int(patches * scale[1]) + 1):
         low, high = aspect
-        if config.sampler == "reference" and scale[1] > scale[0]:  # one draw: each area has its own part of the aspects
+        if rule.coupled and scale[1] > scale[0]:  # each area has its own part of the aspects
             span = patches * (scale[1] - scale[0])
             low = _between(aspect, max(0.0, (area - patches * scale[0]) / span))
             high = _between(aspect, min(1.0, (area + 1 - patches * scale[0]) / span))
-        found.update(sides(grid, area, value) for value in _aspects(area, low, high, max(grid)))
+        found.update(rule.sides(grid, area, value) for value in _aspects(area, low, high, max(grid)))
     return frozenset(found)
 
 
@@ -139,12 +136,12 @@ def _areas(sizes: frozenset[Size]) -> tuple[int, int]:
     return min(areas), max(areas)
 
 
-def _too_small(config: MaskConfig, grid: Size, kind: str, sizes: frozenset[Size]) -> str:
+def _too_small(config: MaskConfig, grid: Size, rule: BlockRule, kind: str, sizes: frozenset[Size]) -> str:
     low, high = _areas(sizes)
     scale = config.target_scale if kind == "target" else config.context_scale
     remedies = [f"raise masks.{kind}_scale or model.image_size"]
-    if config.sampler == "reference" and min(grid) == 1:
-        remedies = ["the reference sampler never uses the last row and column: set masks.sampler: multiblock"]
+    if rule.unused and min(grid) == 1:
+        remedies = [f"the {config.sampler} sampler never uses the last row and column: set masks.sampler: multiblock"]
     elif low > 0:
         remedies.insert(0, f"set masks.min_keep: {max(keep for keep in (10, 3, 0) if keep < low)}")
     return (
@@ -154,10 +151,9 @@ def _too_small(config: MaskConfig, grid: Size, kind: str, sizes: frozenset[Size]
     )
 
 
-def _swallowed(config: MaskConfig, grid: Size, sizes: PossibleSizes) -> list[str]:
+def _swallowed(config: MaskConfig, grid: Size, sizes: PossibleSizes, rule: BlockRule) -> list[str]:
     """Returns what is wrong where some target block leaves too little of some context block wherever they lie."""
-    margin = 1 if config.sampler == "reference" else 0  # the last row and column are never used
-    rows, columns = grid[0] - margin, grid[1] - margin
+    rows, columns = grid[0] - rule.unused, grid[1] - rule.unused
     kept, context, target = min(
         (c[0] * c[1] - max(0, c[0] + t[0] - rows) * max(0, c[1] + t[1] - columns), c, t)
         for c in sizes.contexts

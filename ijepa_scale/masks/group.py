@@ -27,18 +27,18 @@ class GroupMasks:
     def dense(self) -> DenseMasks:
         """Returns the masks as rectangular tensors; every image must keep the same number of context tokens."""
         blocks, images, _ = self.context.shape
-        places = places_of(self.context).reshape(blocks, images, -1)
-        return DenseMasks(torch.from_numpy(places), torch.from_numpy(self.targets.copy()))
+        patches = patches_of(self.context).reshape(blocks, images, -1)
+        return DenseMasks(torch.from_numpy(patches), torch.from_numpy(self.targets.copy()))
 
 
-def block_places(top: np.ndarray, left: np.ndarray, size: tuple[int, int], columns: int) -> np.ndarray:
+def block_patches(top: np.ndarray, left: np.ndarray, size: tuple[int, int], columns: int) -> np.ndarray:
     """Returns the patches (..., h * w) int64, ascending, of blocks with these upper left corners (...)."""
     height, width = size
     inside = (np.arange(height)[:, None] * columns + np.arange(width)).ravel()
     return (top * columns + left)[..., None] + inside
 
 
-def places_of(masks: np.ndarray) -> np.ndarray:
+def patches_of(masks: np.ndarray) -> np.ndarray:
     """Returns the patches int64 of (..., N) bool, mask after mask, ascending within each."""
     return np.flatnonzero(masks) % masks.shape[-1]
 
@@ -59,6 +59,6 @@ def cut_by_key(context: np.ndarray, keys: np.ndarray) -> np.ndarray:
     With independent uniform keys (E, B, N) in [0, 1) this is a uniformly random subset.
     """
     keep, patches = shortest(context), context.shape[2]
-    ranks = (keys * 2.0**40).astype(np.int64) * patches + np.arange(patches)  # the place makes equal keys differ
+    ranks = (keys * 2.0**40).astype(np.int64) * patches + np.arange(patches)  # the patch number makes equal keys differ
     ranks = np.where(context, ranks, np.iinfo(np.int64).max)
     return ranks <= np.partition(ranks, keep - 1, axis=2)[:, :, keep - 1 : keep]

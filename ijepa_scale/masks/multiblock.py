@@ -2,59 +2,90 @@
 
 Differs from the reference: the last row and column take part, scale and aspect are independent, and a
 cut keeps a random subset of the context instead of the top of the image. Every number is keyed by
-(seed, step, place in the global batch), none by how the batch is divided.
+(seed, step, position in the global batch), none by how the batch is divided.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
 from ijepa_scale import rng
 from ijepa_scale.config.schema import MaskConfig
-from ijepa_scale.masks.block_sizes import Size, context_aspect, multiblock_size
-from ijepa_scale.masks.group import GroupMasks, block_places, cut_by_key
+from ijepa_scale.masks.block_sizes import BlockRule, Size, check, context_size, longest_blocks, size_of
+from ijepa_scale.masks.draw import Lengths
+from ijepa_scale.masks.group import GroupMasks, block_patches, cut_by_key
 
 # Streams: "mask-size" per group (target scale, target aspect, context scale); "mask-place" per image (one
 # number per target, then one per context block); "mask-cut" per image (one key per context block and patch).
 
 
-def block_sizes(config: MaskConfig, grid: Size, *, seed: int, step: int, group: int) -> tuple[Size, Size]:
-    """Returns the sizes of target and context blocks of a group."""
-    scale, aspect, context_scale = rng.uniform(seed, "mask-size", step, np.array([group]), 3)[0].tolist()
-    target = multiblock_size(grid, config.target_scale, config.target_aspect, (scale, aspect))
-    context = multiblock_size(grid, config.context_scale, context_aspect(config, grid), (context_scale, 0.0))
-    return target, context
+def fitted_sides(grid: Size, area: int, aspect: float) -> Size:
+    """Returns the sides of a block of about `area` patches; where the grid cuts one side, the other grows."""
+    height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if height > grid[0]:
+        height, width = grid[0], round(area / grid[0])
+    elif width > grid[1]:
+        height, width = round(area / grid[1]), grid[1]
+    return min(height, grid[0]), min(width, grid[1])
 
 
-def sample_multiblock(
-    config: MaskConfig, grid: Size, *, seed: int, step: int, group: int, places: np.ndarray
-) -> GroupMasks:
-    """Returns the masks of the images at `places` (B,) int64 of the global batch, the whole of one group.
+# differs from the reference: one number for scale and aspect makes every small block wide and every big one tall; and
+# context blocks have the grid's own aspect, so that one of scale 1 is the whole image on grids that aren't square too
+RULE = BlockRule(sides=fitted_sides, unused=0, coupled=False, context_aspect=lambda grid: grid[0] / grid[1])
 
-    `config` must have passed `sizes.check`.
-    """
-    target_size, context_size = block_sizes(config, grid, seed=seed, step=step, group=group)
-    num_targets, num_contexts = config.num_target_blocks, config.num_context_blocks
-    draws = rng.uniform(seed, "mask-place", step, places, num_targets + num_contexts).T
-    tops, lefts = grid[0] - target_size[0] + 1, grid[1] - target_size[1] + 1  # upper ends included
-    corner = (draws[:num_targets] * (tops * lefts)).astype(np.int64)
-    targets = block_places(corner // lefts, corner % lefts, target_size, grid[1])
-    taken_out = targets[:0] if config.allow_overlap else targets
-    context = np.stack([_contexts(config.min_keep, context_size, grid, taken_out, u) for u in draws[num_targets:]])
-    if config.context == "truncate":
-        patches = grid[0] * grid[1]
-        keys = rng.uniform(seed, "mask-cut", step, places, num_contexts * patches)
-        context = cut_by_key(context, keys.reshape(len(places), num_contexts, patches).swapaxes(0, 1))
-    return GroupMasks(context, targets)
+
+class MultiblockDraw:
+    """The sampler `multiblock`."""
+
+    Config = MaskConfig
+
+    def __init__(self, config: MaskConfig, grid: Size, *, seed: int) -> None:
+        self.sizes = check(config, grid, RULE)
+        self._config, self._grid, self._seed = config, grid, seed
+
+    def longest(self) -> Lengths:
+        """Returns lengths that no draw exceeds."""
+        return longest_blocks(self._config, self._grid, self.sizes, RULE)
+
+    def block_sizes(self, step: int, group: int) -> tuple[Size, Size]:
+        """Returns the sizes of a group's target and context blocks."""
+        config = self._config
+        draws = rng.uniform(self._seed, "mask-size", step, np.array([group]), 3)[0].tolist()
+        target = size_of(RULE, self._grid, config.target_scale, config.target_aspect, (draws[0], draws[1]))
+        return target, context_size(RULE, self._grid, config.context_scale, draws[2])
+
+    def group(self, step: int, group: int, count: int) -> GroupMasks:
+        """Returns the masks of all `count` images of a group."""
+        config, grid = self._config, self._grid
+        positions = group * config.group_size + np.arange(count)
+        target_size, block = self.block_sizes(step, group)
+        num_targets, num_contexts = config.num_target_blocks, config.num_context_blocks
+        draws = rng.uniform(self._seed, "mask-place", step, positions, num_targets + num_contexts).T
+        tops, lefts = grid[0] - target_size[0] + 1, grid[1] - target_size[1] + 1  # upper ends included
+        corner = (draws[:num_targets] * (tops * lefts)).astype(np.int64)
+        targets = block_patches(corner // lefts, corner % lefts, target_size, grid[1])
+        taken_out = targets[:0] if config.allow_overlap else targets
+        context = np.stack([_contexts(config.min_keep, block, grid, taken_out, u) for u in draws[num_targets:]])
+        if config.context == "truncate":
+            context = self._cut(context, step, positions)
+        return GroupMasks(context, targets)
+
+    def _cut(self, context: np.ndarray, step: int, positions: np.ndarray) -> np.ndarray:
+        """Returns the contexts (E, B, N) bool, each cut to a random subset as long as the group's shortest."""
+        blocks, images, patches = context.shape
+        keys = rng.uniform(self._seed, "mask-cut", step, positions, blocks * patches)
+        return cut_by_key(context, keys.reshape(images, blocks, patches).swapaxes(0, 1))
 
 
 def _contexts(min_keep: int, size: Size, grid: Size, targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """Returns (B, N) bool: one context block per image without its targets (M, B, T).
 
-    The place is uniform among all places at which more than `min_keep` patches are left: what redrawing
-    until success converges to, without the redraws. An image that has no such place keeps the patches of
-    its last target, then of the last two, ... (as the reference does, but that gives up after 20 failures
-    even where a place exists). With no target taken out every place serves, so this ends.
+    The corner is uniform among all corners that leave more than `min_keep` patches: what redrawing until
+    success converges to, without the redraws. An image that has no such corner keeps the patches of its last
+    target, then of the last two, ... (as the reference does, but that gives up after 20 failures even where
+    a corner exists). With no target taken out every corner serves, so this ends.
     """
     num_images, patches = len(draws), grid[0] * grid[1]
     context = np.zeros((num_images, patches), dtype=bool)
@@ -64,7 +95,7 @@ def _contexts(min_keep: int, size: Size, grid: Size, targets: np.ndarray, draws:
         taken = targets[:num_out, pending] + np.arange(len(pending))[:, None] * patches
         free.reshape(-1)[taken.ravel()] = False
         allowed = (_counts(free, size) > min_keep).reshape(len(pending), -1)
-        chosen = (draws[pending] * allowed.sum(axis=1)).astype(np.int64)  # the chosen-th allowed place
+        chosen = (draws[pending] * allowed.sum(axis=1)).astype(np.int64)  # the chosen-th allowed corner
         corner = np.argmax(np.cumsum(allowed, axis=1) > chosen[:, None], axis=1)
         lefts = grid[1] - size[1] + 1
         rows = _span(corner // lefts, size[0], grid[0])[:, :, None]
@@ -73,7 +104,7 @@ def _contexts(min_keep: int, size: Size, grid: Size, targets: np.ndarray, draws:
         pending = pending[~allowed.any(axis=1)]
         if not len(pending):
             break
-    assert not len(pending), "sizes.check lets only context blocks of more than min_keep patches pass"
+    assert not len(pending), "`check` lets only context blocks of more than min_keep patches pass"
     return context
 
 
@@ -84,7 +115,7 @@ def _span(start: np.ndarray, length: int, total: int) -> np.ndarray:
 
 
 def _counts(free: np.ndarray, size: Size) -> np.ndarray:
-    """Returns the free patches (B, tops, lefts) of a block at each of its places in (B, H, W) bool."""
+    """Returns the free patches (B, tops, lefts) of a block at each of its corners in (B, H, W) bool."""
     _, rows, columns = free.shape
     # products with bands of ones: exact in fp32, and eight times as fast as differences of running sums
     across = free.reshape(-1, columns).astype(np.float32) @ _spans(size[1], columns).T
@@ -92,5 +123,5 @@ def _counts(free: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _spans(length: int, total: int) -> np.ndarray:
-    """Returns (total - length + 1, total) fp32: ones at each place of a span of this length."""
+    """Returns (total - length + 1, total) fp32: ones at each position of a span of this length."""
     return _span(np.arange(total - length + 1), length, total).astype(np.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ijepa_kernels.attention import SequenceLayout
-from ijepa_scale.masks.group import GroupMasks, places_of
+from ijepa_scale.masks.group import GroupMasks, patches_of
 from ijepa_scale.masks.types import DenseMasks, PackedMasks
 
 
@@ -33,7 +33,7 @@ def pack_groups(parts: list[GroupMasks]) -> PackedMasks:
     targets = [part.targets[block].ravel() for block in range(num_targets) for part in parts]
     lengths = np.concatenate([np.full(part.targets.shape[1], part.targets.shape[2]) for part in parts])
     return pack_indices(
-        places_of(context),
+        patches_of(context),
         context.sum(axis=2),
         np.concatenate(targets),
         np.broadcast_to(lengths, (num_targets, len(lengths))),

@@ -9,14 +9,53 @@ Source: released I-JEPA code (arXiv 2301.08243), multi-block mask collator; beha
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
+from ijepa_scale import rng
 from ijepa_scale.config.schema import MaskConfig
-from ijepa_scale.masks.block_sizes import Size, context_aspect, reference_size
-from ijepa_scale.masks.group import GroupMasks, block_places, cut_first
+from ijepa_scale.masks.block_sizes import BlockRule, Size, check, context_size, longest_blocks, size_of
+from ijepa_scale.masks.draw import Lengths
+from ijepa_scale.masks.group import GroupMasks, block_patches, cut_first
 
-_PATIENCE = 20  # failed places after which one target fewer is taken out of the context
+_PATIENCE = 20  # failed draws after which one target fewer is taken out of the context
+
+
+def shorter_sides(grid: Size, area: int, aspect: float) -> Size:
+    """Returns the sides of a block of about `area` patches; a side is always shorter than the grid's (0 on one of 1).
+
+    Source: released I-JEPA code (arXiv 2301.08243), multi-block mask collator.
+    """
+    height, width = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
+    return min(height, grid[0] - 1), min(width, grid[1] - 1)
+
+
+RULE = BlockRule(sides=shorter_sides, unused=1, coupled=True, context_aspect=lambda grid: 1.0)
+
+
+class ReferenceDraw:
+    """The sampler `reference`.
+
+    The step alone seeds the block sizes, as published: every group of a step has the sizes that every process of a
+    published run had, whatever the seed. Corners come from a generator keyed by (seed, step, group).
+    """
+
+    Config = MaskConfig
+
+    def __init__(self, config: MaskConfig, grid: Size, *, seed: int) -> None:
+        self.sizes = check(config, grid, RULE)
+        self._config, self._grid, self._seed = config, grid, seed
+
+    def longest(self) -> Lengths:
+        """Returns lengths that no draw exceeds."""
+        return longest_blocks(self._config, self._grid, self.sizes, RULE)
+
+    def group(self, step: int, group: int, count: int) -> GroupMasks:
+        """Returns the masks of all `count` images of a group."""
+        generator = rng.generator(self._seed, "mask-reference", step, group)
+        return sample_reference(self._config, self._grid, step=step, count=count, generator=generator)
 
 
 def block_sizes(config: MaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
@@ -24,8 +63,8 @@ def block_sizes(config: MaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
     generator = torch.Generator().manual_seed(step)
     target_draw = torch.rand(1, generator=generator).item()  # host tensor: no synchronisation
     context_draw = torch.rand(1, generator=generator).item()
-    target = reference_size(grid, config.target_scale, config.target_aspect, target_draw)
-    return target, reference_size(grid, config.context_scale, context_aspect(config, grid), context_draw)
+    target = size_of(RULE, grid, config.target_scale, config.target_aspect, (target_draw, target_draw))
+    return target, context_size(RULE, grid, config.context_scale, context_draw)
 
 
 def sample_reference(
@@ -33,12 +72,12 @@ def sample_reference(
 ) -> GroupMasks:
     """Returns the masks of `count` images as the published collator draws them for one batch.
 
-    Places come from `generator` one after another (it is advanced): image by image, targets before
-    contexts, row before column. The published collator draws them from its process's global
-    generator, so one seeded as that one was, and passed from batch to batch, reproduces its stream
-    for steps 0, 1, .... `config` must have passed `sizes.check`, or this may not end.
+    Corners come from `generator` one after another (it advances): image by image, targets before contexts, row
+    before column. The published collator draws them from its process's global generator; one seeded alike, and
+    passed from batch to batch, reproduces its stream for steps 0, 1, .... `config` must have passed `check`, or
+    this may not end.
     """
-    target_size, context_size = block_sizes(config, grid, step)
+    target_size, context_block = block_sizes(config, grid, step)
     patches = grid[0] * grid[1]
     targets = np.empty((config.num_target_blocks, count, target_size[0] * target_size[1]), dtype=np.int64)
     context = np.zeros((config.num_context_blocks, count, patches), dtype=bool)
@@ -47,15 +86,15 @@ def sample_reference(
             targets[block, image] = _draw_block(target_size, grid, generator)
         taken_out = targets[:0, image] if config.allow_overlap else targets[:, image]
         for block in range(config.num_context_blocks):
-            context[block, image] = _draw_context(config, context_size, grid, taken_out, generator)
+            context[block, image] = _draw_context(config, context_block, grid, taken_out, generator)
     return GroupMasks(cut_first(context) if config.context == "truncate" else context, targets)
 
 
 def _draw_block(size: Size, grid: Size, generator: torch.Generator) -> np.ndarray:
-    """Returns the patches of one block at a random place; the upper ends are excluded, as published."""
+    """Returns the patches of one block at a random corner; the upper ends are excluded, as published."""
     top = int(torch.randint(0, grid[0] - size[0], (1,), generator=generator))
     left = int(torch.randint(0, grid[1] - size[1], (1,), generator=generator))
-    return block_places(np.asarray(top), np.asarray(left), size, grid[1])
+    return block_patches(np.asarray(top), np.asarray(left), size, grid[1])
 
 
 def _draw_context(

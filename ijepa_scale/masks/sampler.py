@@ -1,7 +1,7 @@
-"""Masks of any part of a global batch as a function of (seed, step, place).
+"""Masks of any part of a global batch as a function of (seed, step, position).
 
-Groups of `group_size` consecutive places share block sizes and one cut. A group is always sampled
-whole, so an image's masks can't depend on processes, accumulation or micro-batches.
+Groups of `group_size` consecutive images share block sizes and one cut. A group is always drawn whole, so an
+image's masks can't depend on processes, accumulation or micro-batches.
 """
 
 from __future__ import annotations
@@ -9,27 +9,18 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-import numpy as np
-
-from ijepa_scale import rng
 from ijepa_scale.config.schema import MaskConfig
-from ijepa_scale.masks.block_sizes import check
+from ijepa_scale.masks.draw import Lengths, MaskDraw
 from ijepa_scale.masks.group import GroupMasks
-from ijepa_scale.masks.multiblock import sample_multiblock
 from ijepa_scale.masks.packing import pack_groups
-from ijepa_scale.masks.reference import sample_reference
 from ijepa_scale.masks.types import Masks
+from ijepa_scale.registry import SAMPLERS
 
 _GROUPS_KEPT = 4  # micro-batches of one group follow one another; a few more for prefetching
 
 
 class MaskSampler:
-    """Draws masks on the host; the same for every process that asks for the same places.
-
-    `sampler: reference` seeds block sizes with the step alone, as published: every group of a step
-    has the sizes that every process of a published run had, whatever the seed; its places come from
-    a generator keyed by (seed, step, group).
-    """
+    """Draws masks on the host as `config.sampler` does; the same for every process that asks for the same images."""
 
     def __init__(self, config: MaskConfig, grid: tuple[int, int], *, seed: int) -> None:
         """Checks that the configuration can be satisfied.
@@ -40,22 +31,21 @@ class MaskSampler:
         self.config = config
         self.grid = (int(grid[0]), int(grid[1]))
         self.seed = seed
-        self.sizes = check(config, self.grid)  # bounds of tokens per block, for planning and constant buffers
+        self.draw: MaskDraw = SAMPLERS.get(config.sampler)(config, self.grid, seed=seed)
         self._groups: OrderedDict[tuple[int, int, int], GroupMasks] = OrderedDict()
         self._lock = threading.Lock()  # masks are drawn ahead on another thread
 
     def __call__(self, step: int, first: int, count: int, batch_size: int) -> Masks:
-        """Returns the masks of the images at places [first, first + count) of the global batch of `step`.
+        """Returns the masks of the images [first, first + count) of the global batch of `step`, on the CPU.
 
-        `DenseMasks` where contexts are truncated and the places lie in one group, else `PackedMasks`; CPU
-        tensors either way.
+        `DenseMasks` where contexts are truncated and the images are of one group, else `PackedMasks`.
 
         Raises:
-            ValueError: the places don't lie in [0, batch_size).
+            ValueError: the images are not in [0, batch_size).
         """
         if not (0 <= first and 1 <= count and first + count <= batch_size):
             raise ValueError(
-                f"places [{first}, {first + count}) are not a part of a batch of {batch_size}; "
+                f"images [{first}, {first + count}) are not a part of a batch of {batch_size}; "
                 "give first >= 0, count >= 1 and first + count <= batch_size"
             )
         size = self.config.group_size
@@ -69,20 +59,16 @@ class MaskSampler:
             return parts[0].dense()
         return pack_groups(parts)
 
+    def longest(self) -> Lengths:
+        """Returns lengths of context and target blocks that no draw exceeds."""
+        return self.draw.longest()
+
     def _group(self, step: int, group: int, count: int) -> GroupMasks:
-        """Returns the masks of all `count` images of a group, from the last few groups or sampled."""
+        """Returns the masks of all `count` images of a group, kept or drawn."""
         index = (step, group, count)
         masks = self._groups.get(index)
         if masks is None:
-            masks = self._sample(step, group, count)
-            self._groups[index] = masks
+            masks = self._groups[index] = self.draw.group(step, group, count)
             while len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
         return masks
-
-    def _sample(self, step: int, group: int, count: int) -> GroupMasks:
-        if self.config.sampler == "reference":
-            generator = rng.generator(self.seed, "mask-reference", step, group)
-            return sample_reference(self.config, self.grid, step=step, count=count, generator=generator)
-        places = group * self.config.group_size + np.arange(count)
-        return sample_multiblock(self.config, self.grid, seed=self.seed, step=step, group=group, places=places)

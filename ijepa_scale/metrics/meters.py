@@ -100,8 +100,10 @@ class Meters:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # host sync: the clock must not be read ahead of the device
 
-    def end_step(self) -> None:
-        """Counts one optimiser step."""
+    def count_step(self, **values: Tensor | float) -> None:
+        """Adds the numbers of one optimiser step, and counts it."""
+        for name, value in values.items():
+            self.add(name, value)
         self._steps += 1
 
     def flush(self, reduce: Reduce | None = None) -> dict[str, float]:

@@ -1,6 +1,7 @@
-"""Where rows of numbers go: a JSON-lines file always, TensorBoard if wanted.
+"""Where rows of numbers go: a JSON-lines file always, TensorBoard and others if wanted.
 
-Only process 0 writes; the others get a `Sinks` without members.
+Only process 0 writes; the others get a `Sinks` without members. A sink that isn't here is one file and one line in
+`registry.SINKS`: a class with `Config`, built from (its section, the run's folder, drop_from=, run=).
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from ijepa_scale.config import LoggingConfig
 from ijepa_scale.errors import DataError
+from ijepa_scale.registry import SINKS
 
 JSONL_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -26,7 +29,11 @@ _GROUPS = {
 
 
 class Sink(Protocol):
-    """Takes rows; each has a `step`."""
+    """Takes rows; each has a `step`.
+
+    Built as `(config, folder, *, drop_from, run)`: its section, the run's folder, the first step that is taken anew
+    (0 or None at the start), and the run's configuration as plain values.
+    """
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Takes one row."""
@@ -145,11 +152,34 @@ class Sinks:
         self.close()
 
 
-def open_sinks(folder: str | Path, *, rank: int, tensorboard: bool, drop_from: int | None = None) -> Sinks:
-    """Returns the sinks of a run: `metrics.jsonl` and, if wanted, `tensorboard/` in `folder`; none but on rank 0."""
+def open_sinks(
+    folder: str | Path, *, rank: int, logging: LoggingConfig, drop_from: int | None, run: Mapping[str, Any]
+) -> Sinks:
+    """Returns the sinks of a run: `metrics.jsonl`, `tensorboard/` if wanted, and `logging.sinks`; none but on rank 0.
+
+    Raises:
+        ConfigError: a sink is unknown, or its package isn't installed.
+    """
     if rank != 0:
         return Sinks()
-    members: list[Sink] = [JsonlSink(Path(folder) / JSONL_NAME, drop_from)]
-    if tensorboard:
-        members.append(TensorBoardSink(Path(folder) / TENSORBOARD_NAME, drop_from))
+    folder = Path(folder)
+    members: list[Sink] = [JsonlSink(folder / JSONL_NAME, drop_from)]
+    if logging.tensorboard:
+        members.append(TensorBoardSink(folder / TENSORBOARD_NAME, drop_from))
+    for name, config in (logging.sinks or {}).items():
+        members.append(SINKS.get(name)(config, folder, drop_from=drop_from, run=run))
     return Sinks(members)
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value of a row is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def kept_id(path: Path, *, resumed: bool, make: Callable[[], str]) -> str:
+    """Returns what a tracking service calls this run: from `path` for a resumed run, else made and written there."""
+    if resumed and path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    name = make()
+    path.write_text(name + "\n", encoding="utf-8")
+    return name

@@ -23,7 +23,7 @@ class JEPA(nn.Module):
     def forward(self, images: Tensor, masks: Masks) -> Tensor:
         """Returns predicted target features of images (B, 3, H, W).
 
-        (M * E * B, T, D) for dense masks, (R, D) for packed ones: the rows of `objective.jepa_targets`.
+        (M * E * B, T, D) for dense masks, (R, D) for packed ones: the rows of `objectives.targets.select_targets`.
         """
         if isinstance(masks, PackedMasks):
             context = self.encoder(images, index=masks.context_index, layout=masks.context_layout)

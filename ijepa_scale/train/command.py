@@ -1,22 +1,43 @@
-"""The command line that all training scripts share."""
+"""The way from a training script's command line to the run's last line. Written once for all kinds of training."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+from functools import partial
+from typing import Any
+
+import torch
 
 from ijepa_scale.config import read_config, to_yaml
+from ijepa_scale.environment import Launch
 from ijepa_scale.train import processes
+from ijepa_scale.train.loop import run_task
+from ijepa_scale.train.setup import with_strategy
+from ijepa_scale.train.task import Task
 
 
-def launch_from_command_line(description: str, kind: type, main: processes.Main) -> None:
-    """Reads flags and configuration (a `kind`), and runs `main` in each process of the run, or prints and stops."""
+def launch(description: str, kind: type[Task]) -> None:
+    """Reads flags and configuration, and trains in each process of the run, or prints the configuration and stops."""
     flags = _parse(description)
     with processes.user_errors(0):
-        loaded = read_config(flags.config, flags.overrides, kind=kind)
+        loaded = read_config(flags.config, flags.overrides, kind=kind.config_kind)
     if flags.print_config:
         print("\n".join([*(f"# {note}" for note in loaded.notes), to_yaml(loaded.config)]))
-    else:
-        processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
+        return
+    main = partial(train_here, kind)
+    processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
+
+
+def train_here(kind: type[Task], config: Any, launch: Launch, device: torch.device) -> None:
+    """Trains in this process, one of the run's, and prints the result where it is the main one."""
+    level = logging.INFO if launch.rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
+    config = with_strategy(config, launch, device)
+    with processes.world_of(launch, device, alone=config.engine.strategy == "plain") as world:
+        result = run_task(kind, config, world)
+        if world.is_main:
+            print(result.text())
 
 
 def _parse(description: str) -> argparse.Namespace:

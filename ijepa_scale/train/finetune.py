@@ -17,102 +17,86 @@ from ijepa_scale.augment.pipeline import to_device
 from ijepa_scale.checkpoint.export import export_safetensors
 from ijepa_scale.checkpoint.store import newest
 from ijepa_scale.checkpoint.weights import LoadReport, load_weights
-from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.sources.open import build_source, training_source
-from ijepa_scale.data.sources.source import SampleSource, check_problems
+from ijepa_scale.data.sources.open import build_source
+from ijepa_scale.data.sources.source import check_problems
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.build import build_engine
-from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.classification import Accuracy, ClassifierCheck, check_labels
 from ijepa_scale.evaluate.classifier_report import class_names, write_report
 from ijepa_scale.metrics.meters import Meters
-from ijepa_scale.metrics.row import Row, training_row
+from ijepa_scale.metrics.row import Row
 from ijepa_scale.models.classifier import build_classifier, drop_factors
-from ijepa_scale.objectives.jepa import soft_cross_entropy
+from ijepa_scale.objectives.cross_entropy import soft_cross_entropy
 from ijepa_scale.optim.adamw import layer_decay_groups
 from ijepa_scale.planning.flops import finetune_flops
 from ijepa_scale.schedules import FinetuneSchedule
-from ijepa_scale.train.loop import Evaluation, Loop, find_checkpoint
+from ijepa_scale.train.finetune_step import FinetuneStep
+from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.preflight import Preflight
-from ijepa_scale.train.setup import device_peak_flops, global_batch, plain_values
+from ijepa_scale.train.setup import global_batch, open_training_source
+from ijepa_scale.train.task import Evaluation, Result, Task
 
 EXPORT = "model.safetensors"
-# A checkpoint continues a run only where these sections are the same.
-IDENTITY = ("seed", "model", "augment", "optimizer")
+_PRETRAINING = ("momentum", "target_std", "context_tokens", "target_tokens")  # what only its rows have
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
+class FinetuneResult(Result):
     """What a finetuning run ended with. Accuracies are shares, None without `evaluate.data`."""
 
-    steps: int
-    loss: float | None  # of the last row
     top1: float | None
     top5: float | None
     best_top1: float | None
-    checkpoint: Path
+
+    def figures(self) -> str:
+        """Returns the accuracies."""
+        top = "" if self.top1 is None else f", top-1 {self.top1:.2%}, top-5 {self.top5 or 0:.2%}"
+        return top + ("" if self.best_top1 is None else f" (best top-1 {self.best_top1:.2%})")
 
 
-def finetune(config: FinetuneConfig, world: World) -> Result:
+def finetune(config: FinetuneConfig, world: World) -> FinetuneResult:
     """Returns the result of finetuning as `config` says, from the newest checkpoint if there is one.
 
     Every process calls it. Writes what `Loop` writes, first_batch.png, preflight.txt and the results into
     `config.folder`.
 
     Raises:
-        UserError: anything that the user can mend; nothing that was saved is lost.
+        UserError: anything that the user can fix; nothing that was saved is lost.
     """
-    resume = find_checkpoint(config, world)
-    task = FinetuneTask(config, world, starting=resume is None)
-    loop = Loop(task, resume)
-    loop.train()
-    last = task.accuracy
-    return Result(
-        steps=loop.steps,
-        loss=loop.loss,
-        top1=last.top1 if last else task.top1,
-        top5=last.top5 if last else task.top5,
-        best_top1=task.best_top1,
-        checkpoint=loop.checkpoint,
-    )
+    result = run_task(FinetuneTask, config, world)
+    assert isinstance(result, FinetuneResult)
+    return result
 
 
-class FinetuneTask:
+class FinetuneTask(Task):
     """A finetuning run of this process. Weights are read only when the run is `starting`: resuming brings its own."""
 
     kind = "finetune"
+    config_kind = FinetuneConfig
+    identity_sections = ("seed", "model", "augment", "optimizer")
 
     def __init__(self, config: FinetuneConfig, world: World, *, starting: bool) -> None:
+        """Builds the parts, with the engine prepared. Communicates where the engine does."""
         self.config, self.world = config, world
         data, model = config.data, config.model
         self.batch_size = global_batch(config, world.size)
         check_pairs(self.batch_size // (world.size * config.engine.accumulation), config.augment)
-        image_size = model.image_size
-        height, width = (max(256, side) for side in image_size)  # of synthetic images
-        source = training_source(data, (height, width))
-        assert not isinstance(source, StreamSource)
-        self.source: SampleSource = source
-        check_problems(source.problems(), source.num_samples, data.max_bad_fraction, log=world.is_main)
+        self.source = source = open_training_source(config, log=world.is_main)
+        assert not isinstance(source, StreamSource), "FinetuneConfig refuses streams"
         labels = check_labels(source, model.num_classes, "data.train")
         self.order = SampleOrder(source.shard_sizes, self.batch_size, config.seed, data.window_shards)
-        self.schedule = FinetuneSchedule(
-            steps_per_epoch=self.order.steps_per_epoch,
-            epochs=config.optimizer.epochs,
-            warmup_epochs=config.optimizer.warmup_epochs,
-            lr=config.optimizer.peak_lr(self.batch_size),
-            min_lr=config.optimizer.min_lr,
-            weight_decay=config.optimizer.weight_decay,
-        )
+        self.schedule: FinetuneSchedule = build_finetune_schedule(config, self.batch_size, self.order.steps_per_epoch)
+        stop, total = config.stop_after, self.schedule.total_steps
+        self.last_step = total if stop is None else min(stop, total)
         self.classes = class_names(source, model.num_classes)
         self._check = self._build_check()
         self.augment = FinetuneAugment(
-            config.augment, image_size, num_classes=model.num_classes, seed=config.seed, device=world.device
+            config.augment, model.image_size, num_classes=model.num_classes, seed=config.seed, device=world.device
         )
         module = build_classifier(model, seed=config.seed)
         self.loaded: LoadReport | None = None
@@ -127,6 +111,14 @@ class FinetuneTask:
         average = copy.deepcopy(module) if config.optimizer.ema is not None else None
         self.engine.prepare(module, average, groups=groups, followed="")
         self.meters = Meters(world.device)
+        self.step = FinetuneStep(
+            self.engine,
+            augment=self.augment,
+            drop_path=self._drop,
+            schedule=self.schedule,
+            momentum=config.optimizer.ema,
+            meters=self.meters,
+        )
         self.accuracy: Accuracy | None = None
         self.top1: float | None = None
         self.top5: float | None = None
@@ -156,46 +148,6 @@ class FinetuneTask:
             workers=config.workers,
         )
 
-    @property
-    def last_step(self) -> int:
-        """The number of steps after which the run stops."""
-        stop, total = self.config.stop_after, self.schedule.total_steps
-        return total if stop is None else min(stop, total)
-
-    def loader(self, first_step: int) -> TrainLoader:
-        """Returns this process's batches from `first_step` on."""
-        data, augment = self.config.data, self.config.augment
-        return TrainLoader(
-            self.source,
-            self.order,
-            AugmentConfig(crop_scale=augment.crop_scale, crop_ratio=augment.crop_ratio),
-            self.config.model.image_size,
-            seed=self.config.seed,
-            rank=self.world.rank,
-            world=self.world.size,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            start_step=first_step,
-            stop_step=self.last_step,
-            max_bad_fraction=data.max_bad_fraction,
-            device=self.world.device,
-        )
-
-    def step(self, batch: Batch) -> StepInfo:
-        """Takes one optimiser step, or raises before anything has moved."""
-        hyper = self.schedule(batch.step)
-        for micro in self.engine.accumulate(batch):
-            images, targets = self.augment(micro)  # (B, 3, H, W), (B, classes)
-            logits = self.engine.model(images, self._drop(micro))
-            self.engine.backward(soft_cross_entropy(logits, targets))
-        info = self.engine.step(hyper, batch.step)
-        if self.config.optimizer.ema is not None:
-            self.engine.update_target(self.config.optimizer.ema, info)
-        self.meters.add("loss", info.loss)
-        self.meters.add("grad_norm", info.grad_norm)
-        self.meters.end_step()
-        return info
-
     def _drop(self, micro: Batch) -> Tensor | None:
         """Returns the drop path factors of these images, by their places in the global batch."""
         if not any(self._drop_rates):
@@ -203,16 +155,6 @@ class FinetuneTask:
         places = micro.position + np.arange(len(micro))
         factors = drop_factors(self._drop_rates, seed=self.config.seed, step=micro.step, samples=places)
         return to_device(factors, self.world.device)
-
-    def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint must agree in to be continued."""
-        config = dataclasses.asdict(self.config)
-        return {
-            **{section: plain_values(config[section]) for section in IDENTITY},
-            "batch size of all processes": self.batch_size,
-            "data": self.source.fingerprint,
-            "data.window_shards": self.config.data.window_shards,
-        }
 
     def state(self) -> dict[str, Any]:
         """Returns the accuracies and the class names."""
@@ -232,19 +174,12 @@ class FinetuneTask:
             self.preflight.draw(folder, images, targets, self.classes)
 
     def row(self, means: dict[str, float], done: int) -> Row:
-        """Returns the row after `done` steps; what only pretraining has is left out."""
-        flops = finetune_flops(self.config.model.encoder, frozen_blocks=self.config.model.frozen_blocks)
-        row = training_row(
-            means,
-            step=done,
-            epoch=self.order.epoch(done - 1),
-            images_seen=done * self.batch_size,
-            hyper=self.schedule(done - 1),
-            images_per_step=self.batch_size,
-            flops_per_image=flops,
-            peak_flops=device_peak_flops(self.world),
-        )
-        return {name: value for name, value in row.items() if name not in _PRETRAINING}
+        """Returns the row after `done` steps, without what only pretraining has."""
+        return {name: value for name, value in super().row(means, done).items() if name not in _PRETRAINING}
+
+    def flops_per_image(self, means: dict[str, float]) -> float:
+        """Returns the FLOPs of one training image."""
+        return finetune_flops(self.config.model.encoder, frozen_blocks=self.config.model.frozen_blocks)
 
     def evaluates(self, done: int) -> bool:
         """Returns whether an evaluation is due: each `evaluate.every_epochs` and at the end, not before the start."""
@@ -272,11 +207,33 @@ class FinetuneTask:
             export_safetensors(best or folder, folder / EXPORT)
             write_report(folder, self.accuracy, self._evaluated_step, self.config.model.num_classes, self.classes)
 
+    def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> FinetuneResult:
+        """Returns the result of the run."""
+        last = self.accuracy
+        return FinetuneResult(
+            steps=steps,
+            loss=loss,
+            checkpoint=checkpoint,
+            top1=last.top1 if last else self.top1,
+            top5=last.top5 if last else self.top5,
+            best_top1=self.best_top1,
+        )
+
+
+def build_finetune_schedule(config: FinetuneConfig, batch_size: int, steps_per_epoch: int) -> FinetuneSchedule:
+    """Returns the schedules of the run; `batch_size` counts the images of an optimiser step over all processes."""
+    optimizer = config.optimizer
+    return FinetuneSchedule(
+        steps_per_epoch=steps_per_epoch,
+        epochs=optimizer.epochs,
+        warmup_epochs=optimizer.warmup_epochs,
+        lr=optimizer.peak_lr(batch_size),
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+    )
+
 
 def _difference(ours: list[str] | None, theirs: list[str] | None) -> str:
     """Returns the first names that only one of the lists has."""
     only = sorted(set(ours or ()) ^ set(theirs or ()))
     return f"only one has {', '.join(only[:3])}" if only else "in another order"
-
-
-_PRETRAINING = ("momentum", "target_std", "context_tokens", "target_tokens")

@@ -1,6 +1,6 @@
 """The loop of every training run: steps, rows, evaluations, checkpoints. Knows no model and no objective.
 
-What is trained, and what is its own in a run, is a `Task`; there is no second loop.
+What is trained, and what is particular to a kind of training, is a `Task`; there is no second loop.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ import torch
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import CheckpointConfig, EngineConfig, LoggingConfig, to_yaml
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.data.loader import TrainLoader
-from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamSource
-from ijepa_scale.engine.protocol import Engine, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
-from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.progress import Progress
-from ijepa_scale.metrics.row import Row
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
 from ijepa_scale.provenance import provenance
+from ijepa_scale.train.task import Result, Task
 
 logger = logging.getLogger(__name__)
 
@@ -45,61 +41,6 @@ class RunConfig(Protocol):
     def checkpoint(self) -> CheckpointConfig: ...  # noqa: D102
     @property
     def engine(self) -> EngineConfig: ...  # noqa: D102
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What an evaluation found."""
-
-    row: dict[str, Any]  # figures, for metrics.jsonl
-    note: str  # one line for a person
-    is_best: bool = False  # of the run so far: this state is kept apart
-
-
-class Task(Protocol):
-    """One process's part of a run: what the loop drives."""
-
-    kind: str  # pretrain | finetune
-    config: Any  # a RunConfig dataclass
-    world: World
-    engine: Engine
-    meters: Meters
-    source: SampleSource | StreamSource
-    batch_size: int  # of all processes
-
-    @property
-    def last_step(self) -> int:
-        """The number of steps after which the run stops."""
-
-    def loader(self, first_step: int) -> TrainLoader:
-        """Returns this process's batches from `first_step` on."""
-
-    def step(self, batch: Batch) -> StepInfo:
-        """Takes one optimiser step, or raises before anything has moved."""
-
-    def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint must agree in to be continued, as JSON gives it back."""
-
-    def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps beside the engine's state."""
-
-    def load_state(self, extra: dict[str, Any]) -> None:
-        """Takes back what `state` returned."""
-
-    def first_batch(self, batch: Batch, folder: Path) -> None:
-        """Looks at the batch of step 0 before it is used, with the clock stopped: pictures, checks."""
-
-    def row(self, means: dict[str, float], done: int) -> Row:
-        """Returns the row of `metrics.jsonl` after `done` steps."""
-
-    def evaluates(self, done: int) -> bool:
-        """Returns whether an evaluation is due after `done` steps (0: before the first)."""
-
-    def evaluate(self, done: int) -> Evaluation:
-        """Returns what an evaluation finds; every process calls it."""
-
-    def finish(self, folder: Path) -> None:
-        """Writes what is left to write when the last step is done and saved."""
 
 
 def find_checkpoint(config: RunConfig, world: World) -> Path | None:
@@ -125,8 +66,22 @@ def find_checkpoint(config: RunConfig, world: World) -> Path | None:
     return found
 
 
+def run_task(kind: type[Task], config: Any, world: World) -> Result:
+    """Returns the result of a run of this kind, from the newest checkpoint if there is one. Every process calls it.
+
+    Raises:
+        UserError: anything that the user can fix; nothing that was saved is lost.
+    """
+    resume = find_checkpoint(config, world)
+    task = kind(config, world, starting=resume is None)
+    loop = Loop(task, resume)
+    task.prepare_evaluation()
+    loop.train()
+    return task.result(steps=loop.steps, loss=loop.loss, checkpoint=loop.checkpoint)
+
+
 class Loop:
-    """The state of a run beside the engine's: where it is, and what it writes.
+    """Where a run is, and what it writes.
 
     Writes config.yaml, run.json, metrics.jsonl, tensorboard/ and checkpoints/ into the run's folder.
     """
@@ -191,8 +146,9 @@ class Loop:
         with open_sinks(
             self.folder,
             rank=self.world.rank,
-            tensorboard=self.config.logging.tensorboard,
+            logging=self.config.logging,
             drop_from=self.start + 1 if self.start else 0,
+            run=dataclasses.asdict(self.config),
         ) as sinks:
             mode = self.config.logging.progress if self.world.is_main else "none"
             progress = Progress(last, mode=mode, first_step=self.start)

@@ -1,4 +1,4 @@
-"""Pretraining as a task of the loop: its rows and its check by nearest neighbours."""
+"""Pretraining as a task of the loop: its parts, its rows and its evaluator."""
 
 from __future__ import annotations
 
@@ -6,82 +6,103 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ijepa_scale.augment import Augment
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.data.loader import TrainLoader
+from ijepa_scale.data.sources.open import training_order
+from ijepa_scale.engine.attention import require_packed
+from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.engine.world import World
-from ijepa_scale.evaluate.online import OnlineKnn
-from ijepa_scale.metrics.row import Row, training_row
+from ijepa_scale.evaluate.evaluator import Evaluator, build_evaluator
+from ijepa_scale.masks import MaskSampler
+from ijepa_scale.metrics.meters import Meters
+from ijepa_scale.models.registry import build_jepa, build_target
+from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.planning.flops import train_flops
-from ijepa_scale.train.loop import Evaluation, Loop, find_checkpoint
+from ijepa_scale.schedules import Schedule
+from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.picture import draw_first_batch
-from ijepa_scale.train.setup import Run, build_run
+from ijepa_scale.train.setup import global_batch, open_training_source
+from ijepa_scale.train.step import TrainStep
+from ijepa_scale.train.task import Evaluation, Result, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a pretraining run ended with."""
+class PretrainResult(Result):
+    """What a pretraining run ended with. Figures are the evaluator's, by name; `untrained` those before step 0."""
 
-    steps: int
-    loss: float | None  # of the last row
-    knn: float | None
-    knn_untrained: float | None
-    checkpoint: Path
+    evaluated: dict[str, float]
+    untrained: dict[str, float]
+
+    @property
+    def knn(self) -> float | None:
+        """Accuracy of the kNN evaluator, 0 to 1; None where it didn't run."""
+        return self.evaluated.get("knn")
+
+    def figures(self) -> str:
+        """Returns each figure with that of the untrained encoder."""
+        return "".join(f", {_with_untrained(name, self.evaluated, self.untrained)}" for name in self.evaluated)
 
 
-def pretrain(config: PretrainConfig, world: World) -> Result:
+def pretrain(config: PretrainConfig, world: World) -> PretrainResult:
     """Returns the result of pretraining as `config` says, from the newest checkpoint if there is one.
 
     Every process calls it. Writes what `Loop` writes, and masks.png, into `config.folder`.
 
     Raises:
-        UserError: anything that the user can mend; nothing that was saved is lost.
+        UserError: anything that the user can fix; nothing that was saved is lost.
     """
-    resume = find_checkpoint(config, world)
-    task = PretrainTask(build_run(config, world))
-    loop = Loop(task, resume)
-    task.prepare_evaluation()
-    loop.train()
-    return Result(
-        steps=loop.steps, loss=loop.loss, knn=task.knn, knn_untrained=task.knn_untrained, checkpoint=loop.checkpoint
-    )
+    result = run_task(PretrainTask, config, world)
+    assert isinstance(result, PretrainResult)
+    return result
 
 
-class PretrainTask:
-    """A pretraining run, with the online kNN where the configuration asks for it."""
+class PretrainTask(Task):
+    """A pretraining run, with an online evaluator where the configuration asks for one."""
 
     kind = "pretrain"
+    config_kind = PretrainConfig
+    identity_sections = ("seed", "model", "masks", "augment", "objective")
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.config, self.world, self.engine, self.meters = run.config, run.world, run.engine, run.meters
-        self.source, self.batch_size = run.source, run.batch_size
-        self.knn: float | None = None
-        self.knn_untrained: float | None = None
-        self._evaluator: OnlineKnn | None = None
-        self._checked = self.config.engine.target_precision != "fp8"
-
-    def prepare_evaluation(self) -> None:
-        """Reads the labels of the evaluation's images; after resuming, which may be refused sooner."""
-        config = self.config
-        if config.evaluate.every:
-            self._evaluator = OnlineKnn(
-                config.evaluate,
-                config.model.image_size,
-                mean=config.augment.mean,
-                std=config.augment.std,
-                world=self.world,
-            )
-
-    @property
-    def last_step(self) -> int:
-        """The number of steps after which the run stops."""
-        return self.run.last_step
-
-    def loader(self, first_step: int) -> TrainLoader:
-        """Returns this process's batches from `first_step` on."""
-        return self.run.loader(first_step)
+    def __init__(self, config: PretrainConfig, world: World, *, starting: bool = True) -> None:
+        """Builds the parts, with the engine prepared. Communicates where the engine does."""
+        self.config, self.world = config, world
+        self.batch_size = global_batch(config, world.size)
+        self.masks = MaskSampler(config.masks, config.model.grid, seed=config.seed)  # first: it may refuse at once
+        self.source = open_training_source(config, log=world.is_main)
+        self.order = training_order(
+            config.data,
+            self.source,
+            self.batch_size,
+            seed=config.seed,
+            steps_per_epoch=config.schedule.steps_per_epoch,
+        )
+        self.schedule: Schedule = build_schedule(config, self.order.steps_per_epoch)
+        stop, total = config.schedule.stop_after, self.schedule.total_steps
+        self.last_step = total if stop is None else min(stop, total)
+        objective = build_objective(config.objective, triton=config.engine.triton)
+        self.augment = Augment(config.augment, config.model.image_size, seed=config.seed, device=world.device)
+        module = build_jepa(config.model, config.seed)
+        target = build_target(module)
+        self.engine = build_engine(world, config.engine, config.optimizer)
+        self.engine.prepare(module, target)
+        if config.masks.context == "packed":
+            require_packed(config.engine, module, world)
+        self.meters = Meters(world.device)
+        self._take_step = TrainStep(
+            self.engine,
+            augment=self.augment,
+            masks=self.masks,
+            schedule=self.schedule,
+            objective=objective,
+            batch_size=self.batch_size,
+            meters=self.meters,
+        )
+        self.evaluated: dict[str, float] = {}
+        self.untrained: dict[str, float] = {}
+        self._evaluator: Evaluator | None = None
+        self._checked = config.engine.target_precision != "fp8"
 
     def step(self, batch: Batch) -> StepInfo:
         """Takes one optimiser step, or raises before anything has moved."""
@@ -89,60 +110,81 @@ class PretrainTask:
             self._checked = True
             with self.meters.paused():
                 micro = next(batch.split(self.config.engine.accumulation)).to(self.world.device)
-                self.engine.check_fp8(self.run.augment(micro))
-        return self.run.step(batch)
+                self.engine.check_fp8(self.augment(micro))
+        return self._take_step(batch)
 
-    def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint must agree in to be continued."""
-        return self.run.identity()
+    def prepare_evaluation(self) -> None:
+        """Reads the labels of the evaluation's images."""
+        if self.config.evaluate.every:
+            self._evaluator = build_evaluator(self.config, self.world)
 
     def state(self) -> dict[str, Any]:
-        """Returns the kNN figures."""
-        return {"knn": self.knn, "knn_untrained": self.knn_untrained}
+        """Returns the evaluator's figures."""
+        return {"evaluated": self.evaluated, "untrained": self.untrained}
 
     def load_state(self, extra: dict[str, Any]) -> None:
-        """Takes back the kNN figures."""
-        self.knn, self.knn_untrained = extra["knn"], extra["knn_untrained"]
+        """Takes back the evaluator's figures."""
+        if "evaluated" in extra:
+            self.evaluated, self.untrained = dict(extra["evaluated"]), dict(extra["untrained"])
+            return
+        for kept, name in ((self.evaluated, "knn"), (self.untrained, "knn_untrained")):  # version 0.1.0
+            if extra.get(name) is not None:
+                kept["knn"] = extra[name]
 
     def first_batch(self, batch: Batch, folder: Path) -> None:
         """Draws masks.png."""
         if self.world.is_main:
-            draw_first_batch(self.run, batch, folder / "masks.png")
+            draw_first_batch(self, batch, folder / "masks.png")
 
-    def row(self, means: dict[str, float], done: int) -> Row:
-        """Returns the row after `done` steps."""
-        run, masks = self.run, self.config.masks
-        flops = train_flops(
+    def flops_per_image(self, means: dict[str, float]) -> float:
+        """Returns the FLOPs of one training image, with as many tokens as the masks had."""
+        masks = self.config.masks
+        return train_flops(
             self.config.model,
             context_tokens=round(means["context_tokens"]),
             target_tokens_per_block=round(means["target_tokens"]),
             num_targets=masks.num_target_blocks,
             num_context=masks.num_context_blocks,
-        )
-        return training_row(
-            means,
-            step=done,
-            epoch=run.order.epoch(done - 1),
-            images_seen=done * run.batch_size,
-            hyper=run.schedule(done - 1),
-            images_per_step=run.batch_size,
-            flops_per_image=flops.total,
-            peak_flops=run.peak_flops(),
-        )
+        ).total
 
     def evaluates(self, done: int) -> bool:
-        """Returns whether the kNN is due: before the first step, every `evaluate.every`, after the last."""
+        """Returns whether the evaluator is due: before the first step, every `evaluate.every`, after the last."""
         due = done % max(1, self.config.evaluate.every) == 0 or done == self.last_step
         return self._evaluator is not None and due
 
     def evaluate(self, done: int) -> Evaluation:
-        """Returns the kNN accuracy of the target encoder."""
+        """Returns the evaluator's figures of the target encoder."""
         assert self._evaluator is not None
-        self.knn = self._evaluator.run(self.engine.target)
+        self.evaluated = self._evaluator.run(self.engine.target)
         if done == 0:
-            self.knn_untrained = self.knn
-        beside = "" if self.knn_untrained is None else f"  untrained {100 * self.knn_untrained:.1f}%"
-        return Evaluation(row=self.state(), note=f"kNN of the target encoder {100 * self.knn:.1f}%{beside}")
+            self.untrained = self.evaluated
+        row = {**self.evaluated, **{f"{name}_untrained": value for name, value in self.untrained.items()}}
+        note = ", ".join(_with_untrained(name, self.evaluated, self.untrained) for name in self.evaluated)
+        return Evaluation(row=row, note=f"target encoder: {note}")
 
-    def finish(self, folder: Path) -> None:
-        """Does nothing: the last checkpoint is what pretraining is for."""
+    def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> PretrainResult:
+        """Returns the result of the run."""
+        return PretrainResult(
+            steps=steps, loss=loss, checkpoint=checkpoint, evaluated=self.evaluated, untrained=self.untrained
+        )
+
+
+def build_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
+    """Returns the schedules of the run; `schedule.steps_per_epoch` goes before the data's own."""
+    return Schedule(
+        steps_per_epoch=config.schedule.steps_per_epoch or steps_per_epoch,
+        epochs=config.schedule.epochs,
+        warmup_epochs=config.schedule.warmup_epochs,
+        ipe_scale=config.schedule.ipe_scale,
+        start_lr=config.optimizer.start_lr,
+        lr=config.optimizer.lr,
+        final_lr=config.optimizer.final_lr,
+        weight_decay=config.optimizer.weight_decay,
+        final_weight_decay=config.optimizer.final_weight_decay,
+        momentum=config.schedule.momentum,
+    )
+
+
+def _with_untrained(name: str, found: dict[str, float], untrained: dict[str, float]) -> str:
+    before = f" (untrained {untrained[name]:.4g})" if name in untrained else ""
+    return f"{name} {found[name]:.4g}{before}"

@@ -9,19 +9,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ijepa_scale.config import ObjectiveConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.protocol import Engine, StepInfo
-from ijepa_scale.masks import Masks, MasksAhead, MaskSampler
-from ijepa_scale.metrics.meters import Meters, feature_std
-from ijepa_scale.objectives.jepa import fused_jepa_loss, jepa_loss, jepa_targets, normalise_targets
+from ijepa_scale.masks import MasksAhead, MaskSampler
+from ijepa_scale.metrics.meters import Meters
+from ijepa_scale.metrics.targets import TargetMeters
+from ijepa_scale.objectives.protocol import Objective
 from ijepa_scale.schedules import Hyper
-
-_OBSERVED = 32  # images whose features the collapse alarm looks at: it's a mean over many places and dims
 
 
 class TrainStep:
-    """One optimiser step: called with this process's part of a global batch."""
+    """One optimiser step: called with this process's part of a global batch of `batch_size` images."""
 
     def __init__(
         self,
@@ -30,42 +28,26 @@ class TrainStep:
         augment: Callable[[Batch], Tensor],
         masks: MaskSampler,
         schedule: Callable[[int], Hyper],
-        objective: ObjectiveConfig,
+        objective: Objective,
         batch_size: int,
         meters: Meters,
     ) -> None:
-        self._engine = engine
-        self._augment = augment
-        self._masks = MasksAhead(masks, engine.world.device)
-        self._num_patches = masks.grid[0] * masks.grid[1]
-        self._schedule = schedule
-        self._objective = objective
-        self._batch_size = batch_size  # of all processes
-        self._meters = meters
+        self.engine, self.augment, self.schedule, self.objective = engine, augment, schedule, objective
+        self.masks = MasksAhead(masks, engine.world.device)
+        self.batch_size, self.meters = batch_size, meters
+        self.observe = TargetMeters(meters, masks.grid[0] * masks.grid[1])
 
     def __call__(self, batch: Batch) -> StepInfo:
         """Returns what the step did; moves weights, optimiser and target, or raises before any has moved."""
-        hyper = self._schedule(batch.step)  # learning rate, weight decay, momentum
-        for micro in self._engine.accumulate(batch):
-            images = self._augment(micro)  # (B, 3, H, W)
-            masks, wanted = self._masks(micro.step, micro.position, len(micro), self._batch_size)
-            tokens = self._engine.target(images, wanted=wanted.places)  # (B, U, D), no gradient
-            prediction = self._engine.model(images, masks)  # encode the context, predict the targets
-            if "target_loss" in self._engine.triton:
-                loss = fused_jepa_loss(prediction, tokens, wanted.rows, masks, self._objective)
-            else:
-                target = jepa_targets(normalise_targets(tokens), wanted.rows, masks)
-                loss = jepa_loss(prediction, target, masks, self._objective)
-            self._engine.backward(loss)
-            self._observe(tokens[:_OBSERVED], masks, wanted.places[:_OBSERVED])
-        info = self._engine.step(hyper, batch.step)
-        self._engine.update_target(hyper.momentum, info)  # not after a stopped step
-        self._meters.add("loss", info.loss)
-        self._meters.add("grad_norm", info.grad_norm)
-        self._meters.end_step()
+        hyper = self.schedule(batch.step)  # learning rate, weight decay, momentum
+        for micro in self.engine.accumulate(batch):
+            images = self.augment(micro)  # (B, 3, H, W)
+            masks, wanted = self.masks(micro.step, micro.position, len(micro), self.batch_size)
+            tokens = self.engine.target(images, wanted=wanted.places)  # (B, U, D), no gradient
+            prediction = self.engine.model(images, masks)  # encode the context, predict the targets
+            self.engine.backward(self.objective(prediction, tokens, masks, wanted))
+            self.observe(tokens, masks, wanted)
+        info = self.engine.step(hyper, batch.step)
+        self.engine.update_target(hyper.momentum, info)  # exact EMA, not after a stopped step
+        self.meters.count_step(loss=info.loss, grad_norm=info.grad_norm)
         return info
-
-    def _observe(self, tokens: Tensor, masks: Masks, places: Tensor) -> None:
-        self._meters.add("target_std", feature_std(normalise_targets(tokens), places, self._num_patches))
-        for name, mean in zip(("context_tokens", "target_tokens"), masks.mean_tokens(), strict=True):
-            self._meters.add(name, mean)

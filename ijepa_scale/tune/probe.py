@@ -1,6 +1,6 @@
 """What a child process measures: steps over drawn masks, then one over the longest. Picks nothing.
 
-Everything is the run's own (`build_run`), apart from where images come from and which masks the last step has.
+Everything is the run's own (`PretrainTask`), apart from where images come from and which masks the last step has.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from ijepa_scale.data.sources.open import training_order, training_source
 from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
 from ijepa_scale.engine.world import World, choose_device, start_world
+from ijepa_scale.masks.draw import Lengths
+from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.planning.flops import mask_flops
-from ijepa_scale.train.setup import Run, build_run, global_batch
+from ijepa_scale.train.pretrain import PretrainTask
+from ijepa_scale.train.setup import global_batch
 from ijepa_scale.train.step import TrainStep
 from ijepa_scale.tune.children import Place
 from ijepa_scale.tune.machine import Machine, PeakMemory, describe
-from ijepa_scale.tune.worst import Lengths, ProbeMasks
+from ijepa_scale.tune.worst import ProbeMasks
 
 _ENDLESS = 1_000_000  # steps
 
@@ -77,14 +80,14 @@ def measure_steps(job: StepJob, place: Place) -> dict[str, Any]:
     name = job.devices[place.rank] if job.devices else None
     device = choose_device(job.config.engine, place.launch, name)
     world = start_world(place.launch, device, alone=job.config.engine.strategy == "plain")
-    run = build_run(job.config if job.loader else _synthetic(job.config, world.size), world)
+    run = PretrainTask(job.config if job.loader else _synthetic(job.config, world.size), world)
     masks = ProbeMasks(run.masks, job.worst, worst_from=job.warmup + job.steps)
     step = TrainStep(
         run.engine,
         augment=run.augment,
         masks=masks,
         schedule=lambda index: run.schedule(min(index, run.schedule.total_steps - 1)),
-        objective=job.config.objective,
+        objective=build_objective(job.config.objective, triton=job.config.engine.triton),
         batch_size=run.batch_size,
         meters=run.meters,
     )
@@ -147,7 +150,7 @@ def _synthetic(config: PretrainConfig, processes: int) -> PretrainConfig:
     return dataclasses.replace(config, data=data)
 
 
-def _batches(run: Run, job: StepJob) -> Generator[Batch, None, None]:
+def _batches(run: PretrainTask, job: StepJob) -> Generator[Batch, None, None]:
     """Yields this process's batches of steps 0, 1, ...: from the loader, or one batch again and again."""
     world = run.world
     reader = _reader(run.config, run.source, run.order, rank=world.rank, world=world.size, device=world.device)
@@ -184,7 +187,7 @@ def _reader(
     )
 
 
-def _flops_per_image(run: Run, job: StepJob, share: int) -> float:
+def _flops_per_image(run: PretrainTask, job: StepJob, share: int) -> float:
     """Returns the FLOPs of one image in a step, the mean over the masks of the timed steps of this process."""
     first = run.world.rank * share
     counts = [
@@ -194,7 +197,7 @@ def _flops_per_image(run: Run, job: StepJob, share: int) -> float:
     return sum(counts) / len(counts)
 
 
-def _attention(run: Run) -> str:
+def _attention(run: PretrainTask) -> str:
     """Returns the kernel that dense attention of this model's encoder runs in here."""
     dtype = torch.bfloat16 if run.config.engine.precision == "bf16" else torch.float32
     sizes = resolve(run.config.model)

@@ -6,51 +6,22 @@ about the memory of the dearest one, which may come in the second epoch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from ijepa_scale.config import MaskConfig
 from ijepa_scale.masks import DenseMasks, Masks, MaskSampler, pack
-from ijepa_scale.masks.block_sizes import possible_sizes
+from ijepa_scale.masks.draw import Lengths
 from ijepa_scale.planning.tokens import Tokens, draw_masks
 
 KINDS = ("possible", "drawn")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Tokens of each context block and of each target block."""
-
-    context: int
-    target: int
-
-
 def longest(kind: str, config: MaskConfig, grid: tuple[int, int], *, batch_size: int, seed: int) -> Lengths:
     """Returns the longest blocks: `possible` bounds every draw there is, `drawn` is that of 32 drawn steps."""
-    return longest_possible(config, grid) if kind == "possible" else longest_drawn(config, grid, batch_size, seed)
-
-
-def longest_possible(config: MaskConfig, grid: tuple[int, int]) -> Lengths:
-    """Returns lengths that no draw exceeds, whatever seed, step and place.
-
-    A context is longest where all its targets lie on one another and as far outside of it as they can. All images
-    of a micro-batch at once will hardly come to that, so memory measured with it is an upper bound.
-    """
-    sizes = possible_sizes(config, grid)
-    margin = 1 if config.sampler == "reference" else 0  # the last row and column are never used
-    rows, columns = grid[0] - margin, grid[1] - margin
-    most = 0
-    for context in sizes.contexts:
-        area = context[0] * context[1]
-        for target in sizes.targets:
-            least = max(0, context[0] + target[0] - rows) * max(0, context[1] + target[1] - columns)
-            covered = min(context[0], target[0]) * min(context[1], target[1])
-            # where one target may leave too little, the sampler leaves the targets in the context
-            whole = config.allow_overlap or area - covered <= config.min_keep
-            most = max(most, area if whole else area - least)
-    return Lengths(context=most, target=sizes.target_tokens[1])
+    if kind == "possible":
+        return MaskSampler(config, grid, seed=seed).longest()
+    return longest_drawn(config, grid, batch_size, seed)
 
 
 def longest_drawn(config: MaskConfig, grid: tuple[int, int], batch_size: int, seed: int) -> Lengths:

@@ -20,7 +20,8 @@ from ijepa_scale.masks.types import DenseMasks, PackedMasks, Wanted
 from ijepa_scale.models.jepa import JEPA
 from ijepa_scale.models.layers import Attention
 from ijepa_scale.models.registry import build_jepa, build_target
-from ijepa_scale.objectives.jepa import jepa_loss, jepa_targets, normalise_targets
+from ijepa_scale.objectives.regression import Regression
+from ijepa_scale.objectives.targets import normalise_targets, select_targets
 from ijepa_scale.optim.adamw import clean_name
 from tests.distributed import training
 from tests.distributed.harness import run
@@ -68,7 +69,7 @@ def per_image(world: World) -> Result:
             features = normalise_targets(target(image))
         prediction = module(image, masks)
         index = packed.target_index.view(MASKS.num_target_blocks, -1)
-        losses.append(jepa_loss(prediction, features[0][index], masks, ObjectiveConfig()))
+        losses.append(Regression(ObjectiveConfig()).compare(prediction, features[0][index], masks))
         if place * world.size // BATCH == world.rank:
             predictions.append(prediction)
     torch.stack(losses).mean().backward()
@@ -88,7 +89,7 @@ def packed_batch(world: World, settings: EngineConfig) -> Result:
     assert len(set(masks.context_layout.lengths)) > 1
     features = normalise_targets(engine.target(images, wanted=wanted.places))
     prediction = engine.model(images, masks)
-    loss = jepa_loss(prediction, jepa_targets(features, wanted.rows, masks), masks, ObjectiveConfig())
+    loss = Regression(ObjectiveConfig()).compare(prediction, select_targets(features, wanted.rows, masks), masks)
     engine.backward(loss)
     return prediction.detach(), loss.detach(), full_gradients(engine)
 

@@ -15,6 +15,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models.registry import build_jepa, build_target
+from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.schedules import Schedule
 from ijepa_scale.train.step import TrainStep
 
@@ -67,7 +68,7 @@ def make(world: World, engine: EngineConfig, optimizer: OptimizerConfig, masks: 
         augment=images_of,
         masks=MaskSampler(masks, MODEL.grid, seed=5),
         schedule=SCHEDULE,
-        objective=ObjectiveConfig(),
+        objective=build_objective(ObjectiveConfig(), triton=engine.triton),
         batch_size=BATCH,
         meters=Meters(world.device),
     )

@@ -15,6 +15,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models.registry import build_jepa, build_target
+from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.planning.footprint import footprint
 from ijepa_scale.planning.spread import Spread
 from ijepa_scale.planning.tokens import draw_masks, micro_batches
@@ -56,7 +57,7 @@ def test_the_peak_is_within_a_tenth(checkpointing: str, context: str) -> None:
         augment=lambda micro: torch.randn(BATCH, 3, 224, 224, device="cuda", generator=generator),
         masks=MaskSampler(masks, MODEL.grid, seed=0),
         schedule=SCHEDULE,
-        objective=ObjectiveConfig(),
+        objective=build_objective(ObjectiveConfig()),
         batch_size=BATCH,
         meters=Meters(world.device),
     )

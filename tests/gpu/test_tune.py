@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ijepa_scale.config import DataConfig, EngineConfig, ModelConfig, PretrainConfig
+from ijepa_scale.masks import MaskSampler
 from ijepa_scale.tune.children import Children, Outcome
 from ijepa_scale.tune.probe import StepJob, describe_machine, machine_of, measure_steps
-from ijepa_scale.tune.worst import longest_possible
 
 pytestmark = pytest.mark.gpu
 CONFIG = PretrainConfig(
@@ -21,7 +21,7 @@ CONFIG = PretrainConfig(
 
 
 def measure(children: Children, config: PretrainConfig) -> Outcome:
-    worst = longest_possible(config.masks, config.model.grid)
+    worst = MaskSampler(config.masks, config.model.grid, seed=0).longest()
     job = StepJob(config=config, devices=("cuda:0",), warmup=2, steps=3, worst=worst)
     return children.run(measure_steps, job, limit_s=300)
 

@@ -11,8 +11,8 @@ import torch
 from ijepa_scale import rng
 from ijepa_scale.config import MaskConfig
 from ijepa_scale.masks import DenseMasks, MaskSampler
-from ijepa_scale.masks.block_sizes import reference_size
-from ijepa_scale.masks.reference import sample_reference
+from ijepa_scale.masks.block_sizes import size_of
+from ijepa_scale.masks.reference import RULE, sample_reference
 
 
 def literal_size(height: int, width: int, scale: tuple, aspect: tuple, r: float) -> tuple[int, int]:
@@ -140,10 +140,10 @@ def test_sampler_gives_each_group_the_sizes_of_the_step_and_its_own_generator() 
 
 
 def test_size_rounds_half_to_even_and_stays_below_the_grid() -> None:
-    assert reference_size((16, 16), (1.0, 1.0), (1.0, 1.0), 0.5) == (15, 15)
-    assert reference_size((5, 5), (0.24, 0.24), (1.5, 1.5), 0.0) == (3, 2)  # 6 patches: sqrt(9), sqrt(4)
-    assert reference_size((10, 10), (0.25, 0.25), (0.25, 0.25), 0.0) == (2, 9)  # 2.5 rounds to 2; 10 is cut to 9
-    assert reference_size((28, 28), (0.15, 0.2), (0.75, 1.5), 0.0) == literal_size(
+    assert size_of(RULE, (16, 16), (1.0, 1.0), (1.0, 1.0), (0.5, 0.5)) == (15, 15)
+    assert size_of(RULE, (5, 5), (0.24, 0.24), (1.5, 1.5), (0.0, 0.0)) == (3, 2)  # 6 patches: sqrt(9), sqrt(4)
+    assert size_of(RULE, (10, 10), (0.25, 0.25), (0.25, 0.25), (0.0, 0.0)) == (2, 9)  # 2.5 rounds to 2; 10 is cut to 9
+    assert size_of(RULE, (28, 28), (0.15, 0.2), (0.75, 1.5), (0.0, 0.0)) == literal_size(
         28, 28, (0.15, 0.2), (0.75, 1.5), 0.0
     )
 
@@ -168,7 +168,7 @@ def test_token_counts_equal_the_measured_table(grid, count, before, after, targe
     assert abs(lengths.mean() - before) < tolerance
     assert abs(lengths.min(axis=1).mean() - after) < tolerance
     assert (min(sizes), max(sizes)) == target
-    assert sampler.sizes.target_tokens == target
+    assert sampler.draw.sizes.target_tokens == target
     assert 3 * lengths.min(axis=1).std() / math.sqrt(steps) + 0.5 < tolerance + 0.1  # it is the one claimed
 
 

@@ -57,7 +57,7 @@ def test_every_yaml_loads_and_builds(path: Path) -> None:
     if path.stem in ENCODER_MILLIONS:
         assert round(total / 1e6, 1) == ENCODER_MILLIONS[path.stem]
     sampler = MaskSampler(config.masks, config.model.grid, seed=0)
-    assert sampler.sizes.target_tokens[0] > config.masks.min_keep
+    assert sampler.draw.sizes.target_tokens[0] > config.masks.min_keep
     assert config.data.batch_size % config.masks.group_size == 0
 
 

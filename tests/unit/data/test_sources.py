@@ -17,7 +17,7 @@ from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.data.sources.synthetic import SyntheticSource
 from ijepa_scale.data.sources.tar_shards import ShardSource
-from ijepa_scale.errors import DataError
+from ijepa_scale.errors import ConfigError, DataError
 
 
 def image(value, format="PNG"):
@@ -107,7 +107,7 @@ def test_a_source_may_be_pickled_and_forked_after_reading(tmp_path):
 
 
 def test_open_files_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("ijepa_scale.data.sources.source._OPEN_FILES", 2)
+    monkeypatch.setattr("ijepa_scale.data.sources.tar_shards._OPEN_FILES", 2)
     source = ShardSource(write_shards(samples(), tmp_path, shard_bytes=100))
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
     assert [source.read(n) for n in (0, 9, 5, 0)] == [samples()[n].image for n in (0, 9, 5, 0)]
@@ -179,7 +179,7 @@ def test_build_source(tmp_path, folder):
     assert build_source("synthetic", None, num_samples=77).num_samples == 77
     with pytest.raises(DataError, match="reader 'shards' has no data to read; name it"):
         build_source("shards", None)
-    with pytest.raises(DataError, match="reader 'lmdb' is unknown; choose shards"):
+    with pytest.raises(ConfigError, match="reader 'lmdb' is unknown; choose one of shards"):
         build_source("lmdb", tmp_path)
     with pytest.raises(DataError, match="no-such.* matches no file"):
         build_source("shards", tmp_path / "no-such")

@@ -22,6 +22,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models.registry import build_jepa, build_target
+from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.schedules import Hyper
 from ijepa_scale.train.step import TrainStep
 
@@ -82,7 +83,7 @@ def a_step(late: bool, **engine) -> tuple[TrainStep, Batch]:
         augment=lambda batch: batch.pixels.view(-1, 3, 32, 32).float(),
         masks=MaskSampler(MaskConfig(min_keep=3, group_size=4, context="packed"), MODEL.grid, seed=0),
         schedule=lambda step: Hyper(lr=1e-3, weight_decay=0.1, momentum=0.99),
-        objective=ObjectiveConfig(),
+        objective=build_objective(ObjectiveConfig(), triton=built.triton),
         batch_size=4,
         meters=Meters("cpu"),
     )

@@ -11,12 +11,14 @@ from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.evaluator import ImageSettings
 from ijepa_scale.evaluate.features import extract_features, gather_features, local_ids
 from ijepa_scale.evaluate.online import OnlineKnn
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)
 NORMALISATION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+IMAGES = ImageSettings(size=(8, 8), **NORMALISATION)
 
 
 def write_shard(folder, name, count, *, labelled=True):
@@ -78,9 +80,9 @@ def test_accuracy_of_an_encoder_that_sees_and_of_one_that_does_not(tmp_path):
         train=write_shard(tmp_path / "train", "train", 30), test=write_shard(tmp_path / "test", "test", 12),
         max_train=24, batch_size=5, neighbors=3,
     )  # fmt: skip
-    online = OnlineKnn(config, (8, 8), world=ALONE, **NORMALISATION)
-    assert online.run(tokens) == 1.0
-    assert online.run(lambda images: torch.ones(len(images), 4, 2)) == pytest.approx(1 / 3)
+    online = OnlineKnn(config, IMAGES, ALONE)
+    assert online.run(tokens) == {"knn": 1.0}
+    assert online.run(lambda images: torch.ones(len(images), 4, 2))["knn"] == pytest.approx(1 / 3)
 
 
 def test_unlabelled_images_are_refused_before_the_start(tmp_path):
@@ -89,4 +91,4 @@ def test_unlabelled_images_are_refused_before_the_start(tmp_path):
         test=write_shard(tmp_path / "test", "test", 6, labelled=False),
     )
     with pytest.raises(DataError, match=r"evaluate.test: 6 of 6 images have no label \(the first is .*test.tar:0000"):
-        OnlineKnn(config, (8, 8), world=ALONE, **NORMALISATION)
+        OnlineKnn(config, IMAGES, ALONE)

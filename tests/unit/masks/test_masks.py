@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from ijepa_scale import rng
 from ijepa_scale.config import MaskConfig
-from ijepa_scale.masks import DenseMasks, MaskSampler, PackedMasks, as_grid, pack
-from ijepa_scale.masks.block_sizes import multiblock_size, possible_sizes
-from ijepa_scale.masks.group import block_places, cut_by_key
-from ijepa_scale.masks.multiblock import block_sizes, sample_multiblock
+from ijepa_scale.masks import DenseMasks, MaskSampler, PackedMasks, as_grid, pack, reference
+from ijepa_scale.masks.block_sizes import possible_sizes, size_of
+from ijepa_scale.masks.group import block_patches, cut_by_key
+from ijepa_scale.masks.multiblock import RULE, MultiblockDraw
 
 Lists = list[list[list[int]]]  # [block][image] -> patches
 
@@ -102,8 +102,8 @@ def test_masks_are_blocks_in_range_ascending_and_of_one_size_per_group(config, g
                 assert all(place // width < used[0] and place % width < used[1] for place in kept)
                 assert len(kept) > config.min_keep
                 lengths.add(len(kept))
-        assert len(sizes) == 1 and sizes <= sampler.sizes.targets
-        assert max(lengths) <= sampler.sizes.context_tokens[1]
+        assert len(sizes) == 1 and sizes <= sampler.draw.sizes.targets
+        assert max(lengths) <= sampler.draw.sizes.context_tokens[1]
         if config.context == "truncate":
             assert len(lengths) == 1
 
@@ -127,7 +127,7 @@ def test_allow_overlap_takes_nothing_out(name) -> None:
     sampler = MaskSampler(config, (14, 14), seed=0)
     masks = sampler(0, 0, 8, 8)
     height_times_width = masks.context.shape[2]
-    assert height_times_width in {h * w for h, w in sampler.sizes.contexts}
+    assert height_times_width in {h * w for h, w in sampler.draw.sizes.contexts}
     assert as_grid(masks, 0, (14, 14)).ge(2).any()
 
 
@@ -195,7 +195,8 @@ def test_multiblock_reaches_every_patch_and_truncation_keeps_the_whole_image() -
 
 def test_multiblock_draws_scale_and_aspect_independently() -> None:
     config, grid = MaskConfig(), (28, 28)
-    sizes = np.array([block_sizes(config, grid, seed=0, step=step, group=0)[0] for step in range(400)])
+    draw = MultiblockDraw(config, grid, seed=0)
+    sizes = np.array([draw.block_sizes(step, group=0)[0] for step in range(400)])
     area, aspect = sizes.prod(axis=1), sizes[:, 0] / sizes[:, 1]
     assert abs(np.corrcoef(area, aspect)[0, 1]) < 0.15  # 3 standard errors of 400 draws
     assert 0.70 < aspect.min() < 0.8 and 1.4 < aspect.max() < 1.6
@@ -204,28 +205,27 @@ def test_multiblock_draws_scale_and_aspect_independently() -> None:
 def test_a_context_block_of_scale_one_is_the_whole_image_on_any_grid() -> None:
     for grid in ((16, 16), (8, 20), (24, 10)):
         config = MaskConfig(context_scale=(1.0, 1.0), min_keep=3)
-        assert possible_sizes(config, grid).contexts == {grid}
+        assert possible_sizes(config, grid, RULE).contexts == {grid}
     half = MaskConfig(context_scale=(0.5, 0.5), min_keep=3)
-    assert possible_sizes(half, (8, 20)).contexts == {(6, 14)}  # 80 patches in the grid's own shape
+    assert possible_sizes(half, (8, 20), RULE).contexts == {(6, 14)}  # 80 patches in the grid's own shape
 
 
 def test_a_side_cut_by_the_grid_lengthens_the_other() -> None:
-    assert multiblock_size((4, 32), (0.5, 0.5), (1.0, 1.0), (0.0, 0.0)) == (4, 16)
-    assert multiblock_size((32, 4), (0.5, 0.5), (1.0, 1.0), (0.0, 0.0)) == (16, 4)
-    assert multiblock_size((16, 16), (0.25, 0.25), (1.0, 1.0), (0.0, 0.0)) == (8, 8)
+    assert size_of(RULE, (4, 32), (0.5, 0.5), (1.0, 1.0), (0.0, 0.0)) == (4, 16)
+    assert size_of(RULE, (32, 4), (0.5, 0.5), (1.0, 1.0), (0.0, 0.0)) == (16, 4)
+    assert size_of(RULE, (16, 16), (0.25, 0.25), (1.0, 1.0), (0.0, 0.0)) == (8, 8)
 
 
 @pytest.mark.parametrize("grid", [(16, 16), (9, 13)])
 @pytest.mark.parametrize("name", ["multiblock", "reference"])
 def test_possible_sizes_are_those_that_are_drawn(grid, name) -> None:
     config = MaskConfig(sampler=name, min_keep=0, target_scale=(0.1, 0.4), context_scale=(0.3, 1.0))
-    sizes = possible_sizes(config, grid)
     if name == "multiblock":
-        drawn = [block_sizes(config, grid, seed=0, step=step, group=0) for step in range(3000)]
+        draw = MultiblockDraw(config, grid, seed=0)
+        sizes, drawn = draw.sizes, [draw.block_sizes(step, group=0) for step in range(3000)]
     else:
-        from ijepa_scale.masks.reference import block_sizes as reference_sizes
-
-        drawn = [reference_sizes(config, grid, step) for step in range(3000)]
+        sizes = reference.ReferenceDraw(config, grid, seed=0).sizes
+        drawn = [reference.block_sizes(config, grid, step) for step in range(3000)]
     assert {target for target, _ in drawn} <= sizes.targets
     assert {context for _, context in drawn} <= sizes.contexts
     assert len({target for target, _ in drawn}) > 0.8 * len(sizes.targets)
@@ -234,7 +234,8 @@ def test_possible_sizes_are_those_that_are_drawn(grid, name) -> None:
 
 def literal_multiblock(config, grid, *, seed, step, group, places):
     """Context and target lists drawn image by image, place by place, as the specification's prose says."""
-    (target_h, target_w), (context_h, context_w) = block_sizes(config, grid, seed=seed, step=step, group=group)
+    draw = MultiblockDraw(config, grid, seed=seed)
+    (target_h, target_w), (context_h, context_w) = draw.block_sizes(step, group)
     height, width = grid
     contexts = [[] for _ in range(config.num_context_blocks)]
     targets = [[] for _ in range(config.num_target_blocks)]
@@ -283,9 +284,8 @@ LITERAL = {
 @pytest.mark.parametrize("step", [0, 3])
 def test_multiblock_equals_a_loop_over_images(name, step) -> None:
     config, grid = LITERAL[name]
-    MaskSampler(config, grid, seed=0)
-    places = np.arange(24) + 48
-    masks = sample_multiblock(config, grid, seed=2, step=step, group=2, places=places)
+    places = np.arange(24) + 2 * config.group_size
+    masks = MultiblockDraw(config, grid, seed=2).group(step, 2, 24)
     contexts, targets = literal_multiblock(config, grid, seed=2, step=step, group=2, places=places.tolist())
     assert masks.targets.tolist() == targets
     assert [[np.flatnonzero(row).tolist() for row in block] for block in masks.context] == contexts
@@ -295,7 +295,7 @@ def test_the_crowded_case_spares_targets_but_only_where_no_place_is_left() -> No
     config, grid = LITERAL["crowded"]
     spared = 0
     for step in range(20):
-        masks = sample_multiblock(config, grid, seed=2, step=step, group=0, places=np.arange(64))
+        masks = MultiblockDraw(config, grid, seed=2).group(step, 0, 64)
         overlap = [masks.context[0, i][masks.targets[:, i]].any() for i in range(64)]
         spared += sum(overlap)
     assert 0 < spared < 20 * 64
@@ -311,8 +311,8 @@ def test_the_cut_is_a_uniform_subset_even_where_keys_are_equal() -> None:
     assert cut_by_key(context, np.zeros_like(keys)).sum(axis=2).tolist() == [[3] * 2000]
 
 
-def test_block_places_are_row_major() -> None:
-    assert block_places(np.array([1]), np.array([2]), (2, 3), 10).tolist() == [[12, 13, 14, 22, 23, 24]]
+def test_block_patches_are_row_major() -> None:
+    assert block_patches(np.array([1]), np.array([2]), (2, 3), 10).tolist() == [[12, 13, 14, 22, 23, 24]]
 
 
 @pytest.mark.parametrize("context", ["truncate", "packed"])

@@ -74,6 +74,6 @@ def test_a_swallowing_target_is_allowed_with_overlap() -> None:
 @pytest.mark.parametrize(("first", "count", "batch"), [(-1, 2, 8), (0, 0, 8), (6, 3, 8)])
 def test_places_outside_the_batch_are_refused(first, count, batch) -> None:
     sampler = MaskSampler(MaskConfig(), (14, 14), seed=0)
-    expected = rf"places \[{first}, {first + count}\) are not a part of a batch of {batch}; give first >= 0"
+    expected = rf"images \[{first}, {first + count}\) are not a part of a batch of {batch}; give first >= 0"
     with pytest.raises(ValueError, match=expected):
         sampler(0, first, count, batch)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ijepa_scale.config import LoggingConfig
 from ijepa_scale.errors import DataError
 from ijepa_scale.metrics.meters import Meters, feature_std
 from ijepa_scale.metrics.progress import Progress, describe, duration
@@ -30,7 +31,7 @@ def test_meters_average_and_start_anew():
     meters.add("grad_norm", 2.5)
     values = meters.flush()
     assert values["loss"] == 2.0 and values["grad_norm"] == 2.5
-    meters.end_step()
+    meters.count_step()
     assert set(meters.flush()) == {"data_wait_ms", "step_ms"}
     assert meters.flush() == {}  # nothing was timed
 
@@ -70,7 +71,7 @@ def test_meters_time_waiting_and_steps_without_pauses():
     clock.now_s += 50.0  # whatever comes before the first batch
     for _ in meters.timed(batches()):
         clock.now_s += 0.75  # the step
-        meters.end_step()
+        meters.count_step()
         with meters.paused():
             clock.now_s += 100.0
     values = meters.flush()
@@ -85,7 +86,7 @@ def test_the_first_step_counts_but_its_time_does_not():
     def step(seconds, loss):
         clock.now_s += seconds
         meters.add("loss", loss)
-        meters.end_step()
+        meters.count_step()
 
     for number in meters.timed(range(3)):
         if number == 0:
@@ -102,7 +103,7 @@ def test_a_row_of_the_warm_up_alone_has_no_speed():
     meters = Meters("cpu")
     with meters.warming_up():
         meters.add("loss", 1.0)
-        meters.end_step()
+        meters.count_step()
     row = training_row(meters.flush(), step=1, epoch=0, images_seen=4, hyper=HYPER, images_per_step=4)
     assert row["loss"] == 1.0 and row["step_ms"] is None and row["images_per_s"] is None
 
@@ -189,10 +190,12 @@ def test_tensorboard_holds_the_numbers(tmp_path):
 
 
 def test_only_rank_0_writes(tmp_path):
-    with open_sinks(tmp_path / "other", rank=1, tensorboard=True) as sinks:
+    with open_sinks(tmp_path / "other", rank=1, logging=LoggingConfig(), drop_from=None, run={}) as sinks:
         sinks.write({"step": 0})
     assert not (tmp_path / "other").exists()
-    with open_sinks(tmp_path / "first", rank=0, tensorboard=False) as sinks:
+    with open_sinks(
+        tmp_path / "first", rank=0, logging=LoggingConfig(tensorboard=False), drop_from=None, run={}
+    ) as sinks:
         sinks.write({"step": 0})
     assert [p.name for p in (tmp_path / "first").iterdir()] == ["metrics.jsonl"]
     Sinks().write({"step": 0})

@@ -3,11 +3,19 @@ import torch
 
 from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.config.schema import ObjectiveConfig
+from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import Wanted
 from ijepa_scale.masks.types import target_index
-from ijepa_scale.objectives import jepa as objective
-from ijepa_scale.objectives.jepa import jepa_loss, jepa_targets, normalise_targets
+from ijepa_scale.objectives import regression
+from ijepa_scale.objectives.cosine import Cosine, CosineConfig
+from ijepa_scale.objectives.protocol import build_objective
+from ijepa_scale.objectives.regression import Regression
+from ijepa_scale.objectives.targets import normalise_targets, select_targets
 from tests.unit.models.packing_by_hand import NUM_PATCHES, UNEVEN_CONTEXT, UNEVEN_TARGETS, pack_by_hand, random_masks
+
+
+def loss_of(prediction, target, masks, config):
+    return Regression(config).compare(prediction, target, masks)
 
 
 def tokens_of(num_images, width=8):
@@ -17,10 +25,10 @@ def tokens_of(num_images, width=8):
 def targets_of(tokens, masks):
     """Of all places; and what `Wanted` picks out gives the same."""
     features = normalise_targets(tokens)
-    found = jepa_targets(features, target_index(masks, NUM_PATCHES), masks)
+    found = select_targets(features, target_index(masks, NUM_PATCHES), masks)
     wanted = Wanted.of(masks, len(tokens), NUM_PATCHES)
     some = normalise_targets(tokens.gather(1, wanted.places[..., None].expand(-1, -1, tokens.shape[-1])))
-    assert torch.equal(jepa_targets(some, wanted.rows, masks), found)
+    assert torch.equal(select_targets(some, wanted.rows, masks), found)
     return found
 
 
@@ -74,7 +82,7 @@ def test_targets_carry_no_gradient_and_are_fp32_under_autocast():
 )
 def test_dense_loss_by_hand(config, expected):
     prediction, target = torch.tensor([[[0.5, 1.0]], [[3.0, 0.0]]]), torch.tensor([[[0.0, -1.0]], [[3.0, 1.0]]])
-    assert jepa_loss(prediction, target, random_masks(1, 1, 2), config).item() == pytest.approx(expected, rel=1e-6)
+    assert loss_of(prediction, target, random_masks(1, 1, 2), config).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_packed_loss_weighs_images_alike():
@@ -87,7 +95,7 @@ def test_packed_loss_weighs_images_alike():
             rows = slice(start, start + len(places))
             means.append((prediction[rows] - target[rows]).square().mean())
             start += len(places)
-    got = jepa_loss(prediction, target, masks, ObjectiveConfig(loss="l2"))
+    got = loss_of(prediction, target, masks, ObjectiveConfig(loss="l2"))
     torch.testing.assert_close(got, torch.stack(means).mean())
 
 
@@ -96,16 +104,16 @@ def test_packed_loss_of_equal_lengths_is_the_dense_one():
     packed = pack_by_hand(masks.context.tolist(), masks.targets.tolist())
     generator = torch.Generator().manual_seed(3)
     prediction, target = (torch.randn(12, 3, 8, generator=generator) for _ in range(2))
-    dense = jepa_loss(prediction, target, masks, ObjectiveConfig())
+    dense = loss_of(prediction, target, masks, ObjectiveConfig())
     torch.testing.assert_close(
-        jepa_loss(prediction.flatten(0, 1), target.flatten(0, 1), packed, ObjectiveConfig()), dense
+        loss_of(prediction.flatten(0, 1), target.flatten(0, 1), packed, ObjectiveConfig()), dense
     )
 
 
 def test_the_loss_is_fp32_whatever_the_prediction():
     prediction = torch.full((2, 1, 4), 1.0, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = jepa_loss(prediction, torch.full((2, 1, 4), 1.001), random_masks(1, 1, 2), ObjectiveConfig(loss="l2"))
+        loss = loss_of(prediction, torch.full((2, 1, 4), 1.001), random_masks(1, 1, 2), ObjectiveConfig(loss="l2"))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(1e-6, rel=1e-3)
 
 
@@ -118,16 +126,37 @@ def test_the_fused_loss_is_asked_for_the_same_number(masks, config, monkeypatch)
         assert implementation == "triton"
         return target_loss(*given, implementation="reference", **options)
 
-    monkeypatch.setattr(objective, "target_loss", on_the_cpu)
+    monkeypatch.setattr(regression, "target_loss", on_the_cpu)
     tokens = tokens_of(3)
     target = targets_of(tokens, masks)
     prediction = torch.randn(target.shape, generator=torch.Generator().manual_seed(4), requires_grad=True)
-    found = objective.fused_jepa_loss(prediction, tokens, target_index(masks, NUM_PATCHES), masks, config)
-    expected = jepa_loss(prediction, target, masks, config)
+    wanted = Wanted(torch.arange(NUM_PATCHES).expand(3, -1), target_index(masks, NUM_PATCHES))
+    found = build_objective(config, triton=("target_loss",))(prediction, tokens, masks, wanted)
+    expected = loss_of(prediction, target, masks, config)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, prediction)[0] for loss in (found, expected)))
 
 
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"prediction \(2, 4\) and target \(3, 4\) differ in shape; take both from"):
-        jepa_loss(torch.zeros(2, 4), torch.zeros(3, 4), random_masks(1, 1, 2), ObjectiveConfig())
+        loss_of(torch.zeros(2, 4), torch.zeros(3, 4), random_masks(1, 1, 2), ObjectiveConfig())
+
+
+@pytest.mark.parametrize("masks", [random_masks(2, 4, 3), pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS)], ids=type)
+def test_cosine_is_one_minus_the_cosine_with_the_normalised_target(masks):
+    tokens = tokens_of(3)
+    wanted = Wanted(torch.arange(NUM_PATCHES).expand(3, -1), target_index(masks, NUM_PATCHES))
+    target = targets_of(tokens, masks)
+    prediction = torch.randn(target.shape, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    found = Cosine(CosineConfig())(prediction, tokens, masks, wanted)
+    products = (prediction * target).sum(-1) / (prediction.norm(dim=-1) * target.norm(dim=-1))
+    expected = (1 - products).mean() if prediction.ndim == 3 else ((1 - products) * masks.weights).sum()
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert prediction.grad.abs().max() > 0
+    assert Cosine(CosineConfig())(3 * target, tokens, masks, wanted) < 1e-6  # only the direction counts
+
+
+def test_an_objective_without_a_fused_kernel_refuses_it():
+    with pytest.raises(ConfigError, match="engine.triton names target_loss but objective.loss is cosine"):
+        build_objective(CosineConfig(), triton=("target_loss",))

@@ -18,7 +18,9 @@ from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import MaskSampler, Wanted
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models import build_jepa, build_target
-from ijepa_scale.objectives.jepa import jepa_loss, jepa_targets, normalise_targets
+from ijepa_scale.objectives.protocol import build_objective
+from ijepa_scale.objectives.regression import Regression
+from ijepa_scale.objectives.targets import normalise_targets, select_targets
 from ijepa_scale.planning.activations import activations
 from ijepa_scale.planning.devices import find_device
 from ijepa_scale.planning.footprint import footprint, largest_micro_batch, target_copy_bytes, usable_bytes, usual_tokens
@@ -67,8 +69,8 @@ class Step:
         features = normalise_targets(features)
         with self.autocast():
             prediction = self.module(self.images, self.masks)
-        target = jepa_targets(features, self.wanted.rows, self.masks)
-        return jepa_loss(prediction, target, self.masks, ObjectiveConfig()), features, prediction
+        target = select_targets(features, self.wanted.rows, self.masks)
+        return Regression(ObjectiveConfig()).compare(prediction, target, self.masks), features, prediction
 
 
 @pytest.mark.parametrize(("context", "precision", "mode"), CASES)
@@ -211,7 +213,7 @@ def test_the_peak_is_that_of_a_whole_training_step(mode: str) -> None:
         augment=lambda micro: torch.zeros(len(micro), 3, 96, 96),
         masks=MaskSampler(masks, MODEL.grid, seed=0),
         schedule=SCHEDULE,
-        objective=ObjectiveConfig(),
+        objective=build_objective(ObjectiveConfig()),
         batch_size=BATCH,
         meters=Meters(world.device),
     )

@@ -13,7 +13,6 @@ from ijepa_scale.tune.worst import (
     ProbeMasks,
     longest,
     longest_drawn,
-    longest_possible,
     worst_masks,
     worst_tokens,
 )
@@ -29,7 +28,7 @@ def test_no_draw_exceeds_the_bound(grid: tuple, sampler: str, overlap: bool, sca
     config = MaskConfig(
         sampler=sampler, context="packed", min_keep=2, allow_overlap=overlap, group_size=4, target_scale=scale
     )
-    bound, draw = longest_possible(config, grid), MaskSampler(config, grid, seed=1)
+    bound, draw = MaskSampler(config, grid, seed=0).longest(), MaskSampler(config, grid, seed=1)
     for step in range(60):
         masks = draw(step, 0, 16, 16)
         assert isinstance(masks, PackedMasks)
@@ -44,7 +43,7 @@ def test_the_bound_is_reached_where_one_target_is_drawn(sampler: str) -> None:
     )
     draw = MaskSampler(config, (6, 6), seed=0)
     lengths = [draw(step, 0, 1, 1).context_layout.longest for step in range(400)]
-    assert max(lengths) == longest_possible(config, (6, 6)).context
+    assert max(lengths) == MaskSampler(config, (6, 6), seed=0).longest().context
 
 
 def test_drawn_lengths_are_below_possible_ones() -> None:
@@ -73,7 +72,7 @@ def test_worst_masks_have_these_lengths_and_ask_for_as_much_as_they_can() -> Non
 def test_a_probe_draws_as_training_until_its_worst_step(context: str, count: int) -> None:
     config = MaskConfig(min_keep=3, group_size=4, context=context)
     sampler = MaskSampler(config, (8, 8), seed=5)
-    probe = ProbeMasks(sampler, longest_possible(config, (8, 8)), worst_from=2)
+    probe = ProbeMasks(sampler, MaskSampler(config, (8, 8), seed=0).longest(), worst_from=2)
     drawn, expected = probe(1, 0, count, 8), sampler(1, 0, count, 8)
     assert type(drawn) is type(expected) and drawn.mean_tokens() == expected.mean_tokens()
     worst = probe(2, 0, count, 8)

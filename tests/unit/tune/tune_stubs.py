@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale.config import DataConfig, EngineConfig, MaskConfig, ModelConfig, PretrainConfig
+from ijepa_scale.masks import MaskSampler
+from ijepa_scale.masks.draw import Lengths
 from ijepa_scale.tune.children import Outcome
 from ijepa_scale.tune.machine import Machine
 from ijepa_scale.tune.ranking import Measurement
 from ijepa_scale.tune.space import Candidate, Space
-from ijepa_scale.tune.worst import Lengths, longest_possible
 
 DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
 
@@ -32,7 +33,7 @@ def machine(*, kind: str = "cpu", processes: int = 1, gigabytes: float = 16.0, *
 
 def space(settings: PretrainConfig | None = None, at: Machine | None = None, worst: Lengths | None = None) -> Space:
     settings = settings or config()
-    lengths = worst or longest_possible(settings.masks, settings.model.grid)
+    lengths = worst or MaskSampler(settings.masks, settings.model.grid, seed=0).longest()
     return Space(settings, at or machine(), lengths, DS_CONFIGS)
 
 

@@ -1,0 +1,62 @@
+"""The package's own readers: what `data.reader` names, each from its settings to a source.
+
+A reader is registered in `registry.SOURCES`: a function or class that takes the section `data` and the size of
+synthetic images, and returns a `SampleSource`. Its `Config`, where it has one, is a subclass of `DataConfig`.
+"""
+
+from __future__ import annotations
+
+from ijepa_scale.config.data import DataConfig
+from ijepa_scale.data.sources.fetch import scheme_of
+from ijepa_scale.data.sources.folder import ImageFolderSource
+from ijepa_scale.data.sources.remote import RemoteShardSource, open_cache
+from ijepa_scale.data.sources.stream import StreamSource
+from ijepa_scale.data.sources.synthetic import SyntheticSource
+from ijepa_scale.data.sources.tar_index import expand
+from ijepa_scale.data.sources.tar_shards import ShardSource
+from ijepa_scale.errors import DataError
+
+
+def read_shards(data: DataConfig, image_size: tuple[int, int]) -> ShardSource:
+    """Returns the samples of tar shards, local or remote.
+
+    Raises:
+        DataError: shards that aren't named, can't be read, or are remote without a cache.
+    """
+    pattern = _named(data)
+    if scheme_of(pattern) is None:
+        return ShardSource(expand(pattern))
+    source = RemoteShardSource(pattern, open_cache(data.cache, data.cache_gb, pattern))
+    source.check_room(data.window_shards)
+    return source
+
+
+def read_stream(data: DataConfig, image_size: tuple[int, int]) -> StreamSource:
+    """Returns tar shards that are read from beginning to end by `webdataset`.
+
+    Raises:
+        DataError: shards that aren't named, or an address that isn't allowed.
+    """
+    if data.train is None:
+        raise DataError("reader 'stream' has no data to read; name shards, e.g. data.train=/data/{000..127}.tar")
+    return StreamSource(data.train, shuffle=data.stream_shuffle, allow_pipe=data.allow_pipe)
+
+
+def read_folder(data: DataConfig, image_size: tuple[int, int]) -> ImageFolderSource:
+    """Returns the images of class folders.
+
+    Raises:
+        DataError: no folder is named, or it holds no images in class folders.
+    """
+    return ImageFolderSource(_named(data))
+
+
+def read_synthetic(data: DataConfig, image_size: tuple[int, int]) -> SyntheticSource:
+    """Returns `data.synthetic_samples` noise images of `image_size`, height and width in pixels."""
+    return SyntheticSource(data.synthetic_samples, image_size)
+
+
+def _named(data: DataConfig) -> str:
+    if data.train is None:
+        raise DataError(f"reader {data.reader!r} has no data to read; name it, e.g. data.train=/data/imagenet/train")
+    return data.train

@@ -1,0 +1,50 @@
+"""What a training run asks of an evaluator. Knows no engine: it is handed the forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from ijepa_scale.config import PretrainConfig
+from ijepa_scale.engine.world import World
+from ijepa_scale.evaluate.features import Forward
+from ijepa_scale.registry import EVALUATORS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How images are brought into the encoder's form."""
+
+    size: tuple[int, int]  # height and width, pixels
+    mean: tuple[float, ...]  # of RGB values in [0, 1]
+    std: tuple[float, ...]
+
+
+class Evaluator(Protocol):
+    """Measures an encoder while it is being trained."""
+
+    Config: ClassVar[type[Any]]  # the section `evaluate` for this evaluator
+
+    def __init__(self, config: Any, images: ImageSettings, world: World) -> None:
+        """Opens what is read and checks it, before the training starts.
+
+        Raises:
+            DataError: images or labels that can't be used.
+        """
+
+    def run(self, forward: Forward) -> dict[str, float]:
+        """Returns figures by name, the same on every process; `forward` turns images into the encoder's tokens.
+
+        Synchronises and communicates: every process calls it together.
+        """
+
+
+def build_evaluator(config: PretrainConfig, world: World) -> Evaluator:
+    """Returns the evaluator that `evaluate.evaluator` names.
+
+    Raises:
+        ConfigError: the name is unknown.
+        DataError: images or labels that can't be used.
+    """
+    images = ImageSettings(size=config.model.image_size, mean=config.augment.mean, std=config.augment.std)
+    return EVALUATORS.get(config.evaluate.evaluator)(config.evaluate, images, world)

@@ -1,0 +1,26 @@
+"""What the rows say of targets and masks: the collapse alarm and how many tokens there were."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ijepa_scale.masks import Masks, Wanted
+from ijepa_scale.metrics.meters import Meters, feature_std
+from ijepa_scale.objectives.targets import normalise_targets
+
+_OBSERVED = 32  # images that the collapse alarm looks at: it is a mean over many patches and channels
+
+
+class TargetMeters:
+    """Adds to the meters what each micro-batch shows. Doesn't synchronise."""
+
+    def __init__(self, meters: Meters, num_patches: int) -> None:
+        self._meters = meters
+        self._num_patches = num_patches
+
+    def __call__(self, tokens: Tensor, masks: Masks, wanted: Wanted) -> None:
+        """Observes the target encoder's tokens (B, U, D) at `wanted.places`, and the masks' lengths."""
+        features, places = normalise_targets(tokens[:_OBSERVED]), wanted.places[:_OBSERVED]
+        self._meters.add("target_std", feature_std(features, places, self._num_patches))
+        for name, mean in zip(("context_tokens", "target_tokens"), masks.mean_tokens(), strict=True):
+            self._meters.add(name, mean)

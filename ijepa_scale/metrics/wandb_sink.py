@@ -1,0 +1,62 @@
+"""Rows to Weights & Biases (optional dependency `wandb`)."""
+
+from __future__ import annotations
+
+import importlib
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.metrics.sinks import is_number, kept_id
+
+ID_FILE = "wandb_id.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases: where the run appears."""
+
+    project: str = "ijepa_scale"
+    entity: str | None = None  # user or team; null: the account's default
+    name: str | None = None  # of the run; null: that of the run's folder
+    mode: str = "online"  # online | offline (written into the run's folder, sent later by `wandb sync`)
+
+
+class WandbSink:
+    """Logs the numbers of each row over `step`. A resumed run continues the same W&B run.
+
+    W&B can't take rows back: steps that are taken again after a crash appear twice, with the same `step`.
+    """
+
+    Config = WandbConfig
+
+    def __init__(self, config: WandbConfig, folder: Path, *, drop_from: int | None, run: Mapping[str, Any]) -> None:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                f"logging.sinks names wandb, which can't be imported ({error}); pip install wandb, or remove it"
+            ) from None
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=config.name or folder.resolve().name,
+            id=kept_id(folder / ID_FILE, resumed=bool(drop_from), make=lambda: uuid.uuid4().hex),
+            resume="allow",
+            mode=config.mode,
+            dir=str(folder),
+            config=dict(run),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Logs each finite number of the row."""
+        self._run.log({name: value for name, value in row.items() if is_number(value)})
+
+    def close(self) -> None:
+        """Sends or writes what is buffered."""
+        self._run.finish()

@@ -1,0 +1,42 @@
+"""Cosine distance between predicted and target features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ijepa_scale.config import ObjectiveConfig
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.masks import Masks, Wanted
+from ijepa_scale.objectives.targets import check_shapes, mean_over_images, normalise_targets, select_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineConfig(ObjectiveConfig):
+    """One minus the cosine of the angle between prediction and normalised target, mean over the target tokens."""
+
+    loss: str = "cosine"
+
+
+class Cosine:
+    """The distance is 0 where the features point the same way, 1 where they are orthogonal, 2 where opposite."""
+
+    Config = CosineConfig
+
+    def __init__(self, config: CosineConfig, *, fused: bool = False) -> None:
+        if fused:
+            raise ConfigError(
+                "engine.triton names target_loss but objective.loss is cosine, which has no fused kernel; remove it"
+            )
+
+    def __call__(self, prediction: Tensor, tokens: Tensor, masks: Masks, wanted: Wanted) -> Tensor:
+        """Returns the mean distance.
+
+        Raises:
+            ValueError: the shapes of prediction and targets differ.
+        """
+        target = select_targets(normalise_targets(tokens), wanted.rows, masks)
+        check_shapes(prediction, target)
+        return mean_over_images(1 - F.cosine_similarity(prediction.float(), target, dim=-1), masks)
