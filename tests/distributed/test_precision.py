@@ -116,6 +116,7 @@ def go_on_from_a_checkpoint(world: World, engine: dict, folder: str) -> tuple[li
         step(part(index, world))
     path = store.save(Path(folder), SAVED, built.pieces(), world=world, extra={}, keep=1)
     fresh, fresh_step = make(world, settings, OptimizerConfig(), masks_config(), seed=11)
+    fresh.target(images_of(part(0, world)))  # gathers weights that loading makes stale
     store.Checkpoint(path).load(fresh.pieces())
     fresh.loaded(SAVED)
     _, other_step = make(world, settings, OptimizerConfig(), masks_config(), seed=11)
