@@ -64,7 +64,7 @@ def count_graphs(world: World, engine: dict, cases: list[tuple[str, str]]) -> li
         lengths = set()
         for index in range(STEPS):
             batch = part(index, world)
-            drawn, _ = step._masks(index, batch.position, len(batch), BATCH)
+            drawn, _ = step.masks(index, batch.position, len(batch), BATCH)
             lengths.add(drawn.mean_tokens())
             step(batch)
         results.append((dict(backend.graphs), len(lengths)))

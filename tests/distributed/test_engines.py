@@ -94,11 +94,11 @@ BF16_LOSS = 2e-3  # bf16 keeps 8 bits: products differ by 2^-9 = 2e-3 of their s
 def test_bf16_training_stays_with_one_process(name: str) -> None:
     processes, engine = ENGINES[name]
     found = run(curve, processes, {**engine, "precision": "bf16"}, {}, {}, FEW_STEPS)[0]
-    expected = reference("bf16", steps=FEW_STEPS)
-    difference = loss_difference(found, expected)
-    assert difference <= BF16_LOSS
+    expected, exact = reference("bf16", steps=FEW_STEPS), reference(steps=FEW_STEPS)
+    assert loss_difference(found, expected) <= BF16_LOSS
     assert worst(found, expected, "target.") <= 5e-3
-    assert loss_difference(expected, reference(steps=FEW_STEPS)) > 0  # it did run in bf16
+    # in fp32 this engine would stay within 1e-5 (see above); in which dtype each product runs: test_precision
+    assert loss_difference(found, exact) > 2e-5 and loss_difference(expected, exact) > 2e-5
 
 
 def travels_in(world: World, engine: dict) -> list[dict[str, str]]:
@@ -128,7 +128,8 @@ def test_an_fp8_target_trains_close_to_a_bf16_one(name: str) -> None:
     settings = {**engine, "precision": "bf16", "target_precision": "fp8"}
     found = run(curve, processes, settings, {}, {}, FEW_STEPS, alone=name == "plain")[0]
     expected = reference("bf16", steps=FEW_STEPS)
-    assert 0 < loss_difference(found, expected) <= 5e-3
+    # fp8 moves the loss by 7e-5; a bf16 target would stay within 2e-6, one never quantised anew leaves by 2e-3
+    assert 2e-5 < loss_difference(found, expected) <= 3e-4
     assert worst(found, expected, "target.") <= 2e-3  # fp32 values of the same weights, after other gradients
 
 

@@ -84,7 +84,7 @@ def packed_batch(world: World, settings: EngineConfig) -> Result:
     engine, step = make(world, settings, OptimizerConfig(), MASKS)
     (micro,) = engine.accumulate(part(0, world))
     images = images_of(micro)
-    masks, wanted = step._masks(0, micro.position, len(micro), BATCH)
+    masks, wanted = step.masks(0, micro.position, len(micro), BATCH)
     assert isinstance(masks, PackedMasks) and isinstance(wanted, Wanted)
     assert len(set(masks.context_layout.lengths)) > 1
     features = normalise_targets(engine.target(images, wanted=wanted.places))

@@ -58,8 +58,18 @@ def part(step: int, world: World, *, spoil: tuple[int, int] | None = None) -> Ba
     )
 
 
-def make(world: World, engine: EngineConfig, optimizer: OptimizerConfig, masks: MaskConfig) -> tuple[Engine, TrainStep]:
-    module = build_jepa(MODEL, seed=3)
+def make(
+    world: World,
+    engine: EngineConfig,
+    optimizer: OptimizerConfig,
+    masks: MaskConfig,
+    *,
+    objective: ObjectiveConfig | None = None,
+    schedule: Schedule = SCHEDULE,
+    seed: int = 3,
+) -> tuple[Engine, TrainStep]:
+    """Returns an engine with the model of `seed`, and the real step over it; masks are those of seed 5."""
+    module = build_jepa(MODEL, seed=seed)
     target = build_target(module)
     built = build_engine(world, engine, optimizer)
     built.prepare(module, target)
@@ -67,8 +77,8 @@ def make(world: World, engine: EngineConfig, optimizer: OptimizerConfig, masks: 
         built,
         augment=images_of,
         masks=MaskSampler(masks, MODEL.grid, seed=5),
-        schedule=SCHEDULE,
-        objective=build_objective(ObjectiveConfig(), triton=engine.triton),
+        schedule=schedule,
+        objective=build_objective(objective or ObjectiveConfig(), triton=engine.triton),
         batch_size=BATCH,
         meters=Meters(world.device),
     )

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from ijepa_scale.schedules import Schedule
@@ -63,14 +65,23 @@ def test_ipe_scale_stretches_the_curves_and_not_the_run():
     assert stretched(187_500).momentum == pytest.approx(0.996 + 0.004 / 1.25)
 
 
-@pytest.mark.parametrize(("first", "final"), [(0.04, 0.4), (0.4, 0.04), (0.05, 0.05)])
-def test_weight_decay_runs_to_its_end_and_never_past_it(first, final):
+@pytest.mark.parametrize(("first", "final"), [(0.04, 0.4), (0.4, 0.04)])
+def test_weight_decay_runs_to_its_end_in_either_direction(first, final):
     small = schedule(steps_per_epoch=7, epochs=3, warmup_epochs=1, weight_decay=first, final_weight_decay=final)
     values = [small(step).weight_decay for step in range(60)]  # far past the horizon of 21 steps
-    assert all(value <= final if final >= first else value >= final for value in values)
-    assert all(min(first, final) - 1e-12 <= value <= max(first, final) + 1e-12 for value in values)
-    assert values[20] == pytest.approx(final)
-    assert values[:21] == sorted(values[:21], reverse=final < first)
+    cosine = [first + (final - first) * 0.5 * (1 - math.cos(math.pi * (step + 1) / 21)) for step in range(60)]
+    assert values == pytest.approx(cosine, abs=1e-12)
+    assert values[20] == final == (max(values) if first < final else min(values))
+    assert all((after - before) * (final - first) > 0 for before, after in zip(values[:20], values[1:21], strict=True))
+
+
+def test_constant_weight_decay_stays():
+    assert {schedule(weight_decay=0.05, final_weight_decay=0.05)(step).weight_decay for step in range(60)} == {0.05}
+
+
+def test_the_learning_rate_never_falls_below_its_end():
+    low = schedule(steps_per_epoch=10, epochs=2, warmup_epochs=0, lr=1e-4, final_lr=1e-3)
+    assert {low(step).lr for step in range(20)} == {1e-3}
 
 
 def test_fractions_of_epochs_are_cut_to_whole_steps():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -43,6 +45,22 @@ def test_masks_drawn_ahead_are_the_samplers() -> None:
         assert torch.equal(masks.context, expected.context) and torch.equal(masks.targets, expected.targets)
         assert torch.equal(wanted.rows, Wanted.of(expected, count, 196).rows)
         assert len(ahead._drawn) <= 3, "what can't be asked for any more isn't kept"
+
+
+def test_the_next_step_is_drawn_meanwhile_on_another_thread() -> None:
+    draw = sampler()
+    threads: dict[int, str] = {}
+
+    class Watched(MaskSampler):
+        def __call__(self, step: int, first: int, count: int, batch_size: int):
+            threads[step] = threading.current_thread().name.partition("_")[0]
+            return draw(step, first, count, batch_size)
+
+    ahead = MasksAhead(Watched(draw.config, draw.grid, seed=3), "cpu")
+    for step in (0, 1, 2, 7, 8):
+        ahead(step, 0, 4, 4)
+    own = threading.current_thread().name
+    assert {step: threads[step] for step in (0, 1, 2, 7, 8)} == {0: own, 1: "masks", 2: "masks", 7: own, 8: "masks"}
 
 
 def test_places_outside_the_batch_are_refused_when_they_are_asked_for() -> None:

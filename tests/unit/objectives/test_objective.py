@@ -117,6 +117,20 @@ def test_the_loss_is_fp32_whatever_the_prediction():
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(1e-6, rel=1e-3)
 
 
+@pytest.mark.parametrize("config", [ObjectiveConfig(beta=0.5), ObjectiveConfig(loss="l2")])
+def test_the_loss_of_low_precision_on_both_sides_is_that_of_their_fp32_values(config):
+    generator = torch.Generator().manual_seed(2)
+    both = [torch.randn(2, 3, 8, generator=generator).bfloat16() for _ in range(2)]
+    masks = random_masks(1, 1, 2)
+    assert torch.equal(loss_of(*both, masks, config), loss_of(*(x.float() for x in both), masks, config))
+
+
+def test_no_part_of_the_target_side_lets_gradients_through():
+    tokens, masks = tokens_of(2).requires_grad_(), random_masks(1, 2, 2)
+    assert not normalise_targets(tokens).requires_grad
+    assert not select_targets(tokens, target_index(masks, NUM_PATCHES), masks).requires_grad
+
+
 @pytest.mark.parametrize("masks", [random_masks(2, 4, 3), pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS)], ids=type)
 @pytest.mark.parametrize("config", [ObjectiveConfig(), ObjectiveConfig(beta=0.5), ObjectiveConfig(loss="l2")])
 def test_the_fused_loss_is_asked_for_the_same_number(masks, config, monkeypatch):
