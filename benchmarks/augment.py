@@ -1,10 +1,10 @@
-"""Question: how many images does a CPU-second augment for finetuning, batched here and by timm on PIL?
+"""Question: how many images per CPU-second does finetuning augmentation reach, batched here and by timm on PIL?
 
 python -m benchmarks.augment --images FOLDER_OR_TAR [--device cuda] [--to benchmarks/results/augment.jsonl]
 
-The same photographs, decoded and cropped beforehand, go through both, which take turns in one run. On the CPU one
-thread runs each and CPU-seconds are compared; with --device cuda ours is timed by a synchronised clock, and timm's
-stays on one core. The whole recipe: resize, flip, RandAugment, normalise, random erasing, collate, mixup and CutMix.
+Both sides take turns in one run on the same photographs, which are decoded and cropped beforehand. On the CPU each runs
+on one thread, and CPU-seconds are compared. With --device cuda ours is timed by a synchronised clock, while timm stays
+on one core. The whole recipe is: resize, flip, RandAugment, normalise, random erasing, collate, mixup and CutMix.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from ijepa_scale.data.sources.folder import ImageFolderSource
 SIZE, CLASSES, RECIPE, FILL = (224, 224), 1000, "rand-m9-mstd0.5-inc1", (124, 116, 104)
 CONFIG = FinetuneAugmentConfig()
 HPARAMS = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
-Work = Callable[[int], Any]  # turn -> anything
+Work = Callable[[int], Any]  # takes the number of the turn
 
 
 def some_crops(folder: Path, count: int) -> list[np.ndarray]:
-    """Returns crops (h, w, 3) uint8 of the first photographs, as training cuts them."""
+    """Returns `count` crops (h, w, 3) uint8 of the first photographs, made as in training."""
     source = ImageFolderSource(folder)
     draws = np.random.default_rng(0).random((count, CROP_DRAWS)).tolist()
     options = {"scale": CONFIG.crop_scale, "ratio": CONFIG.crop_ratio}
@@ -54,7 +54,7 @@ def some_crops(folder: Path, count: int) -> list[np.ndarray]:
 
 
 def batch_of(crops: list[np.ndarray], turn: int) -> Batch:
-    """Returns the crops as a batch whose draws go with the turn."""
+    """Returns the crops as a batch whose random draws depend on the turn."""
     return Batch(
         pixels=torch.from_numpy(np.concatenate([crop.reshape(-1) for crop in crops])),
         sizes=np.array([crop.shape[:2] for crop in crops]),
@@ -67,7 +67,7 @@ def batch_of(crops: list[np.ndarray], turn: int) -> Batch:
 
 
 def timms_chain() -> transforms.Compose:
-    """Returns timm's training transform with its random crop replaced by a resize: the crops are cut already."""
+    """Returns timm's training transform with a resize instead of its random crop: the images are crops already."""
     made = create_transform(
         SIZE[0], is_training=True, auto_augment=RECIPE, interpolation="bicubic", re_prob=0.25, re_mode="pixel"
     )
@@ -76,7 +76,7 @@ def timms_chain() -> transforms.Compose:
 
 
 def tolerant(apply: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
-    """Returns apply(picture); at magnitude 10 timm posterizes to 0 bits, which newer Pillows refuse: tried again."""
+    """Returns apply(picture); retries when a newer Pillow refuses timm's posterize to 0 bits at magnitude 10."""
     while True:
         try:
             return apply(picture)
@@ -86,7 +86,7 @@ def tolerant(apply: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
 
 
 def wholes(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
-    """Returns for RandAugment and for the whole recipe our work and timm's."""
+    """Returns (ours, timm's) for RandAugment and for the whole recipe."""
     pictures = [Image.fromarray(crop) for crop in crops]
     resized = [picture.resize(SIZE, Image.Resampling.BICUBIC) for picture in pictures]
     images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in resized]).contiguous()
@@ -112,7 +112,7 @@ def wholes(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Wor
 
 
 def parts(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
-    """Returns for each operation at magnitude 9, on as many images as a layer has in a batch, our work and timm's."""
+    """Returns (ours, timm's) for each operation at magnitude 9, on as many images of a batch as get it in one layer."""
     few = [Image.fromarray(crop).resize(SIZE) for crop in crops[: max(1, len(crops) // 30)]]
     images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in few]).contiguous()
     images = images.to(device)
@@ -129,7 +129,7 @@ def parts(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work
 
 
 def ours_alone(crops: list[np.ndarray], device: torch.device) -> dict[str, Work]:
-    """Returns what follows RandAugment, step by step, and the host's share of it."""
+    """Returns our steps after RandAugment, and the part of them that runs on the host."""
     images = torch.zeros(len(crops), 3, *SIZE, device=device)
     labels, ids = (torch.arange(len(crops)) % CLASSES).to(device), np.arange(len(crops))
     erasing, mixing = RandomErasing(0.25, seed=0), Mixing(CONFIG, num_classes=CLASSES, seed=0)
@@ -141,7 +141,7 @@ def ours_alone(crops: list[np.ndarray], device: torch.device) -> dict[str, Work]
 
 
 def seconds(work: Work, turn: int, device: torch.device) -> float:
-    """Returns the CPU-seconds of `work`; on a GPU the seconds until it is through there."""
+    """Returns the CPU-seconds of `work`; on a GPU, the seconds until the GPU has finished."""
     if device.type == "cpu":
         begin = time.process_time()
         work(turn)
@@ -156,7 +156,7 @@ def seconds(work: Work, turn: int, device: torch.device) -> float:
 def compare(
     pairs: dict[str, tuple[Work, Work]], rounds: int, device: torch.device
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Returns seconds a turn of ours and of timm's, which take turns; the first turn warms up and isn't kept."""
+    """Returns the seconds of our and timm's work in each turn; the first turn warms up and isn't counted."""
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in pairs}
     for turn in range(rounds + 1):
         random.seed(turn)
@@ -171,7 +171,7 @@ def compare(
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Runs the benchmark, prints its tables and appends its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder or tar of class folders")
     parser.add_argument("--batch", type=int, default=128)
