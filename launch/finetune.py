@@ -1,4 +1,4 @@
-"""Finetunes a classifier from a pretrained encoder, by the MAE recipe.
+"""Finetunes a classifier from a pretrained encoder with the MAE recipe.
 
 python launch/finetune.py --config configs/finetune/demo_finetune.yaml model.init=runs/demo
 python launch/finetune.py --config C.yaml --devices cuda:0 cuda:1
@@ -20,7 +20,7 @@ from ijepa_scale.train.setup import with_strategy
 
 
 def main(config: FinetuneConfig, launch: Launch, device: torch.device) -> None:
-    """Finetunes in this process, one of the run's."""
+    """Runs this process's part of the finetuning."""
     level = logging.INFO if launch.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
     config = with_strategy(config, launch, device)
@@ -29,7 +29,7 @@ def main(config: FinetuneConfig, launch: Launch, device: torch.device) -> None:
         if world.is_main:
             top = "" if result.top1 is None else f", top-1 {result.top1:.2%}, top-5 {result.top5 or 0:.2%}"
             best = "" if result.best_top1 is None else f" (best top-1 {result.best_top1:.2%})"
-            loss = "no step was left to take" if result.loss is None else f"loss {result.loss:.4f}"
+            loss = "no steps were left" if result.loss is None else f"loss {result.loss:.4f}"
             print(f"done: {result.steps} steps, {loss}{top}{best}; {result.checkpoint}")
 
 

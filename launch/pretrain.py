@@ -20,7 +20,7 @@ from ijepa_scale.train.setup import with_strategy
 
 
 def main(config: PretrainConfig, launch: Launch, device: torch.device) -> None:
-    """Pretrains in this process, one of the run's."""
+    """Runs this process's part of the pretraining."""
     level = logging.INFO if launch.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
     config = with_strategy(config, launch, device)
@@ -28,7 +28,7 @@ def main(config: PretrainConfig, launch: Launch, device: torch.device) -> None:
         result = pretrain(config, world)
         if world.is_main:
             knn = "" if result.knn is None else f", kNN {result.knn:.1%} (untrained {result.knn_untrained or 0:.1%})"
-            loss = "no step was left to take" if result.loss is None else f"loss {result.loss:.4f}"
+            loss = "no steps were left" if result.loss is None else f"loss {result.loss:.4f}"
             print(f"done: {result.steps} steps, {loss}{knn}; {result.checkpoint}")
 
 
