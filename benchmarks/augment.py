@@ -43,7 +43,7 @@ HPARAMS = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
 Work = Callable[[int], Any]  # takes the number of the turn
 
 
-def some_crops(folder: Path, count: int) -> list[np.ndarray]:
+def load_crops(folder: Path, count: int) -> list[np.ndarray]:
     """Returns `count` crops (h, w, 3) uint8 of the first photographs, made as in training."""
     source = ImageFolderSource(folder)
     draws = np.random.default_rng(0).random((count, CROP_DRAWS)).tolist()
@@ -75,7 +75,7 @@ def timms_chain() -> transforms.Compose:
     return transforms.Compose([resize, *made.transforms[1:]])
 
 
-def tolerant(apply: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
+def retried(apply: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
     """Returns apply(picture); retries when a newer Pillow refuses timm's posterize to 0 bits at magnitude 10."""
     while True:
         try:
@@ -85,7 +85,7 @@ def tolerant(apply: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
                 raise
 
 
-def wholes(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
+def recipes(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
     """Returns (ours, timm's) for RandAugment and for the whole recipe."""
     pictures = [Image.fromarray(crop) for crop in crops]
     resized = [picture.resize(SIZE, Image.Resampling.BICUBIC) for picture in pictures]
@@ -100,18 +100,18 @@ def wholes(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Wor
     labels = torch.arange(len(crops)) % CLASSES
 
     def timms_recipe(turn: int) -> Any:
-        return mixup(torch.stack([tolerant(chain, picture) for picture in pictures]), labels)
+        return mixup(torch.stack([retried(chain, picture) for picture in pictures]), labels)
 
     return {
         "RandAugment": (
             lambda turn: augment(images.clone(), epoch=turn, sample_ids=ids),
-            lambda turn: [tolerant(theirs, picture) for picture in resized],
+            lambda turn: [retried(theirs, picture) for picture in resized],
         ),
         "whole recipe": (lambda turn: recipe(batch_of(crops, turn)), timms_recipe),
     }
 
 
-def parts(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
+def operations(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
     """Returns (ours, timm's) for each operation at magnitude 9, on as many images of a batch as get it in one layer."""
     few = [Image.fromarray(crop).resize(SIZE) for crop in crops[: max(1, len(crops) // 30)]]
     images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in few]).contiguous()
@@ -128,7 +128,7 @@ def parts(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work
     return found
 
 
-def ours_alone(crops: list[np.ndarray], device: torch.device) -> dict[str, Work]:
+def later_steps(crops: list[np.ndarray], device: torch.device) -> dict[str, Work]:
     """Returns our steps after RandAugment, and the part of them that runs on the host."""
     images = torch.zeros(len(crops), 3, *SIZE, device=device)
     labels, ids = (torch.arange(len(crops)) % CLASSES).to(device), np.arange(len(crops))
@@ -136,7 +136,7 @@ def ours_alone(crops: list[np.ndarray], device: torch.device) -> dict[str, Work]
     return {
         "random erasing": lambda turn: erasing(images, epoch=turn, sample_ids=ids),
         "mixup, CutMix": lambda turn: mixing(images, labels, step=turn, position=0),
-        "of it, draws of shares": lambda turn: mixing.draw(SIZE, step=turn, position=0, count=len(crops)),
+        "drawing the shares": lambda turn: mixing.draw(SIZE, step=turn, position=0, count=len(crops)),
     }
 
 
@@ -182,10 +182,10 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as scratch:
-        crops = some_crops(class_folders(options.images, Path(scratch)), options.batch)
+        crops = load_crops(class_folders(options.images, Path(scratch)), options.batch)
     about = {"benchmark": "augment", "on": str(device), "batch": options.batch, "size": SIZE[0], "unit": "images/s"}
     lines = []
-    for name, both in compare(wholes(crops, device), options.rounds, device).items():
+    for name, both in compare(recipes(crops, device), options.rounds, device).items():
         rates = [percentiles([options.batch / value for value in values]) for values in both]
         ratio = percentiles([theirs / ours for ours, theirs in zip(*both, strict=True)])["p50"]
         lines.append([name, *(f"{r['p20']:.0f} - {r['p50']:.0f} - {r['p80']:.0f}" for r in rates), f"{ratio:.2f}"])
@@ -195,14 +195,14 @@ def main() -> None:
     print(f"\nRandAugment's operations at magnitude 9 on {few} images:\n")
     medians = {
         name: [1e6 * percentiles(values)["p50"] / few for values in both]
-        for name, both in compare(parts(crops, device), options.rounds, device).items()
+        for name, both in compare(operations(crops, device), options.rounds, device).items()
     }
     lines = [[name, *(f"{value:.0f}" for value in values)] for name, values in medians.items()]
     print(table(["microseconds per image", "ours", "timm on PIL"], lines))
     append(options.to, {**about, "what": "operations", "unit": "us/image, ours and timm", **medians})
     print(f"\nAfter RandAugment, {options.batch} images:\n")
     lines = []
-    for name, work in ours_alone(crops, device).items():
+    for name, work in later_steps(crops, device).items():
         spent = percentiles([seconds(work, turn, device) for turn in range(options.rounds + 1)][1:])
         lines.append([name, f"{1e3 * spent['p50']:.1f}"])
         append(options.to, {**about, "what": name, "unit": "s/batch", **spent})
