@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Everything is installed into .venv.
+# `make demo` and `make test` work on a fresh machine. Everything is installed into .venv.
 
 PYTHON ?= python3
 FASHION_MNIST ?=
@@ -17,10 +17,10 @@ help: ## Show this list
 
 install: $(STAMP) ## Make .venv and install the package into it (PYTHON=python3.12 picks another Python)
 
-# The pair of torch and torchvision first: DeepSpeed's setup imports torch, and builds nothing with DS_BUILD_OPS=0.
+# Install torch and torchvision first, because DeepSpeed's setup imports torch. DS_BUILD_OPS=0 builds no DeepSpeed ops.
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 12))' 2>/dev/null \
-		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there); Python 3.10 to 3.12 is needed: make $(or $(firstword $(MAKECMDGOALS)),install) PYTHON=python3.12" >&2; exit 2; }
+		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not installed); Python 3.10 to 3.12 is needed: make $(or $(firstword $(MAKECMDGOALS)),install) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,7 +29,7 @@ $(STAMP): setup.py pyproject.toml
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e '.[test]'
 	@touch $(STAMP)
 
-demo: $(STAMP) ## Pretrain on Fashion-MNIST with ZeRO-3 on 2 CPU processes, or on the GPUs there are (FASHION_MNIST=folder)
+demo: $(STAMP) ## Pretrain on Fashion-MNIST with ZeRO-3 on 2 CPU processes, or on your GPUs (FASHION_MNIST=folder)
 	$(BIN)/python launch/demo.py $(if $(FASHION_MNIST),--fashion-mnist '$(FASHION_MNIST)')
 
 lint: $(STAMP) ## Check style and types

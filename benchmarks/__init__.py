@@ -1,1 +1,1 @@
-"""Measurements of this project; each script says what it asks and prints what anyone can print again."""
+"""Benchmarks of this project. Each script states its question, and anyone can run it again."""

@@ -1,10 +1,10 @@
-"""Question: how many images does a CPU-second augment for finetuning, batched here and by timm on PIL?
+"""Question: how many images per CPU-second does finetuning augmentation reach, batched here and by timm on PIL?
 
 python -m benchmarks.augment --images FOLDER_OR_TAR [--device cuda] [--to benchmarks/results/augment.jsonl]
 
-The same photographs, decoded and cropped beforehand, go through both, which take turns in one run. On the CPU one
-thread runs each and CPU-seconds are compared; with --device cuda ours is timed by a synchronised clock, and timm's
-stays on one core. The whole recipe: resize, flip, RandAugment, normalise, random erasing, collate, mixup and CutMix.
+Both sides take turns in one run on the same photographs, which are decoded and cropped beforehand. On the CPU each runs
+on one thread, and CPU-seconds are compared. With --device cuda ours is timed by a synchronised clock, while timm stays
+on one core. The whole recipe is: resize, flip, RandAugment, normalise, random erasing, collate, mixup and CutMix.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from ijepa_scale.data.sources.folder import ImageFolderSource
 SIZE, CLASSES, RECIPE, FILL = (224, 224), 1000, "rand-m9-mstd0.5-inc1", (124, 116, 104)
 CONFIG = FinetuneAugmentConfig()
 HPARAMS = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
-Work = Callable[[int], Any]  # turn -> anything
+Work = Callable[[int], Any]  # takes the number of the turn
 
 
-def some_crops(folder: Path, count: int) -> list[np.ndarray]:
-    """Returns crops (h, w, 3) uint8 of the first photographs, as training cuts them."""
+def load_crops(folder: Path, count: int) -> list[np.ndarray]:
+    """Returns `count` crops (h, w, 3) uint8 of the first photographs, made as in training."""
     source = ImageFolderSource(folder)
     draws = np.random.default_rng(0).random((count, CROP_DRAWS)).tolist()
     options = {"scale": CONFIG.crop_scale, "ratio": CONFIG.crop_ratio}
@@ -54,7 +54,7 @@ def some_crops(folder: Path, count: int) -> list[np.ndarray]:
 
 
 def batch_of(crops: list[np.ndarray], turn: int) -> Batch:
-    """Returns the crops as a batch whose draws go with the turn."""
+    """Returns the crops as a batch whose random draws depend on the turn."""
     return Batch(
         pixels=torch.from_numpy(np.concatenate([crop.reshape(-1) for crop in crops])),
         sizes=np.array([crop.shape[:2] for crop in crops]),
@@ -67,7 +67,7 @@ def batch_of(crops: list[np.ndarray], turn: int) -> Batch:
 
 
 def timms_chain() -> transforms.Compose:
-    """Returns timm's training transform with its random crop replaced by a resize: the crops are cut already."""
+    """Returns timm's training transform with a resize instead of its random crop: the images are crops already."""
     made = create_transform(
         SIZE[0], is_training=True, auto_augment=RECIPE, interpolation="bicubic", re_prob=0.25, re_mode="pixel"
     )
@@ -75,8 +75,8 @@ def timms_chain() -> transforms.Compose:
     return transforms.Compose([resize, *made.transforms[1:]])
 
 
-def tolerant(apply: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
-    """Returns apply(picture); at magnitude 10 timm posterizes to 0 bits, which newer Pillows refuse: tried again."""
+def retried(apply: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
+    """Returns apply(picture); retries when a newer Pillow refuses timm's posterize to 0 bits at magnitude 10."""
     while True:
         try:
             return apply(picture)
@@ -85,8 +85,8 @@ def tolerant(apply: Callable[[Image.Image], Any], picture: Image.Image) -> Any:
                 raise
 
 
-def wholes(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
-    """Returns for RandAugment and for the whole recipe our work and timm's."""
+def recipes(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
+    """Returns (ours, timm's) for RandAugment and for the whole recipe."""
     pictures = [Image.fromarray(crop) for crop in crops]
     resized = [picture.resize(SIZE, Image.Resampling.BICUBIC) for picture in pictures]
     images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in resized]).contiguous()
@@ -100,19 +100,19 @@ def wholes(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Wor
     labels = torch.arange(len(crops)) % CLASSES
 
     def timms_recipe(turn: int) -> Any:
-        return mixup(torch.stack([tolerant(chain, picture) for picture in pictures]), labels)
+        return mixup(torch.stack([retried(chain, picture) for picture in pictures]), labels)
 
     return {
         "RandAugment": (
             lambda turn: augment(images.clone(), epoch=turn, sample_ids=ids),
-            lambda turn: [tolerant(theirs, picture) for picture in resized],
+            lambda turn: [retried(theirs, picture) for picture in resized],
         ),
         "whole recipe": (lambda turn: recipe(batch_of(crops, turn)), timms_recipe),
     }
 
 
-def parts(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
-    """Returns for each operation at magnitude 9, on as many images as a layer has in a batch, our work and timm's."""
+def operations(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work, Work]]:
+    """Returns (ours, timm's) for each operation at magnitude 9, on as many images of a batch as get it in one layer."""
     few = [Image.fromarray(crop).resize(SIZE) for crop in crops[: max(1, len(crops) // 30)]]
     images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in few]).contiguous()
     images = images.to(device)
@@ -128,20 +128,20 @@ def parts(crops: list[np.ndarray], device: torch.device) -> dict[str, tuple[Work
     return found
 
 
-def ours_alone(crops: list[np.ndarray], device: torch.device) -> dict[str, Work]:
-    """Returns what follows RandAugment, step by step, and the host's share of it."""
+def later_steps(crops: list[np.ndarray], device: torch.device) -> dict[str, Work]:
+    """Returns our steps after RandAugment, and the part of them that runs on the host."""
     images = torch.zeros(len(crops), 3, *SIZE, device=device)
     labels, ids = (torch.arange(len(crops)) % CLASSES).to(device), np.arange(len(crops))
     erasing, mixing = RandomErasing(0.25, seed=0), Mixing(CONFIG, num_classes=CLASSES, seed=0)
     return {
         "random erasing": lambda turn: erasing(images, epoch=turn, sample_ids=ids),
         "mixup, CutMix": lambda turn: mixing(images, labels, step=turn, position=0),
-        "of it, draws of shares": lambda turn: mixing.draw(SIZE, step=turn, position=0, count=len(crops)),
+        "drawing the shares": lambda turn: mixing.draw(SIZE, step=turn, position=0, count=len(crops)),
     }
 
 
 def seconds(work: Work, turn: int, device: torch.device) -> float:
-    """Returns the CPU-seconds of `work`; on a GPU the seconds until it is through there."""
+    """Returns the CPU-seconds of `work`; on a GPU, the seconds until the GPU has finished."""
     if device.type == "cpu":
         begin = time.process_time()
         work(turn)
@@ -156,7 +156,7 @@ def seconds(work: Work, turn: int, device: torch.device) -> float:
 def compare(
     pairs: dict[str, tuple[Work, Work]], rounds: int, device: torch.device
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Returns seconds a turn of ours and of timm's, which take turns; the first turn warms up and isn't kept."""
+    """Returns the seconds of our and timm's work in each turn; the first turn warms up and isn't counted."""
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in pairs}
     for turn in range(rounds + 1):
         random.seed(turn)
@@ -171,7 +171,7 @@ def compare(
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Runs the benchmark, prints its tables and appends its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder or tar of class folders")
     parser.add_argument("--batch", type=int, default=128)
@@ -182,10 +182,10 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as scratch:
-        crops = some_crops(class_folders(options.images, Path(scratch)), options.batch)
+        crops = load_crops(class_folders(options.images, Path(scratch)), options.batch)
     about = {"benchmark": "augment", "on": str(device), "batch": options.batch, "size": SIZE[0], "unit": "images/s"}
     lines = []
-    for name, both in compare(wholes(crops, device), options.rounds, device).items():
+    for name, both in compare(recipes(crops, device), options.rounds, device).items():
         rates = [percentiles([options.batch / value for value in values]) for values in both]
         ratio = percentiles([theirs / ours for ours, theirs in zip(*both, strict=True)])["p50"]
         lines.append([name, *(f"{r['p20']:.0f} - {r['p50']:.0f} - {r['p80']:.0f}" for r in rates), f"{ratio:.2f}"])
@@ -195,14 +195,14 @@ def main() -> None:
     print(f"\nRandAugment's operations at magnitude 9 on {few} images:\n")
     medians = {
         name: [1e6 * percentiles(values)["p50"] / few for values in both]
-        for name, both in compare(parts(crops, device), options.rounds, device).items()
+        for name, both in compare(operations(crops, device), options.rounds, device).items()
     }
     lines = [[name, *(f"{value:.0f}" for value in values)] for name, values in medians.items()]
     print(table(["microseconds per image", "ours", "timm on PIL"], lines))
     append(options.to, {**about, "what": "operations", "unit": "us/image, ours and timm", **medians})
     print(f"\nAfter RandAugment, {options.batch} images:\n")
     lines = []
-    for name, work in ours_alone(crops, device).items():
+    for name, work in later_steps(crops, device).items():
         spent = percentiles([seconds(work, turn, device) for turn in range(options.rounds + 1)][1:])
         lines.append([name, f"{1e3 * spent['p50']:.1f}"])
         append(options.to, {**about, "what": name, "unit": "s/batch", **spent})

@@ -1,9 +1,9 @@
-"""The baseline of the step benchmarks: the published recipe, plainly, in eager PyTorch.
+"""The baseline of the step benchmarks: the published recipe in plain eager PyTorch.
 
-Written from the method's description as most would write it: explicit softmax attention, every predictor sequence
-whole, all tokens of the target normalised before they are gathered, a loop over parameters for norms, target
-update and optimiser (PyTorch's default AdamW), one value read on the host for each norm, and a loop over images
-for the masks. Weights are interchangeable with ours, so both compute the same losses.
+Written from the method's description as most people would write it. Softmax attention is explicit, and all predictor
+sequences are computed whole. All target tokens are normalised before they are gathered. Norms, target update and
+optimiser (PyTorch's default AdamW) loop over the parameters, and the host reads one value for each norm. The masks come
+from a loop over images. Weights are interchangeable with ours, so both compute the same losses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ijepa_scale.optim.adamw import parameter_groups
 
 
 class Attention(nn.Module):
-    """Self-attention with its weights written out."""
+    """Self-attention with explicit attention weights."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers around a GELU."""
+    """Two linear layers around a GELU."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens."""
+    """Embeds patches as tokens."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -79,13 +79,13 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-def take(tokens: Tensor, places: list[Tensor]) -> Tensor:
-    """Returns the tokens at each of `places` (B, K), one after another along the batch."""
-    return torch.cat([tokens.gather(1, p[..., None].repeat(1, 1, tokens.shape[-1])) for p in places])
+def take(tokens: Tensor, patches: list[Tensor]) -> Tensor:
+    """Returns the tokens at each of the patch indices `patches` (B, K), concatenated along the batch."""
+    return torch.cat([tokens.gather(1, p[..., None].repeat(1, 1, tokens.shape[-1])) for p in patches])
 
 
 class Encoder(nn.Module):
-    """Context or target encoder."""
+    """The context or target encoder."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -95,18 +95,18 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(sizes.width, sizes.heads, sizes.mlp_width) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(sizes.width, eps=1e-6)
 
-    def forward(self, images: Tensor, places: list[Tensor] | None = None) -> Tensor:
-        """Returns the tokens after the final norm."""
+    def forward(self, images: Tensor, patches: list[Tensor] | None = None) -> Tensor:
+        """Returns the tokens after the final norm, of all patches or of `patches`."""
         x = self.patch_embed(images) + self.pos_embed
-        if places is not None:
-            x = take(x, places)
+        if patches is not None:
+            x = take(x, patches)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
 class Predictor(nn.Module):
-    """Predicts the target's features, each target block of an image as a sequence of its own."""
+    """Predicts the target's features, with one sequence per target block of an image."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,23 +121,23 @@ class Predictor(nn.Module):
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, sizes.width)
 
-    def forward(self, context: Tensor, places: list[Tensor], targets: list[Tensor]) -> Tensor:
-        """Returns predictions (M * E * B, T, D)."""
+    def forward(self, context: Tensor, patches: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """Returns the predictions (M * E * B, T, D)."""
         images = len(targets[0])
         positions = self.predictor_pos_embed.repeat(images, 1, 1)
-        seen = self.predictor_embed(context) + take(positions, places)
-        asked = take(positions, targets).view(len(targets), images, -1, seen.shape[-1])
-        asked = self.mask_token + asked[:, None].repeat(1, len(places), 1, 1, 1).flatten(0, 2)
-        x = torch.cat([seen.repeat(len(targets), 1, 1), asked], dim=1)
+        context = self.predictor_embed(context) + take(positions, patches)
+        queries = take(positions, targets).view(len(targets), images, -1, context.shape[-1])
+        queries = self.mask_token + queries[:, None].repeat(1, len(patches), 1, 1, 1).flatten(0, 2)
+        x = torch.cat([context.repeat(len(targets), 1, 1), queries], dim=1)
         for block in self.predictor_blocks:
             x = block(x)
-        return self.predictor_proj(self.predictor_norm(x)[:, seen.shape[1] :])
+        return self.predictor_proj(self.predictor_norm(x)[:, context.shape[1] :])
 
 
 class BaselineStep:
-    """The published training step, from the weights of `module` or else of `build_jepa(config, seed)`.
+    """The published training step, starting from the weights of `module`, by default `build_jepa(config, seed)`.
 
-    `wrap` is laid around the trained encoder and predictor: what makes them work on several processes.
+    `wrap` wraps the trained encoder and predictor, for example to train on several processes.
     """
 
     def __init__(
@@ -163,25 +163,25 @@ class BaselineStep:
         )
 
     def forward_backward(self, images: Tensor, masks: DenseMasks) -> Tensor:
-        """Returns the loss, with its gradients left in the parameters."""
+        """Returns the loss and leaves its gradients in the parameters."""
         context, targets = list(masks.context.unbind(0)), list(masks.targets.unbind(0))
         with self._autocast:
             with torch.no_grad():
                 features = F.layer_norm(self.target(images), (self.target.norm.normalized_shape[0],))
-                wanted = [take(features, [block]) for block in targets for _ in context]
+                expected = [take(features, [block]) for block in targets for _ in context]
             predicted = self._predictor(self._encoder(images, context), context, targets)
-            loss = F.smooth_l1_loss(predicted, torch.cat(wanted))
+            loss = F.smooth_l1_loss(predicted, torch.cat(expected))
         loss.backward()
         return loss
 
     def optimize(self, lr: float, weight_decay: float) -> None:
-        """Takes the optimiser's step."""
+        """Runs the optimiser's step."""
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, weight_decay if group["decay"] else 0.0
         self.optimizer.step()
 
     def norms(self) -> dict[str, float]:
-        """Returns each weight's gradient norm, read on the host one by one."""
+        """Returns the gradient norm of each weight, read on the host one by one."""
         return {
             name: float(parameter.grad.norm())
             for name, parameter in self.module.named_parameters()
@@ -195,7 +195,7 @@ class BaselineStep:
             mine.data.mul_(momentum).add_((1.0 - momentum) * theirs.detach().data)
 
     def update(self, lr: float, weight_decay: float, momentum: float) -> dict[str, float]:
-        """Returns each weight's gradient norm, after the optimiser's step and the target's update."""
+        """Runs the optimiser's step and the target's update; returns the gradient norm of each weight."""
         self.optimize(lr, weight_decay)
         norms = self.norms()
         self.optimizer.zero_grad()
@@ -203,7 +203,7 @@ class BaselineStep:
         return norms
 
     def __call__(self, images: Tensor, masks: DenseMasks, lr: float, weight_decay: float, momentum: float) -> float:
-        """Returns the loss of one whole step, read on the host as it is for the published log."""
+        """Runs one whole step and returns its loss, read on the host as for the published log."""
         loss = self.forward_backward(images, masks)
         self.update(lr, weight_decay, momentum)
         return float(loss.detach())

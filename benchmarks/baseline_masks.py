@@ -1,8 +1,8 @@
-"""The baseline of the mask benchmarks: one image after another, as most would write the published draw.
+"""The baseline of the mask benchmarks: draws masks image by image, as most people would write the published method.
 
-Written from the method's description: a loop over images and blocks with two `torch.randint` each, every block
-painted into a grid of its own and turned into indices, contexts masked by the complements of all targets, and a
-cut to the shortest in the collation. Given the same generator it draws the numbers of our `reference` sampler.
+Written from the method's description. A loop over images and blocks calls `torch.randint` twice for each, paints every
+block into its own grid and converts it to indices. Contexts are masked by the complements of all targets, and collation
+cuts all masks to the shortest. With the same generator it draws the same numbers as our `reference` sampler.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ijepa_scale.config import MaskConfig
 from ijepa_scale.masks import DenseMasks, MaskSampler
 
-PATIENCE = 20  # failed places after which one target fewer is taken out of the context
+PATIENCE = 20  # after this many failed draws, one target fewer is excluded from the context
 
 
 class LoopMasks:
@@ -26,11 +26,11 @@ class LoopMasks:
     """
 
     def __init__(self, config: MaskConfig, grid: tuple[int, int]) -> None:
-        MaskSampler(config, grid, seed=0)  # refuses what can't be drawn, or the loop might not end
+        MaskSampler(config, grid, seed=0)  # refuses what can't be drawn: the loop would never end
         self.config, self.grid = config, grid
 
     def __call__(self, step: int, count: int, generator: torch.Generator) -> DenseMasks:
-        """Returns the masks of `count` images, truncated; block sizes go with `step`, places with `generator`."""
+        """Returns the truncated masks of `count` images; sizes are drawn by `step`, positions by `generator`."""
         config = self.config
         sizes = torch.Generator().manual_seed(step)
         target_size = self._size(config.target_scale, config.target_aspect, sizes)
@@ -41,23 +41,23 @@ class LoopMasks:
         for _ in range(count):
             mine, complements = [], []
             for _ in range(config.num_target_blocks):
-                places, complement = self._block(target_size, None, generator)
-                mine.append(places)
+                patches, complement = self._block(target_size, None, generator)
+                mine.append(patches)
                 complements.append(complement)
-                shortest_target = min(shortest_target, len(places))
+                shortest_target = min(shortest_target, len(patches))
             targets.append(mine)
             kept = []
             for _ in range(config.num_context_blocks):
-                places, _ = self._block(context_size, [] if config.allow_overlap else complements, generator)
-                kept.append(places)
-                shortest_context = min(shortest_context, len(places))
+                patches, _ = self._block(context_size, [] if config.allow_overlap else complements, generator)
+                kept.append(patches)
+                shortest_context = min(shortest_context, len(patches))
             contexts.append(kept)
         return DenseMasks(self._collate(contexts, shortest_context), self._collate(targets, shortest_target))
 
     def _size(
         self, scale: tuple[float, float], aspect: tuple[float, float], generator: torch.Generator
     ) -> tuple[int, int]:
-        """Returns (height, width) of a block: one number gives scale and aspect."""
+        """Returns (height, width) of a block; one random number sets both scale and aspect."""
         draw = torch.rand(1, generator=generator).item()
         area = int(self.grid[0] * self.grid[1] * (scale[0] + draw * (scale[1] - scale[0])))
         ratio = aspect[0] + draw * (aspect[1] - aspect[0])
@@ -71,7 +71,7 @@ class LoopMasks:
     def _block(
         self, size: tuple[int, int], allowed: list[Tensor] | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Returns the places (K,) of one block within all `allowed` grids, and the grid without the block."""
+        """Returns the patch indices (K,) of one block within all `allowed` grids, and the grid without the block."""
         failures = 0
         while True:
             top = torch.randint(0, self.grid[0] - size[0], (1,), generator=generator)
@@ -81,17 +81,17 @@ class LoopMasks:
             if allowed is not None:
                 for grid in allowed[: max(0, len(allowed) - failures // PATIENCE)]:
                     inside &= grid
-            places = torch.nonzero(inside.flatten()).squeeze(1)
-            if len(places) > self.config.min_keep:
+            patches = torch.nonzero(inside.flatten()).squeeze(1)
+            if len(patches) > self.config.min_keep:
                 break
             failures += 1
         outside = torch.ones(self.grid, dtype=torch.bool)
         outside[top : top + size[0], left : left + size[1]] = False
-        return places, outside
+        return patches, outside
 
     @staticmethod
-    def _collate(places: list[list[Tensor]], length: int) -> Tensor:
-        """Returns (blocks, images, length): the first `length` places of each."""
+    def _collate(patches: list[list[Tensor]], length: int) -> Tensor:
+        """Returns (blocks, images, length): the first `length` patch indices of each block."""
         return torch.stack(
-            [torch.stack([image[block][:length] for image in places]) for block in range(len(places[0]))]
+            [torch.stack([image[block][:length] for image in patches]) for block in range(len(patches[0]))]
         )

@@ -1,4 +1,4 @@
-"""What every benchmark needs: who measured, percentiles, rows in a file."""
+"""Shared by all benchmarks: the description of the machine, timing, percentiles, tables and JSONL rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ijepa_scale import environment
 
 
 def about() -> dict[str, Any]:
-    """Returns date, revision, device and versions, the beginning of each row."""
+    """Returns date, revision, device and versions, with which each row begins."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "revision": environment.git_revision(str(Path(__file__).parent)),
@@ -32,7 +32,7 @@ def about() -> dict[str, Any]:
 
 
 def append(path: Path | None, row: dict[str, Any]) -> None:
-    """Appends a row to a JSONL file, where one is given."""
+    """Appends a row to the JSONL file `path`; does nothing if it is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
@@ -54,9 +54,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def in_turns(
     works: dict[str, Callable[[int], Any]], rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each work in each round; the works take turns, every second round in reverse order.
+    """Returns the seconds of each work in each round. The works take turns, in reverse order every second round.
 
-    The first round warms up and isn't counted. A work is called with the round, from 0.
+    The first round warms up and isn't counted. A work is called with the number of the round, from 0.
     """
     found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
@@ -70,12 +70,12 @@ def in_turns(
 
 
 def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """Returns the percentiles of how often `fast` goes into `slow`, round by round."""
+    """Returns the percentiles of slow / fast, round by round."""
     return percentiles([theirs / ours for theirs, ours in zip(slow, fast, strict=True)])
 
 
 def product_flops(dtype: torch.dtype, rounds: int = 9, size: int = 1024) -> float:
-    """Returns the most FLOP/s of matrix products on the CPU's threads, in CPU time: what a step's share refers to."""
+    """Returns the highest FLOP/s of matrix products on the CPU, in CPU time; a step's share refers to this peak."""
     values, weight = (
         torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1)
     )
@@ -84,11 +84,11 @@ def product_flops(dtype: torch.dtype, rounds: int = 9, size: int = 1024) -> floa
 
 
 def resident_growth(work: Callable[[], Any]) -> int | None:
-    """Returns by how many bytes this process's memory grows while `work` runs; None where the kernel doesn't tell."""
+    """Returns the bytes by which this process's memory grows during `work`; None if the kernel doesn't report it."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
         before = _status_bytes("VmRSS")
         work()
         return _status_bytes("VmHWM") - before
@@ -97,7 +97,7 @@ def resident_growth(work: Callable[[], Any]) -> int | None:
 
 
 def draw_bars(values: dict[str, float], path: Path, label: str) -> None:
-    """Draws a horizontal bar for each value; those whose name has "baseline" in it are grey."""
+    """Draws a horizontal bar for each value; bars with "baseline" in their name are grey."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,11 +1,11 @@
-"""Question: do the losses of fast and of eager settings stay together, compared with those of two seeds?
+"""Question: do fast settings follow the loss curve of eager settings more closely than a second seed does?
 
 python -m benchmarks.curves --fast engine.compile=true --steps 200 --model vit_small --batch 32 [--device cuda]
     [--images FOLDER_OR_TAR] [--precision bf16] [--to FILE] [--plot FILE] [section.key=value ...]
 
-Real runs on photographs, each setting with the seeds 0 and 1: same data, masks and starting weights for one seed. They
-agree where the mean distance between fast and eager over all steps is below that between the eager runs of the two
-seeds. Ends with 1 where they don't.
+Trains on photographs with each setting and the seeds 0 and 1; for one seed, data, masks and starting weights are the
+same. The curves agree if the mean distance between fast and eager over all steps is smaller than the distance between
+the eager runs of the two seeds. Exits with 1 if they don't.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ SEEDS = (0, 1)
 
 
 def curve(settings: list[str], seed: int, device: torch.device) -> np.ndarray:
-    """Returns the losses of a run, a value a step."""
-    torch.compiler.reset()  # graphs of the run before would count towards torch.compile's limit
+    """Returns the losses of a run, one per step."""
+    torch.compiler.reset()  # graphs of the previous run would count towards torch.compile's limit
     run = PretrainTask(configured([*settings, f"seed={seed}"]), alone(device))
     losses = [run.step(batch).loss for batch in run.loader(0)]
     return torch.stack(losses).double().cpu().numpy()
 
 
 def distances(curves: dict[str, list[np.ndarray]]) -> tuple[float, float]:
-    """Returns the mean distance of fast from eager, the worse seed's, and that of the eager runs of two seeds."""
+    """Returns the mean distance of fast from eager for the worse seed, and that between two seeds' eager runs."""
     pairs = zip(curves["fast"], curves["eager"], strict=True)
     between = max(float(np.abs(fast - eager).mean()) for fast, eager in pairs)
     return between, float(np.abs(curves["eager"][0] - curves["eager"][1]).mean())
 
 
 def draw(curves: dict[str, list[np.ndarray]], path: Path) -> None:
-    """Draws all curves."""
+    """Draws all curves into a PNG."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -61,13 +61,13 @@ def draw(curves: dict[str, list[np.ndarray]], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs, compares, prints and writes."""
+    """Trains with both settings, compares the curves, and writes the row and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.set_defaults(batch=32)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--fast", default="", help="overrides, in one argument, that make the fast setting")
-    parser.add_argument("--images", type=Path, help="folder or tar of class folders; by default JPEGs are made")
+    parser.add_argument("--fast", default="", help="overrides of the fast setting, in one argument")
+    parser.add_argument("--images", type=Path, help="folder or tar of class folders (default: generated JPEGs)")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--to", type=Path, help="JSONL file that the row is appended to")

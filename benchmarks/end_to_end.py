@@ -1,12 +1,13 @@
-"""Question: how much of the synthetic step's speed is left when images come from tar shards?
+"""Question: how much of the speed on synthetic images is left when images come from tar shards?
 
 python -m benchmarks.end_to_end --model vit_tiny --image-size 224 --patch-size 16 --batch 16 [--images FOLDER_OR_TAR]
     [--workers 1] [--steps N] [--device cuda] [--precision bf16] [--to FILE] [--plot FILE] [section.key=value ...]
 
-Ours: shards, workers, crops copied to the device, resizing there, and the real step; beside it the same step on images
-that lie on the device. The baseline: torchvision's ImageFolder and DataLoader with the loop over images for masks in
-its workers, and the eager step, on our masks, so that both train on as much. Wall time in windows of steps, and CPU
-time with that of the workers. Without --images JPEGs are made for the run.
+Our side reads shards in workers, copies the crops to the device, resizes them there and runs the real step; it is also
+measured on images that are already on the device. The baseline is torchvision's ImageFolder and DataLoader, whose
+workers also draw masks in a loop over images, with the eager step. It trains on our masks, so both sides do the same
+amount of training. Reports wall time in windows of steps, and CPU time including the workers. Without --images the run
+generates JPEGs.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ from ijepa_scale.train.pretrain import PretrainTask
 from ijepa_scale.train.step import TrainStep
 
 WINDOW = {"cpu": 2, "cuda": 5}  # steps between reads of the clock
-WARM_UP = 2  # windows
+WARM_UP = 2  # windows that aren't counted
 
 
 def windows(batches: Iterable[Any], work: Any, meters: Meters, window: int) -> list[dict[str, float]]:
-    """Returns the meters' means of each window of steps behind the warm-up: step and data wait, milliseconds."""
+    """Returns the meters' means for each window of steps after the warm-up: step time and data wait, milliseconds."""
     found = []
     for done, batch in enumerate(meters.timed(batches), start=1):
         work(batch)
@@ -60,7 +61,7 @@ def windows(batches: Iterable[Any], work: Any, meters: Meters, window: int) -> l
 
 
 def synthetic_step(run: PretrainTask, images: torch.Tensor) -> TrainStep:
-    """Returns the run's step with images that lie on the device in place of its augmentation."""
+    """Returns the run's step with its augmentation replaced by images that are already on the device."""
     return TrainStep(
         run.engine,
         augment=lambda micro: images[micro.position :][: len(micro)],
@@ -73,7 +74,7 @@ def synthetic_step(run: PretrainTask, images: torch.Tensor) -> TrainStep:
 
 
 def measure_ours(config: PretrainConfig, device: torch.device, steps: int) -> dict[str, dict[str, Any]]:
-    """Returns what our step did from shards and on synthetic images, in this order, with the same weights."""
+    """Returns the measurements of our step from shards, then on synthetic images, with the same weights."""
     batch = config.data.batch_size or 0
     run, window = PretrainTask(config, alone(device)), WINDOW[device.type]
     found = {}
@@ -91,7 +92,7 @@ def measure_ours(config: PretrainConfig, device: torch.device, steps: int) -> di
 def measure_baseline(
     config: PretrainConfig, device: torch.device, steps: int, *, folder: Path, workers: int
 ) -> dict[str, Any]:
-    """Returns what the eager step did, fed by torchvision."""
+    """Returns the measurements of the eager step, fed by torchvision."""
     from torchvision import datasets, transforms
 
     batch, augment = config.data.batch_size or 0, AugmentConfig()
@@ -126,21 +127,21 @@ def measure_baseline(
 
 
 class Collate:
-    """Stacks images and draws their masks image by image, as the published collator does in its workers."""
+    """Stacks images and draws their masks image by image, as the published code does in its workers."""
 
     def __init__(self, config: PretrainConfig) -> None:
         masks = dataclasses.replace(config.masks, sampler="reference", context="truncate")
         self._masks, self._calls = LoopMasks(masks, config.model.grid), 0
 
     def __call__(self, samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, Any]:
-        """Returns the images and masks, which cost their time but are then replaced by ours."""
+        """Returns the images and their masks. The time of the masks counts, but training uses ours instead."""
         self._calls += 1
         generator = rng.generator(0, "benchmark masks", self._calls)
         return torch.stack([image for image, _ in samples]), self._masks(self._calls, len(samples), generator)
 
 
 def rows_of(found: dict[str, dict[str, Any]], config: PretrainConfig, steps: int, workers: int) -> list[dict[str, Any]]:
-    """Returns a row for each side, with its speed as a share of the synthetic step's and of the baseline's."""
+    """Returns a row for each side, with its speed relative to the synthetic step and to the baseline."""
     batch = config.data.batch_size or 0
     rates = {name: [1e3 * batch / each[STEP] for each in side["windows"]] for name, side in found.items()}
     medians = {name: percentiles(values)["p50"] for name, values in rates.items()}
@@ -169,7 +170,7 @@ def rows_of(found: dict[str, dict[str, Any]], config: PretrainConfig, steps: int
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """Returns the table."""
+    """Returns the results as a Markdown table."""
     lines = [
         [
             row["side"],
@@ -186,14 +187,14 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Runs the benchmark, prints its table, and writes the rows and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.set_defaults(model="vit_tiny", batch=16)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--images", type=Path, help="folder or tar of class folders; by default JPEGs are made")
+    parser.add_argument("--images", type=Path, help="folder or tar of class folders (default: generated JPEGs)")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=16, help="of each side, those of the warm-up among them")
+    parser.add_argument("--steps", type=int, default=16, help="steps of each side, including the warm-up")
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
     parser.add_argument("--plot", type=Path, help="picture to write")
     options = parser.parse_intermixed_args()
@@ -203,7 +204,7 @@ def main() -> None:
         torch.set_num_threads(1)
     least = (WARM_UP + 1) * WINDOW[options.device]
     if options.steps < least:
-        parser.error(f"--steps is {options.steps}; give at least {least}: {WARM_UP} windows of steps are warm-up")
+        parser.error(f"--steps is {options.steps}; give at least {least}, since {WARM_UP} windows of steps are warm-up")
     with tempfile.TemporaryDirectory() as scratch:
         folder = folder_of(options.images, Path(scratch))
         own = [

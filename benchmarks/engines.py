@@ -1,8 +1,9 @@
-"""Question: how far do 20 fp32 steps under each engine end from one process's, on gloo?
+"""Question: how far from a single process does each engine end after 20 fp32 steps on gloo?
 
 python -m benchmarks.engines [--to benchmarks/results/engines.jsonl]
 
-Prints a table and appends a JSONL row per engine and accumulation: largest differences of loss and target weight.
+Prints a table and appends a JSONL row for each engine and accumulation, with the largest differences of loss and target
+weight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tests.distributed.training import curve
 
 
 def main() -> None:
-    """Runs every engine of the tests, with accumulation 1 and 2."""
+    """Runs all engines of the distributed tests, with accumulation 1 and 2."""
     from tests.distributed.harness import run
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,9 +1,9 @@
-"""Question: does finetuning from the demonstration's encoder beat training from scratch, at equal budget?
+"""Question: does finetuning from the demo's encoder beat training from scratch, with the same budget?
 
 python -m benchmarks.finetune_demo --init runs/demo [--seeds 3] [--to benchmarks/results/finetune_demo.jsonl]
 
-Runs configs/finetune/demo_finetune.yaml (500 labelled Fashion-MNIST images, 10,000 held-out ones) with both starts and
-each seed, in turn, in one process. Accuracies are those after the last step.
+Runs configs/finetune/demo_finetune.yaml (500 labelled Fashion-MNIST images, 10,000 held-out images) from both starts
+with each seed, one after another in one process. Accuracies are measured after the last step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "finetune" / "demo_finetune.yam
 
 
 def accuracy(init: str | None, seed: int, folder: Path, overrides: list[str]) -> float:
-    """Returns top-1 after the last step, 0 to 1."""
+    """Returns the top-1 accuracy after the last step, from 0 to 1."""
     fixed = [
         f"seed={seed}", f"folder={folder}", "engine.strategy=plain", "engine.device=cpu", "logging.progress=none",
         "logging.tensorboard=false", "evaluate.every_epochs=1000", f"model.init={init or 'null'}",
@@ -39,12 +39,12 @@ def accuracy(init: str | None, seed: int, folder: Path, overrides: list[str]) ->
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Runs the benchmark, prints its table and appends its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init", required=True, help="run folder of the demonstration")
+    parser.add_argument("--init", required=True, help="run folder of the demo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
-    parser.add_argument("overrides", nargs="*", help="changes to the configuration, for both")
+    parser.add_argument("overrides", nargs="*", help="changes to the configuration of both starts")
     options = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING)
     starts = {"pretrained": options.init, "from scratch": None}

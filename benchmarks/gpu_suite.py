@@ -1,12 +1,12 @@
-"""Question: everything that is measured on a GPU, in one command and under nine minutes.
+"""Runs all GPU measurements with one command, in under nine minutes.
 
 python -m benchmarks.gpu_suite [--dry-run] [--items NAME ...] [--images FOLDER_OR_TAR] [--folder benchmarks/results]
-python -m benchmarks.gpu_suite --device cpu --quick      # the suite's own logic, with toy sizes
+python -m benchmarks.gpu_suite --device cpu --quick      # tests the suite itself, with toy sizes
 
-Runs the GPU tests, the step (H/14@224, g/16@224, H/16@448; eager baseline beside; compiled; truncated, packed and the
-fp8 target), what follows backward, the path from shards, the kernels, the augmentation and the loss curves, each in a
-child process with a limit of its own. Writes FOLDER/gpu-<date>-<device>.jsonl, .md and .png. What was skipped or
-failed is named with its reason, and makes the exit code 1.
+Runs the GPU tests; the compiled step (H/14@224, g/16@224, H/16@448; with truncated masks, packed masks and the fp8
+target; against the eager baseline); the part after backward; training from shards; the kernels; the augmentation; and
+the loss curves. Each item runs in a child process with its own time limit. Writes FOLDER/gpu-<date>-<device>.jsonl, .md
+and .png. Lists items that were skipped or failed with the reason, and then exits with 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SIDES = {"truncated": "ours", "packed": f"ours, {PACKED}", "fp8": f"ours, {FP8}"
 
 
 def fp8_missing(device: str) -> str | None:
-    """Returns why the fp8 target can't be measured."""
+    """Returns why the fp8 target can't be measured; None if it can."""
     if device == "cpu":
         return "the fp8 target needs a CUDA device"
     if "target_precision" not in {field.name for field in dataclasses.fields(EngineConfig)}:
@@ -53,7 +53,7 @@ def fp8_missing(device: str) -> str | None:
 
 
 def gpu_items(rows: Path, images: Path, workers: int) -> list[Item]:
-    """Returns what is run on a GPU, most important first."""
+    """Returns the items to run on a GPU, the most important first."""
     to, without_fp8 = ("--to", str(rows)), fp8_missing("cuda")
     variants = ["--variant", PACKED] if without_fp8 else ["--variant", PACKED, "--variant", FP8]
     items = [_module("tests", "pytest", ("-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider"), 60)]
@@ -80,7 +80,7 @@ def gpu_items(rows: Path, images: Path, workers: int) -> list[Item]:
 
 
 def quick_items(rows: Path, images: Path) -> list[Item]:
-    """Returns the same items in toy sizes for the CPU."""
+    """Returns the same items with toy sizes for the CPU."""
     to = ("--to", str(rows))
     items = [Item(name="tests", command=(), expected_s=0, limit_s=0, cannot="GPU tests need a CUDA device")]
     for name in STEPS:
@@ -103,12 +103,12 @@ def quick_items(rows: Path, images: Path) -> list[Item]:
 
 
 def _module(name: str, module: str, arguments: tuple[str, ...], expected_s: float) -> Item:
-    """Returns an item that runs a module; it may take twice the expected time and half a minute."""
+    """Returns an item that runs a module, limited to twice the expected time plus half a minute."""
     return Item(name=name, command=("-m", module, *arguments), expected_s=expected_s, limit_s=2 * expected_s + 30)
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Returns for each bar of the GPU run what was found and whether it is met; without a figure: not measured."""
+    """Returns a table row for each goal of the GPU run: the goal, the figure found and whether the goal is met."""
     huge, giant = _step(rows, "vit_huge", 224), _step(rows, "vit_giant", 224)
     end = {row["side"]: row for row in rows if row["benchmark"] == "end to end" and row["model"] == "vit_huge"}
     curves = [row for row in rows if row["benchmark"] == "curves"]
@@ -139,13 +139,13 @@ def _middle(values: dict[str, float] | None) -> float | None:
 
 
 def _step(rows: list[dict[str, Any]], model: str, size: int) -> dict[str, dict[str, Any]]:
-    """Returns the step's rows of a model at a size, by side."""
+    """Returns the step benchmark's rows for a model at an image size, by side."""
     chosen = [row for row in rows if row["benchmark"] == "step" and (row["model"], row["image_size"]) == (model, size)]
     return {row["side"]: row for row in chosen}
 
 
 def steps_table(rows: list[dict[str, Any]]) -> str:
-    """Returns the table of all measured steps."""
+    """Returns a table of all measured steps."""
     lines = []
     for row in (row for row in rows if row["benchmark"] == "step"):
         name = f"{row['model']}/{row['patch_size']}@{row['image_size']}, {row['batch']} images"
@@ -161,10 +161,10 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(rows: list[dict[str, Any]], outcomes: list[Outcome], path: Path) -> str:
-    """Returns the report, written as Markdown and a picture beside the rows."""
+    """Writes the report as Markdown and a picture next to the rows; returns its main part."""
     head = about()
     title = f"{head['device']}, {head['date']}, revision {head['revision']}, PyTorch {head['torch']}"
-    parts = [f"# {title}", summary(outcomes), table(["bar", "at least", "found", ""], verdicts(rows))]
+    parts = [f"# {title}", summary(outcomes), table(["goal", "at least", "found", ""], verdicts(rows))]
     parts += ["## Steps", steps_table(rows)]
     parts += [f"## {each.name}\n\n```\n{each.output}\n```" for each in outcomes if each.output]
     text = "\n\n".join(parts) + "\n"
@@ -177,19 +177,19 @@ def write(rows: list[dict[str, Any]], outcomes: list[Outcome], path: Path) -> st
 
 
 def main() -> None:
-    """Runs what is asked for, and writes."""
+    """Runs the chosen items and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="toy sizes, for the CPU")
     parser.add_argument("--dry-run", action="store_true", help="list the items and stop")
-    parser.add_argument("--items", nargs="+", help="by default all")
-    parser.add_argument("--images", type=Path, help="folder or tar of class folders; by default JPEGs are made")
+    parser.add_argument("--items", nargs="+", help="names of items (default: all)")
+    parser.add_argument("--images", type=Path, help="folder or tar of class folders (default: generated JPEGs)")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if options.quick != (options.device == "cpu"):
-        parser.error("--quick and --device cpu go together: real sizes take hours on a CPU; give both or none")
+        parser.error("real sizes take hours on a CPU; give both --quick and --device cpu, or neither")
     if options.device == "cuda" and not options.dry_run and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --quick runs toy sizes, --dry-run lists the items")
     device = re.sub(r"[^a-z0-9]+", "-", about()["device"].lower()).strip("-") if options.device == "cuda" else "cpu"
@@ -199,7 +199,8 @@ def main() -> None:
         items = quick_items(path, images) if options.quick else gpu_items(path, images, options.workers)
         unknown = set(options.items or ()) - {item.name for item in items}
         if unknown:
-            parser.error(f"--items {', '.join(sorted(unknown))}: unknown; there are {', '.join(i.name for i in items)}")
+            known = ", ".join(item.name for item in items)
+            parser.error(f"unknown --items {', '.join(sorted(unknown))}; choose from {known}")
         chosen = [item for item in items if not options.items or item.name in options.items]
         if options.dry_run:
             print(plan(chosen, options.budget))

@@ -1,7 +1,7 @@
-"""What the kernels' benchmark measures: for each kernel our way, plain PyTorch's and torch.compile's.
+"""The cases of the kernel benchmark: each kernel as implemented by us, by plain PyTorch and by torch.compile.
 
-A way is a call without arguments on tensors made beforehand; where a kernel has a backward pass it is part of the
-call. What the compiler needs and wouldn't be timed with ours (padded canvases, masks) is made beforehand too.
+Each implementation ("way") is a call without arguments on tensors made beforehand. If a kernel has a backward pass, the
+call includes it. Inputs that only the compiled version needs (padded canvases, masks) are made beforehand too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ijepa_kernels.crop_resize.reference import filter_matrix, padded
 from ijepa_scale.config.architectures import Sizes, sizes_of
 
 Work = Callable[[], Any]
-TRITON_WANTED = "Triton needs a CUDA device"
-TARGETS = 4  # blocks of an image
+NEEDS_CUDA = "Triton needs a CUDA device"
+TARGETS = 4  # target blocks per image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A published run's sizes on one device: `predicted` tokens a target block, `crop` pixels a side."""
+    """The sizes of a published run on one device: `predicted` tokens per target block, `crop` pixels a side."""
 
     name: str
     sizes: Sizes
@@ -45,7 +45,7 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What matrix products and activations are in."""
+        """Returns the dtype of matrix products and activations."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -56,7 +56,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One kernel at one size. `cost` is what must move and be computed; `missing` says why a way isn't there."""
+    """One kernel at one size. `cost` holds bytes and FLOPs; `missing` says why an implementation can't run."""
 
     kernel: str
     shape: str
@@ -68,7 +68,7 @@ class Case:
 
 
 def settings(device: torch.device, quick: bool) -> list[Setting]:
-    """Returns the published runs' sizes; on the CPU, or in a hurry on a GPU, a few images."""
+    """Returns the sizes of the published runs; on the CPU, or with `quick` on a GPU, one small size."""
     tiny = Setting(name="tiny", sizes=sizes_of("vit_tiny"), images=2, tokens=196, predicted=34, crop=224, device=device)
     if device.type == "cpu":
         return [tiny]
@@ -82,18 +82,18 @@ def settings(device: torch.device, quick: bool) -> list[Setting]:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function compiled whole for one shape."""
+    """Returns the function compiled as a whole graph for static shapes."""
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def with_backward(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor | None = None) -> Work:
-    """Returns a call of the function and of its backward to the inputs."""
+    """Returns a call that runs the function and its backward to the inputs."""
     return lambda: torch.autograd.grad(function(*inputs), inputs, upstream)
 
 
 def dense_attention(at: Setting) -> Iterator[Case]:
-    """Yields attention of whole images without gradients, as the target encoder's, by SDPA's backends."""
+    """Yields attention over whole images without gradients, as in the target encoder, with each of SDPA's backends."""
     heads, size = at.sizes.heads, at.sizes.width // at.sizes.heads
     qkv = [at.random(at.images, heads, at.tokens, size) for _ in range(3)]
 
@@ -126,7 +126,7 @@ def dense_attention(at: Setting) -> Iterator[Case]:
 
 
 def packed_attention(at: Setting) -> Iterator[Case]:
-    """Yields forward and backward of packed contexts of different lengths; the compiler gets them padded, masked."""
+    """Yields forward and backward over packed contexts of different lengths; the compiler gets padded, masked ones."""
     heads, size = at.sizes.heads, at.sizes.width // at.sizes.heads
     lengths = np.random.default_rng(0).integers(at.tokens // 3, at.tokens // 2, at.images).tolist()
     layout = SequenceLayout.of(lengths, at.device)
@@ -151,7 +151,7 @@ def packed_attention(at: Setting) -> Iterator[Case]:
 
 
 def crop_resize(at: Setting) -> Iterator[Case]:
-    """Yields resizing of photographs' crops to normalised images; the compiler gets canvases and filters made."""
+    """Yields resizing crops of photographs to normalised images; the compiler gets ready-made canvases and filters."""
     sizes = np.random.default_rng(0).integers(200, 420, (at.images, 2))
     pixels = torch.randint(0, 256, (3 * int(sizes.prod(axis=1).sum()),), dtype=torch.uint8).to(at.device)
     normalise, output = ((0.017,) * 3, (-2.0,) * 3), (at.crop, at.crop)
@@ -181,7 +181,7 @@ def crop_resize(at: Setting) -> Iterator[Case]:
 
 
 def target_loss(at: Setting) -> Iterator[Case]:
-    """Yields forward and backward of the loss, from all of the target encoder's tokens."""
+    """Yields forward and backward of the loss, which gathers from all tokens of the target encoder."""
     rows, width = at.images * TARGETS * at.predicted, at.sizes.width
     prediction = at.random(rows, width).requires_grad_()
     tokens = at.random(at.images * at.tokens, width, dtype=torch.float32)
@@ -202,7 +202,7 @@ def target_loss(at: Setting) -> Iterator[Case]:
 
 
 def target_update(at: Setting) -> Iterator[Case]:
-    """Yields the update of an encoder's tensors with bf16 copies and a flag that stays 0."""
+    """Yields the update of a whole encoder, with bf16 copies and a flag that stays 0."""
     width, mlp = at.sizes.width, at.sizes.mlp_width
     block = [(3 * width, width), (3 * width,), (width, width), (width,), (mlp, width), (mlp,), (width, mlp), (width,)]
     shapes = [*block, *[(width,)] * 4] * at.sizes.depth
@@ -235,7 +235,7 @@ def target_update(at: Setting) -> Iterator[Case]:
 
 
 def layer_norm(at: Setting) -> Iterator[Case]:
-    """Yields forward and backward of a block's norm: fp32 in, out as the linear layer takes it."""
+    """Yields forward and backward of a block's norm: from fp32 to the dtype of the following linear layer."""
     rows, width = at.images * at.tokens, at.sizes.width
     inputs = [at.random(rows, width, dtype=torch.float32), at.random(width, dtype=torch.float32)]
     inputs = [x.requires_grad_() for x in (*inputs, inputs[1].clone())]
@@ -257,7 +257,7 @@ def layer_norm(at: Setting) -> Iterator[Case]:
 
 
 def fp8_linear(at: Setting) -> Iterator[Case]:
-    """Yields an MLP's two layers in fp8, alone and compiled with its quantisation, beside bf16's."""
+    """Yields the two layers of an MLP in fp8, eager and compiled together with quantisation, and in bf16."""
     for inputs, outputs in ((at.sizes.width, at.sizes.mlp_width), (at.sizes.mlp_width, at.sizes.width)):
         rows = at.images * at.tokens
         x, weight = at.random(rows, inputs, dtype=torch.bfloat16), at.random(outputs, inputs, dtype=torch.bfloat16)
@@ -281,14 +281,14 @@ def fp8_linear(at: Setting) -> Iterator[Case]:
 
 
 def triton_case(kernel: str, shape: str, ways: dict[str, Work], cost: dict[str, float], at: Setting) -> Case:
-    """Returns the case of a kernel whose way is Triton's, without it where there is no CUDA device."""
-    missing = {} if at.device.type == "cuda" else {"triton": TRITON_WANTED}
-    there = {name: work for name, work in ways.items() if name not in missing}
-    return Case(kernel=kernel, shape=shape, ways=there, ours="triton", cost=cost, missing=missing)
+    """Returns the case of a kernel that we implement in Triton; without a CUDA device, Triton is listed as missing."""
+    missing = {} if at.device.type == "cuda" else {"triton": NEEDS_CUDA}
+    available = {name: work for name, work in ways.items() if name not in missing}
+    return Case(kernel=kernel, shape=shape, ways=available, ours="triton", cost=cost, missing=missing)
 
 
 def moved(read: int, written: int, bytes_per_value: int) -> dict[str, float]:
-    """Returns the bytes of so many values."""
+    """Returns the cost in bytes of reading and writing this many values."""
     return {"read_bytes": float(read * bytes_per_value), "written_bytes": float(written * bytes_per_value)}
 
 

@@ -1,11 +1,12 @@
-"""Question: which of our kernels beat plain PyTorch and torch.compile, and how near are they to the device?
+"""Question: which of our kernels beat plain PyTorch and torch.compile, and how close are they to the device's limit?
 
 python -m benchmarks.kernels [--device cuda] [--only target_loss ...] [--quick] [--to benchmarks/results/kernels.jsonl]
 
-All ways of a kernel take turns in one run; on a GPU events time them and the L2 cache is overwritten before each. The
-share is of the time that the device needs at least: the bytes that must move, at the speed of a large copy measured
-in the same run, or the FLOPs at the data sheet's peak (bf16; twice that in fp8), whichever takes longer. A kernel of
-ours that loses to torch.compile is named at the end, and so is each way that this device can't run.
+All implementations of a kernel take turns in one run. On a GPU they are timed by events, and the L2 cache is
+overwritten before each call. The share compares the measured time with the least time that the device needs: the bytes
+that must move at the speed of a large copy measured in the same run, or the FLOPs at the data sheet's peak (bf16; twice
+that in fp8), whichever takes longer. The end of the report lists our kernels that are slower than torch.compile, and
+the implementations that this device can't run.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from ijepa_scale.planning.hardware import peak_flops
 
 FLUSHED = 256 << 20  # bytes, several times the largest L2 cache
 ROUNDS = {"cuda": 50, "cpu": 10}
-COPIED = {"cuda": 1 << 30, "cpu": 64 << 20}  # bytes of the copy that measures the bandwidth
+COPIED = {"cuda": 1 << 30, "cpu": 64 << 20}  # size of the copy that measures the bandwidth, in bytes
 
 
 class Clock:
-    """Times calls in milliseconds: by events on a GPU, by the wall on the CPU."""
+    """Times calls in milliseconds: by events on a GPU, by wall time on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -49,7 +50,7 @@ class Clock:
 
 
 def copy_bandwidth(device: torch.device, clock: Clock, rounds: int) -> float:
-    """Returns the bytes per second, read and written, of a large copy on the device."""
+    """Returns the bytes per second, reads plus writes, of a large copy on the device."""
     source = torch.zeros(COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     spent = [clock(lambda: target.copy_(source)) for _ in range(rounds + 1)][1:]
@@ -57,14 +58,14 @@ def copy_bandwidth(device: torch.device, clock: Clock, rounds: int) -> float:
 
 
 def least_ms(case: Case, bandwidth: float, peak: float | None) -> float:
-    """Returns the milliseconds that the device needs at least; only by bandwidth where its peak isn't known."""
+    """Returns the least milliseconds that the device needs; by bandwidth alone if its peak FLOP/s are unknown."""
     moving = (case.cost["read_bytes"] + case.cost["written_bytes"]) / bandwidth
     computing = 0.0 if peak is None else case.cost["flops"] / (peak * (2 if case.fp8 else 1))
     return 1e3 * max(moving, computing)
 
 
 def measure(case: Case, at: Setting, clock: Clock, rounds: int) -> dict[str, Any]:
-    """Returns the row of a case: milliseconds and peak bytes of each way, and how often ours beats the compiler."""
+    """Returns the row of a case: milliseconds and peak bytes of each implementation, and our speed-up over compiled."""
     spent: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     missing = dict(case.missing)
@@ -73,9 +74,9 @@ def measure(case: Case, at: Setting, clock: Clock, rounds: int) -> dict[str, Any
             torch.cuda.reset_peak_memory_stats()
         try:
             for _ in range(3):
-                work()  # compiles, and warms up
+                work()  # compiles and warms up
         except RuntimeError as error:
-            if name not in ("flash", "efficient", "cudnn", "math"):  # a forced backend may not take the shape
+            if name not in ("flash", "efficient", "cudnn", "math"):  # a forced backend may not support the shape
                 raise
             missing[name] = str(error).splitlines()[0]
             continue
@@ -95,7 +96,7 @@ def measure(case: Case, at: Setting, clock: Clock, rounds: int) -> dict[str, Any
 
 
 def run(device: torch.device, *, quick: bool = False, only: list[str] | None = None) -> list[dict[str, Any]]:
-    """Returns a row for each kernel and size; `quick` takes small sizes and a few rounds."""
+    """Returns a row for each kernel and size; `quick` uses small sizes and few rounds."""
     clock, rounds = Clock(device), 5 if quick else ROUNDS[device.type]
     bandwidth = copy_bandwidth(device, clock, rounds)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -113,7 +114,7 @@ def run(device: torch.device, *, quick: bool = False, only: list[str] | None = N
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """Returns the table, what this device couldn't run, and which of ours lose to torch.compile."""
+    """Returns the results as a table, what this device couldn't run, and our kernels that lose to torch.compile."""
     lines = [
         [
             row["kernel"], f"{row['size']}: {row['shape']}", f"{way} (ours)" if way == row["ours"] else way,
@@ -122,7 +123,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows for way, values in row["ways"].items()
     ]  # fmt: skip
-    header = ["kernel", "size", "way", "ms, 20-50-80 %", "share of the device", "times torch.compile"]
+    header = ["kernel", "size", "implementation", "ms, 20-50-80 %", "share of the device", "times torch.compile"]
     text = [table(header, lines), ""]
     for row in rows:
         text += [f"{row['kernel']}, {row['size']}: no {way}: {why}" for way, why in row["missing"].items()]
@@ -131,16 +132,16 @@ def report(rows: list[dict[str, Any]]) -> str:
         if ratio is None:
             text.append(f"{name}: no verdict, ours doesn't run on {row['on']}")
         elif ratio < 1:
-            text.append(f"{name}: LOSES to torch.compile, {ratio:.2f} times its speed: leave it off")
+            text.append(f"{name}: LOSES to torch.compile, {ratio:.2f} times its speed; leave it off")
     return "\n".join(text)
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Runs the benchmark, prints its table and appends its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=list(KERNELS), help="by default all")
-    parser.add_argument("--quick", action="store_true", help="small sizes, a few rounds")
+    parser.add_argument("--only", nargs="+", choices=list(KERNELS), help="names of kernels (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
     options = parser.parse_args()
     if options.device == "cpu":

@@ -1,10 +1,10 @@
-"""Question: how many training images does a CPU-second make, by this data path and by the classic ones?
+"""Question: how many training images per CPU-second does this data path produce, compared with the classic ones?
 
 python -m benchmarks.loader --images FOLDER_OR_TAR [--to benchmarks/results/loader.jsonl] [--plot docs/loader.png]
 
-FOLDER holds CLASS/*.jpg (or train/CLASS/*.jpg; so may the tar). The same files are read by every path in one run,
-the paths taking turns: the CPU-seconds (user and system, workers included) of each turn are compared within it.
-Warm page cache; one thread a process.
+The folder or tar holds CLASS/*.jpg or train/CLASS/*.jpg. All paths read the same files in one run and take turns. Their
+CPU-seconds (user and system, including workers) are compared within each turn. The page cache is warm, and each process
+uses one thread.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CLASSIC = "torchvision ImageFolder"
 
 
 def cpu_seconds() -> float:
-    """Returns the CPU time of this process and of its ended children, those of the fork server among them."""
+    """Returns the CPU seconds of this process and its finished children, including those of the fork server."""
     own = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     server = getattr(forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
     if server is None:
@@ -53,7 +53,7 @@ def cpu_seconds() -> float:
 
 
 def ours(shards: Path, workers: int, epochs: int, *, augment: bool) -> int:
-    """Returns the images read; with `augment` they are resized and normalised here, on the CPU."""
+    """Reads through our path and returns the number of images; `augment` also resizes and normalises, on the CPU."""
     source = ShardSource(expand(shards))
     order = SampleOrder(source.shard_sizes, BATCH, 0, 4)
     steps = epochs * order.steps_per_epoch
@@ -66,7 +66,10 @@ def ours(shards: Path, workers: int, epochs: int, *, augment: bool) -> int:
 
 
 def torchvision_folder(folder: Path, workers: int, epochs: int) -> int:
-    """Returns the images read as the published code reads them: PIL, RandomResizedCrop, ToTensor, Normalize."""
+    """Reads as the published code does and returns the number of images.
+
+    The chain is PIL, RandomResizedCrop, ToTensor, Normalize.
+    """
     from torchvision import datasets, transforms
 
     chain = transforms.Compose(
@@ -81,7 +84,10 @@ def torchvision_folder(folder: Path, workers: int, epochs: int) -> int:
 
 
 def plain_webdataset(shards: Path, workers: int, epochs: int) -> int:
-    """Returns the images read by webdataset's usual pipeline: decode("pil"), RandomResizedCrop, ToTensor, Normalize."""
+    """Reads through webdataset's usual pipeline and returns the number of images.
+
+    The pipeline is decode("pil"), RandomResizedCrop, ToTensor, Normalize.
+    """
     import webdataset
     from torchvision import transforms
 
@@ -99,7 +105,7 @@ def plain_webdataset(shards: Path, workers: int, epochs: int) -> int:
 
 
 def dali(folder: Path, workers: int, epochs: int) -> int:
-    """Returns the images read by DALI on the CPU: decoder with random crop, resize, normalise."""
+    """Reads through DALI on the CPU and returns the number of images: decoder with random crop, resize, normalise."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=BATCH, num_threads=max(1, workers), device_id=None)
@@ -119,12 +125,12 @@ def dali(folder: Path, workers: int, epochs: int) -> int:
 
 
 def _drain(loader: Any, epochs: int) -> int:
-    """Returns the images in `epochs` passes over a loader of (images, labels)."""
+    """Passes `epochs` times over a loader of (images, labels) and returns the number of images."""
     return sum(len(images) for _ in range(epochs) for images, _ in loader)
 
 
 def stages(shards: Path) -> dict[str, float]:
-    """Returns CPU-microseconds per image of each stage of our path, one thread, all images once."""
+    """Returns the CPU-microseconds per image of each stage of our path, on one thread, over all images once."""
     source = ShardSource(expand(shards))
     draws = np.random.default_rng(0).random((source.num_samples, CROP_DRAWS)).tolist()
     slot = np.empty(source.num_samples * 3 * 1024 * 1024, dtype=np.uint8)
@@ -159,7 +165,7 @@ def stages(shards: Path) -> dict[str, float]:
 
 
 def resume_seconds(samples: int) -> float:
-    """Returns the seconds from nothing to the sample ids of a batch in mid-pass, of a set of 10,000 a shard."""
+    """Returns the seconds from a cold start to the sample ids of a batch in mid-epoch; shards hold 10,000 samples."""
     begin = time.perf_counter()
     shards = np.full(-(-samples // 10_000), 10_000, dtype=np.int64)
     order = SampleOrder(shards, 2048, 0, 8)
@@ -168,7 +174,7 @@ def resume_seconds(samples: int) -> float:
 
 
 def compare(folder: Path, shards: Path, workers: int, rounds: int, epochs: int) -> dict[str, dict[str, list[float]]]:
-    """Returns images per CPU-second and per second of each path, a value a round; the paths take turns."""
+    """Returns images per CPU-second and per second of each path, one value per round; the paths take turns."""
     paths: dict[str, Callable[[], int]] = {
         CLASSIC: lambda: torchvision_folder(folder, workers, epochs),
         "webdataset + PIL": lambda: plain_webdataset(shards, workers, epochs),
@@ -180,21 +186,21 @@ def compare(folder: Path, shards: Path, workers: int, rounds: int, epochs: int) 
 
         paths["DALI, CPU"] = lambda: dali(folder, workers, epochs)
     except ImportError:
-        print("DALI is not installed: left out")
+        print("DALI is not installed; skipping it")
     found: dict[str, dict[str, list[float]]] = {name: {"per_cpu_s": [], "per_s": []} for name in paths}
     for turn in range(rounds + 1):
         for name, run in paths.items():
             cpu, wall = cpu_seconds(), time.perf_counter()
             count = run()
             cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
-            if turn:  # the first warms up: imports, the fork server, the page cache
+            if turn:  # the first turn warms up: imports, the fork server, the page cache
                 found[name]["per_cpu_s"].append(count / cpu)
                 found[name]["per_s"].append(count / wall)
     return found
 
 
 def class_folders(images: Path, scratch: Path) -> Path:
-    """Returns the folder of class folders; those of a tar are unpacked into `scratch`."""
+    """Returns the folder of class folders; unpacks a tar into `scratch`."""
     if images.is_dir():
         return ImageFolderSource(images).root
     with tarfile.open(images) as tar:
@@ -203,7 +209,7 @@ def class_folders(images: Path, scratch: Path) -> Path:
 
 
 def draw(found: dict[str, dict[str, list[float]]], parts: dict[str, float], path: Path) -> None:
-    """Draws the rates and the stages."""
+    """Draws the rates and the stages into a PNG."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -219,12 +225,14 @@ def draw(found: dict[str, dict[str, list[float]]], parts: dict[str, float], path
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Runs the benchmark, prints its tables, and writes the rows and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder or tar of class folders")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=10, help="passes in each turn; starting workers is included")
+    parser.add_argument(
+        "--epochs", type=int, default=10, help="epochs in each turn, which includes starting the workers"
+    )
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
     parser.add_argument("--plot", type=Path, help="picture to write")
     options = parser.parse_args()
@@ -243,7 +251,7 @@ def main() -> None:
     print()
     resumes = {samples: [resume_seconds(samples) for _ in range(5)] for samples in (1_281_167, 10**9)}
     for samples, seconds in resumes.items():
-        print(f"resume in mid-pass of {samples:,} samples: {1e3 * percentiles(seconds)['p50']:.1f} ms")
+        print(f"resume in mid-epoch of {samples:,} samples: {1e3 * percentiles(seconds)['p50']:.1f} ms")
     for name, values in found.items():
         per = {key: percentiles(value) for key, value in values.items()}
         append(options.to, {"benchmark": "loader", "path": name, "workers": options.workers, **per})

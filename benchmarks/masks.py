@@ -1,10 +1,11 @@
-"""Question: how much faster are the masks of a batch drawn here than by a loop over images?
+"""Question: how much faster do we draw the masks of a batch than a loop over images does?
 
 python -m benchmarks.masks [--images 128] [--rounds 30] [--to benchmarks/results/masks.jsonl] [--plot masks.png]
 
-The loop (benchmarks/baseline_masks.py) makes the truncated index tensors of one batch. Ours is timed in three parts:
-the draw, the call (draw and index tensors, packed where asked), and the call with what the target encoder is asked
-for, which the loop has no counterpart of. One thread, CPU time, in turns; another step each round, so nothing is kept.
+The loop (benchmarks/baseline_masks.py) makes the truncated index tensors of one batch. Ours is timed three times: the
+draw alone; the whole call, which also makes the index tensors (truncated or packed); and the call plus `Wanted`, the
+patches to request from the target encoder, which the loop has no equivalent of. All take turns on one thread, in CPU
+time; each round draws another step, so nothing is cached.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LOOP, PARTS = "loop", ("draw", "call", "call and wanted")
 
 
 def measure(grid: tuple[int, int], sampler: str, context: str, images: int, rounds: int) -> dict[str, list[float]]:
-    """Returns the CPU seconds of the loop and of our parts, a value a round."""
+    """Returns the CPU seconds of the loop and of our parts, one value per round."""
     config = MaskConfig(sampler=sampler, context=context, group_size=images)
     loop = LoopMasks(MaskConfig(sampler="reference"), grid)
     ours = {part: MaskSampler(config, grid, seed=0) for part in PARTS}
@@ -46,9 +47,9 @@ def measure(grid: tuple[int, int], sampler: str, context: str, images: int, roun
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Runs the benchmark, prints its table, and writes the rows and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=128, help="that share one cut")
+    parser.add_argument("--images", type=int, default=128, help="images that share one cut (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
     parser.add_argument("--plot", type=Path, help="picture to write")
@@ -68,7 +69,7 @@ def main() -> None:
             bars[f"{name} {sampler}, {context}"] = row["times_loop"]["call and wanted"]["p50"]
     print(table(["grid", "masks", "loop over images", *(f"ours: {part}" for part in PARTS)], lines))
     if options.plot:
-        draw_bars(bars, options.plot, "times as fast as the loop, with what the target is asked for")
+        draw_bars(bars, options.plot, "speed relative to the loop, for call and wanted")
 
 
 if __name__ == "__main__":

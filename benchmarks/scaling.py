@@ -1,13 +1,13 @@
-"""Question: what do more processes bring under each engine, and what does each of them put on the wire?
+"""Question: how does each engine scale with the number of processes, and how many bytes does each process send?
 
 python -m benchmarks.scaling [--processes 1 2 4] [--engines ddp fsdp2 zero1 ...] [--device cuda] [--to FILE]
     [--plot FILE] [section.key=value ...]
 
-Every process has a batch of its own (weak scaling); beside ours the baseline in DDP. Collectives are counted where
-PyTorch dispatches them, in one step, and turned into the bytes that a ring sends per process; beside them the bytes
-that the planner expects. Gloo and a small model on the CPU, NCCL with a GPU per process. Efficiency is images per
-second over those of as many single processes. More processes than cores share the cores, so there images per
-CPU-second is the figure that tells what an engine itself costs.
+Every process has its own batch (weak scaling). The baseline runs in DDP. One step counts the collectives that PyTorch
+dispatches and converts them to the bytes that a ring sends per process; the report compares these with the planner's
+bytes. Uses gloo and a small model on the CPU, and NCCL with one GPU per process. Efficiency is images per second
+divided by those of the same number of single processes. If there are more processes than cores, they share the cores;
+then images per CPU-second shows what an engine itself costs.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 SMALL = ["model.width=96", "model.depth=4", "model.heads=3", "model.predictor_width=48", "model.predictor_depth=2",
          "masks.min_keep=3"]  # fmt: skip
 SHARES = {"allreduce": 2.0, "allgather": 1.0, "reduce_scatter": 1.0, "broadcast": 1.0, "reduce": 1.0, "alltoall": 1.0}
-# which argument of a collective holds all of its bytes: what is gathered, or what is scattered
+# the argument of a collective that holds all of its bytes (the gathered or scattered tensors); 0 for the others
 WHOLE = {"reduce_scatter": 1}
-COUNTED = 2  # the step whose collectives are counted: DDP arranges its buckets anew in the one before
+COUNTED = 2  # the step whose collectives are counted; DDP rebuilds its buckets in the step before
 
 
 class WireBytes(TorchDispatchMode):
-    """Counts the collectives dispatched inside, those of backward's hooks among them."""
+    """Counts the collectives dispatched inside it, including those from hooks in backward."""
 
     def __init__(self, processes: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class WireBytes(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation, and counts it where it is a collective."""
+        """Runs the operation and counts it if it is a collective."""
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._opname.strip("_")
             kind = next((kind for kind in sorted(SHARES, key=len, reverse=True) if name.startswith(kind)), None)
@@ -67,21 +67,21 @@ class WireBytes(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """Returns the tensors of nested lists."""
+    """Returns all tensors in nested lists or tuples."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, (list, tuple)) else []
 
 
 def engine_settings(name: str) -> list[str]:
-    """Returns the overrides that choose an engine."""
+    """Returns the overrides that select an engine."""
     if name.startswith("zero"):
         return ["engine.strategy=deepspeed", f"engine.ds_config={DS_CONFIGS / name}.json"]
     return [f"engine.strategy={name}"]
 
 
 def train(world: World, name: str, settings: list[str], steps: int) -> dict[str, Any]:
-    """Returns what one process measured over `steps` steps: seconds of each, CPU seconds, bytes and calls of one."""
+    """Returns what one process measured: seconds of each of `steps` steps, CPU seconds, bytes and calls per step."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     config = configured(settings)
@@ -117,7 +117,7 @@ def _work(world: World, name: str, config: PretrainConfig, images: torch.Tensor)
 
 
 def _wait(world: World) -> None:
-    """Waits for the device and for all processes."""
+    """Waits for the device and for all other processes."""
     if world.device.type == "cuda":
         torch.cuda.synchronize()
     if dist.is_initialized():
@@ -125,7 +125,7 @@ def _wait(world: World) -> None:
 
 
 def planned_bytes(name: str, config: PretrainConfig, processes: int) -> float | None:
-    """Returns the bytes per process and step that the planner expects."""
+    """Returns the bytes per process and step that the planner expects; None for the baseline."""
     if name == BASELINE:
         return None
     zero = ZeroBuckets()
@@ -136,7 +136,7 @@ def planned_bytes(name: str, config: PretrainConfig, processes: int) -> float | 
 
 
 def measure(name: str, processes: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the row of an engine on so many processes."""
+    """Returns the row of an engine on this many processes."""
     from tests.distributed.harness import run
 
     precision = "bf16" if options.device == "cuda" else "fp32"
@@ -168,7 +168,7 @@ def measure(name: str, processes: int, options: argparse.Namespace) -> dict[str,
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """Returns the table."""
+    """Returns the results as a Markdown table."""
     lines = []
     for row in rows:
         planned = "" if row["planned_bytes"] is None else f"{row['planned_bytes'] / 1e6:.2f}"
@@ -185,13 +185,13 @@ def report(rows: list[dict[str, Any]]) -> str:
                 calls,
             ]
         )
-    header = ["engine", "processes", "images/s", "efficiency", "images per CPU-second against one process's",
-              "MB sent per process and step", "planned", "collectives of a step"]  # fmt: skip
+    header = ["engine", "processes", "images/s", "efficiency", "images per CPU-second, relative to one process",
+              "MB sent per process and step", "planned", "collectives per step"]  # fmt: skip
     return table(header, lines)
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Runs the benchmark, prints its table, and writes the rows and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.set_defaults(model="vit_tiny", image_size=64, patch_size=8, batch=4)

@@ -1,16 +1,16 @@
-"""Question: how much faster is our training step than the published recipe in eager PyTorch, and how near the peak?
+"""Question: how much faster is our training step than the published recipe in eager PyTorch, and how close to the peak?
 
 python -m benchmarks.step --model vit_small --patch-size 16 --image-size 224 --batch 8 --precision fp32,bf16
     [--context truncate|packed] [--compile] [--checkpointing M] [--device cuda] [--target bf16|fp8] [--steps N]
     [--variant masks.context=packed ...] [--part step|update|all] [--trace DIR] [--to FILE] [--plot FILE]
     [section.key=value ...]
 
-Synthetic images on the device; identical images, masks and starting weights. On the CPU both sides take turns on one
-thread and CPU time is compared pair by pair; on a GPU each side has the device for itself, in one run, timed by
-events after warming up. Masks are drawn anew each step, so lengths vary. The share is of the data sheet's bf16 peak
-on a GPU; on the CPU it is of the fastest matrix products of that precision measured in the same run. FLOPs are those
-of the published recipe for both sides. Packed masks have no baseline of equal work: compare their share with the
-truncated one. Ends with 1 where losses disagree or a side failed.
+All sides use the same synthetic images on the device, masks and starting weights. On the CPU they take turns on one
+thread, and CPU time is compared pair by pair. On a GPU each side has the device to itself, in one run, timed by events
+after a warm-up. Masks are drawn anew each step, so lengths vary. The share of the peak refers to the data sheet's bf16
+peak on a GPU, and on the CPU to the fastest matrix products of that precision measured in the same run. FLOPs are those
+of the published recipe for all sides. No baseline does the same work as packed masks: compare their share of the peak
+with that of truncated masks. Exits with 1 if losses disagree or a side failed.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from ijepa_scale.models.jepa import JEPA
 from ijepa_scale.planning.hardware import peak_flops
 
 BASELINE, OURS = "eager baseline", "ours"
-WARM_UP = {"cpu": 1, "cuda": 6}  # steps; in_turns has one round of its own
+WARM_UP = {"cpu": 1, "cuda": 6}  # steps; on the CPU this is the warm-up round of in_turns
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # largest difference of losses: rounding, and bf16's over all blocks
+AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # largest difference of losses that rounding explains, in bf16 over all blocks
 
 
 class Measured:
-    """What one side did."""
+    """The measurements of one side."""
 
     def __init__(self, name: str, config: PretrainConfig, draws: Draws) -> None:
         self.name, self.config, self.draws = name, config, draws
@@ -61,12 +61,12 @@ class Measured:
 
 
 def build(name: str, config: PretrainConfig, module: JEPA, images: Tensor, draws: Draws) -> Callable[[int], Tensor]:
-    """Returns a side's step."""
+    """Returns the training step of a side."""
     return Baseline(config, module, images, draws) if name == BASELINE else Ours(config, module, images)
 
 
 def on_cpu(sides: list[Measured], module: JEPA, images: Tensor, steps: int) -> None:
-    """Measures all sides in turns, by CPU time."""
+    """Measures all sides, which take turns, by CPU time."""
     works = {side.name: build(side.name, side.config, module, images, side.draws) for side in sides}
     losses: dict[str, list[Tensor]] = {name: [] for name in works}
 
@@ -82,8 +82,8 @@ def on_cpu(sides: list[Measured], module: JEPA, images: Tensor, steps: int) -> N
 
 
 def on_gpu(side: Measured, module: JEPA, images: Tensor, steps: int) -> None:
-    """Measures one side by events, alone in a fresh allocator."""
-    torch.compiler.reset()  # graphs of the side before would count towards torch.compile's limit
+    """Measures one side by events, with the GPU and its allocator to itself."""
+    torch.compiler.reset()  # graphs of the previous side would count towards torch.compile's limit
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -108,7 +108,7 @@ def on_gpu(side: Measured, module: JEPA, images: Tensor, steps: int) -> None:
 
 
 def sides_of(config: PretrainConfig, options: argparse.Namespace, precision: str) -> list[Measured]:
-    """Returns the sides to be measured: the baseline where masks are truncated, ours, and the variants of ours."""
+    """Returns the sides to measure: the baseline if masks are truncated, ours, and variants of ours."""
     device, last = torch.device(options.device), WARM_UP[options.device] + options.steps + 1
     settings = settings_of(options, precision)
     configs = {} if config.masks.context == "packed" or options.no_baseline else {BASELINE: config}
@@ -119,20 +119,20 @@ def sides_of(config: PretrainConfig, options: argparse.Namespace, precision: str
     for each in configs.values():
         if repr(each.masks) not in draws:
             draws[repr(each.masks)] = Draws(each, device)
-            for step in range(last):  # before the clock runs
+            for step in range(last):  # draw all masks before timing starts
                 draws[repr(each.masks)](step)
     return [Measured(name, each, draws[repr(each.masks)]) for name, each in configs.items()]
 
 
 def share_of(side: Measured, peak: float | None) -> float | None:
-    """Returns FLOPs done over the FLOPs that the peak would have done in the same time."""
+    """Returns the FLOPs of the measured steps divided by those that the peak allows in the same time."""
     if peak is None or not side.seconds:
         return None
     return sum(side.draws.flops(step) for step in side.steps) / (sum(side.seconds) * peak)
 
 
 def row_of(side: Measured, sides: list[Measured], peak: float | None) -> dict[str, Any]:
-    """Returns a side's row."""
+    """Returns the row of a side."""
     config, by_name = side.config, {each.name: each for each in sides}
     about = {
         "benchmark": "step",
@@ -170,18 +170,18 @@ def row_of(side: Measured, sides: list[Measured], peak: float | None) -> dict[st
     if OURS in by_name and share_of(by_name[OURS], peak):
         row["share_times_ours"] = (share_of(side, peak) or 0.0) / (share_of(by_name[OURS], peak) or 1.0)
     if config.masks.context == "packed":
-        row.pop("times_baseline", None)  # other work
+        row.pop("times_baseline", None)  # packed masks do different work
     return row
 
 
 def disagrees(row: dict[str, Any]) -> bool:
-    """Returns whether a side's losses leave the baseline's by more than rounding; the fp8 target may."""
+    """Returns whether a side's losses differ from the baseline's by more than rounding; those of an fp8 target may."""
     difference = row.get("loss_difference_times_baseline")
     return difference is not None and "fp8" not in row["side"] and difference > AGREEMENT[row["precision"]]
 
 
 def report(rows: list[dict[str, Any]], device: str) -> str:
-    """Returns the table."""
+    """Returns the results as a Markdown table."""
     lines = []
     for row in rows:
         if "failed" in row:
@@ -209,7 +209,7 @@ def report(rows: list[dict[str, Any]], device: str) -> str:
 
 
 def trace(config: PretrainConfig, options: argparse.Namespace, folder: Path) -> None:
-    """Writes a profiler's trace of three steps of each side, and prints where the time goes."""
+    """Writes a profiler trace of three steps of each side, and prints where the time goes."""
     folder.mkdir(parents=True, exist_ok=True)
     module, device = start(config), torch.device(options.device)
     images = images_for(config, options.batch, device)
@@ -230,7 +230,7 @@ def trace(config: PretrainConfig, options: argparse.Namespace, folder: Path) -> 
 
 
 def measure(config: PretrainConfig, options: argparse.Namespace, precision: str) -> tuple[list[dict[str, Any]], bool]:
-    """Returns the rows of one precision, and whether all is well; prints tables and appends the rows."""
+    """Measures one precision, prints tables and appends rows; returns the rows and whether all sides ran and agree."""
     device = torch.device(options.device)
     module, images = start(config), images_for(config, options.batch, device)
     rows, well = [], True
@@ -258,7 +258,7 @@ def measure(config: PretrainConfig, options: argparse.Namespace, precision: str)
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Runs the benchmark, prints its tables, and writes the rows and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp32,bf16"), default="fp32")
@@ -266,9 +266,9 @@ def main() -> None:
     parser.add_argument("--part", choices=("all", "step", "update"), default="all")
     parser.add_argument("--no-baseline", action="store_true", help="measure ours alone")
     parser.add_argument(
-        "--variant", action="append", default=[], help="overrides, in one argument, of another side of ours"
+        "--variant", action="append", default=[], help="overrides of another side to measure, in one argument"
     )
-    parser.add_argument("--trace", type=Path, help="folder for profiler traces; nothing else is measured")
+    parser.add_argument("--trace", type=Path, help="folder for profiler traces; measures nothing else")
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
     parser.add_argument("--plot", type=Path, help="picture to write")
     options = parser.parse_intermixed_args()

@@ -1,4 +1,4 @@
-"""Runs benchmarks one after another in child processes within a time budget, and loses nothing silently."""
+"""Runs benchmarks one after another in child processes within a time budget, and reports every failure."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SKIPPED_TESTS = re.compile(r"^SKIPPED \[(\d+)\] (.*)$", re.MULTILINE)
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One child process."""
+    """A benchmark to run in a child process."""
 
     name: str
-    command: tuple[str, ...]  # behind `python`
+    command: tuple[str, ...]  # arguments of `python`
     expected_s: float
     limit_s: float
     cannot: str | None = None  # why it can't run here
@@ -31,7 +31,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of an item."""
+    """The result of an item."""
 
     name: str
     status: str  # done | failed | skipped
@@ -47,7 +47,7 @@ def run_items(
     show: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Outcome]:
-    """Returns an outcome for each item; an item gets its own limit, or what is left of the budget."""
+    """Runs the items and returns their outcomes; an item is limited by its own limit and by the rest of the budget."""
     begin = clock()
     outcomes = []
     for item in items:
@@ -68,7 +68,7 @@ def run_items(
 
 
 def run_item(item: Item, limit_s: float) -> Outcome:
-    """Returns the outcome of one child process, which is killed with its own children at the limit."""
+    """Runs an item in a child process, kills it and its children at the limit, and returns the outcome."""
     begin = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, *item.command],
@@ -91,7 +91,7 @@ def run_item(item: Item, limit_s: float) -> Outcome:
 
 
 def judge(code: int, output: str) -> tuple[str, str]:
-    """Returns status and reason: a failing child's memory, signal or last line; tests that were skipped."""
+    """Returns status and reason; a child fails if it runs out of memory, exits with an error, or skips tests."""
     lines = [line for line in output.splitlines() if line.strip()]
     if code == 0:
         skipped = _SKIPPED_TESTS.findall(output)
@@ -108,18 +108,18 @@ def judge(code: int, output: str) -> tuple[str, str]:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """Returns the table of what was done, failed and skipped."""
+    """Returns a table of the outcomes."""
     lines = [[each.name, each.status, f"{each.seconds:.0f}", each.reason.replace("|", "/")] for each in outcomes]
     return table(["item", "status", "seconds", "reason"], lines)
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """Returns 0 where every item was done."""
+    """Returns 0 if every item is done, else 1."""
     return int(any(each.status != "done" for each in outcomes))
 
 
 def plan(items: Sequence[Item], budget_s: float) -> str:
-    """Returns the table of a dry run."""
+    """Returns the table of a dry run: expected seconds and limits of the items."""
     lines = [[item.name, f"{item.expected_s:.0f}", f"{item.limit_s:.0f}", item.cannot or ""] for item in items]
     total = sum(item.expected_s for item in items if item.cannot is None)
     rows: list[list[Any]] = [*lines, ["all", f"{total:.0f}", f"{budget_s:.0f}", ""]]

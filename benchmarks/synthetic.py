@@ -1,7 +1,7 @@
-"""The two sides of the step benchmarks: our real training step and the baseline, on images that lie there.
+"""The two sides of the step benchmarks: our training step and the baseline, on synthetic images on the device.
 
-Ours is the `TrainStep` of a training run over its engine, with the augmentation replaced by images on the device;
-the baseline gets the masks that ours draws for the same step. Both begin with the weights of one module.
+Ours is the `TrainStep` of a training run with its engine; images on the device replace the augmentation. The baseline
+gets the masks that ours draws for the same step. Both start with the same weights.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from ijepa_scale.train.pretrain import build_schedule
 from ijepa_scale.train.step import TrainStep
 
 CONFIG = Path(__file__).parents[1] / "configs" / "base.yaml"
-STEPS_PER_EPOCH = 625  # the published 2048 images a step: learning rates are those of the first epoch
+STEPS_PER_EPOCH = 625  # as in the published runs of 2048 images per step; learning rates are those of the first epoch
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say what is trained; every other setting is a dotted override."""
+    """Adds the flags that choose what is trained; all other settings are dotted overrides."""
     parser.add_argument("--model", default="vit_small")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--patch-size", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=8, help="images of one process")
+    parser.add_argument("--batch", type=int, default=8, help="images per process")
     parser.add_argument("--context", choices=("truncate", "packed"), default="truncate")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpointing", choices=("none", "full", "selective"), default="none")
@@ -51,7 +51,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(options: argparse.Namespace, precision: str) -> list[str]:
-    """Returns the flags as overrides; `masks.group_size` is the batch, so one cut serves all of it."""
+    """Returns the flags as overrides; `masks.group_size` is the batch, so the whole batch shares one cut."""
     fixed = {
         "model.name": options.model,
         "model.image_size": options.image_size,
@@ -73,24 +73,24 @@ def settings_of(options: argparse.Namespace, precision: str) -> list[str]:
 
 
 def configured(settings: Sequence[str]) -> PretrainConfig:
-    """Returns the base configuration with these settings."""
+    """Returns the base configuration with these overrides."""
     return load_config(CONFIG, settings)
 
 
 def alone(device: torch.device) -> World:
-    """Returns the world of one process."""
+    """Returns the world of a single process."""
     return World(rank=0, size=1, local_rank=0, local_size=1, device=device)
 
 
 def images_for(config: PretrainConfig, count: int, device: torch.device, *, first: int = 0) -> Tensor:
-    """Returns images (count, 3, H, W) fp32 of normal noise, keyed by place from `first` on, on the device."""
+    """Returns images (count, 3, H, W) fp32 of normal noise on the device, keyed by position from `first` on."""
     shape = (3, *config.model.image_size)
     rows = [torch.randn(shape, generator=rng.generator(0, "benchmark", first + row)) for row in range(count)]
     return torch.stack(rows).to(device)
 
 
 def batch_of(step: int, count: int, *, first: int = 0) -> Batch:
-    """Returns a batch without pixels, whose places in the global batch begin at `first`."""
+    """Returns a batch without pixels, whose positions in the global batch begin at `first`."""
     return Batch(
         pixels=torch.empty(0, dtype=torch.uint8),
         sizes=np.zeros((count, 2), dtype=np.int64),
@@ -103,7 +103,7 @@ def batch_of(step: int, count: int, *, first: int = 0) -> Batch:
 
 
 class Draws:
-    """The masks of each step, drawn once and kept: what both sides are told, and what their FLOPs depend on."""
+    """The masks of each step, drawn once and cached. Both sides use them, and the FLOPs depend on them."""
 
     def __init__(self, config: PretrainConfig, device: torch.device, *, rank: int = 0, world: int = 1) -> None:
         self._config, self._device = config, device
@@ -121,7 +121,7 @@ class Draws:
         return self._kept[step]
 
     def flops(self, step: int) -> float:
-        """Returns the FLOPs of all images of the step on this process."""
+        """Returns the FLOPs of a step for all images of this process."""
         return self.count * mask_flops(self._config.model, self(step), num_images=self.count).total
 
 
@@ -150,7 +150,7 @@ class Ours:
         )
 
     def __call__(self, step: int) -> Tensor:
-        """Returns the loss of a step, a scalar on the device."""
+        """Runs a step and returns its loss, a scalar on the device."""
         return self._step(batch_of(step, len(self._images), first=self._first)).loss
 
 
@@ -164,12 +164,12 @@ class Baseline:
         self.step = BaselineStep(config.model, config.seed, device=images.device, bf16=bf16, module=module, **options)
 
     def __call__(self, step: int) -> Tensor:
-        """Returns the loss of a step, read on the host on the way."""
+        """Runs a step and returns its loss; the baseline reads it on the host."""
         hyper, masks = self.schedule(step), self._draws(step)
         assert isinstance(masks, DenseMasks)
         return torch.tensor(self.step(self.images, masks, hyper.lr, hyper.weight_decay, hyper.momentum))
 
 
 def start(config: PretrainConfig) -> JEPA:
-    """Returns the module that all sides of a comparison begin with, on the CPU."""
+    """Returns the module whose weights all sides of a comparison start with, on the CPU."""
     return build_jepa(config.model, config.seed)

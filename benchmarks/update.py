@@ -1,7 +1,7 @@
-"""The part of a step behind backward: optimiser and target update, ours beside the baseline's.
+"""Times the part of a step after backward, the optimiser and the target update, for our step and the baseline.
 
-Twice: what both recipes do, the optimiser's step and the target's update alone; and all that follows backward in each,
-which for ours adds one total gradient norm and the finite check, and for the baseline a norm read for each weight.
+It is timed twice: only the optimiser's step and the target's update, which both sides do; and everything after
+backward. Ours then adds one total gradient norm and the finite check, and the baseline a norm read for each weight.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.models.jepa import JEPA
 from ijepa_scale.optim.adamw import set_hyper
 
-ALONE, WHOLE, NORMS = "optimiser and target", "all behind backward", "norms, one by one"
+ALONE, WHOLE, NORMS = "optimiser and target", "all after backward", "norms, one by one"
 
 
 def gradients_for(module: nn.Module, device: torch.device) -> list[Tensor]:
-    """Returns a keyed gradient for each trained parameter, on the device."""
+    """Returns a random, keyed gradient for each trained parameter, on the device."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return [
-        1e-3 * torch.randn(parameter.shape, generator=rng.generator(0, "benchmark gradient", place)).to(device)
-        for place, parameter in enumerate(trained)
+        1e-3 * torch.randn(parameter.shape, generator=rng.generator(0, "benchmark gradient", number)).to(device)
+        for number, parameter in enumerate(trained)
     ]
 
 
 def measure_update(config: PretrainConfig, module: JEPA, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Returns a row for each comparison: milliseconds of both, CPU time on the CPU, and their ratio round by round."""
+    """Returns a row for each comparison: milliseconds of both sides (CPU time on the CPU) and their ratio per round."""
     ours = Ours(config, module, images_for(config, 1, device))
     bf16 = config.engine.precision == "bf16"
     baseline = BaselineStep(config.model, config.seed, device=device, bf16=bf16, module=module)
@@ -84,7 +84,7 @@ def measure_update(config: PretrainConfig, module: JEPA, device: torch.device, r
 def _timed(
     works: dict[str, tuple[Callable[[], None], Callable[[], Any]]], rounds: int, device: torch.device, ours: Ours
 ) -> dict[str, list[float]]:
-    """Returns the milliseconds of each work without its preparation: CPU time, or wall time of a synchronised GPU."""
+    """Returns the milliseconds of each work without its preparation: CPU time, or on a GPU synchronised wall time."""
     spent: dict[str, list[float]] = {name: [] for name in works}
     on_gpu = device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
@@ -92,7 +92,7 @@ def _timed(
     def run(name: str) -> None:
         prepare, work = works[name]
         prepare()
-        # the engine keeps a loss for its finite check; this one reaches no weight
+        # the engine keeps a loss for its finite check; this loss depends on no weight
         ours.engine.backward(torch.zeros((), device=device, requires_grad=True))
         if on_gpu:
             torch.cuda.synchronize()
@@ -107,7 +107,7 @@ def _timed(
 
 
 def report_update(rows: list[dict[str, Any]]) -> str:
-    """Returns the table."""
+    """Returns the results as a Markdown table."""
     lines = []
     for row in rows:
         ours, ratio = (
@@ -116,4 +116,4 @@ def report_update(rows: list[dict[str, Any]]) -> str:
         )
         theirs = row["baseline"]
         lines.append([row["what"], ours, f"{theirs['p20']:.2f} - {theirs['p50']:.2f} - {theirs['p80']:.2f}", ratio])
-    return table(["behind backward", "ours, ms", "eager baseline, ms", "times the baseline"], lines)
+    return table(["after backward", "ours, ms", "eager baseline, ms", "times the baseline"], lines)

@@ -1,7 +1,7 @@
-"""The only reader and writer of environment variables. Knows nothing of the rest.
+"""The only module that reads and writes environment variables. Must not import the rest of the package but errors.
 
-Turns what `python`, `torchrun`, `deepspeed` and Slurm's `srun` leave in the environment into one
-`Launch`, and puts it back in the form that `torch.distributed` and DeepSpeed read.
+Turns the variables that `torchrun`, `deepspeed` or Slurm's `srun` set into a `Launch`, and writes a `Launch` back as
+the variables that `torch.distributed` and DeepSpeed read.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ from ijepa_scale.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Who this process is among the processes of the run."""
+    """The rank of this process among the processes of the run, and how they were launched."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    address: str | None = None  # of rank 0; null: this process is alone
+    address: str | None = None  # of rank 0; None if this is the only process
     port: int | None = None
     launcher: str = "python"  # python | torchrun or deepspeed | srun
 
 
 def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Returns this process's place, from torchrun's and DeepSpeed's variables, else from Slurm's, else alone.
+    """Returns this process's rank and world: from torchrun's or DeepSpeed's variables, else from Slurm's.
+
+    Without either, the process is the only one.
 
     Raises:
-        ConfigError: some but not all variables of a launcher are there, or don't fit together.
+        ConfigError: a launcher's variables are incomplete or don't fit together.
     """
     env = os.environ if environment is None else environment
     try:
         launch = _detect(env)
-    except ValueError as error:  # of int()
+    except ValueError as error:  # raised by int()
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"a launcher's variable isn't a whole number ({error}); check RANK, WORLD_SIZE, SLURM_*"
+            f"a launcher's variable isn't an integer ({error}); check RANK, WORLD_SIZE and SLURM_*"
         ) from error
     if not 0 <= launch.rank < launch.world_size:
         raise ConfigError(f"rank {launch.rank} is outside the {launch.world_size} processes; check the launcher")
@@ -60,8 +62,8 @@ def _detect(env: Mapping[str, str]) -> Launch:
         ]
         if missing:
             raise ConfigError(
-                f"RANK or WORLD_SIZE is set but {', '.join(missing)} missing; start with torchrun or deepspeed, "
-                "or unset RANK and WORLD_SIZE to run one process"
+                f"RANK or WORLD_SIZE is set but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; "
+                "start with torchrun or deepspeed, or unset RANK and WORLD_SIZE to run one process"
             )
         world_size = int(env["WORLD_SIZE"])
         return Launch(
@@ -79,7 +81,10 @@ def _detect(env: Mapping[str, str]) -> Launch:
 
 
 def _from_slurm(env: Mapping[str, str]) -> Launch:
-    """Returns the place that srun gave this task. Source: the srun manual, "Output environment variables"."""
+    """Returns the rank and world that srun set for this task.
+
+    Source: the srun manual, "Output environment variables".
+    """
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
     job = int(env.get("SLURM_JOB_ID", "0"))
@@ -89,14 +94,14 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
         local_rank=int(env.get("SLURM_LOCALID", "0")),
         local_world_size=_tasks_on_node(tasks, int(env.get("SLURM_NODEID", "0"))),
         address=env.get("MASTER_ADDR") or first_host(nodes),
-        # the same on each task without talking, and apart for jobs that share a node
+        # the same for each task without communication, but different for jobs that share a node
         port=int(env.get("MASTER_PORT") or 20_000 + (job * 31 + int(env.get("SLURM_STEP_ID", "0"))) % 20_000),
         launcher="srun",
     )
 
 
 def _tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Returns the tasks of one node from Slurm's form, e.g. '8(x2),4'."""
+    """Returns the number of tasks on one node from Slurm's notation, e.g. '8(x2),4'."""
     counts: list[int] = []
     for part in tasks_per_node.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -116,7 +121,7 @@ def first_host(nodelist: str) -> str:
 
 
 def export(launch: Launch) -> None:
-    """Writes `launch` into the environment in torchrun's names, which torch.distributed and DeepSpeed read."""
+    """Writes `launch` to torchrun's environment variables, which torch.distributed and DeepSpeed read."""
     os.environ.update(
         RANK=str(launch.rank),
         WORLD_SIZE=str(launch.world_size),
@@ -128,16 +133,18 @@ def export(launch: Launch) -> None:
 
 
 def export_accelerator(device_type: str) -> None:
-    """Tells DeepSpeed which accelerator to use; must run before `deepspeed` is imported."""
+    """Tells DeepSpeed which accelerator to use. Call it before `deepspeed` is imported."""
     os.environ["DS_ACCELERATOR"] = device_type
 
 
 def export_compile_cache(folder: str | None) -> Path:
-    """Returns where compiled kernels are kept, and tells torch.compile and Triton; before either is first used.
+    """Sets the folder where torch.compile and Triton keep compiled kernels, and returns it.
 
-    Without `folder` it is what the user set TORCHINDUCTOR_CACHE_DIR to, else a folder in the user's cache folder:
-    torch's own default, which it sets at import, lies under /tmp, which clusters empty between jobs; and code that is
-    run from a folder must come from one that no one else can write.
+    Call it before either is first used.
+
+    Without `folder` it is the user's TORCHINDUCTOR_CACHE_DIR, or else a folder in the user's cache folder. Torch's own
+    default, which torch sets at import, is not used: it is under /tmp, which clusters empty between jobs. The kernels
+    are executed, so no one else may have write access to the folder.
 
     Raises:
         ConfigError: the folder can't be made, or others can write to it.
@@ -148,20 +155,20 @@ def export_compile_cache(folder: str | None) -> Path:
         found = ""
     chosen = Path(folder or found or own).expanduser().resolve()
     try:
-        for missing in reversed([place for place in (chosen, *chosen.parents) if not place.exists()]):
-            missing.mkdir(exist_ok=True, mode=0o700)  # each: `parents` gives those the umask's rights
+        for missing in reversed([path for path in (chosen, *chosen.parents) if not path.exists()]):
+            missing.mkdir(exist_ok=True, mode=0o700)  # one by one: parents=True would ignore `mode` for the parents
         state = chosen.stat()
         if not stat.S_ISDIR(state.st_mode):
-            raise NotADirectoryError(f"{chosen} is no folder")
+            raise NotADirectoryError(f"{chosen} is not a folder")
     except OSError as error:
         raise ConfigError(
             f"the folder of compiled kernels can't be made ({error}); set engine.compile_cache"
         ) from error
     if state.st_uid != os.getuid() or state.st_mode & 0o022:
         raise ConfigError(
-            f"the folder of compiled kernels {chosen} is of user {state.st_uid} with mode {state.st_mode & 0o777:o}; "
-            f"expected user {os.getuid()} and no one else who can write, since its code is run: "
-            "chmod go-w it, or set engine.compile_cache to a folder of your own"
+            f"the folder of compiled kernels {chosen} belongs to user {state.st_uid} and has mode "
+            f"{state.st_mode & 0o777:o}; it must belong to user {os.getuid()} and no one else may write to it, since "
+            "its code is executed: run chmod go-w on it, or set engine.compile_cache to a folder of your own"
         )
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(chosen)
     if folder is not None or "TRITON_CACHE_DIR" not in os.environ:
@@ -170,13 +177,15 @@ def export_compile_cache(folder: str | None) -> Path:
 
 
 def _inductor_default() -> str | None:
-    """Returns the folder that torch itself sets TORCHINDUCTOR_CACHE_DIR to; None for a user without a name.
+    """Returns torch's own default for TORCHINDUCTOR_CACHE_DIR; None for a user without a name.
 
-    Source: default_cache_dir of `torch/_inductor/runtime/cache_dir_utils.py`; this floor imports no torch.
+    Computed here because this module must not import torch.
+
+    Source: default_cache_dir of `torch/_inductor/runtime/cache_dir_utils.py`.
     """
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, OSError):  # torch fails there too, so what is set is the user's
+    except (KeyError, OSError):  # torch fails here too, so the user must have set the variable
         return None
     return os.path.join(tempfile.gettempdir(), "torchinductor_" + user)
 
@@ -192,7 +201,7 @@ def default_threads(processes: int) -> None:
 
 
 def threads() -> int | None:
-    """Returns OMP_NUM_THREADS, or None where it isn't set."""
+    """Returns OMP_NUM_THREADS, or None if it isn't set."""
     value = os.environ.get("OMP_NUM_THREADS")
     return int(value) if value else None
 
@@ -205,7 +214,7 @@ def free_port() -> int:
 
 
 def git_revision(folder: str) -> str | None:
-    """Returns the git revision of `folder`, with '+' behind it when files differ from it; None outside git."""
+    """Returns the git revision of `folder`, followed by '+' if files differ from it; None outside git."""
     try:
         revision = subprocess.run(
             ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True

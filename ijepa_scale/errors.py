@@ -1,12 +1,12 @@
-"""Errors that a user can act on. Knows nothing of the rest of the package.
+"""Errors that a user can act on. Must not import the rest of the package.
 
-Each message names the value found, what was expected and the remedy. Launch scripts print it
-and exit with code 2; library callers catch it as `ValueError`.
+Each message names the value found, the expectation and the remedy. Launch scripts print the message and exit with code
+2; library users can catch `ValueError`.
 """
 
 
 class UserError(ValueError):
-    """A mistake in the input that its author can mend."""
+    """A mistake in the input that the user can fix."""
 
 
 class ConfigError(UserError):
@@ -14,11 +14,11 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Data that is missing, damaged or not what its description says."""
+    """Data that is missing, damaged or doesn't match its description."""
 
 
 class SampleError(DataError):
-    """One sample that can't be used; `kind` is what it is counted under."""
+    """A sample that can't be used; bad samples are counted by `kind`."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is NaN or infinite at `step`; nothing has moved since the step before it."""
+    """A loss or gradient that is NaN or infinite at `step`; that step has changed no weights or other state."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)

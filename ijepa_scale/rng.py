@@ -1,7 +1,7 @@
-"""Random numbers as pure functions of (seed, stream, step, sample). Knows nothing of the rest.
+"""Random numbers as pure functions of (seed, stream, step, sample). Must not import the rest of the package.
 
-Nothing here keeps state: resuming at a step, or splitting a batch over other processes or workers,
-can't change a draw. Batches of draws come from Philox-4x32-10 evaluated for all samples at once.
+Nothing here keeps state, so neither resuming at a step nor splitting a batch over other processes or workers
+changes a draw. Batches of draws come from Philox-4x32-10, evaluated for all samples at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 _ROUNDS = 10
-_MIXED = 4  # rounds after which each word depends on each counter, so has the full shape
+_MIXED = 4  # after this many rounds each word depends on all counters, so it has the full broadcast shape
 _MULTIPLIER_A = np.uint64(0xD2511F53)
 _MULTIPLIER_B = np.uint64(0xCD9E8D57)
 _WEYL_A = 0x9E3779B9
@@ -40,15 +40,18 @@ def permutation(count: int, seed: int, stream: str, step: int = 0) -> np.ndarray
 def uniform(seed: int, stream: str, step: int, samples: np.ndarray, count: int) -> np.ndarray:
     """Returns uniform numbers in [0, 1), float64, of shape (B, count): row b belongs to samples[b].
 
-    A row depends on (seed, stream, step, samples[b]) alone, and its first numbers don't depend on
-    `count`. `step` is below 2**32; samples (B,) are non-negative int64.
+    A row depends on (seed, stream, step, samples[b]) alone, and its first numbers don't depend on `count`. `step` is
+    below 2**32; samples (B,) are non-negative int64.
+
+    Raises:
+        ValueError: the step is outside [0, 2**32).
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox-4x32-10).
     """
     if not 0 <= step < 2**32:
         raise ValueError(f"step {step} is outside [0, 2**32): pass a step or epoch counter")
     samples = np.asarray(samples, dtype=np.int64).astype(np.uint64)
-    num_blocks = (count + 1) // 2  # a block of 4 x 32 bits makes two doubles
+    num_blocks = (count + 1) // 2  # a block of 4 x 32 bits gives two doubles
     counter = [
         (samples & _LOW)[:, None],
         (samples >> _SHIFT)[:, None],
@@ -66,11 +69,11 @@ def uniform(seed: int, stream: str, step: int, samples: np.ndarray, count: int) 
 
 
 def _philox(counter: list[np.ndarray], key64: int) -> list[np.ndarray]:
-    """Returns the four 32-bit output words (as uint64 arrays) of the counters, broadcast against one another."""
+    """Returns the four 32-bit output words (as uint64 arrays) of the counters, broadcast against each other."""
     c0, c1, c2, c3 = counter
     keys = [
-        tuple(np.uint64((part + turn * weyl) & 0xFFFFFFFF) for part, weyl in ((key64, _WEYL_A), (key64 >> 32, _WEYL_B)))
-        for turn in range(_ROUNDS)
+        tuple(np.uint64((part + i * weyl) & 0xFFFFFFFF) for part, weyl in ((key64, _WEYL_A), (key64 >> 32, _WEYL_B)))
+        for i in range(_ROUNDS)
     ]
     for k0, k1 in keys[:_MIXED]:
         product_a, product_b = c0 * _MULTIPLIER_A, c2 * _MULTIPLIER_B
@@ -81,7 +84,7 @@ def _philox(counter: list[np.ndarray], key64: int) -> list[np.ndarray]:
             product_a & _LOW,
         )
     product_a, product_b = np.empty_like(c0), np.empty_like(c0)
-    for k0, k1 in keys[_MIXED:]:  # in place: without temporaries a fifth faster
+    for k0, k1 in keys[_MIXED:]:  # in place: a fifth faster without temporaries
         np.multiply(c0, _MULTIPLIER_A, out=product_a)
         np.multiply(c2, _MULTIPLIER_B, out=product_b)
         c1 ^= k0

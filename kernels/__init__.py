@@ -1,4 +1,4 @@
-"""Kernels behind plain functions: one public function per folder, its reference in plain PyTorch.
+"""Kernels behind plain functions: each folder has one public function and its reference in plain PyTorch.
 
-Installed as `ijepa_kernels`. Knows tensors only: nothing of models, masks, processes or configs.
+Installed as `ijepa_kernels`. Kernels work on tensors and must not depend on models, masks, processes or configs.
 """

@@ -1,4 +1,4 @@
-"""What every kernel says when the chosen implementation isn't there. Nothing falls back by itself."""
+"""Errors that all kernels share, for an implementation that isn't available. No kernel falls back silently."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ def check_implementation(implementation: str, known: tuple[str, ...]) -> None:
     """Checks the name of an implementation.
 
     Raises:
-        ValueError: it is none of `known`.
+        ValueError: the name is not in `known`.
     """
     if implementation not in known:
         raise ValueError(f"implementation {implementation!r} is unknown; choose one of {', '.join(known)}")
 
 
 def triton_missing(kernel: str, error: ImportError, instead: str) -> ValueError:
-    """Returns the error to raise where the Triton kernel was asked for and can't be imported."""
+    """Returns the error to raise when the Triton kernel was requested but can't be imported."""
     return ValueError(
         f"Triton is needed for {kernel} and can't be imported ({error}); install triton, "
         f"or choose implementation={instead!r}"
@@ -24,10 +24,10 @@ def triton_missing(kernel: str, error: ImportError, instead: str) -> ValueError:
 
 
 def check_device(kernel: str, device: torch.device, instead: str) -> None:
-    """Checks that Triton can run on the device: it is CUDA, or Triton interprets.
+    """Checks that Triton can run on the device: the device is CUDA, or Triton runs its interpreter.
 
     Raises:
-        ValueError: it can't.
+        ValueError: Triton can't run there.
     """
     import triton
 

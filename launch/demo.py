@@ -1,4 +1,4 @@
-"""Pretrains a small I-JEPA on Fashion-MNIST under ZeRO-3 and says what it learned. Prepares, runs, reports."""
+"""Pretrains a small I-JEPA on Fashion-MNIST under ZeRO-3 and reports what it learned."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ijepa_scale.metrics.plots import draw_curves
 
 ROOT = Path(__file__).parents[1]
 CPU_PROCESSES = 2
-BATCH = 64  # of configs/demo.yaml: the number of processes must divide it
+BATCH = 64  # the batch of configs/demo.yaml, which the number of processes must divide
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 after a mistake that the user can mend, else the training's."""
+    """Returns the exit code: 0, 2 after a mistake that the user can fix, or that of the failed training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fashion-mnist", metavar="FOLDER", help="folder with the four idx-ubyte files (plain or .gz)")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="run folder (default runs/demo)")
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("$", " ".join(command), flush=True)
         code = subprocess.run(command, env=child, check=False).returncode
         if code:
-            print(f"error: the training ended with exit code {code}; its message is above", file=sys.stderr)
+            print(f"error: the training ended with exit code {code}; see its message above", file=sys.stderr)
             return code if code > 0 else 1
         draw_curves(options.folder / "metrics.jsonl", options.folder / "curves.png")
         print("", *summarize(options.folder).lines(), sep="\n")

@@ -1,4 +1,4 @@
-"""Writes a run's encoder or classifier for other programs.
+"""Exports a run's encoder or classifier for other programs.
 
 python launch/export.py runs/in1k_vith14_ep300 --to encoder.safetensors
 python launch/export.py runs/in1k_vith14_ep300 --to ijepa.safetensors --naming transformers
@@ -18,15 +18,17 @@ from ijepa_scale.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a mistake that the user can mend."""
+    """Returns the exit code: 0, or 2 after a mistake that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="run folder, checkpoint, .pth.tar, .safetensors, or timm:NAME")
-    parser.add_argument("--to", type=Path, required=True, help="file to write: .safetensors, or the published .pth.tar")
+    parser.add_argument("--to", type=Path, required=True, help="file to write: .safetensors, or .pth.tar as published")
     parser.add_argument("--weights", choices=["target", "context"], default="target", help="which encoder")
-    parser.add_argument("--naming", choices=NAMINGS, default="published", help="names of the tensors")
-    parser.add_argument("--steps-per-epoch", type=int, help=".pth.tar: of the run, so that the epoch is known")
-    parser.add_argument("--processes", type=int, default=1, help=".pth.tar: that will resume from it (default 1)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file where it is there")
+    parser.add_argument("--naming", choices=NAMINGS, default="published", help="naming scheme of the tensors")
+    parser.add_argument("--steps-per-epoch", type=int, help=".pth.tar only: the run's steps per epoch")
+    parser.add_argument(
+        "--processes", type=int, default=1, help=".pth.tar only: processes that will resume (default 1)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options = parser.parse_args(arguments)
     try:
         if options.to.exists() and not options.overwrite:

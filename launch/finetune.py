@@ -1,4 +1,4 @@
-"""Finetunes a classifier from a pretrained encoder, by the MAE recipe.
+"""Finetunes a classifier from a pretrained encoder with the MAE recipe.
 
 python launch/finetune.py --config configs/finetune/demo_finetune.yaml model.init=runs/demo
 python launch/finetune.py --config C.yaml --devices cuda:0 cuda:1

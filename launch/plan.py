@@ -1,4 +1,4 @@
-"""Plans a pretraining run before it is launched: memory, communication, time, and the strategy to take.
+"""Plans a pretraining run before it is launched: memory, communication, time and strategy.
 
 python launch/plan.py --config configs/in1k_vith14_ep300.yaml --gpus 8x a100-80gb
 python launch/plan.py --config C.yaml --gpus 16x h100 --network 25 --mfu 0.4 engine.checkpointing=full
@@ -19,19 +19,23 @@ from ijepa_scale.planning.reading import read_pretraining
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for a run that is impossible or a mistake that the user can mend."""
+    """Returns the exit code: 0, or 2 for an impossible run or a mistake that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", "--fname", required=True, help="YAML file, ours or a published one")
-    parser.add_argument("--gpus", nargs="+", required=True, help="number and kind, such as 8x a100-80gb")
-    parser.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help=f"default {GPUS_PER_NODE}")
-    network = "GB/s per GPU and direction between nodes (default: usual for the GPU, such as 25 for A100, 50 for H100)"
+    parser.add_argument(
+        "--config", "--fname", required=True, help="YAML file of this package or in the published layout"
+    )
+    parser.add_argument("--gpus", nargs="+", required=True, help="number and kind of GPUs, such as 8x a100-80gb")
+    parser.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help=f"(default {GPUS_PER_NODE})")
+    network = "GB/s per GPU and direction between nodes (default: usual for the GPU, e.g. 25 for A100, 50 for H100)"
     parser.add_argument("--network", type=float, help=network)
-    parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the peak while computing (default {MFU})")
-    parser.add_argument("--images", type=int, help="training images (default: ImageNet's, 1k or 22k by the config)")
+    parser.add_argument("--mfu", type=float, default=MFU, help=f"assumed share of the peak FLOP/s (default {MFU})")
+    parser.add_argument("--images", type=int, help="number of training images (default: ImageNet-1k's or -22k's)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. engine.accumulation=4")
     flags = parser.parse_intermixed_args(arguments)
-    overrides = flags.overrides + [word for word in flags.gpus if "=" in word]  # --gpus takes all that follows
+    overrides = flags.overrides + [
+        word for word in flags.gpus if "=" in word
+    ]  # --gpus also collects the words after it
     try:
         config = read_pretraining(flags.config, overrides)
         count, device = parse_gpus(" ".join(word for word in flags.gpus if "=" not in word))

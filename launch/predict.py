@@ -1,4 +1,4 @@
-"""Prints the classes of images by a finetuned model.
+"""Classifies images with a finetuned model and prints the most likely classes.
 
 python launch/predict.py PHOTO.jpg OTHER.png --model runs/finetune
 """
@@ -15,12 +15,12 @@ from ijepa_scale.evaluate.predictions import ImageClassifier
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a mistake that the user can mend."""
+    """Returns the exit code: 0, or 2 after a mistake that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--model", required=True, help="folder of a finetuning run, or one of its checkpoints")
-    parser.add_argument("--top", type=int, default=5, help="classes printed for each image (default 5)")
-    parser.add_argument("--device", help="cpu or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to print for each image (default 5)")
+    parser.add_argument("--device", help="cpu or cuda:N (default: a GPU if there is one)")
     options = parser.parse_args(arguments)
     try:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Makes, verifies, describes and indexes tar shards. Parses, calls, reports."""
+"""Makes, verifies, describes and indexes tar shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ijepa_scale.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 after a mistake that the user can mend or a fault found, 130 after Ctrl-C."""
+    """Returns the exit code: 0, 2 after a mistake that the user can fix or for faulty shards, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; make goes on when it is started again with the same arguments", file=sys.stderr)
+        print("interrupted; run make again with the same arguments to continue", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,4 @@
-"""Measures on this machine which settings pretrain fastest, and writes them as a configuration file.
+"""Measures which settings pretrain fastest on this machine, and writes them to a configuration file.
 
 python launch/tune.py --config configs/demo.yaml
 python launch/tune.py --config C.yaml --devices cuda:0 cuda:1 --minutes 30 --to tuned.yaml
@@ -16,26 +16,27 @@ from ijepa_scale.tune.worst import KINDS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for a mistake that the user can mend or where nothing ran, 130 after Ctrl-C."""
+    """Returns the exit code: 0, 2 after a mistake that the user can fix or if nothing ran, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", "--fname", required=True, help="YAML file, ours or a published one")
+    add("--config", "--fname", required=True, help="YAML file of this package or in the published layout")
     add("--to", help="file to write (default: tuned.yaml in the run's folder)")
     add("--devices", nargs="+", help="one process per device, e.g. cuda:0 cuda:1")
-    add("--processes", type=int, help="so many processes on this host (default 1)")
-    add("--minutes", type=float, default=Options.minutes, help="no candidate is started later (default %(default)g)")
-    add("--candidate-minutes", type=float, default=Options.candidate_minutes, help="of one (default %(default)g)")
-    add("--limit", type=int, default=Options.limit, help="candidates at most (default %(default)s)")
+    add("--processes", type=int, help="number of processes on this host (default 1)")
+    add("--minutes", type=float, default=Options.minutes, help="start no candidate after this (default %(default)g)")
+    candidate_minutes = Options.candidate_minutes
+    add("--candidate-minutes", type=float, default=candidate_minutes, help="limit of each (default %(default)g)")
+    add("--limit", type=int, default=Options.limit, help="largest number of candidates (default %(default)s)")
     add("--steps", type=int, default=Options.steps, help="timed steps of each candidate (default %(default)s)")
-    add("--warmup", type=int, default=Options.warmup, help="steps before them (default %(default)s)")
-    add("--memory", type=float, help="GB that one process may take (default: the device's, or the host's free memory)")
-    add("--worst", choices=KINDS, default=Options.worst, help="longest masks: any draw's (default), or of 32 steps")
-    add("--skip", action="append", choices=STAGES, help="a stage that isn't gone through; can be given again")
-    add("--logs", help="folder that keeps what each candidate printed")
+    add("--warmup", type=int, default=Options.warmup, help="steps before the timed ones (default %(default)s)")
+    add("--memory", type=float, help="GB that one process may use (default: the device's, or the host's free memory)")
+    add("--worst", choices=KINDS, default=Options.worst, help="longest masks: possible (default), or of 32 drawn steps")
+    add("--skip", action="append", choices=STAGES, help="stage to skip; may be repeated")
+    add("--logs", help="folder for the output of each candidate")
     add("overrides", nargs="*", help="dotted settings, e.g. data.batch_size=1024")
     flags = vars(parser.parse_intermixed_args(arguments))
     named, config, overrides = flags["devices"] or [], flags.pop("config"), flags.pop("overrides")
-    overrides += [word for word in named if "=" in word]  # --devices takes all that follows
+    overrides += [word for word in named if "=" in word]  # --devices also collects the words after it
     flags["devices"] = [word for word in named if "=" not in word] or None
     try:
         tune(config, overrides, Options(**flags))
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing is written", file=sys.stderr)
+        print("interrupted; no file was written", file=sys.stderr)
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device, each sample by its own keyed draws."""
+"""Augmentation of whole batches on the device. Each sample has its own keyed random draws."""
 
 from ijepa_scale.augment.pipeline import Augment
 

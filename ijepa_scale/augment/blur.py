@@ -1,4 +1,4 @@
-"""Gaussian blur of a batch, a width per image, as two matrix products. Tensors only."""
+"""Gaussian blur of a batch as two matrix products, with a sigma per image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 class GaussianBlur:
     """Blurs (B, 3, h, w) images of one size, mirrored at their edges (without repeating the edge pixel).
 
-    The kernel reaches 3 * max_sigma pixels each way, less on images that are smaller than that.
+    The kernel reaches 3 * max_sigma pixels each way, or less on smaller images.
     """
 
     def __init__(self, image_size: tuple[int, int], *, max_sigma: float, device: torch.device | str = "cpu") -> None:
@@ -19,7 +19,7 @@ class GaussianBlur:
         self._bases = [_mirror_basis(size, min(self._radius, size - 1)).to(device) for size in image_size]
 
     def __call__(self, images: Tensor, sigma: Tensor | None) -> Tensor:
-        """Returns the blurred images; `sigma` (B, 1, 1, 1) is in pixels. In float32 whatever autocast says."""
+        """Returns the blurred images, computed in float32 whatever autocast says; `sigma` (B, 1, 1, 1) is in pixels."""
         assert sigma is not None
         down, across = self._bases
         with torch.autocast(images.device.type, enabled=False):
@@ -28,16 +28,16 @@ class GaussianBlur:
 
     @staticmethod
     def _matrix(basis: Tensor, sigma: Tensor) -> Tensor:
-        """Returns (B, 1, N, N): row j makes pixel j of a line of N from the line."""
+        """Returns (B, 1, N, N) weights: row j computes pixel j of a line of N pixels from the line."""
         taps, size, _ = basis.shape
-        places = torch.arange(taps, dtype=torch.float32, device=basis.device) - taps // 2
-        kernel = torch.exp(-0.5 * (places / sigma.view(-1, 1)) ** 2)  # (B, taps)
+        offsets = torch.arange(taps, dtype=torch.float32, device=basis.device) - taps // 2
+        kernel = torch.exp(-0.5 * (offsets / sigma.view(-1, 1)) ** 2)  # (B, taps)
         kernel = kernel / kernel.sum(dim=1, keepdim=True)
         return (kernel @ basis.view(taps, size * size)).view(-1, 1, size, size)
 
 
 def _mirror_basis(size: int, radius: int) -> Tensor:
-    """Returns (2 * radius + 1, size, size): 1 where tap t of pixel j falls on pixel i, mirrored at the edges."""
+    """Returns (2 * radius + 1, size, size): 1 where tap t of pixel j is pixel i, mirrored at the edges."""
     pixels = torch.arange(size)
     source = (pixels + torch.arange(-radius, radius + 1)[:, None]).abs()  # (taps, size)
     source = torch.where(source >= size, 2 * (size - 1) - source, source)

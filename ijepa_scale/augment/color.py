@@ -1,6 +1,6 @@
-"""Colour operations on batches (B, 3, H, W) of floating-point images in [0, 1], a factor per image.
+"""Colour operations on batches (B, 3, H, W) of floating-point images in [0, 1], with a factor per image.
 
-Each equals torchvision's operation of that name on one floating-point image. Factors are (B, 1, 1, 1).
+Each equals torchvision's operation of the same name on one floating-point image. Factors are (B, 1, 1, 1).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Returns the images with their HSV hue turned by `shift` of a full circle.
+    """Returns the images with their HSV hue rotated by `shift`, a fraction of the full circle.
 
     Source: A. R. Smith, "Color gamut transform pairs", SIGGRAPH 1978 (the hexcone model).
     """
@@ -48,15 +48,15 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
         torch.where(value == green, 2.0 + (blue - red) / safe, 4.0 + (red - green) / safe),
     )
     turned = sector + 6.0 * shift[:, 0]  # in sixths of the circle
-    # Channel n of the hexcone: value less a share of chroma that rises and falls once around the circle.
-    offset = torch.arange(5.0, 0.0, -2.0, device=images.device).view(1, 3, 1, 1)  # of red, green, blue
+    # Each channel of the hexcone is the value minus a share of chroma that rises and falls once around the circle.
+    offset = torch.arange(5.0, 0.0, -2.0, device=images.device).view(1, 3, 1, 1)  # for red, green, blue
     angle = (offset + turned[:, None]).remainder(6.0)
     share = torch.minimum(angle, 4.0 - angle).clamp_(0.0, 1.0)
     return value[:, None] - chroma[:, None] * share
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Returns the images with levels from 128 of 255 on inverted, as PIL's ImageOps.solarize does."""
+    """Returns the images with levels of 128 and above (of 255) inverted, as in PIL's ImageOps.solarize."""
     return torch.where(images >= _MIDDLE, 1.0 - images, images)
 
 

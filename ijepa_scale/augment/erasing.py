@@ -1,6 +1,6 @@
-"""Random erasing: a rectangle of noise on some images, by each image's own keyed draws.
+"""Random erasing: fills a rectangle of some images with noise, by each image's own keyed draws.
 
-The noise is drawn on the host, so that every device sees the same numbers, for the erased pixels only.
+Noise is drawn for the erased pixels only, and on the host, so that every device gets the same numbers.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from ijepa_scale import rng
 from ijepa_scale.augment.pipeline import to_device
 
 TRIES = 10
-AREA = (0.02, 1 / 3)  # share of the image
+AREA = (0.02, 1 / 3)  # as a fraction of the image
 ASPECT = (0.3, 1 / 0.3)  # height / width, log-uniform
-_DRAWS = 1 + 4 * TRIES  # whether, then of each try: area, aspect, top, left
+_DRAWS = 1 + 4 * TRIES  # whether to erase, then area, aspect, top and left for each try
 
 
 class RandomErasing:
-    """Fills one rectangle with normal noise, independent in each pixel and channel, with a probability.
+    """With a given probability, fills one rectangle with normal noise, independent in each pixel and channel.
 
-    Source: arXiv 1708.04896; limits and "pixel" noise are timm's, which arXiv 2111.06377's recipe uses.
+    Source: arXiv 1708.04896; the limits and the "pixel" noise are timm's, as used by the recipe of arXiv 2111.06377.
     """
 
     def __init__(self, probability: float, *, seed: int) -> None:
         self.probability, self._seed = probability, seed
 
     def __call__(self, images: Tensor, *, epoch: int, sample_ids: np.ndarray) -> Tensor:
-        """Returns the normalised images (B, 3, h, w) with rectangles erased in place. Doesn't synchronise."""
+        """Erases rectangles of the normalised images (B, 3, h, w) in place and returns them. Doesn't synchronise."""
         boxes = self.draw((images.shape[-2], images.shape[-1]), epoch=epoch, sample_ids=sample_ids)
         for row in np.flatnonzero(boxes[:, 2]).tolist():
             top, left, height, width = boxes[row].tolist()
@@ -41,7 +41,7 @@ class RandomErasing:
         return images
 
     def draw(self, size: tuple[int, int], *, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
-        """Returns boxes (B, 4) int64: top, left, height, width, pixels; height 0 where nothing is erased."""
+        """Returns boxes (B, 4) int64 of top, left, height and width in pixels; height 0 means nothing is erased."""
         draws = rng.uniform(self._seed, "erase", epoch, sample_ids, _DRAWS)
         erased = draws[:, 0] < self.probability
         tries = draws[:, 1:].reshape(-1, TRIES, 4)

@@ -1,4 +1,4 @@
-"""Whole images to what a model is evaluated on, on the device. Tensors only."""
+"""The evaluation transform: turns whole images into model input, on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from ijepa_scale.data.eval_reader import covering_size
 
 
 class EvalTransform:
-    """Resize (bicubic) to cover size / crop_fraction, centre crop, normalise: within 1 level of `data.center_crop`."""
+    """Resizes (bicubic) to cover size / crop_fraction, crops the centre, and normalises.
+
+    The result is within 1 level of `data.center_crop`.
+    """
 
     def __init__(
         self,
@@ -32,13 +35,13 @@ class EvalTransform:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Returns (B, 3, h, w) float32 on the device, of images (H, W, 3) uint8 of any sizes; doesn't synchronise.
+        """Returns (B, 3, h, w) float32 on the device, from images (H, W, 3) uint8 of any sizes; doesn't synchronise.
 
-        Images that are resized to the same size go together.
+        Images that are resized to the same size are resized together.
         """
         resized = [covering_size(have.shape[:2], self.image_size, self.crop_fraction) for have in images]
         found = torch.empty(len(images), 3, *self.image_size, device=self.device)
-        for whole in sorted(set(resized)):  # the centre's edges need what lies around it: resized whole, then cut
+        for whole in sorted(set(resized)):  # resize first, crop then: the centre's edges need the pixels around it
             rows = np.array([row for row, size in enumerate(resized) if size == whole])
             flat = np.concatenate([images[row].reshape(-1) for row in rows])
             filled = crop_resize(

@@ -1,7 +1,7 @@
-"""PIL's geometric transforms of 8-bit images, batched, each image by its own numbers. Tensors only.
+"""PIL's geometric transforms of 8-bit images, batched, with parameters per image.
 
-Each takes and returns (B, 3, H, W) uint8, within 1 level of PIL's, computed in float32 and truncated as PIL does.
-What lies outside an image becomes `fill` (3,) uint8, on the images' device. Nothing synchronises.
+Each takes and returns (B, 3, H, W) uint8, within 1 level of PIL's result, computed in float32 and truncated as in PIL.
+Pixels from outside an image become `fill` (3,) uint8, on the images' device. Nothing synchronises.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from torch import Tensor
 
 from ijepa_scale.augment.pipeline import to_device
 
-_FLOAT_SLACK = 1e-3  # levels; PIL computes in double: float32 may end just below the whole number that it finds
-_MARGIN = 2  # pixels that the taps reach over the edge
+_FLOAT_SLACK = 1e-3  # levels; float32 may end just below a whole number that PIL reaches in double precision
+_MARGIN = 2  # pixels that the taps reach beyond the edge
 
 
 def slide(images: Tensor, shifts: np.ndarray, fill: Tensor, *, interpolation: str = "bicubic") -> Tensor:
-    """Returns the images with each row moved: pixel x of row y is the image's at x + shifts[b, y].
+    """Returns the images with each row shifted: pixel x of row y comes from x + shifts[b, y].
 
-    PIL's Image.transform(AFFINE) of shears and translations along x; `shifts` (B, H) float64 lie on the host. One
-    gather of whole rows takes the place of a gather per tap and pixel. Columns are moved by transposing.
+    Equals PIL's Image.transform(AFFINE) for shears and translations along x; `shifts` (B, H) float64 are on the host.
+    One gather of whole rows replaces a gather per tap and pixel. To shift columns, transpose the images.
     """
     width = images.shape[3]
     whole = np.floor(shifts)
     taps = _weights(to_device(torch.from_numpy((shifts - whole).astype(np.float32)), images.device), interpolation)
-    begin, end = np.ceil(-0.5 - shifts), np.ceil(width - 0.5 - shifts)  # of the pixels whose centre falls inside
+    begin, end = np.ceil(-0.5 - shifts), np.ceil(width - 0.5 - shifts)  # range of pixels whose centre is inside
     table = to_device(torch.from_numpy(np.stack([whole, begin, end]).astype(np.int64)), images.device)
     first, begin, end = table[:, :, None, :, None]  # (B, 1, H, 1) each
-    places = torch.arange(min(taps), width + max(taps), device=images.device)
-    index = (first + places).clamp_(0, width - 1)
+    columns = torch.arange(min(taps), width + max(taps), device=images.device)
+    index = (first + columns).clamp_(0, width - 1)
     lines = images.gather(3, index.expand(-1, 3, -1, -1)).float()
     total: Tensor | float = 0.0
     for tap, weight in taps.items():
@@ -40,9 +40,9 @@ def slide(images: Tensor, shifts: np.ndarray, fill: Tensor, *, interpolation: st
 
 
 def affine(images: Tensor, matrices: Tensor, fill: Tensor, *, interpolation: str = "bicubic") -> Tensor:
-    """Returns PIL's Image.transform(AFFINE): output pixel (x, y) is the image's at (ax + by + c, dx + ey + f).
+    """Returns PIL's Image.transform(AFFINE): output pixel (x, y) comes from (ax + by + c, dx + ey + f).
 
-    `matrices` (B, 6) float64 are a, b, c, d, e, f, on the images' device; x and y are of pixel centres.
+    `matrices` (B, 6) float64 hold a, b, c, d, e, f, on the images' device; x and y are pixel centres.
     """
     count, _, height, width = images.shape
     device = images.device
@@ -60,7 +60,8 @@ def affine(images: Tensor, matrices: Tensor, fill: Tensor, *, interpolation: str
     for row_tap, row_weight in down.items():
         line = torch.zeros_like(total)
         for tap, weight in across.items():
-            # The margin makes each tap a constant distance from the base: no index per tap, one gather of all colours
+            # The margin keeps each tap at a constant offset from the base, so one index serves all taps; and one
+            # gather fetches all colours.
             offset = row_tap * stride + tap
             pixels = packed.gather(1, base + offset)[:, None]
             line += ((pixels >> shifts) & 0xFF).float().mul_(weight.flatten(1)[:, None])
@@ -73,26 +74,29 @@ def _levels(values: Tensor) -> Tensor:
 
 
 def _packed(images: Tensor) -> tuple[Tensor, int]:
-    """Returns (B, pixels) int32, the colours in a pixel's bytes, edges repeated by `_MARGIN`; and a line's length."""
+    """Returns (B, pixels) int32 with the three colours in a pixel's bytes, and the length of a line in pixels.
+
+    Edges are repeated by `_MARGIN` pixels.
+    """
     for dim in (2, 3):
         size = images.shape[dim]
-        places = torch.arange(-_MARGIN, size + _MARGIN, device=images.device).clamp_(0, size - 1)
-        images = images.index_select(dim, places)
+        index = torch.arange(-_MARGIN, size + _MARGIN, device=images.device).clamp_(0, size - 1)
+        images = images.index_select(dim, index)
     red, green, blue = images.to(torch.int32).unbind(1)
     return (red | (green << 8) | (blue << 16)).flatten(1), images.shape[3]
 
 
-def _split(places: Tensor, length: int, interpolation: str) -> tuple[Tensor, dict[int, Tensor]]:
-    """Returns the pixel whose centre is the last before each place, int64, and the weights of the taps around it."""
-    shifted = places - 0.5
+def _split(coordinates: Tensor, length: int, interpolation: str) -> tuple[Tensor, dict[int, Tensor]]:
+    """Returns, for each coordinate, the last pixel centred before it (int64) and the weights of the taps around it."""
+    shifted = coordinates - 0.5
     first = shifted.floor()
     return first.long().clamp_(-1, length - 1), _weights((shifted - first).float(), interpolation)
 
 
 def _weights(t: Tensor, interpolation: str) -> dict[int, Tensor]:
-    """Returns the weight of each tap, -1 to 2, at the distance t in [0, 1) behind tap 0.
+    """Returns the weight of each tap, -1 to 2, at distance t in [0, 1) after tap 0.
 
-    The cubic has a = -1 here, as PIL's geometric transforms have (its resize has -0.5).
+    The cubic has a = -1, as in PIL's geometric transforms (PIL's resize has -0.5).
     """
     if interpolation == "bilinear":
         return {0: 1 - t, 1: t}

@@ -1,7 +1,7 @@
-"""PIL's operations on 8-bit images, batched, a parameter per image. Tensors only.
+"""PIL's operations on 8-bit images, batched, with a parameter per image.
 
-Each takes and returns (B, 3, H, W) uint8 and equals PIL's operation of that name, most of them bit for bit:
-rounding and truncation are PIL's. Parameters are (B,) tensors on the images' device. Nothing synchronises.
+Each takes and returns (B, 3, H, W) uint8, and equals PIL's operation of the same name, in most cases bit for bit:
+it rounds and truncates as PIL does. Parameters are (B,) tensors on the images' device. Nothing synchronises.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _LEVELS = 256
-_LUMA = (19595, 38470, 7471)  # ITU-R BT.601 in 1/65536, as PIL's conversion to "L" has them
+_LUMA = (19595, 38470, 7471)  # ITU-R BT.601 in units of 1/65536, as in PIL's conversion to "L"
 
 
 def luma(images: Tensor) -> Tensor:
@@ -20,9 +20,9 @@ def luma(images: Tensor) -> Tensor:
 
 
 def blend(first: Tensor, second: Tensor, alpha: Tensor) -> Tensor:
-    """Returns first + alpha * (second - first), clipped and truncated: PIL's Image.blend. Alpha (B,) float32.
+    """Returns first + alpha * (second - first), clipped and truncated, as in PIL's Image.blend; alpha is (B,) float32.
 
-    `first` may be of any shape that expands to the images `second`.
+    `first` may have any shape that expands to the images `second`.
     """
     start = first.float()
     mixed = second.float().sub_(start).mul_(alpha[:, None, None, None]).add_(start)
@@ -35,7 +35,7 @@ def invert(images: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Returns the images with their `bits` (B,) int64 highest bits kept; 0 keeps none."""
+    """Returns the images with only the `bits` (B,) int64 highest bits kept; 0 keeps none."""
     mask = (0xFF << (8 - bits)) & 0xFF
     return images & mask.to(torch.uint8)[:, None, None, None]
 
@@ -52,25 +52,25 @@ def solarize_add(images: Tensor, add: Tensor, *, threshold: int = 128) -> Tensor
 
 
 def color(images: Tensor, factor: Tensor) -> Tensor:
-    """Returns PIL's ImageEnhance.Color: away from the luma by `factor` (B,) float32."""
+    """Returns PIL's ImageEnhance.Color: moves images away from their luma by `factor` (B,) float32."""
     return blend(luma(images), images, factor)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Returns PIL's ImageEnhance.Contrast: away from the mean luma, rounded, by `factor` (B,) float32."""
+    """Returns PIL's ImageEnhance.Contrast: moves images away from their rounded mean luma by `factor` (B,) float32."""
     mean = luma(images).flatten(1).double().mean(dim=1)
     return blend((mean + 0.5).floor()[:, None, None, None], images, factor)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Returns PIL's ImageEnhance.Brightness: away from black by `factor` (B,) float32."""
+    """Returns PIL's ImageEnhance.Brightness: moves images away from black by `factor` (B,) float32."""
     return blend(images.new_zeros(1), images, factor)
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Returns PIL's ImageEnhance.Sharpness: away from its SMOOTH filter's result by `factor` (B,) float32.
+    """Returns PIL's ImageEnhance.Sharpness: moves images away from smoothed ones by `factor` (B,) float32.
 
-    SMOOTH weighs the pixel 5 and its 8 neighbours 1, rounds, and leaves the border as it is.
+    PIL's SMOOTH filter gives the pixel weight 5 and its 8 neighbours weight 1, rounds, and leaves the border unchanged.
     """
     smooth = images.clone()
     if min(images.shape[-2:]) > 2:
@@ -82,7 +82,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Returns PIL's ImageOps.autocontrast: each channel stretched to 0 .. 255."""
+    """Returns PIL's ImageOps.autocontrast: stretches each channel to 0 .. 255."""
     flat = images.flatten(2)
     low, high = (edge.double()[..., None] for edge in (flat.amin(2), flat.amax(2)))
     levels = torch.arange(_LEVELS, device=images.device, dtype=torch.float64)
@@ -93,7 +93,7 @@ def autocontrast(images: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Returns PIL's ImageOps.equalize: each channel's histogram made flat."""
+    """Returns PIL's ImageOps.equalize: flattens the histogram of each channel."""
     flat = images.flatten(2).long()
     counts = torch.zeros(*flat.shape[:2], _LEVELS, dtype=torch.int64, device=images.device)
     counts.scatter_add_(2, flat, torch.ones_like(flat))
@@ -108,5 +108,5 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def _look_up(images: Tensor, table: Tensor) -> Tensor:
-    """Returns table[b, c, level] of each pixel; the table is (B, 3, 256)."""
+    """Returns table[b, c, level] for each pixel; the table is (B, 3, 256)."""
     return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)

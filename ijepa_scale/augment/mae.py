@@ -1,7 +1,7 @@
-"""From a batch of labelled crops to mixed, normalised images and soft labels. No model, no files.
+"""The finetuning augmentation: turns a batch of labelled crops into mixed, normalised images and soft labels.
 
-What happens to a sample depends on (seed, epoch, sample id), what pairs are mixed how on (seed, step, place in the
-global batch): never on the micro-batch, the process or the device.
+What happens to a sample depends on (seed, epoch, sample id). How a pair is mixed depends on (seed, step, position in
+the global batch). Neither depends on the micro-batch, the process or the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _JITTER = (levels.brightness, levels.contrast, levels.color)
 
 
 class FinetuneAugment:
-    """Resize, flip, RandAugment, colour jitter, normalise, random erasing, mixup or CutMix; off costs nothing.
+    """Applies resize, flip, RandAugment, colour jitter, normalisation, random erasing, and mixup or CutMix.
+
+    Operations that are switched off cost nothing.
 
     Source: arXiv 2111.06377, appendix A.1, in the order of its released code.
     """
@@ -59,7 +61,7 @@ class FinetuneAugment:
         """Returns (B, 3, h, w) float32 images and (B, classes) float32 soft labels; doesn't synchronise.
 
         Raises:
-            ConfigError: an odd micro-batch while mixup or cutmix is on.
+            ConfigError: the micro-batch has an odd size while mixup or cutmix is on.
         """
         batch = batch.to(self.device)
         config = self.config
@@ -83,15 +85,16 @@ class FinetuneAugment:
         return self._mixing(images, batch.labels, step=batch.step, position=batch.position)
 
     def _jitter(self, pixels: Tensor, batch: Batch) -> None:
-        """Changes brightness, contrast and saturation of (B, 3, h, w) uint8 images in place, each in its own order.
+        """Changes brightness, contrast and saturation of (B, 3, h, w) uint8 images in place.
 
-        Factors are uniform in [max(0, 1 - s), 1 + s], as torchvision's ColorJitter has them, and the operations PIL's.
+        Each image has its own order of operations. Factors are uniform in [max(0, 1 - s), 1 + s], as in torchvision's
+        ColorJitter; the operations are PIL's.
         """
         draws = rng.uniform(self.seed, "finetune.jitter", batch.epoch, batch.sample_ids, 2 * len(_JITTER))
         low, high = max(0.0, 1.0 - self.config.color_jitter), 1.0 + self.config.color_jitter
         factors = (low + (high - low) * draws[:, : len(_JITTER)]).astype(np.float32)
-        order = np.argsort(draws[:, len(_JITTER) :], axis=1, kind="stable")  # (B, 3): the operation at each place
-        for place in range(len(_JITTER)):
+        order = np.argsort(draws[:, len(_JITTER) :], axis=1, kind="stable")  # (B, 3): the operation at each turn
+        for turn in range(len(_JITTER)):
             for number, enhance in enumerate(_JITTER):
-                rows = np.flatnonzero(order[:, place] == number)
+                rows = np.flatnonzero(order[:, turn] == number)
                 change_rows(pixels, rows, enhance, to_device(torch.from_numpy(factors[rows, number]), pixels.device))

@@ -1,8 +1,8 @@
-"""Mixup, CutMix and label smoothing, a draw per pair of neighbours in the global batch.
+"""Mixup, CutMix and label smoothing, with one draw per pair of neighbours in the global batch.
 
-Images 2k and 2k + 1 of the global batch are mixed with one another, by a draw keyed by (seed, step, k). So
-the result is the same however the batch is split over processes and micro-batches, as long as no pair is torn.
-The published recipe draws one share for a whole batch and mixes it with itself reversed, which depends on the split.
+Images 2k and 2k + 1 of the global batch are mixed with each other, by a draw keyed by (seed, step, k). The result is
+therefore the same however the batch is split over processes and micro-batches, as long as pairs stay together.
+The published recipe draws one share per batch and mixes the batch with its reverse, which depends on the split.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _MIX, _SWITCH, _TOP, _LEFT, _DRAWS = range(5)
 
 
 def check_pairs(num_images: int, config: FinetuneAugmentConfig) -> None:
-    """Refuses micro-batches that would tear a pair.
+    """Checks that a micro-batch would not split a pair.
 
     Raises:
-        ConfigError: an odd number of images while mixup or cutmix is on.
+        ConfigError: the number of images is odd while mixup or cutmix is on.
     """
     if num_images % 2 and (config.mixup or config.cutmix):
         raise ConfigError(
@@ -44,10 +44,10 @@ class Mixing:
     def __call__(self, images: Tensor, labels: Tensor, *, step: int, position: int) -> tuple[Tensor, Tensor]:
         """Returns (B, 3, h, w) images, mixed in place, and (B, classes) float32 soft labels; doesn't synchronise.
 
-        `labels` (B,) int64 lie on the images' device; `position` is the first image's place in the global batch.
+        `labels` (B,) int64 are on the images' device; `position` is that of the first image in the global batch.
 
         Raises:
-            ConfigError: an odd number of images, or an odd position, while mixup or cutmix is on.
+            ConfigError: the number of images or the position is odd while mixup or cutmix is on.
         """
         config = self._config
         smooth = config.label_smoothing / self._num_classes
@@ -59,9 +59,9 @@ class Mixing:
         check_pairs(position, config)
         size = (images.shape[-2], images.shape[-1])
         shares, boxes = self.draw(size, step=step, position=position, count=len(images))
-        pair_shares, pair_boxes = shares[::2], boxes[::2]  # the two of a pair share them
+        pair_shares, pair_boxes = shares[::2], boxes[::2]  # equal for both images of a pair
         lost = _moved((1.0 - pair_shares)[:, None], images.device)
-        # mixed by box where a pair drew CutMix, else all over
+        # pairs that drew CutMix are mixed inside their box, the others in all pixels
         by_box = _moved(np.any(pair_boxes[:, 2:] > 0, axis=1)[:, None, None, None], images.device)
         inside = _inside(pair_boxes, size, images.device)
         _exchange(images, torch.where(by_box, inside, lost[:, :, None, None]))
@@ -71,8 +71,8 @@ class Mixing:
     def draw(self, size: tuple[int, int], *, step: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the share that each image keeps (count,) float32, and boxes (count, 4): top, left, height, width.
 
-        A box of height 0 is none: the pair is mixed all over, or not at all where its share is 1. The share of a
-        box that reaches over the edge is corrected to what is cut.
+        A height of 0 means no box: the pair is mixed in all pixels, or not at all if its share is 1. For a box that
+        is cut at an edge, the share is computed from what is left of it.
         """
         config = self._config
         pairs = np.arange(position // 2, (position + count) // 2)
@@ -92,17 +92,17 @@ class Mixing:
 
 
 def _box(kept: float, size: tuple[int, int], down: float, across: float) -> tuple[int, int, int, int]:
-    """Returns top, left, height, width of a box of share 1 - kept around a uniform centre, cut at the edges."""
+    """Returns top, left, height, width of a box of area share 1 - kept around a uniform centre, cut at the edges."""
     ratio = np.sqrt(1.0 - kept)
     half = [int(side * ratio) // 2 for side in size]
     centre = int(down * size[0]), int(across * size[1])
-    begin = [max(0, place - reach) for place, reach in zip(centre, half, strict=True)]
-    end = [min(side, place + reach) for side, place, reach in zip(size, centre, half, strict=True)]
+    begin = [max(0, middle - reach) for middle, reach in zip(centre, half, strict=True)]
+    end = [min(side, middle + reach) for side, middle, reach in zip(size, centre, half, strict=True)]
     return begin[0], begin[1], end[0] - begin[0], end[1] - begin[1]
 
 
 def _exchange(values: Tensor, share: Tensor) -> None:
-    """Moves the two of each pair `share` (B / 2, ...) of the way towards one another, in place; at 0 not a bit."""
+    """Moves both values of each pair towards each other by `share` (B / 2, ...), in place; 0 changes no bit."""
     first, second = values.unflatten(0, (-1, 2)).unbind(1)
     moved = (second - first).mul_(share)
     first.add_(moved)
@@ -115,8 +115,8 @@ def _inside(boxes: np.ndarray, size: tuple[int, int], device: torch.device) -> T
     ends = _moved(boxes[:, :2] + boxes[:, 2:], device)
     parts = []
     for axis, length in enumerate(size):
-        places = torch.arange(length, device=device)[None]
-        parts.append((places >= begins[:, axis, None]) & (places < ends[:, axis, None]))
+        pixels = torch.arange(length, device=device)[None]
+        parts.append((pixels >= begins[:, axis, None]) & (pixels < ends[:, axis, None]))
     return (parts[0][:, None, :, None] & parts[1][:, None, None, :]).float()
 
 

@@ -1,7 +1,7 @@
-"""From a batch of crops to normalised training images, on the batch's device. No model, no files.
+"""The pretraining augmentation: turns a batch of crops into normalised images, on the device.
 
-What happens to a sample depends on (seed, epoch, sample id) alone. Draws are made on the host, and everything
-that picks samples or sizes is known there, so nothing synchronises.
+What happens to a sample depends on (seed, epoch, sample id) alone. All draws are made on the host, so choosing samples
+and sizes never synchronises.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ijepa_scale.augment.blur import GaussianBlur
 from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.data.batch import Batch
 
-# Columns of a sample's draws. New ones are added at the end: the earlier ones then stay what they were.
+# Columns of a sample's draws. Add new columns at the end, so that the earlier draws don't change.
 _FLIP, _JITTER, _FACTORS, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _DRAWS = (
     0,
     1,
@@ -38,7 +38,7 @@ _SIGMAS = (0.1, 2.0)  # pixels; SimCLR, appendix A
 
 
 class Augment:
-    """Resize, flip, colour jitter, grayscale, blur, solarize, normalise; what is left at 0 costs nothing.
+    """Applies resize, flip, colour jitter, grayscale, blur, solarize and normalisation; what is set to 0 costs nothing.
 
     Sources: the order of operations is SimCLR's (arXiv 2002.05709, appendix A), solarize last as in BYOL
     (arXiv 2006.07733, appendix B).
@@ -62,7 +62,7 @@ class Augment:
         flip = draws[:, _FLIP] < config.flip if config.flip else None
         options = {"interpolation": config.interpolation, "flip": flip}
         if not (config.color_jitter or config.grayscale or config.solarize or self._blur is not None):
-            normalise = (self._scale.tolist(), self._shift.tolist())  # of host tensors
+            normalise = (self._scale.tolist(), self._shift.tolist())  # host tensors: no synchronisation
             return crop_resize(
                 batch.pixels, batch.sizes, self.image_size, **options, normalise=normalise, dtype=torch.float32
             )
@@ -89,14 +89,14 @@ class Augment:
         return images
 
     def _jitter(self, images: Tensor, draws: np.ndarray) -> None:
-        """Runs the four colour operations on the images that are jittered, each image in its own order."""
+        """Runs the four colour operations on the images chosen for jitter, each image in its own order."""
         jittered = draws[:, _JITTER] < self.config.color_jitter_probability
         spread = _STRENGTHS * self.config.color_jitter
         factors = (2.0 * draws[:, _FACTORS] - 1.0) * spread + np.array([1.0, 1.0, 1.0, 0.0])
-        order = np.argsort(draws[:, _ORDER], axis=1, kind="stable")  # (B, 4): the operation at each place
-        for place in range(len(_OPERATIONS)):
+        order = np.argsort(draws[:, _ORDER], axis=1, kind="stable")  # (B, 4): the operation at each turn
+        for turn in range(len(_OPERATIONS)):
             for number, operation in enumerate(_OPERATIONS):
-                rows = np.flatnonzero(jittered & (order[:, place] == number))
+                rows = np.flatnonzero(jittered & (order[:, turn] == number))
                 self._apply(images, rows, operation, factors[:, number])
 
     def _apply(
@@ -110,14 +110,14 @@ class Augment:
 
 
 def change_rows(images: Tensor, rows: np.ndarray, operation: Callable[..., Tensor], *arguments: Any) -> None:
-    """Replaces images[rows] by operation(images[rows], *arguments), in place; `rows` int64 lie on the host."""
+    """Replaces images[rows] by operation(images[rows], *arguments), in place; `rows` int64 are on the host."""
     if len(rows):
         index = to_device(torch.from_numpy(rows), images.device)
         images.index_copy_(0, index, operation(images.index_select(0, index), *arguments))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on `device`, through pinned memory where that avoids a synchronisation."""
+    """Returns the tensor on `device`; copies through pinned memory on CUDA, to avoid a synchronisation."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""RandAugment of a batch, each image by its own keyed draws, each operation once per layer.
+"""RandAugment of a batch: each image has its own keyed draws, and each operation runs once per layer.
 
 Sources: arXiv 1909.13719 (RandAugment); operations, ranges and notation are those of timm's "increasing" set,
-which the finetuning recipe of arXiv 2111.06377 names `rand-m9-mstd0.5-inc1`.
+which the finetuning recipe of arXiv 2111.06377 uses as `rand-m9-mstd0.5-inc1`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ijepa_scale.augment.pipeline import change_rows, to_device
 from ijepa_scale.config.rand_augment_notation import LEVELS, RandAugmentSettings
 
 _OP, _APPLY, _RADIUS, _ANGLE, _NEGATE, _DRAWS = range(6)  # columns of a layer's draws
-_TRANSLATE = 0.45  # share of the side at magnitude 10
+_TRANSLATE = 0.45  # fraction of the side at magnitude 10
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What geometric operations need besides a magnitude."""
+    """Settings of geometric operations other than the magnitude."""
 
-    fill: Tensor  # (3,) uint8, on the images' device: what is left empty
+    fill: Tensor  # (3,) uint8, on the images' device: fills pixels from outside an image
     interpolation: str  # bilinear | bicubic
 
 
@@ -35,9 +35,9 @@ Operation = Callable[[Tensor, np.ndarray, Canvas], Tensor]  # (images (B, 3, H, 
 
 
 class RandAugment:
-    """Applies, in each layer, one of `OPERATIONS` to each image with the settings' probability.
+    """Applies one of `OPERATIONS` to each image in each layer, with the probability of the settings.
 
-    `fill` (R, G, B levels) is what geometric operations leave empty; `interpolation` is bilinear or bicubic.
+    Geometric operations fill empty pixels with `fill` (R, G, B levels); `interpolation` is bilinear or bicubic.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RandAugment:
         self._fill = torch.tensor(fill, dtype=torch.uint8)
 
     def __call__(self, images: Tensor, *, epoch: int, sample_ids: np.ndarray) -> Tensor:
-        """Returns (B, 3, H, W) uint8 images; the given ones may change. Doesn't synchronise."""
+        """Returns (B, 3, H, W) uint8 images; may change `images` in place. Doesn't synchronise."""
         canvas = Canvas(to_device(self._fill, images.device), self._interpolation)
         for operations, values in self.draw(epoch=epoch, sample_ids=sample_ids):
             for number, operation in enumerate(OPERATIONS.values()):
@@ -61,7 +61,7 @@ class RandAugment:
         return images
 
     def draw(self, *, epoch: int, sample_ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns for each layer the operations (B,) int64, -1 for none, and their signed magnitudes (B,) float64."""
+        """Returns, for each layer, the operations (B,) int64 (-1 for none) and their signed magnitudes (B,) float64."""
         settings = self.settings
         draws = rng.uniform(self._seed, "rand_augment", epoch, sample_ids, _DRAWS * settings.num_layers)
         layers = []
@@ -70,7 +70,7 @@ class RandAugment:
             operations = np.where(layer[:, _APPLY] < settings.probability, chosen, -1)
             if math.isinf(settings.magnitude_std):
                 values = settings.magnitude * layer[:, _RADIUS]
-            else:  # Box and Muller's normal numbers
+            else:  # normal numbers by the Box-Muller transform
                 normal = np.sqrt(-2.0 * np.log1p(-layer[:, _RADIUS])) * np.cos(2.0 * math.pi * layer[:, _ANGLE])
                 values = settings.magnitude + settings.magnitude_std * normal
             values = np.clip(values, 0.0, settings.magnitude_max)
@@ -78,7 +78,7 @@ class RandAugment:
         return layers
 
 
-def _on(images: Tensor, values: np.ndarray, dtype: type) -> Tensor:
+def _to_images_device(images: Tensor, values: np.ndarray, dtype: type) -> Tensor:
     return to_device(torch.from_numpy(values.astype(dtype)), images.device)
 
 
@@ -93,12 +93,12 @@ def solarize_threshold(values: np.ndarray) -> np.ndarray:
 
 
 def solarize_addend(values: np.ndarray) -> np.ndarray:
-    """Returns what is added to dark levels: 0 to 110."""
+    """Returns the amount to add to dark levels: 0 to 110."""
     return np.minimum(128, (np.abs(values) / LEVELS * 110).astype(np.int64))
 
 
 def rotation(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns matrices (B, 6) that turn images of `size` (height, width) about their centre by up to 30 degrees."""
+    """Returns matrices (B, 6) that rotate images of `size` (height, width) about their centre by up to 30 degrees."""
     angle = -np.radians(values / LEVELS * 30.0)
     cosine, sine = np.cos(angle).round(15), np.sin(angle).round(15)
     x, y = size[1] / 2, size[0] / 2
@@ -106,50 +106,50 @@ def rotation(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def shear(values: np.ndarray, num_lines: int) -> np.ndarray:
-    """Returns by how many pixels (B, num_lines) each line is moved along itself: up to 0.3 per line."""
+    """Returns the shift in pixels (B, num_lines) of each line along itself: up to 0.3 per line."""
     return (values / LEVELS * 0.3)[:, None] * (np.arange(num_lines) + 0.5)
 
 
 def translation(values: np.ndarray, num_lines: int, *, length: int) -> np.ndarray:
-    """Returns by how many pixels (B, num_lines) each line is moved along itself: up to 0.45 of its length."""
+    """Returns the shift in pixels (B, num_lines) of each line along itself: up to 0.45 of its length."""
     return np.broadcast_to((values / LEVELS * _TRANSLATE * length)[:, None], (len(values), num_lines))
 
 
 def _rotate(images: Tensor, values: np.ndarray, canvas: Canvas) -> Tensor:
-    matrices = _on(images, rotation(values, (images.shape[2], images.shape[3])), np.float64)
+    matrices = _to_images_device(images, rotation(values, (images.shape[2], images.shape[3])), np.float64)
     return geometry.affine(images, matrices, canvas.fill, interpolation=canvas.interpolation)
 
 
-def _across(images: Tensor, shifts: np.ndarray, canvas: Canvas) -> Tensor:
+def _slide(images: Tensor, shifts: np.ndarray, canvas: Canvas) -> Tensor:
     return geometry.slide(images, shifts, canvas.fill, interpolation=canvas.interpolation)
 
 
 def _shear_x(images: Tensor, values: np.ndarray, canvas: Canvas) -> Tensor:
-    return _across(images, shear(values, images.shape[2]), canvas)
+    return _slide(images, shear(values, images.shape[2]), canvas)
 
 
 def _translate_x(images: Tensor, values: np.ndarray, canvas: Canvas) -> Tensor:
-    return _across(images, translation(values, images.shape[2], length=images.shape[3]), canvas)
+    return _slide(images, translation(values, images.shape[2], length=images.shape[3]), canvas)
 
 
 def _factors(images: Tensor, values: np.ndarray) -> Tensor:
-    """Returns factors that go from 1 towards 0.1 or 1.9."""
-    return _on(images, np.maximum(0.1, 1.0 + 0.9 * values / LEVELS), np.float32)
+    """Returns enhancement factors: 1 at magnitude 0, towards 0.1 or 1.9 as the magnitude grows."""
+    return _to_images_device(images, np.maximum(0.1, 1.0 + 0.9 * values / LEVELS), np.float32)
 
 
-def _whole(images: Tensor, values: np.ndarray) -> Tensor:
-    return _on(images, values, np.int64)
+def _int64(images: Tensor, values: np.ndarray) -> Tensor:
+    return _to_images_device(images, values, np.int64)
 
 
-# In timm's order, under timm's names. Values are magnitudes with a sign, which only some of them read.
+# In timm's order, under timm's names. Values are signed magnitudes; only some operations use the sign.
 OPERATIONS: dict[str, Operation] = {
     "AutoContrast": lambda images, values, _: levels.autocontrast(images),
     "Equalize": lambda images, values, _: levels.equalize(images),
     "Invert": lambda images, values, _: levels.invert(images),
     "Rotate": _rotate,
-    "PosterizeIncreasing": lambda images, values, _: levels.posterize(images, _whole(images, posterize_bits(values))),
-    "SolarizeIncreasing": lambda images, values, _: levels.solarize(images, _whole(images, solarize_threshold(values))),
-    "SolarizeAdd": lambda images, values, _: levels.solarize_add(images, _whole(images, solarize_addend(values))),
+    "PosterizeIncreasing": lambda images, values, _: levels.posterize(images, _int64(images, posterize_bits(values))),
+    "SolarizeIncreasing": lambda images, values, _: levels.solarize(images, _int64(images, solarize_threshold(values))),
+    "SolarizeAdd": lambda images, values, _: levels.solarize_add(images, _int64(images, solarize_addend(values))),
     "ColorIncreasing": lambda images, values, _: levels.color(images, _factors(images, values)),
     "ContrastIncreasing": lambda images, values, _: levels.contrast(images, _factors(images, values)),
     "BrightnessIncreasing": lambda images, values, _: levels.brightness(images, _factors(images, values)),

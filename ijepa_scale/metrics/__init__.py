@@ -1,1 +1,1 @@
-"""Watching a run: numbers added up on the device, written as rows, drawn as pictures."""
+"""Metrics of a run: accumulated on the device, written as rows, drawn as pictures."""

@@ -1,4 +1,4 @@
-"""Pictures of a finetuning run: its first batch, its curves, its confusion matrix. No window."""
+"""Pictures of a finetuning run: its first batch, its curves and its confusion matrix."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ijepa_scale.errors import DataError
 from ijepa_scale.metrics.plots import BLUE, GREY, ORANGE, draw_line, new_figure, save_figure
 from ijepa_scale.metrics.sinks import read_rows
 
-_NAMED_CLASSES = 30  # more of them have no room for their names
-_SHOWN_SHARE = 0.02  # of a label that is written under an image
+_NAMED_CLASSES = 30  # with more classes there is no room for their names
+_SHOWN_SHARE = 0.02  # smallest share of a soft label that is shown with an image
 
 
 def label_text(target: Tensor, classes: list[str] | None) -> str:
-    """Returns the classes with a real share in a soft label (C,), the largest first."""
+    """Returns the two largest classes of a soft label (C,) with their shares, without negligible ones."""
     shares, order = target.float().sort(descending=True)
     parts = [
         f"{classes[number] if classes else number} {share:.0%}"
@@ -27,7 +27,7 @@ def label_text(target: Tensor, classes: list[str] | None) -> str:
 
 
 def draw_labelled(images: Tensor, targets: Tensor, classes: list[str] | None, path: Path) -> Path:
-    """Returns the path of a PNG: `images` (B, 3, h, w) in [0, 1] with their soft labels `targets` (B, C)."""
+    """Draws `images` (B, 3, h, w) in [0, 1] with their soft labels `targets` (B, C); returns the path of the PNG."""
     count = len(images)
     columns = min(4, count)
     rows = -(-count // columns)
@@ -42,14 +42,14 @@ def draw_labelled(images: Tensor, targets: Tensor, classes: list[str] | None, pa
 
 
 def draw_training(metrics: Path, path: Path) -> Path:
-    """Returns the path of a PNG with loss, accuracy and learning rate over the steps.
+    """Draws loss, accuracy and learning rate over the steps; returns the path of the PNG.
 
     Raises:
-        DataError: `metrics` holds no row with a loss.
+        DataError: `metrics` has no row with a loss.
     """
     rows = read_rows(metrics)
     if not any(row.get("loss") is not None for row in rows):
-        raise DataError(f"{metrics} holds {len(rows)} rows and no loss; train at least logging.every steps first")
+        raise DataError(f"{metrics} has {len(rows)} rows but no loss; train at least logging.every steps first")
     figure = new_figure(width=11.0, height=3.2)
     loss, accuracy, rate = figure.subplots(1, 3)
     draw_line(loss, rows, "loss", BLUE, title="Loss: training (mixed, smoothed labels) and held-out")
@@ -64,7 +64,7 @@ def draw_training(metrics: Path, path: Path) -> Path:
 
 
 def draw_confusion(counts: np.ndarray, classes: list[str] | None, path: Path) -> Path:
-    """Returns the path of a PNG of the confusion matrix: rows are true classes, their shares sum to 1."""
+    """Draws the confusion matrix, with a row per true class whose shares sum to 1; returns the path of the PNG."""
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     side = min(9.0, 3.0 + 0.3 * len(counts))
     figure = new_figure(width=side + 1.0, height=side)

@@ -1,6 +1,6 @@
-"""Numbers of the training loop, added up where they are and fetched once per row.
+"""Meters of the training loop: numbers are summed on their device and fetched once per row.
 
-Knows no engine and no process group: averaging over processes is a callable that it is handed.
+Must not depend on engines or process groups: the caller passes a function that averages over processes.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ DATA_WAIT = "data_wait_ms"
 STEP = "step_ms"
 
 
-def feature_std(features_BUD: Tensor, places_BU: Tensor, num_places: int) -> Tensor:
+def feature_std(features_BUD: Tensor, patches_BU: Tensor, num_patches: int) -> Tensor:
     """Returns how much target features depend on the image, a float32 scalar on their device: the collapse alarm.
 
-    `features_BUD` are layer-normed features (B images, U tokens of each, D dims) at the places `places_BU` int64,
-    below `num_places`. Per dim, the standard deviation over the images around each place's own mean, pooled over
-    the places (unbiased, so the number of images doesn't matter); then the mean over dims. Layer-normed
-    features have variance 1 over their dims, so this lies between 0 and about 1; what counts is its course: it goes
-    to 0 when the output no longer depends on the image, even if it still depends on the place. NaN where no place
-    has two images. Doesn't synchronise.
+    `features_BUD` are layer-normed features (B images, U tokens each, D dims) of the patch indices `patches_BU` int64,
+    which are below `num_patches`. For each dim, this takes the standard deviation over the images around the mean of
+    each patch index, pooled over the indices (unbiased, so the number of images doesn't matter), then the mean over
+    dims.
+
+    Layer-normed features have variance 1 over their dims, so the result is between 0 and about 1. Watch its trend: it
+    falls to 0 when the output no longer depends on the image, even if it still depends on the patch index. It is NaN if
+    no patch index occurs in two images. Doesn't synchronise.
     """
-    rows, index = features_BUD.detach().flatten(0, 1).float(), places_BU.flatten()
-    empty = rows.new_zeros(num_places, rows.shape[1])
-    counts = rows.new_zeros(num_places, 1).index_add_(0, index, rows.new_ones(len(rows), 1))
+    rows, index = features_BUD.detach().flatten(0, 1).float(), patches_BU.flatten()
+    empty = rows.new_zeros(num_patches, rows.shape[1])
+    counts = rows.new_zeros(num_patches, 1).index_add_(0, index, rows.new_ones(len(rows), 1))
     means = empty.index_add(0, index, rows) / counts.clamp(min=1)
-    squares = (rows - means.index_select(0, index)).square_().sum(dim=0)  # a place of one image adds nothing
+    squares = (rows - means.index_select(0, index)).square_().sum(dim=0)  # an index of one image adds nothing
     return (squares / (counts - 1).clamp(min=0).sum()).sqrt_().mean()
 
 
 class Meters:
-    """Means of named numbers since the last `flush`, and the time spent per step and waiting for data.
+    """Averages named numbers between two calls of `flush`, and times steps and waits for data.
 
-    `add` and the timers never synchronise; `flush` does, once. Step time is wall time between flushes
-    over the steps done, so that queued device work is counted, less the time inside `paused`. The first step of a
-    process compiles and allocates: taken inside `warming_up`, its numbers count and its time doesn't.
+    `add` and the timers never synchronise; `flush` does, once. The step time is the wall time between flushes, minus
+    the time inside `paused`, divided by the number of steps; so it includes queued device work. The first step of a
+    process compiles and allocates: inside `warming_up`, its numbers are counted but its time is not.
     """
 
     def __init__(self, device: torch.device | str, clock: Clock = time.perf_counter) -> None:
@@ -60,13 +62,13 @@ class Meters:
         self._steps = 0
 
     def add(self, name: str, value: Tensor | float, count: int = 1) -> None:
-        """Adds `value`, the mean of `count` things, to the mean `name`; a scalar tensor stays on its device."""
+        """Adds `value`, a mean over `count` items, to the mean `name`; a scalar tensor stays on its device."""
         scalar = value.detach().float() if isinstance(value, Tensor) else value
         self._sums[name] = self._sums.get(name, 0.0) + scalar * count
         self._counts[name] = self._counts.get(name, 0) + count
 
     def timed(self, batches: Iterable) -> Iterator:
-        """Yields from `batches`, timing `next()` itself as the wait for data. The time of the first row begins here."""
+        """Yields from `batches`, and times `next()` as the wait for data. Starts the clock of the first row."""
         self._reset_timers()
         iterator = iter(batches)
         while True:
@@ -80,7 +82,7 @@ class Meters:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time inside (evaluation, checkpoints) out of the step time."""
+        """Excludes the time spent inside (evaluation, checkpoints) from the step time."""
         before = self._clock()
         try:
             yield
@@ -89,7 +91,7 @@ class Meters:
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
-        """Times what happens inside as `warm_up_s`, and begins the time of the first row after it. Synchronises."""
+        """Records the time spent inside as `warm_up_s`, then restarts the clock of the first row. Synchronises."""
         before = self._clock()
         yield
         self._wait_for_device()
@@ -98,7 +100,7 @@ class Meters:
 
     def _wait_for_device(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # host sync: the clock must not be read ahead of the device
+            torch.cuda.synchronize(self._device)  # host sync: read the clock only after the device is done
 
     def count_step(self, **values: Tensor | float) -> None:
         """Adds the numbers of one optimiser step, and counts it."""
@@ -107,10 +109,10 @@ class Meters:
         self._steps += 1
 
     def flush(self, reduce: Reduce | None = None) -> dict[str, float]:
-        """Returns the means since the last call, with `data_wait_ms` and `step_ms` if steps were timed; starts anew.
+        """Returns the means since the last call, plus `data_wait_ms` and `step_ms` if there were steps; then resets.
 
-        Synchronises with the device and transfers once. `reduce` averages a float64 vector over the
-        processes; all of them must have added the same names.
+        Synchronises with the device and transfers once. `reduce` averages a float64 vector over the processes, which
+        must all have added the same names.
         """
         names = sorted(self._sums)
         means = [self._mean(name) for name in names]

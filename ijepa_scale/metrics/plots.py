@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and what the masks hide. Files in, PNG out, no window."""
+"""Pictures of a pretraining run: its curves and its masks. Writes PNG files and opens no window."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TARGET_COLORS = ("#dd7733", "#339966", "#aa3377", "#ccaa22", "#33bbcc", "#88442
 
 
 def draw_curves(metrics: str | Path, path: str | Path) -> Path:
-    """Returns the path of a PNG with loss, kNN accuracy, target std and learning rate over the steps of `metrics`.
+    """Draws loss, kNN accuracy, target std and learning rate over the steps of `metrics`; returns the path of the PNG.
 
     Raises:
-        DataError: `metrics` holds no row with a loss.
+        DataError: `metrics` has no row with a loss.
     """
     rows = read_rows(metrics)
     if not any(row.get("loss") is not None for row in rows):
-        raise DataError(f"{metrics} holds {len(rows)} rows and no loss; train at least logging.every steps first")
+        raise DataError(f"{metrics} has {len(rows)} rows but no loss; train at least logging.every steps first")
     figure = new_figure(width=9.0, height=6.0)
     loss, knn, std, lr = figure.subplots(2, 2, sharex=True).flatten()
     draw_line(loss, rows, "loss", BLUE, title="Loss")
@@ -53,7 +53,7 @@ def draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, *, 
 
 
 def _knn(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """Draws the online kNN accuracy beside the untrained encoder's."""
+    """Draws the online kNN accuracy together with the untrained encoder's."""
     percent = [row | {"knn": 100 * row["knn"]} for row in rows if row.get("knn") is not None]
     untrained = [100 * row["knn_untrained"] for row in rows if row.get("knn_untrained") is not None]
     draw_line(axes, percent, "knn", ORANGE, title="kNN accuracy of the target encoder (%)")
@@ -71,7 +71,7 @@ def _knn(axes: Axes, rows: list[dict[str, Any]]) -> None:
 def mask_grids(masks: Masks, num_images: int, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns which patches are context (B, E, H, W) and target (B, M, H, W), bool, for `num_images` = B images.
 
-    `grid` is (H, W). Synchronises: for pictures only.
+    `grid` is (H, W). Synchronises, so use it for pictures only.
     """
     num_patches = grid[0] * grid[1]
     if isinstance(masks, DenseMasks):
@@ -89,20 +89,20 @@ def mask_grids(masks: Masks, num_images: int, grid: tuple[int, int]) -> tuple[np
     return _paint(rows, grid), _paint(cols, grid)
 
 
-def _paint(places: list[list[Tensor]], grid: tuple[int, int]) -> np.ndarray:
-    """Returns (B, blocks, H, W) bool from each image's and block's patch numbers."""
-    painted = torch.zeros(len(places), len(places[0]), grid[0] * grid[1], dtype=torch.bool)
-    for b, blocks in enumerate(places):
+def _paint(patches: list[list[Tensor]], grid: tuple[int, int]) -> np.ndarray:
+    """Returns (B, blocks, H, W) bool from the patch indices of each image and block."""
+    painted = torch.zeros(len(patches), len(patches[0]), grid[0] * grid[1], dtype=torch.bool)
+    for b, blocks in enumerate(patches):
         for block, index in enumerate(blocks):
             painted[b, block, index] = True
     return painted.unflatten(2, grid).numpy()
 
 
 def draw_masks(images: Tensor, context: np.ndarray, targets: np.ndarray, path: str | Path) -> Path:
-    """Returns the path of a PNG: each image whole, what the context encoder sees, and the blocks to be predicted.
+    """Draws each image, its context and its target blocks; returns the path of the PNG.
 
-    `images` (B, 3, h, w) are uint8, or floats in [0, 1]; a few look best. `context` (B, E, H, W) and
-    `targets` (B, M, H, W) are those of `mask_grids`.
+    `images` (B, 3, h, w) are uint8, or floats in [0, 1]; pass only a few. `context` (B, E, H, W) and
+    `targets` (B, M, H, W) come from `mask_grids`.
     """
     pixels = images.detach().cpu().permute(0, 2, 3, 1).numpy()
     pixels = pixels.astype(np.float64) / 255 if pixels.dtype == np.uint8 else pixels.clip(0.0, 1.0)
@@ -128,7 +128,7 @@ def draw_masks(images: Tensor, context: np.ndarray, targets: np.ndarray, path: s
 
 
 def _outline(axes: Axes, image: np.ndarray, block: np.ndarray, patch: tuple[int, int], color: str) -> None:
-    """Shows one rectangular block of `image` with a coloured frame."""
+    """Draws one rectangular block of `image` with a coloured frame."""
     rows, columns = np.flatnonzero(block.any(1)), np.flatnonzero(block.any(0))
     top, bottom = rows[0] * patch[0], (rows[-1] + 1) * patch[0]
     left, right = columns[0] * patch[1], (columns[-1] + 1) * patch[1]
@@ -140,14 +140,14 @@ def _outline(axes: Axes, image: np.ndarray, block: np.ndarray, patch: tuple[int,
 
 
 def new_figure(*, width: float, height: float) -> Figure:
-    """Returns an empty figure, inches, without pyplot: no global state, no display."""
-    from matplotlib.figure import Figure  # takes 0.5 s to import: only where a picture is drawn
+    """Returns an empty figure of a size in inches, made without pyplot: no global state, no display."""
+    from matplotlib.figure import Figure  # takes 0.5 s to import, so import it only to draw a picture
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes the PNG through a temporary name."""
+    """Writes the PNG under a temporary name, renames it and returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

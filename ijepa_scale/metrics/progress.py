@@ -1,4 +1,4 @@
-"""How far a run has come: a bar on a terminal, plain lines elsewhere."""
+"""The progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 def describe(row: Mapping[str, Any]) -> str:
-    """Returns a row's loss, learning rate, speed and share of time spent waiting for data, as one line."""
+    """Returns one line with a row's loss, learning rate, speed and share of time spent waiting for data."""
     parts = []
     if row.get("loss") is not None:
         parts.append(f"loss {row['loss']:.4f}")
@@ -25,7 +25,7 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns hours, minutes and seconds: 00:03:12; days in front where there are any."""
+    """Returns hours, minutes and seconds as 00:03:12, with the days first if there are any."""
     whole = timedelta(seconds=round(seconds))
     hours, rest = divmod(whole.seconds, 3600)
     clock = f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}"
@@ -33,10 +33,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows how far a run has come.
+    """Shows the progress of a run.
 
-    `mode` is auto (a bar where `stream` is a terminal, lines elsewhere), bar, lines or none. `advance`
-    is called on each step, `show` with each row. The time left is reckoned from the row's step time.
+    `mode` is auto (a bar if `stream` is a terminal, else lines), bar, lines or none. Call `advance` at each step and
+    `show` with each row. The remaining time is estimated from the row's step time.
     """
 
     def __init__(self, total_steps: int, *, mode: str = "auto", first_step: int = 0, stream: TextIO | None = None):

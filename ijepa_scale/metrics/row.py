@@ -1,4 +1,4 @@
-"""One row of `metrics.jsonl`: its fields and their units."""
+"""The fields of a row of `metrics.jsonl`, with their units."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Row = dict[str, float | int | None]
 FIELDS = (
     "step",  # optimiser steps done
     "epoch",
-    "images_seen",  # over all processes, up to and with this step
-    "loss",  # mean since the last row, over processes
+    "images_seen",  # by all processes, including this step
+    "loss",  # mean since the last row, over all processes
     "grad_norm",  # before clipping
     "lr",
     "weight_decay",
     "momentum",
     "data_wait_ms",  # per step, in next() of the loader
-    "step_ms",  # per step, wall; evaluation, checkpoints and the first step of a process left out
-    "images_per_s",  # over all processes
-    "mfu",  # share of the peak of all devices; null where the peak is unknown
-    "peak_bytes",  # of device memory; null on the CPU
+    "step_ms",  # per step, wall time without evaluation, checkpoints and the first step of a process
+    "images_per_s",  # summed over all processes
+    "mfu",  # share of all devices' peak; null if the peak is unknown
+    "peak_bytes",  # peak device memory; null on the CPU
     "target_std",  # `feature_std`: 0 is collapse
     "context_tokens",  # per image
     "target_tokens",  # per target block
@@ -40,12 +40,12 @@ def training_row(
     flops_per_image: float | None = None,
     peak_flops: float | None = None,
 ) -> Row:
-    """Returns a row of all `FIELDS` from what `Meters.flush` returned; a field nobody measured is None.
+    """Returns a row with all `FIELDS` from the result of `Meters.flush`; a field that wasn't measured is None.
 
-    `images_per_step` counts all processes; `flops_per_image` is a whole training image (forward and
-    backward) and `peak_flops` the sum of all devices' peaks, FLOP/s. Extra means are kept at the end.
+    `images_per_step` is summed over all processes. `flops_per_image` covers forward and backward of one training
+    image, and `peak_flops` is the sum of all devices' peaks in FLOP/s. Extra means go to the end of the row.
     """
-    step_s = means.get(STEP, 0.0) / 1e3  # not there where the warm-up was the only step
+    step_s = means.get(STEP, 0.0) / 1e3  # missing if the warm-up was the only step
     images_per_s = images_per_step / step_s if step_s > 0 else None
     known = {
         "step": step,

@@ -1,4 +1,4 @@
-"""Encoder, predictor and both as one module. Plain nn.Modules, knows no process and no optimiser."""
+"""The encoder, the predictor, and both as one module. Plain nn.Modules, independent of processes and optimisers."""
 
 from ijepa_scale.models.jepa import JEPA
 from ijepa_scale.models.layers import Block

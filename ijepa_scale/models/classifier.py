@@ -1,8 +1,9 @@
-"""The encoder with a linear layer on its pooled tokens, for finetuning. Knows no process and no optimiser.
+"""The classifier for finetuning: the encoder with a linear layer on its pooled tokens.
 
-Drop path works by factors that are handed in, not by draws inside: `drop_factors` makes them on the
-host from (seed, step, sample), so neither accumulation, processes nor recomputation in backward
-change which image drops which branch.
+Must not depend on processes or optimisers. Drop path takes its factors as an argument instead of drawing them:
+`drop_factors` computes them on the host from (seed, step, sample), so which image drops which branch depends neither
+on accumulation, nor on processes, nor on recomputation in backward.
+
 Shapes: B images, N patches, D channels, L layers whose tokens are pooled, C classes.
 """
 
@@ -24,8 +25,8 @@ from ijepa_scale.models.vit import VisionTransformer
 class Classifier(nn.Module):
     """An encoder, the mean of its tokens, and a linear layer. Build it with `build_classifier`.
 
-    With `pool_norm` after, the encoder loses its final norm and `fc_norm`, a new one, follows the mean;
-    before keeps the trained norm. Of several layers, each one's mean goes through the same norm.
+    With `pool_norm` "after", the encoder loses its final norm, and a new one, `fc_norm`, follows the mean; "before"
+    keeps the trained norm. If several layers are pooled, each layer's mean goes through the same norm.
 
     Source: arXiv 2111.06377, appendix A.1, with its released code ("after"); arXiv 2301.08243, appendix
     A.1 (means of the last layer or of the last 4).
@@ -46,13 +47,13 @@ class Classifier(nn.Module):
                 part.requires_grad_(False)
 
     def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Returns logits (B, C), fp32, of images (B, 3, H, W).
+        """Returns the logits (B, C), fp32, of images (B, 3, H, W).
 
-        `drop` (B, depth, 2) fp32 are the factors of `drop_factors`, on the images' device: needed while
-        training with drop path, refused in evaluation.
+        `drop` (B, depth, 2) fp32 holds the factors from `drop_factors`, on the images' device. It is required in
+        training with drop path, and refused in evaluation.
 
         Raises:
-            ValueError: `drop` is there in evaluation, or not there in training with drop path.
+            ValueError: `drop` is given in evaluation, or missing in training with drop path.
         """
         if self.training and drop is None and any(self.drop_rates):
             raise ValueError(
@@ -60,14 +61,16 @@ class Classifier(nn.Module):
                 "pass drop_factors(...), or set model.drop_path=0"
             )
         if drop is not None and not self.training:
-            raise ValueError("the classifier is in evaluation, which drops nothing; pass no factors, or call train()")
+            raise ValueError(
+                "the classifier is in evaluation mode, which drops nothing; pass no factors, or call train()"
+            )
         layers = self.encoder(images, last=self.num_layers, drop=drop)
         pooled = [self.fc_norm(tokens.mean(dim=1)) for tokens in layers]
         return self.head(torch.cat(pooled, dim=-1)).float()
 
 
 def drop_rates(rate: float, depth: int) -> list[float]:
-    """Returns the share of images that drop a branch, of each block: linear from 0 at the first to `rate`.
+    """Returns the drop rate of each block, linear from 0 at the first to `rate` at the last.
 
     Source: arXiv 1603.09382, section 3 ("linear decay"), as arXiv 2111.06377 uses it.
     """
@@ -75,11 +78,11 @@ def drop_rates(rate: float, depth: int) -> list[float]:
 
 
 def drop_factors(rates: list[float], *, seed: int, step: int, samples: np.ndarray) -> Tensor:
-    """Returns what multiplies the branches of these images, (B, depth, 2) fp32 on the CPU: 0 or 1 / (1 - rate).
+    """Returns factors of the branches of these images, (B, depth, 2) fp32 on the CPU: 0 or 1 / (1 - rate).
 
-    Each image draws by itself for each block's attention and MLP. `samples` (B,) are the images' places in
-    the global batch (`batch.position + arange`), or their ids: a row depends on its own number, the seed
-    and the step alone. The mean of each factor is 1.
+    Each image has its own draw for each block's attention and MLP. `samples` (B,) are the images' positions in the
+    global batch (`batch.position + arange`), or their ids. A row depends only on its own sample, the seed and the
+    step. The mean of each factor is 1.
     """
     rate = np.asarray(rates, dtype=np.float64)[None, :, None]
     draws = rng.uniform(seed, "drop_path", step, samples, 2 * len(rates)).reshape(len(samples), len(rates), 2)
@@ -89,12 +92,12 @@ def drop_factors(rates: list[float], *, seed: int, step: int, samples: np.ndarra
 def build_classifier(
     config: ClassifierConfig, *, seed: int = 0, device: torch.device | str | None = None
 ) -> Classifier:
-    """Returns the classifier with the weights of `seed`; trained ones are loaded by `checkpoint.weights`.
+    """Returns the classifier with weights drawn from `seed`; `checkpoint.weights` loads trained ones.
 
-    Its encoder's weights are those of `build_encoder`. They are drawn on the CPU; on "meta" none are.
+    The encoder's weights equal those of `build_encoder`. They are drawn on the CPU; on "meta" none are drawn.
 
     Raises:
-        ConfigError: unknown name, sizes that don't divide, or more blocks asked for than there are.
+        ConfigError: the name is unknown, sizes don't divide, or the config uses more blocks than there are.
     """
     encoder = build_encoder(
         config.name,
@@ -114,7 +117,7 @@ def build_classifier(
         raise ConfigError(
             f"model.representation is {config.representation} but there are {depth} blocks; choose last, or more blocks"
         )
-    with torch.device("meta"):  # so that constructors draw nothing from the global generator
+    with torch.device("meta"):  # so that constructors don't draw from the global generator
         classifier = Classifier(encoder, config)
     if torch.device(device or "cpu").type == "meta":
         return classifier

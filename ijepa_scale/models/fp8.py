@@ -1,6 +1,6 @@
-"""An encoder's linear layers in fp8, for forwards without gradients.
+"""An encoder's linear layers in fp8, for forward passes without gradients.
 
-Weights are quantised when they change, inputs on the way; norms, the residual stream and attention stay as they are.
+Weights are quantised when they change, inputs in each forward. Norms, the residual stream and attention don't change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ijepa_scale.models.layers import Linear
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer of a block, computed from an fp8 copy of an fp32 weight that stays its master."""
+    """A linear layer of a block, computed from an fp8 copy of its fp32 master weight."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -29,7 +29,7 @@ class Fp8Linear(nn.Module):
 
     @torch.no_grad()
     def refresh(self, master: Tensor) -> None:
-        """Quantises `master` (N, K) fp32, the weight as it is now, row by row."""
+        """Replaces the fp8 copy by `master` (N, K) fp32, quantised row by row."""
         values, scale = quantise_rows(master)
         self.weight.copy_(values)
         self.weight_scale.copy_(scale)
@@ -39,11 +39,11 @@ class Fp8Linear(nn.Module):
         return fp8_linear(input, self.weight, self.weight_scale, self.bias)
 
     def rows(self, input: Tensor, start: int, stop: int) -> Tensor:
-        """Returns the outputs [start, stop) of `forward` only."""
+        """Returns only the outputs [start, stop) of `forward`."""
         return fp8_linear(input, self.weight[start:stop], self.weight_scale[start:stop], self.bias[start:stop])
 
 
 def cosine(features: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Returns the mean and the least cosine between the tokens (..., D) of two encoders. Synchronises."""
+    """Returns the mean and the smallest cosine between the tokens (..., D) of two encoders. Synchronises."""
     found = F.cosine_similarity(features.float(), expected.float(), dim=-1)
     return found.mean().item(), found.min().item()  # host sync: once per run

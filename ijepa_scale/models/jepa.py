@@ -10,7 +10,7 @@ from ijepa_scale.models.vit import VisionTransformer
 
 
 class JEPA(nn.Module):
-    """The part of I-JEPA that gradients train; the target encoder stands beside it.
+    """The part of I-JEPA that is trained by gradients. The target encoder is a separate module.
 
     Source: arXiv 2301.08243, figure 3.
     """
@@ -21,9 +21,10 @@ class JEPA(nn.Module):
         self.predictor = predictor
 
     def forward(self, images: Tensor, masks: Masks) -> Tensor:
-        """Returns predicted target features of images (B, 3, H, W).
+        """Returns the predicted target features of images (B, 3, H, W).
 
-        (M * E * B, T, D) for dense masks, (R, D) for packed ones: the rows of `objectives.targets.select_targets`.
+        They are (M * E * B, T, D) for dense masks and (R, D) for packed masks, in the row order of
+        `objectives.targets.select_targets`.
         """
         if isinstance(masks, PackedMasks):
             context = self.encoder(images, index=masks.context_index, layout=masks.context_layout)

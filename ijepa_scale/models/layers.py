@@ -1,8 +1,9 @@
-"""The layers of both transformers. Plain nn.Modules; knows no mask, no process and no precision policy.
+"""The layers of both transformers. Plain nn.Modules, independent of masks, processes and precision policies.
 
-The residual stream stays in fp32 whatever the weights or autocast are: a bf16 residual stream triples
-the rounding error of a deep network. So layers take fp32 and cast inside: `Linear` and the patch
-convolution to their weight's dtype (autocast does it where weights are fp32), `LayerNorm` to fp32.
+The residual stream stays in fp32 whatever the dtype of the weights or autocast: a bf16 residual stream triples the
+rounding error of a deep network. So layers take fp32 and cast inside: `Linear` and the patch convolution to their
+weight's dtype (autocast does this for fp32 weights), `LayerNorm` to fp32.
+
 Shapes: B images, N tokens, D channels, T tokens of a packed batch.
 """
 
@@ -19,14 +20,14 @@ LAYER_NORM_EPS = 1e-6
 
 
 class Linear(nn.Linear):
-    """A linear layer that takes input of any floating dtype and answers in its weight's, or autocast's."""
+    """A linear layer that takes input of any floating dtype and returns its weight's dtype, or autocast's."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the projection along the last dimension."""
         return linear(self._cast(input), self.weight, self.bias)
 
     def rows(self, input: Tensor, start: int, stop: int) -> Tensor:
-        """Returns the outputs [start, stop) of `forward` only."""
+        """Returns only the outputs [start, stop) of `forward`."""
         return linear(self._cast(input), self.weight[start:stop], self.bias[start:stop])
 
     def _cast(self, input: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """A layer norm computed and answered in fp32 at least, whatever the weights' dtype."""
+    """A layer norm that computes and returns at least fp32, whatever the weights' dtype."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=LAYER_NORM_EPS)
@@ -48,7 +49,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution whose kernel is its stride, on patches that are already cut out: one product."""
+    """A convolution whose kernel equals its stride, applied to extracted patches as one matrix product."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns tokens (..., D) of patches (..., 3 * P * P), each in the order (channel, row, column)."""
@@ -58,7 +59,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """One token per patch, of all patches or of some."""
+    """Embeds all patches, or some of them, as one token each."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -66,7 +67,10 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """Returns tokens (B, N, D), row-major, of images (B, 3, H, W), or (C, D) of those at `index` (C,) of B * N."""
+        """Returns the tokens (B, N, D), row-major, of images (B, 3, H, W).
+
+        With `index` (C,) into the flattened B * N patches, returns only these, (C, D).
+        """
         size = self.patch_size
         patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, P, columns, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -74,7 +78,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused projection whose output is laid out (3, heads, head_dim)."""
+    """Multi-head self-attention with a fused projection, whose output has the layout (3, heads, head_dim)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -94,9 +98,9 @@ class Attention(nn.Module):
         queries: Tensor | None = None,
         query_layout: SequenceLayout | None = None,
     ) -> Tensor:
-        """Returns the attended tokens, shaped as `x`: (B, N, D), or packed (T, D) with their layout.
+        """Returns the attended tokens in the shape of the queries: (B, N, D), or packed (T, D) with their layout.
 
-        `queries` (B, Q, D), or packed (R, D) with their `query_layout`, ask in place of `x`.
+        The queries are `x`, unless `queries` is given: (B, Q, D), or packed (R, D) with their `query_layout`.
         """
         if queries is None:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
@@ -106,7 +110,7 @@ class Attention(nn.Module):
             k, v = self.qkv.rows(x, width, 3 * width).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         if layout is not None:
             return self.proj(attention(q, k, v, layout, query_layout).flatten(1))
-        # transposed after the unbinding: so the gradients of q, k and v are joined in one copy, not in two
+        # transpose after unbind: then the gradients of q, k and v are joined in one copy instead of two
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -120,7 +124,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the transformed tokens, shaped as `x`."""
+        """Returns the transformed tokens, in the shape of `x`."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -147,10 +151,12 @@ class Block(nn.Module):
     ) -> Tensor:
         """Returns the tokens after the block: (B, N, D), or packed (T, D) with their layout; fp32 stays fp32.
 
-        `drop` (B, 2) fp32, for (B, N, D) only, is drop path: each image's factors of the two branches,
-        attention and MLP. A factor of 0 leaves an image as it is. `queries`, some of the tokens of `x` as
-        (B, Q, D), or packed (R, D) with their `query_layout`, are what comes back: in the last block of a
-        network, of which only these are wanted, the others then cost keys and values alone.
+        `drop` (B, 2) fp32, for (B, N, D) only, holds drop path's factors of the two branches, attention and MLP, for
+        each image. A factor of 0 skips the branch for that image.
+
+        `queries` are some of the tokens of `x`: (B, Q, D), or packed (R, D) with their `query_layout`. If given, the
+        block returns only these tokens. In the last block of a network, the other tokens then only cost keys and
+        values.
         """
         normed = self.norm1(x)
         if queries is None:

@@ -1,4 +1,4 @@
-"""The fixed position embedding, and its passage to another grid. Pure functions of sizes."""
+"""The fixed position embedding, and its resampling to another grid. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _BASE = 10000.0
 def sincos_2d(width: int, grid: tuple[int, int]) -> Tensor:
     """Returns the 2-D sine-cosine embedding (rows * columns, width), fp32, row-major.
 
-    A token in column x and row y is [sin(x w), cos(x w), sin(y w), cos(y w)], the column first, with
-    w_k = 10000^(-k / (width / 4)). Computed in fp64, so no device or dtype default changes it.
+    The patch in column x and row y is [sin(x w), cos(x w), sin(y w), cos(y w)], the column first, with
+    w_k = 10000^(-k / (width / 4)). Computed in fp64 on the CPU, so no default device or dtype changes it.
 
     Raises:
-        ValueError: the width doesn't divide by 4, or the grid is empty.
+        ValueError: the width is not divisible by 4, or the grid is empty.
 
-    Source: "Attention is all you need", arXiv 1706.03762, section 3.5, for each axis; order as in the
+    Source: "Attention is all you need", arXiv 1706.03762, section 3.5, for each axis; the order is that of the
     released I-JEPA checkpoints.
     """
     rows, columns = grid
@@ -40,9 +40,9 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> Tensor:
 def resample(pos: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
     """Returns the embedding (..., N, D) of `from_grid` interpolated to `to_grid`, in its own dtype.
 
-    Bicubic with antialiasing, computed in fp32: positions keep the meaning that the weights were trained
-    with, as shares of the image. (`sincos_2d` of the new grid counts patches instead: that's for training
-    from the start.) The same grid returns `pos` itself.
+    Bicubic with antialiasing, computed in fp32. A position keeps its meaning from training, as a fraction of the
+    image. (`sincos_2d` of the new grid counts patches instead; use that to train from scratch.) Returns `pos` itself
+    if the grids are equal.
 
     Raises:
         ValueError: `pos` doesn't hold the patches of `from_grid`.
@@ -50,8 +50,8 @@ def resample(pos: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int]) 
     rows, columns = from_grid
     if pos.shape[-2] != rows * columns:
         raise ValueError(
-            f"position embedding of {pos.shape[-2]} tokens isn't one of grid {rows} x {columns} "
-            f"({rows * columns} tokens); pass the grid that it was trained on"
+            f"the position embedding has {pos.shape[-2]} tokens but grid {rows} x {columns} has {rows * columns}; "
+            "pass the grid that it was trained on"
         )
     if tuple(from_grid) == tuple(to_grid):
         return pos

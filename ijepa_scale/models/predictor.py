@@ -1,4 +1,4 @@
-"""The predictor: a narrow transformer from context tokens to target features. Knows no process.
+"""The predictor: a narrow transformer from context tokens to target features. Must not depend on processes.
 
 Shapes: B images, N patches, D encoder channels, E context blocks of K tokens, M target blocks of T
 tokens; packed: C context tokens, R target tokens, P tokens of all predictor sequences.
@@ -15,9 +15,9 @@ from ijepa_scale.models.pos_embed import resample, sincos_2d
 
 
 class Predictor(nn.Module):
-    """Predicts the target encoder's features at target places, one sequence per target block.
+    """Predicts the target encoder's features of the target patches, with one sequence per target block.
 
-    `predictor_pos_embed` (1, N, width) is a buffer, as in the encoder. Build it with `build_predictor`.
+    `predictor_pos_embed` (1, N, width) is a buffer, as in the encoder. Use `build_predictor` to build one.
 
     Source: arXiv 2301.08243, section 3 ("Prediction").
     """
@@ -47,13 +47,14 @@ class Predictor(nn.Module):
     ) -> Tensor:
         """Returns the predicted features of the target tokens.
 
-        Dense: `context` (B, K, D) with `keep` (B, K), or E context blocks (E * B, K, D) with (E, B, K), and
-        `targets` (M, B, T), int64 places, give (M * E * B, T, D), rows in the order (target block, context
-        block, image), images fastest. Packed: `context` (C, D) with `masks` gives (R, D) in the order of
-        `masks.target_index`.
+        Dense: takes `context` (B, K, D) with `keep` (B, K), or E context blocks (E * B, K, D) with `keep` (E, B, K),
+        and `targets` (M, B, T). `keep` and `targets` are int64 patch indices. Returns (M * E * B, T, D), ordered by
+        (target block, context block, image); the image varies fastest.
+
+        Packed: takes `context` (C, D) with `masks`. Returns (R, D) in the order of `masks.target_index`.
 
         Raises:
-            ValueError: neither `keep` and `targets` nor `masks` given, or tokens that don't fit `keep`.
+            ValueError: neither `keep` and `targets` nor `masks` are given, or the tokens don't fit `keep`.
         """
         if masks is not None and keep is None and targets is None:
             return self._packed(context, masks)
@@ -71,35 +72,35 @@ class Predictor(nn.Module):
     def _dense(self, context: Tensor, keep: Tensor, targets: Tensor) -> Tensor:
         num_context, num_kept = keep.shape[0], keep.shape[2]
         num_targets = targets.shape[0]
-        seen = self.predictor_embed(context) + self._positions(keep.flatten(0, 1))
-        asked = self.mask_token + self._positions(targets)
-        asked = asked[:, None].expand(-1, num_context, -1, -1, -1).flatten(0, 2)
-        # Not a view of something: torch.compile would make a graph of its own for the first block.
-        tokens = torch.cat([seen.repeat(num_targets, 1, 1), asked], dim=1)
+        context = self.predictor_embed(context) + self._positions(keep.flatten(0, 1))
+        queries = self.mask_token + self._positions(targets)
+        queries = queries[:, None].expand(-1, num_context, -1, -1, -1).flatten(0, 2)
+        # The input of the first block must not be a view: torch.compile would make a separate graph for it.
+        tokens = torch.cat([context.repeat(num_targets, 1, 1), queries], dim=1)
         *blocks, last = self.predictor_blocks
         for block in blocks:
             tokens = block(tokens)
-        asked = last(tokens, queries=tokens[:, num_kept:])
-        return self.predictor_proj(self.predictor_norm(asked))
+        predicted = last(tokens, queries=tokens[:, num_kept:])
+        return self.predictor_proj(self.predictor_norm(predicted))
 
     def _packed(self, context: Tensor, masks: PackedMasks) -> Tensor:
         num_patches = self.predictor_pos_embed.shape[1]
-        seen = self.predictor_embed(context) + self._positions(masks.context_index % num_patches)
-        asked = self.mask_token[0] + self._positions(masks.target_index % num_patches)
-        tokens = torch.cat([seen, asked]).index_select(0, masks.predictor_source)
+        context = self.predictor_embed(context) + self._positions(masks.context_index % num_patches)
+        queries = self.mask_token[0] + self._positions(masks.target_index % num_patches)
+        tokens = torch.cat([context, queries]).index_select(0, masks.predictor_source)
         *blocks, last = self.predictor_blocks
         for block in blocks:
             tokens = block(tokens, masks.predictor_layout)
-        asked = tokens.index_select(0, masks.target_rows)
-        asked = last(tokens, masks.predictor_layout, queries=asked, query_layout=masks.target_layout)
-        return self.predictor_proj(self.predictor_norm(asked))
+        queries = tokens.index_select(0, masks.target_rows)
+        predicted = last(tokens, masks.predictor_layout, queries=queries, query_layout=masks.target_layout)
+        return self.predictor_proj(self.predictor_norm(predicted))
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, int]) -> None:
-        """Makes the predictor take another grid of patches, by resampling its position embedding in place."""
+        """Switches the predictor to another grid of patches, by resampling its position embedding in place."""
         self.predictor_pos_embed = resample(self.predictor_pos_embed, self.grid, grid)
         self.grid = grid
 
-    def _positions(self, places: Tensor) -> Tensor:
-        """Returns the position embeddings (..., width) at `places`."""
-        return self.predictor_pos_embed[0].index_select(0, places.flatten()).unflatten(0, places.shape)
+    def _positions(self, patches: Tensor) -> Tensor:
+        """Returns the position embeddings (..., width) of the patch indices `patches` (...)."""
+        return self.predictor_pos_embed[0].index_select(0, patches.flatten()).unflatten(0, patches.shape)

@@ -1,4 +1,4 @@
-"""Builds models from names and sizes, with the weights of a seed. The sizes live in planning."""
+"""Builds models from names and sizes, with weights drawn from a seed. config/architectures.py has the named sizes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def build_encoder(
     device: torch.device | str | None = None,
     **sizes: Any,
 ) -> VisionTransformer:
-    """Returns the named encoder (vit_tiny, small, base, large, huge, giant) with the weights of `seed`.
+    """Returns the named encoder (vit_tiny, small, base, large, huge, giant) with weights drawn from `seed`.
 
-    `image_size` and `patch_size` are pixels; `width`, `depth`, `heads` and `mlp_ratio` replace the named
-    architecture's. Weights are drawn on the CPU, so `device` doesn't change them; on "meta" none are.
+    `image_size` and `patch_size` are in pixels; `width`, `depth`, `heads` and `mlp_ratio` override those of the named
+    architecture. Weights are drawn on the CPU, so `device` doesn't change them; on "meta" none are drawn.
 
     Raises:
-        ConfigError: unknown name or size, or sizes that don't divide; all problems in one message.
+        ConfigError: a name or size is unknown, or sizes don't divide; one message lists all problems.
     """
     known = {size: size for size in _ENCODER_SIZES}
     config = ModelConfig(
@@ -62,13 +62,13 @@ def build_predictor(
     device: torch.device | str | None = None,
     **sizes: Any,
 ) -> Predictor:
-    """Returns the predictor that belongs to the named encoder, with the weights of `seed`.
+    """Returns the predictor that belongs to the named encoder, with weights drawn from `seed`.
 
-    `depth` and `width` (384 by default) are the predictor's own; `encoder_width` and `heads` follow an
-    encoder whose sizes were replaced. The rest is as in `build_encoder`.
+    `depth` and `width` (384 by default) are the predictor's own. If you overrode the encoder's sizes, pass its width
+    and heads as `encoder_width` and `heads`. The other arguments are those of `build_encoder`.
 
     Raises:
-        ConfigError: unknown name or size, or sizes that don't divide; all problems in one message.
+        ConfigError: a name or size is unknown, or sizes don't divide; one message lists all problems.
     """
     config = ModelConfig(
         name=name,
@@ -84,19 +84,19 @@ def build_jepa(model: ModelConfig, seed: int, device: torch.device | str | None 
     """Returns encoder and predictor as one module, equal to those of `build_encoder` and `build_predictor`.
 
     Raises:
-        ConfigError: unknown name, or sizes that don't divide; all problems in one message.
+        ConfigError: the name is unknown, or sizes don't divide; one message lists all problems.
     """
     return JEPA(_encoder(model, seed, device), _predictor(model, seed, device))
 
 
 def build_target(jepa: JEPA) -> VisionTransformer:
-    """Returns a frozen copy of the encoder, in evaluation mode. Copy before anything is sharded."""
+    """Returns a frozen copy of the encoder, in evaluation mode. Call it before anything is sharded."""
     return copy.deepcopy(jepa.encoder).requires_grad_(False).eval()
 
 
 def _encoder(model: ModelConfig, seed: int, device: torch.device | str | None) -> VisionTransformer:
     sizes = resolve(model)
-    with torch.device("meta"):  # so that constructors draw nothing from the global generator
+    with torch.device("meta"):  # so that constructors don't draw from the global generator
         encoder = VisionTransformer(
             grid=sizes.grid,
             patch_size=sizes.patch_size,
@@ -125,7 +125,7 @@ def _predictor(model: ModelConfig, seed: int, device: torch.device | str | None)
 def _materialise(
     model: _Model, generator: torch.Generator, rescale_residual: bool, device: torch.device | str | None
 ) -> _Model:
-    """Returns the model of the meta device with weights drawn on the CPU, on `device`."""
+    """Gives a model from the meta device weights drawn on the CPU, moves it to `device` and returns it."""
     device = torch.device("cpu" if device is None else device)
     if device.type == "meta":
         return model.to("meta")
@@ -137,7 +137,7 @@ def _materialise(
 
 
 def _renamed(builder: str, sizes: dict[str, Any], known: dict[str, str]) -> dict[str, Any]:
-    """Returns the fields of ModelConfig that `sizes` stand for."""
+    """Returns `sizes` under the names of ModelConfig's fields."""
     for size in sizes:
         if size not in known:
             near = difflib.get_close_matches(size, known, n=1, cutoff=0.0)[0]

@@ -1,8 +1,8 @@
-"""The encoder: a vision transformer without class token. Knows no mask sampler, loss or process.
+"""The encoder: a vision transformer without class token. Must not depend on mask samplers, losses or processes.
 
-Every way through it is reachable through `forward`, because engines hook `__call__`; the named methods
-are aliases for readers. Shapes: B images, N patches, D channels, E context blocks, K kept tokens per
-block, C kept tokens of a packed batch.
+All ways to run it go through `forward`, because engines hook `__call__`; the named methods are aliases for readers.
+
+Shapes: B images, N patches, D channels, E context blocks, K kept tokens per block, C kept tokens of a packed batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ijepa_scale.models.pos_embed import resample, sincos_2d
 class VisionTransformer(nn.Module):
     """The context or target encoder of I-JEPA.
 
-    `pos_embed` (1, N, D) is a buffer: in the state dict, never trained, and fp32 where weights are sharded
-    in another dtype. Tokens come out in fp32. Build it with `build_encoder`, which initialises it.
+    `pos_embed` (1, N, D) is a buffer: in the state dict, never trained, and fp32 even if weights are sharded in
+    another dtype. Returned tokens are fp32. Use `build_encoder` to build and initialise one.
 
     Source: arXiv 2301.08243, section 3; ViT: arXiv 2010.11929.
     """
@@ -49,26 +49,30 @@ class VisionTransformer(nn.Module):
         last: int | None = None,
         drop: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Returns the tokens of images (B, 3, H, W) after the final norm, fp32.
+        """Returns the tokens of images (B, 3, H, W) after the final norm, fp32: by default all, (B, N, D).
 
-        Without further arguments all tokens, (B, N, D). With `keep` (B, K) int64 only those places are
-        encoded, (B, K, D); with `keep` (E, B, K), E context blocks per image, (E * B, K, D), images
-        fastest. With `index` (C,) int64 into the flattened B * N places and their `layout`, packed
-        sequences, (C, D). With `wanted` (B, U) int64 all tokens are encoded, but only those at these places come
-        back, (B, U, D), and cost a whole last block. With `last` = n a tuple of the all-token outputs of the last
-        n blocks, each after the final norm, deepest last; `drop` (B, depth, 2) then holds drop path's factors,
-        see `Block`.
+        Args:
+            images: (B, 3, H, W).
+            keep: patch indices (B, K) int64: encodes only these, returns (B, K, D). Or (E, B, K), E context blocks
+                per image: returns (E * B, K, D), where the image varies fastest.
+            index: (C,) int64 into the flattened B * N patches, with their `layout`: encodes packed sequences,
+                returns (C, D).
+            layout: the lengths of the packed sequences.
+            wanted: patch indices (B, U) int64: encodes all patches but returns only these, (B, U, D). In the last
+                block the other tokens only cost keys and values.
+            last: n: returns a tuple of the all-token outputs of the last n blocks, each after the final norm, the
+                deepest last.
+            drop: (B, depth, 2), only with `last`: drop path's factors, see `Block`.
 
         Raises:
-            ValueError: images of another size than the grid's, arguments that don't go together, or
-                `last` outside 1 ... depth.
+            ValueError: the images don't fit the grid, arguments can't be combined, or `last` is outside 1 ... depth.
         """
         ways = sum(way is not None for way in (keep, index, wanted, last))
         self._check(images, ways, index, layout)
         if drop is not None and (last is None or tuple(drop.shape) != (len(images), len(self.blocks), 2)):
             raise ValueError(
                 f"drop is {tuple(drop.shape)} with last {last}; give (B, depth, 2), here "
-                f"({len(images)}, {len(self.blocks)}, 2), together with last: only whole images drop branches"
+                f"({len(images)}, {len(self.blocks)}, 2), together with last: drop path needs all tokens of an image"
             )
         tokens = self._embed(images, keep, index)
         if last is not None:
@@ -76,16 +80,16 @@ class VisionTransformer(nn.Module):
         return self.head(self._before_last(tokens, layout), layout, wanted=wanted)
 
     def trunk(self, images: Tensor) -> Tensor:
-        """Returns the tokens (B, N, D), fp32, that the last block takes: their shape depends on `images` alone.
+        """Returns the input (B, N, D), fp32, of the last block; its shape depends on `images` alone.
 
-        `head(trunk(images), wanted=wanted)` is `forward(images, wanted=wanted)`, past the hooks that engines put on
-        `__call__`: for weights that lie whole on the device.
+        `head(trunk(images), wanted=wanted)` equals `forward(images, wanted=wanted)`, but bypasses the hooks that
+        engines put on `__call__`. Use it only if the device holds the whole, unsharded weights.
         """
         self._check(images, 0, None, None)
         return self._before_last(self._embed(images, None, None), None)
 
     def head(self, tokens: Tensor, layout: SequenceLayout | None = None, *, wanted: Tensor | None = None) -> Tensor:
-        """Returns the output of the last block and the final norm, of all `tokens` or of those at `wanted` (B, U)."""
+        """Returns `tokens`, or those at `wanted` (B, U), after the last block and the final norm."""
         final = self.blocks[-1]
         if wanted is None:
             return self.norm(final(tokens, layout))
@@ -100,11 +104,11 @@ class VisionTransformer(nn.Module):
         return tokens
 
     def encode_blocks(self, images: Tensor, keep: Tensor) -> Tensor:
-        """Returns tokens (E * B, K, D) of the E context blocks `keep` (E, B, K); patches are embedded once."""
+        """Returns the tokens (E * B, K, D) of the E context blocks `keep` (E, B, K)."""
         return self(images, keep)
 
     def encode_packed(self, images: Tensor, index: Tensor, layout: SequenceLayout) -> Tensor:
-        """Returns tokens (C, D) of the packed sequences of `layout`, taken at `index` (C,) of B * N places."""
+        """Returns the tokens (C, D) of the packed sequences of `layout`, taken at `index` (C,) of B * N patches."""
         return self(images, index=index, layout=layout)
 
     def features(self, images: Tensor, last: int = 1) -> tuple[Tensor, ...]:
@@ -113,24 +117,25 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
-        """Makes the encoder take images of another size (pixels), by resampling its position embedding in place.
+        """Switches the encoder to images of another size (pixels), by resampling its position embedding in place.
 
         Raises:
-            ValueError: the size is no multiple of the patch size.
+            ValueError: the size is not a multiple of the patch size.
         """
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         patch = self.patch_size
         if height < patch or width < patch or height % patch or width % patch:
             near = tuple(max(1, round(side / patch)) * patch for side in (height, width))
-            raise ValueError(f"image size {(height, width)} is no multiple of patch size {patch}; try {near}")
+            raise ValueError(f"image size {(height, width)} is not a multiple of patch size {patch}; try {near}")
         grid = height // patch, width // patch
         self.pos_embed = resample(self.pos_embed, self.grid, grid)
         self.grid = grid
 
     def _embed(self, images: Tensor, keep: Tensor | None, index: Tensor | None) -> Tensor:
-        """Returns patches plus positions, fp32: all (B, N, D), (E * B, K, D) at `keep`, or (C, D) at `index`.
+        """Returns patches plus positions, fp32: all (B, N, D), those at `keep` (E * B, K, D), or at `index` (C, D).
 
-        The sum comes last: were it a view, torch.compile would make a graph of its own for the first block.
+        The sum comes last, because the result must not be a view: torch.compile would make a separate graph for the
+        first block.
         """
         if keep is None and index is None:
             return self.patch_embed(images) + self.pos_embed
@@ -147,19 +152,19 @@ class VisionTransformer(nn.Module):
         if not 1 <= last <= len(self.blocks):
             raise ValueError(f"last is {last}; give 1 to {len(self.blocks)}, the encoder's blocks")
         outputs = []
-        # each a tensor of its own: as views torch.compile would tell them apart by where they begin
+        # clone: for views of one tensor at different offsets, torch.compile would make different graphs
         factors = [None] * len(self.blocks) if drop is None else [factor.clone() for factor in drop.unbind(1)]
-        for place, (block, factor) in enumerate(zip(self.blocks, factors, strict=True), start=1):
+        for number, (block, factor) in enumerate(zip(self.blocks, factors, strict=True), start=1):
             tokens = block(tokens) if factor is None else block(tokens, None, factor)
-            if place > len(self.blocks) - last:
+            if number > len(self.blocks) - last:
                 outputs.append(self.norm(tokens))
         return tuple(outputs)
 
     def _check(self, images: Tensor, ways: int, index: Tensor | None, layout: SequenceLayout | None) -> None:
         if ways > 1 or (index is None) != (layout is None):
             raise ValueError(
-                "the encoder was given more than one of keep, index, wanted and last, or one of index and layout "
-                "alone; give keep, or index with its layout, or wanted, or last, or none of them"
+                "the encoder was given more than one of keep, index, wanted and last, or only one of index and layout; "
+                "give keep, or index with its layout, or wanted, or last, or none of them"
             )
         expected = tuple(side * self.patch_size for side in self.grid)
         if images.dim() != 4 or tuple(images.shape[2:]) != expected:

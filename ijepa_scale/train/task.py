@@ -40,7 +40,7 @@ class Result:
     """What a run ended with."""
 
     steps: int
-    loss: float | None  # of the last row; None where no step was left to take
+    loss: float | None  # of the last row; None where no steps were left
     checkpoint: Path
 
     def figures(self) -> str:
@@ -49,7 +49,7 @@ class Result:
 
     def text(self) -> str:
         """Returns one line for a person."""
-        loss = "no step was left to take" if self.loss is None else f"loss {self.loss:.4f}"
+        loss = "no steps were left" if self.loss is None else f"loss {self.loss:.4f}"
         return f"done: {self.steps} steps, {loss}{self.figures()}; {self.checkpoint}"
 
 

@@ -1,7 +1,7 @@
-"""Self-attention over dense batches and over packed sequences of different lengths. Tensors only.
+"""Self-attention over dense batches and over packed sequences of different lengths.
 
-`attention` picks the way by device and dtype, never silently by what happens to fail; `reference.py`
-is the specification it is tested against.
+`attention` chooses the kernel by device and dtype. It never tries another one after a failure. `reference.py` is the
+specification it is tested against.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ def attention(
 ) -> Tensor:
     """Returns softmax(q k^T / sqrt(head_dim)) v within each sequence, in the shape and dtype of `q`.
 
-    Dense, without a layout: q is (B, heads, Q, head_dim), k and v (B, heads, N, head_dim), through PyTorch's
-    SDPA. Packed: they are (total, heads, head_dim) with the sequences of `layout` one after another, those of q
-    with the lengths of `query_layout` where it is given; on CUDA in bf16 or fp16 through variable-length flash
-    attention, else one SDPA call for each run of equally long sequences.
+    Without a layout the batch is dense: q is (B, heads, Q, head_dim), k and v are (B, heads, N, head_dim), and
+    PyTorch's SDPA computes the result.
+
+    With a layout the sequences are packed: all three are (total, heads, head_dim), and the sequences of `layout`
+    follow one another. `query_layout`, where given, holds the lengths for q. On CUDA in bf16 or fp16 this is
+    variable-length flash attention, elsewhere one SDPA call for each run of equally long sequences.
 
     Raises:
-        ValueError: outside compiled code, a layout doesn't cover the tokens, or the two hold different numbers of
-            sequences.
+        ValueError: a layout doesn't cover the tokens, or the two layouts hold different numbers of sequences.
+            Compiled code doesn't check this.
     """
     if layout is None:
         return F.scaled_dot_product_attention(q, k, v)
@@ -47,7 +49,7 @@ def attention(
 
 
 def _check_covered(tokens: Tensor, layout: SequenceLayout) -> None:
-    """Reads the lengths on the host only."""
+    """Checks that the layout covers the tokens, from the lengths on the host."""
     if layout.total != tokens.shape[0]:
         raise ValueError(
             f"{tokens.shape[0]} packed tokens but the layout's {len(layout.lengths)} sequences hold {layout.total}; "

@@ -1,7 +1,7 @@
-"""Which kernel dense attention runs in: forced for the whole process, tried out, and named. Tensors only.
+"""Chooses the kernel of dense attention: tries it, forces it for the whole process, and names it.
 
-PyTorch's SDPA picks a kernel at each call and takes a slower one without a word where a faster one
-can't run. Here one is chosen at the start; a call that it can't take is then an error of SDPA's.
+PyTorch's SDPA picks a kernel at each call and silently takes a slower one where a faster one can't run. Here the
+kernel is chosen once, at the start; SDPA then raises an error for a call that this kernel can't run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend
 from ijepa_kernels.attention import SequenceLayout, attention
 
 BACKENDS = ("auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4")
-ON_CPU = ("auto", "flash", "math")  # the kernels that there are on the CPU
+ON_CPU = ("auto", "flash", "math")  # the kernels available on the CPU
 
-# What auto tries on CUDA, in this order. None has been measured on a GPU here, so the order claims no speed. Flash
-# comes first because packed sequences run in the same kernel, so both layouts round alike; efficient is what fp32 can
-# have; math holds all scores in memory. cuDNN, FA3 and FA4 only run where they are named: cuDNN plans for each shape
-# anew, and the lengths of truncated contexts change with each step; the other two need packages of their own.
+# The order in which auto tries the kernels on CUDA. None has been measured on a GPU yet, so the order claims no speed.
+# Flash comes first because packed sequences run in the same kernel, so both layouts round alike. Efficient also takes
+# fp32. Math holds all scores in memory. cuDNN, FA3 and FA4 run only when named: cuDNN plans anew for each shape, and
+# the lengths of truncated contexts change with each step; FA3 and FA4 need packages of their own.
 AUTO_ORDER = ("flash", "efficient", "math")
 
 _SWITCHES = {
@@ -39,12 +39,12 @@ _NAMES = {
     SDPBackend.EFFICIENT_ATTENTION: "efficient",
     SDPBackend.MATH: "math",
 }
-_IMPLEMENTATIONS = {"fa3": "FA3", "fa4": "FA4"}  # of the flash kernel, activated in its place
+_IMPLEMENTATIONS = {"fa3": "FA3", "fa4": "FA4"}  # PyTorch's names for what replaces its flash kernel
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The attention of one network: `queries` of its `tokens` ask, in each of `heads` heads of `head_dim`."""
+    """The attention shape of one network: `queries` of its `tokens` attend to all of them, in each head."""
 
     role: str
     heads: int
@@ -58,10 +58,10 @@ class HeadShape:
 
 
 def force_backend(name: str, device: torch.device | str) -> None:
-    """Lets SDPA use the named kernel only, in this process; `auto` lets it choose as PyTorch does.
+    """Restricts SDPA to the named kernel in this process; `auto` restores PyTorch's own choice.
 
     Raises:
-        ValueError: unknown name, a kernel that isn't there on the CPU, or FA3 or FA4 without its package.
+        ValueError: the name is unknown, the CPU has no such kernel, or the package of FA3 or FA4 is missing.
     """
     if name not in BACKENDS:
         raise ValueError(f"attention {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
@@ -74,7 +74,7 @@ def force_backend(name: str, device: torch.device | str) -> None:
 
 
 def _activate(implementation: str | None) -> None:
-    """Puts FA3 or FA4 in the place of the flash kernel that PyTorch brings, or that back in its place."""
+    """Replaces PyTorch's own flash kernel by FA3 or FA4, or restores it for None."""
     active = _current_implementation()
     if implementation == active:
         return
@@ -105,12 +105,12 @@ def _current_implementation() -> str | None:
 
 
 def choose_backend(name: str, shapes: Sequence[HeadShape], dtype: torch.dtype, device: torch.device | str) -> str:
-    """Returns the kernel that all `shapes` now run in, which is forced; on the CPU `auto` stays PyTorch's own choice.
+    """Forces a kernel that can run all `shapes` and returns its name; on the CPU `auto` stays PyTorch's own choice.
 
-    Runs each shape once, forward and, where it is trained, backward: synchronises.
+    Runs each shape once, forward and, where it is trained, backward. Synchronises.
 
     Raises:
-        ValueError: the kernel can't run these shapes in this dtype on this device, or what `force_backend` raises.
+        ValueError: the kernel can't run these shapes in this dtype on this device, or `force_backend` refuses it.
     """
     names = AUTO_ORDER if name == "auto" and torch.device(device).type == "cuda" else (name,)
     problems: list[str] = []
@@ -123,10 +123,10 @@ def choose_backend(name: str, shapes: Sequence[HeadShape], dtype: torch.dtype, d
 
 
 def backend_for(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> str:
-    """Returns the name of the kernel that SDPA takes for this shape, as it is set now; "none" where none can."""
+    """Returns the name of the kernel that SDPA would now use for this shape; "none" if no kernel can run it."""
     inputs = _dense(shape, dtype, device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # why others can't
+        warnings.simplefilter("ignore")  # SDPA warns why other kernels can't run
         try:
             name = _NAMES[SDPBackend(torch._fused_sdp_choice(*inputs))]
         except RuntimeError:
@@ -136,14 +136,14 @@ def backend_for(shape: HeadShape, dtype: torch.dtype, device: torch.device | str
 
 
 def packed_backend(dtype: torch.dtype, device: torch.device | str) -> str:
-    """Returns what packed sequences run in, in words."""
+    """Returns a description of how packed sequences run."""
     if torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return f"variable-length {(_current_implementation() or 'flash').lower()}"
     return "one dense call for each run of equal lengths"
 
 
 def packed_problem(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> str | None:
-    """Returns why packed sequences of these heads can't run, forward and backward; None where they can."""
+    """Returns why packed sequences of these heads can't run forward and backward; None if they can."""
     layout = SequenceLayout.of((shape.tokens, max(1, shape.tokens // 2)), device)
     q, k, v = (
         torch.zeros(layout.total, shape.heads, shape.head_dim, dtype=dtype, device=device, requires_grad=shape.trained)
@@ -158,7 +158,7 @@ def _dense_problem(shape: HeadShape, dtype: torch.dtype, device: torch.device | 
 
 
 def _dense(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns q, k and v of one image, laid out as `models.layers.Attention` lays them out."""
+    """Returns q, k and v of one image, with the memory layout of `models.layers.Attention`."""
     q, k, v = (
         torch.zeros(1, length, shape.heads, shape.head_dim, dtype=dtype, device=device)
         .transpose(1, 2)
@@ -169,7 +169,7 @@ def _dense(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> 
 
 
 def _problem(what: str, inputs: tuple[Tensor, ...], call: Callable[[], Tensor]) -> str | None:
-    """Returns why `call` fails, with the reasons that SDPA gives as warnings; None where it and its backward work."""
+    """Returns why `call` or its backward fails, with the reasons that SDPA gives as warnings; None if both work."""
     q = inputs[0]
     with warnings.catch_warnings(record=True) as reasons, torch.set_grad_enabled(q.requires_grad):
         warnings.simplefilter("always")
@@ -178,7 +178,7 @@ def _problem(what: str, inputs: tuple[Tensor, ...], call: Callable[[], Tensor]) 
             if q.requires_grad:
                 torch.autograd.grad(out.float().sum(), inputs)
             if q.is_cuda:
-                torch.cuda.synchronize(q.device)  # host sync: so that a kernel's failure shows here
+                torch.cuda.synchronize(q.device)  # host sync: so that a kernel's failure is raised here
         except RuntimeError as error:
             words = [str(error), *(str(reason.message) for reason in reasons)]
             lines = dict.fromkeys(word.splitlines()[0].partition(" (Triggered internally")[0] for word in words if word)

@@ -1,4 +1,4 @@
-"""Where sequences of different lengths begin and end in a packed tensor."""
+"""The layout of a packed tensor: where its sequences of different lengths begin and end."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Lengths of the sequences that lie one after another along a packed token dimension.
+    """The lengths of the sequences that follow one another along a packed token dimension.
 
-    `lengths` lives on the host, so nothing that reads it synchronises; `cu_seqlens` (S + 1,) int32
-    lives on the device, as variable-length attention kernels want it.
+    `lengths` is on the host, so reading it never synchronises. `cu_seqlens` (S + 1,) int32 is on the device, as
+    variable-length attention kernels expect it.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
-    bound: int = 0  # power of two, at least the longest length: changes so rarely that kernels may specialise to it
+    bound: int = 0  # a power of two >= the longest length; it rarely changes, so kernels may specialise to it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bound", 1 << max(0, self.longest - 1).bit_length())
@@ -34,12 +34,12 @@ class SequenceLayout:
 
     @property
     def total(self) -> int:
-        """Tokens of all sequences together."""
+        """Returns the number of tokens of all sequences together."""
         return sum(self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence; 0 where there is none."""
+        """Returns the number of tokens of the longest sequence; 0 if there is none."""
         return max(self.lengths, default=0)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SequenceLayout:
@@ -48,7 +48,7 @@ class SequenceLayout:
 
 
 def check_paired(queries: SequenceLayout, keys: SequenceLayout) -> None:
-    """Refuses layouts of other sequences. Reads the host only.
+    """Checks that both layouts describe the same sequences, on the host.
 
     Raises:
         ValueError: the layouts hold different numbers of sequences.
@@ -61,5 +61,5 @@ def check_paired(queries: SequenceLayout, keys: SequenceLayout) -> None:
 
 
 def runs_of(queries: Sequence[int], keys: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Returns (count, query length, key length) of consecutive equal pairs of lengths, in order."""
+    """Returns (count, query length, key length) for each run of equal pairs of lengths, in order."""
     return [(len(list(group)), *pair) for pair, group in groupby(zip(queries, keys, strict=True))]

@@ -1,4 +1,4 @@
-"""The specification of `attention`: explicit softmax, in fp32 at least, one sequence at a time."""
+"""The specification of `attention`: an explicit softmax in at least fp32, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def attention_reference(
 ) -> Tensor:
     """Returns softmax(q k^T / sqrt(head_dim)) v within each sequence, in the dtype of `q`.
 
-    Without a layout q, k and v are (B, heads, N, head_dim); with one they are (total, heads, head_dim)
-    and no sequence sees another; the sequences of `q` are those of `query_layout` where it is given.
+    Without a layout, q, k and v are (B, heads, N, head_dim). With a layout they are (total, heads, head_dim), and no
+    sequence attends to another; `query_layout`, where given, holds the lengths of the sequences of `q`.
 
     Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2.1.
     """
@@ -22,8 +22,8 @@ def attention_reference(
     if layout is None:
         return _softmax_attention(q.to(wide), k.to(wide), v.to(wide)).to(q.dtype)
     pieces = []
-    asked, known = ((query_layout or layout).lengths, layout.lengths)
-    for one_q, one_k, one_v in zip(q.split(asked), k.split(known), v.split(known), strict=True):
+    queries, keys = ((query_layout or layout).lengths, layout.lengths)
+    for one_q, one_k, one_v in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
         one = [x.to(wide).transpose(0, 1) for x in (one_q, one_k, one_v)]
         pieces.append(_softmax_attention(*one).transpose(0, 1).to(q.dtype))
     return torch.cat(pieces) if pieces else torch.zeros_like(q)

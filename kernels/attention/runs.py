@@ -15,7 +15,7 @@ from ijepa_kernels.attention.layout import runs_of
 def attention_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
     """Returns block-diagonal attention of (total, heads, head_dim) tensors.
 
-    One SDPA call for each (count, query length, key length) of `runs`.
+    Makes one SDPA call for each (count, query length, key length) of `runs`.
     """
     pieces = []
     for queries, keys, one_q, one_k, one_v in _split(runs, (q,), (k, v)):
@@ -26,12 +26,12 @@ def attention_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int
 
 
 def _split(
-    runs: list[tuple[int, int, int]], asked: tuple[Tensor, ...], known: tuple[Tensor, ...]
+    runs: list[tuple[int, int, int]], query_sided: tuple[Tensor, ...], key_sided: tuple[Tensor, ...]
 ) -> Iterator[tuple[Any, ...]]:
-    """Yields the (count, length) of queries and of keys of each run, with its rows of each tensor."""
+    """Yields, for each run, (count, length) of its queries and of its keys, and its rows of each tensor."""
     shapes = [(count, length) for count, length, _ in runs], [(count, length) for count, _, length in runs]
     sizes = [[count * length for count, length in kind] for kind in shapes]
-    parts = [x.split(sizes[0]) for x in asked] + [x.split(sizes[1]) for x in known]
+    parts = [x.split(sizes[0]) for x in query_sided] + [x.split(sizes[1]) for x in key_sided]
     return zip(*shapes, *parts, strict=True)
 
 
@@ -39,11 +39,12 @@ def _split(
 def opaque_attention_by_runs(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> Tensor:
     """Returns `attention_by_runs` as one operation, which torch.compile doesn't specialise to the lengths.
 
-    Reads `cu_queries` and `cu_keys` (S + 1,) on the host: free on the CPU, a synchronisation on CUDA (where only
-    fp32 comes here). Gradients are summed in fp32.
+    Reads `cu_queries` and `cu_keys` (S + 1,) on the host. That is free on the CPU and a synchronisation on CUDA,
+    where only fp32 takes this path. Gradients are summed in fp32.
     """
     out = attention_by_runs(q, k, v, _runs_between(cu_queries, cu_keys))
-    return out.contiguous() if len(q) else q.new_empty(q.shape)  # of no tokens it is q, and outputs may not be inputs
+    # without tokens `out` is q itself, and an output may not be an input
+    return out.contiguous() if len(q) else q.new_empty(q.shape)
 
 
 @opaque_attention_by_runs.register_fake
@@ -55,7 +56,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> T
 def _opaque_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v from recomputed weights: autograd isn't at hand inside an operation."""
+    """Returns the gradients of q, k and v from recomputed weights: autograd doesn't work inside an operation."""
     pieces: list[list[Tensor]] = [[], [], []]
     scale = q.shape[-1] ** -0.5
     for queries, keys, *rows in _split(_runs_between(cu_queries, cu_keys), (gradient, q), (k, v)):

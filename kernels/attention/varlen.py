@@ -1,7 +1,7 @@
-"""PyTorch's variable-length flash attention, wrapped once: its signature moves between releases.
+"""PyTorch's variable-length flash attention, wrapped in one function because its signature changes between releases.
 
 2.10: varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, return_aux), without a scale.
-2.11: (the same seven, *, return_aux, scale, window_size). 2.12 adds keywords for grouped queries and paged keys.
+2.11: (the same first seven, *, return_aux, scale, window_size). 2.12 adds keywords for grouped queries and paged keys.
 Source: `torch/nn/attention/varlen.py` of the three releases.
 """
 
@@ -17,11 +17,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 from ijepa_kernels.attention.layout import SequenceLayout
 
-_HEAD_DIM_MULTIPLE = 8  # what the flash kernel takes; it rounds further up by itself (80 and 88 to 96)
+_HEAD_DIM_MULTIPLE = 8  # required by the flash kernel, which rounds up further internally (80 and 88 to 96)
 
 
 class VarlenCall:
-    """One way of calling the `varlen_attn` of any of these releases."""
+    """Calls the `varlen_attn` of any of these releases."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -30,14 +30,14 @@ class VarlenCall:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, query_layout: SequenceLayout, *, scale: float
     ) -> Tensor:
-        """Returns the attention of packed (total, heads, head_dim) tensors whose scores are multiplied by `scale`."""
+        """Returns the attention of packed (total, heads, head_dim) tensors, with scores multiplied by `scale`."""
         bounds = (query_layout.cu_seqlens, layout.cu_seqlens, query_layout.bound, layout.bound)
         if self._takes_scale:
             out = self._function(q, k, v, *bounds, scale=scale)
-        else:  # scores come out divided by the root of the head dim it is given: q makes up for the difference
+        else:  # this release divides scores by the root of the padded head dim: scale q to make up for the difference
             factor = scale * q.shape[-1] ** 0.5
             out = self._function(q if factor == 1.0 else q * factor, k, v, *bounds)
-        assert isinstance(out, Tensor)  # a tuple only where return_aux asks for one
+        assert isinstance(out, Tensor)  # a tuple only with return_aux
         return out
 
 
@@ -49,8 +49,8 @@ def flash_packed(
 ) -> Tensor:
     """Returns block-diagonal attention of packed (total, heads, head_dim) tensors in bf16 or fp16.
 
-    Reads `cu_seqlens` and `bound` of the layouts only, never the lengths: nothing synchronises, and a
-    compiled block isn't compiled anew for other lengths. Head dims are padded with zeros to a multiple of 8.
+    Reads `cu_seqlens` and `bound` of the layouts, but never the lengths. So it doesn't synchronise, and other lengths
+    don't recompile a compiled block. Pads head dims with zeros to a multiple of 8.
     """
     head_dim = q.shape[-1]
     scale = head_dim**-0.5  # of the true head_dim, whatever the padding

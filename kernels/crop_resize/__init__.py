@@ -1,4 +1,4 @@
-"""Antialiased resizing of a batch of crops of different sizes, as PIL does it."""
+"""Antialiased resizing, as in PIL, of a batch of crops of different sizes."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def crop_resize(
 ) -> Tensor:
     """Returns the crops resized to `output` (height, width): (B, 3, h, w) on the device of `pixels`.
 
-    At most 1 of 255 off PIL's antialiased filter of that name, horizontal pass first (on the CPU bicubic is
-    2 off in one value of a million). Doesn't synchronise.
+    The result is at most 1 level of 255 away from PIL's antialiased filter of that name, horizontal pass first. (On
+    the CPU, one bicubic value in a million is 2 levels away.) Doesn't synchronise.
 
     Args:
-        pixels: (bytes,) uint8: crop after crop without gaps, each (height, width, 3), row by row.
+        pixels: (bytes,) uint8: one crop after another without gaps, each (height, width, 3), row by row.
         sizes: (B, 2) integers on the host: height and width of each crop.
-        output: height and width, pixels.
+        output: height and width in pixels.
         interpolation: bilinear (triangle filter) or bicubic (a = -0.5).
         flip: (B,) bool on the host: which results are mirrored left to right.
-        normalise: (scale, shift), 3 numbers each: what comes back is level * scale[c] + shift[c]. By default levels.
-        dtype: of the result: uint8 (levels only), float32 or bfloat16.
-        implementation: auto (Triton's kernel on CUDA, the fastest on the CPU), reference, triton or cpu.
+        normalise: (scale, shift), 3 numbers each: returns level * scale[c] + shift[c]. By default returns levels.
+        dtype: dtype of the result: uint8 (levels only), float32 or bfloat16.
+        implementation: auto (triton on CUDA, cpu on the CPU), reference, triton or cpu.
 
     Raises:
-        ValueError: shapes, dtypes or sizes that don't fit together, or an implementation that isn't there.
+        ValueError: shapes, dtypes or sizes don't fit together, or the implementation isn't available.
     """
     sizes = np.asarray(sizes)
     _check(pixels, sizes, output, interpolation, flip)
@@ -87,7 +87,10 @@ def _triton() -> Callable[..., Tensor]:
 def _on_cpu(
     pixels: Tensor, sizes: np.ndarray, output: tuple[int, int], *, interpolation: str, flip: np.ndarray | None
 ) -> Tensor:
-    """Returns uint8 levels by PyTorch's own uint8 resizing: 25 times as fast as the matrix products on one core."""
+    """Returns uint8 levels from PyTorch's own uint8 resizing, which is 25 times faster than the reference on one core.
+
+    The reference resizes by matrix products.
+    """
     images = torch.empty(len(sizes), 3, *output, dtype=torch.uint8)
     begin = 0
     for row, (height, width) in enumerate(sizes.tolist()):
@@ -100,14 +103,14 @@ def _on_cpu(
 
 
 def cost(sizes: np.ndarray, output: tuple[int, int], *, interpolation: str, bytes_per_value: int) -> dict[str, float]:
-    """Returns the bytes that must move and the multiply-adds (x 2 = FLOP) of two separable passes.
+    """Returns the bytes that must move and the FLOPs (2 per multiply-add) of two separable passes.
 
-    The kernel can't be faster than either of them allows; bandwidth decides on every GPU that we know.
+    The kernel can't be faster than either of them allows. On every GPU that we know, bandwidth is the limit.
     """
     sizes = np.asarray(sizes, dtype=np.float64)
     height, width = output
     radius = 1 if interpolation == "bilinear" else 2
-    taps = 2 * radius * np.maximum(1.0, sizes / np.array(output))  # (B, 2): of the pass down, of the pass across
+    taps = 2 * radius * np.maximum(1.0, sizes / np.array(output))  # (B, 2): vertical pass, horizontal pass
     read = 3 * (sizes[:, 0] * sizes[:, 1]).sum()
     written = 3.0 * bytes_per_value * len(sizes) * height * width
     flops = 6 * (sizes[:, 0] * width * taps[:, 1] + height * width * taps[:, 0]).sum()

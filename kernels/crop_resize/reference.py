@@ -1,4 +1,4 @@
-"""Resizing as two batched matrix products with per-sample filter matrices: the specification, and the CUDA path."""
+"""The specification of `crop_resize`: two batched matrix products with a filter matrix per sample."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def crop_resize(
 ) -> Tensor:
     """Returns the crops resized to `output`: (B, 3, h, w) uint8 levels; see `ijepa_kernels.crop_resize.crop_resize`.
 
-    Computed in float32 whatever autocast says: bfloat16 weights are up to 2.9 of 255 off. Between the passes
-    the values are rounded to uint8, as PIL stores them. What lies outside a crop has weight 0.
+    Computes in float32 whatever autocast says: with bfloat16 weights levels would be off by up to 2.9 of 255. Rounds
+    to uint8 between the passes, as PIL does. Pixels outside a crop have weight 0.
     """
     height, width = output
     device = pixels.device
@@ -36,7 +36,7 @@ def crop_resize(
 
 
 def padded(pixels: Tensor, sizes: np.ndarray) -> Tensor:
-    """Returns (B, 3, Hc, Wc) uint8: each crop at the top left of the smallest canvas that holds them all."""
+    """Returns (B, 3, Hc, Wc) uint8: each crop at the top left of the smallest canvas that fits them all."""
     canvas_height, canvas_width = sizes.max(axis=0, initial=1).tolist()
     canvas = torch.zeros(len(sizes), 3, canvas_height, canvas_width, dtype=torch.uint8, device=pixels.device)
     begin = 0
@@ -55,14 +55,14 @@ def filter_matrix(
     device: torch.device,
     flip: np.ndarray | None = None,
 ) -> Tensor:
-    """Returns (B, output, canvas) float32 weights on `device`: row j of sample b makes output pixel j from a line.
+    """Returns (B, output, canvas) float32 weights on `device`: row j of sample b computes output pixel j from a line.
 
-    Output pixel j lies at (j + 1/2) * s, s = size / output; the filter is stretched by max(s, 1), cut at the
-    crop's edges and normalised to sum 1.
+    Output pixel j is centred at (j + 1/2) * s, s = size / output. The filter is stretched by max(s, 1), cut at the
+    crop's edges and normalised to sum to 1.
     """
     ratio = sizes.astype(np.float64) / output
-    places = np.arange(output) + 0.5
-    centres = ratio[:, None] * places  # (B, output), float64 on the host
+    output_centres = np.arange(output) + 0.5
+    centres = ratio[:, None] * output_centres  # (B, output), float64 on the host
     if flip is not None:
         centres = np.where(flip[:, None], centres[:, ::-1], centres)
     stretch = np.maximum(ratio, 1.0)[:, None]
@@ -76,7 +76,7 @@ def filter_matrix(
 
 
 def _kernel(x: Tensor, interpolation: str) -> Tensor:
-    """Returns the filter at distance x >= 0: the triangle, or Keys' cubic with a = -0.5.
+    """Returns the filter's weight at distance x >= 0: the triangle, or Keys' cubic with a = -0.5.
 
     Source: R. Keys, "Cubic convolution interpolation for digital image processing", 1981, equation 4.
     """
@@ -88,12 +88,12 @@ def _kernel(x: Tensor, interpolation: str) -> Tensor:
 
 
 def _round(values: Tensor) -> Tensor:
-    """Returns the values as uint8 would hold them, still floating point; in place."""
+    """Rounds and clamps the values in place to what uint8 can hold; they stay floating point."""
     return values.add_(0.5).floor_().clamp_(0.0, 255.0)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on `device`, through pinned memory where that avoids a synchronisation."""
+    """Returns the tensor on `device`; copies through pinned memory on CUDA, to avoid a synchronisation."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

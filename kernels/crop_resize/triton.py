@@ -1,8 +1,8 @@
-"""The whole of crop_resize in one kernel: reads the uint8 crops once, writes normalised images once.
+"""`crop_resize` as one kernel, which reads the uint8 crops once and writes the normalised images once.
 
-A program makes a tile of one output image. It takes the input rows below the tile's filters a few at a time:
-each is filtered across, rounded to a level as PIL stores it, and added to the output rows by a small product.
-float32 throughout: bfloat16 weights are up to 2.9 of 255 off, TF32 ones 0.1.
+A program computes a tile of one output image. It takes the input rows under the tile's filters a few at a time,
+filters them horizontally, rounds them to levels as PIL does, and adds them to the output rows by a small matrix
+product. It computes in float32: levels would be off by up to 2.9 of 255 with bfloat16 weights, by 0.1 with TF32.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE, _ROWS = 32, 16  # output pixels a side, and input rows at a time: the least that a product takes is 16
-_TAPS = 4  # taps are counted in these, so that few numbers of them are compiled
+_TILE, _ROWS = 32, 16  # output pixels per side, and input rows at a time; tl.dot needs at least 16
+_TAPS = 4  # the number of taps is rounded up to a multiple of this, so that few kernels are compiled
 _RADIUS = {"bilinear": 1, "bicubic": 2}  # of the filter, in pixels of the coarser of the two images
 
 
 @triton.jit
 def _weight(distance, CUBIC: tl.constexpr):
-    """Returns the filter at `distance` >= 0; reference.py has the same with its source."""
+    """Returns the filter's weight at `distance` >= 0; reference.py has the same formula and its source."""
     if CUBIC:
         near = (1.5 * distance - 2.5) * distance * distance + 1.0
         far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
@@ -33,32 +33,32 @@ def _weight(distance, CUBIC: tl.constexpr):
 
 @triton.jit
 def _level(value):
-    """Returns the value as uint8 would hold it."""
+    """Returns the value rounded and clamped to what uint8 can hold."""
     return tl.minimum(tl.maximum(tl.floor(value + 0.5), 0.0), 255.0)
 
 
 @triton.jit
 def _total(first, centre, stretch, size, TAPS: tl.constexpr, CUBIC: tl.constexpr):
-    """Returns the sum of the weights of each output pixel, whose filter begins at pixel `first`."""
+    """Returns the sum of the weights of each output pixel, whose filter begins at input pixel `first`."""
     total = centre * 0.0
     for tap in range(TAPS):
-        place = first + tap
-        weight = _weight(tl.abs(place + 0.5 - centre) / stretch, CUBIC)
-        total += tl.where((place >= 0) & (place < size), weight, 0.0)
-    return tl.where(total == 0.0, 1.0, total)  # of pixels outside the output, which are not stored
+        pixel = first + tap
+        weight = _weight(tl.abs(pixel + 0.5 - centre) / stretch, CUBIC)
+        total += tl.where((pixel >= 0) & (pixel < size), weight, 0.0)
+    return tl.where(total == 0.0, 1.0, total)  # 0 for pixels outside the output, which are not stored
 
 
 @triton.jit(do_not_specialize=["out_height", "out_width"])
 def _kernel(
-    pixels, places, out, out_height, out_width,
+    pixels, crops, out, out_height, out_width,
     scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     TAPS: tl.constexpr, CUBIC: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
-    begin = tl.load(places + 4 * image)
-    height = tl.load(places + 4 * image + 1).to(tl.int32)
-    width = tl.load(places + 4 * image + 2).to(tl.int32)
-    flipped = tl.load(places + 4 * image + 3)
+    begin = tl.load(crops + 4 * image)
+    height = tl.load(crops + 4 * image + 1).to(tl.int32)
+    width = tl.load(crops + 4 * image + 2).to(tl.int32)
+    flipped = tl.load(crops + 4 * image + 3)
     radius = 2.0 if CUBIC else 1.0
 
     x = tl.program_id(2) * TILE + tl.arange(0, TILE)
@@ -123,9 +123,9 @@ def crop_resize(
     normalise: tuple[tuple[float, ...], tuple[float, ...]],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Returns (B, 3, h, w) of `dtype`, levels times normalise[0] plus normalise[1]; arguments have been checked.
+    """Returns (B, 3, h, w) of `dtype`: levels * normalise[0] + normalise[1], for checked arguments.
 
-    Doesn't synchronise. One compilation for each filter, dtype and range of shrinking factors.
+    Doesn't synchronise. Compiles once for each filter, dtype and range of shrinking factors.
     """
     out = torch.empty(len(sizes), 3, *output, dtype=dtype, device=pixels.device)
     if not out.numel():
@@ -135,18 +135,18 @@ def crop_resize(
     taps = -(-(math.ceil(widest) + 1) // _TAPS) * _TAPS
     grid = (len(sizes), triton.cdiv(output[0], _TILE), triton.cdiv(output[1], _TILE))
     _kernel[grid](
-        pixels, _places(sizes, flip, pixels.device), out, *output, *normalise[0], *normalise[1],
+        pixels, _crop_table(sizes, flip, pixels.device), out, *output, *normalise[0], *normalise[1],
         TAPS=taps, CUBIC=interpolation == "bicubic", TILE=_TILE, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _places(sizes: np.ndarray, flip: np.ndarray | None, device: torch.device) -> Tensor:
+def _crop_table(sizes: np.ndarray, flip: np.ndarray | None, device: torch.device) -> Tensor:
     """Returns (B, 4) int64 on `device`: first byte, height, width and flip of each crop."""
     table = np.zeros((len(sizes), 4), dtype=np.int64)
     table[1:, 0] = np.cumsum(3 * sizes[:-1, 0].astype(np.int64) * sizes[:-1, 1])
     table[:, 1:3] = sizes
     if flip is not None:
         table[:, 3] = flip
-    places = torch.from_numpy(table)
-    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
+    crops = torch.from_numpy(table)
+    return crops.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else crops.to(device)

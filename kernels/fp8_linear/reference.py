@@ -1,20 +1,20 @@
-"""Quantising rows to fp8, and the linear layer of what that leaves: the specification."""
+"""The specification of `fp8_linear`: quantise rows to fp8, then multiply the dequantised values."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_LARGEST = 448.0  # of float8_e4m3fn
-_LEAST = 1e-12  # absmax of a row of zeros, so that nothing is divided by 0
+_LARGEST = 448.0  # largest value of float8_e4m3fn
+_LEAST = 1e-12  # stands in for the maximum of a row of zeros, so that nothing is divided by 0
 
 
 @torch.no_grad()
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns values (..., K) float8_e4m3fn and scales (..., 1) fp32, so that values * scales is nearly x (..., K).
+    """Returns values (..., K) float8_e4m3fn and scales (..., 1) fp32, so that values * scales approximates x (..., K).
 
-    A row's largest magnitude becomes 448, the format's largest. The error of a value is at most 1/16 of it, or
-    2^-10 of the scale near 0 (3 bits of mantissa, least step 2^-9). A row with inf or NaN becomes NaN.
+    The largest magnitude of a row becomes 448, the largest value of the format. The error of a value is at most 1/16
+    of it, or 2^-10 of the scale near 0 (3 bits of mantissa, smallest step 2^-9). A row with inf or NaN becomes NaN.
 
     Source: arXiv 2209.05433, "FP8 formats for deep learning", table 1.
     """
@@ -24,7 +24,10 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns the layer's (..., N) bf16; see `ijepa_kernels.fp8_linear.fp8_linear`. In fp32, whatever autocast says."""
+    """Returns the layer's output, (..., N) bf16; see `ijepa_kernels.fp8_linear.fp8_linear`.
+
+    Computes in fp32, whatever autocast says.
+    """
     values, scale = quantise_rows(x)
     with torch.autocast(x.device.type, enabled=False):
         out = (values.float() * scale) @ (weight.float() * weight_scale).T

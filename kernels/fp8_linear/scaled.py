@@ -1,6 +1,7 @@
-"""The fp8 linear layer by `torch._scaled_mm`, wrapped once: its signature and what it takes move between releases.
+"""The fp8 linear layer through `torch._scaled_mm`, whose signature and accepted inputs change between releases.
 
-Written for torch 2.11. CUDA: row-wise scales with a bf16 result. CPU: one scale for each tensor, fp32 result.
+Written for torch 2.11. On CUDA it takes row-wise scales and returns bf16; on the CPU it takes one scale for each
+tensor and returns fp32.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from ijepa_kernels.fp8_linear.reference import quantise_rows
 def fp8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, fast_accumulation: bool = False
 ) -> Tensor:
-    """Returns the layer's (..., N) bf16; see `ijepa_kernels.fp8_linear.fp8_linear`. Arguments have been checked."""
+    """Returns the layer's output, (..., N) bf16, for checked arguments; see `ijepa_kernels.fp8_linear.fp8_linear`."""
     values, scale = quantise_rows(x.reshape(-1, x.shape[-1]))
     shape = (*x.shape[:-1], weight.shape[0])
     if not values.numel():
         return x.new_empty(shape, dtype=torch.bfloat16)
-    columns = weight.contiguous().t()  # the product wants its right side column by column
+    columns = weight.contiguous().t()  # the product needs a column-major right side
     if x.device.type == "cuda":
         return torch._scaled_mm(
             values, columns, scale_a=scale, scale_b=weight_scale.contiguous().t(),
@@ -27,7 +28,7 @@ def fp8_linear(
             out_dtype=torch.bfloat16, use_fast_accum=fast_accumulation,
         ).view(shape)  # fmt: skip
     one = torch.ones((), dtype=torch.float32, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):  # the CPU's product is made of one that autocast rounds to bf16
+    with torch.autocast(x.device.type, enabled=False):  # autocast would round the product inside the CPU's to bf16
         out = torch._scaled_mm(values, columns, scale_a=one, scale_b=one, out_dtype=torch.float32)
     out = out * scale * weight_scale.t()
     return (out if bias is None else out + bias.float()).to(torch.bfloat16).view(shape)

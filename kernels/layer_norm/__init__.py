@@ -1,4 +1,4 @@
-"""The affine norm over the last dimension, computed in fp32, with its result in the dtype of what follows."""
+"""The affine layer norm over the last dimension, computed in fp32, with a result in the dtype that follows."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ def layer_norm(
     dtype: torch.dtype = torch.float32,
     implementation: str = "auto",
 ) -> Tensor:
-    """Returns (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, shaped as `x`, of `dtype`.
+    """Returns (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in the shape of `x`.
 
-    In fp32 whatever the dtypes are. bf16 is what a following bf16 linear layer takes: no cast lies between. Doesn't
-    synchronise; sums in a fixed order. "auto" is the reference, PyTorch's own norm and a cast, which torch.compile
-    fuses: Triton on request until a benchmark shows that it wins.
+    Computes in fp32, whatever the dtypes are. A bf16 result feeds a bf16 linear layer without a further cast. Doesn't
+    synchronise; sums in a fixed order.
+
+    "auto" is the reference: PyTorch's own norm and a cast, which torch.compile fuses. Triton runs on request only,
+    until a benchmark shows that it is faster.
 
     Args:
-        x: (..., D) fp32 or bf16; its gradient has its dtype.
+        x: (..., D) fp32 or bf16; its gradient has the same dtype.
         weight: (D,) fp32.
         bias: (D,) fp32.
         eps: added to the variance.
-        dtype: of the result: float32 or bfloat16.
+        dtype: dtype of the result, float32 or bfloat16.
         implementation: auto, reference or triton.
 
     Raises:
-        ValueError: shapes, dtypes, devices or names that don't fit, or Triton isn't there.
+        ValueError: shapes, dtypes, devices or names don't fit, or Triton isn't available.
 
     Source: arXiv 1607.06450, "Layer normalization", section 3.1.
     """
@@ -69,10 +71,11 @@ def _triton() -> Callable[..., Tensor]:
 
 
 def cost(rows: int, width: int, *, input_bytes: int, output_bytes: int, backward: bool = False) -> dict[str, float]:
-    """Returns the bytes that must move and the FLOPs of one pass over (rows, width) values: bandwidth decides.
+    """Returns the bytes that must move and the FLOPs of one pass over (rows, width) values; bandwidth is the limit.
 
-    Forward reads x and writes the result (8 operations a value); backward reads the result's gradient and x and
-    writes the gradient of x (14). Weights and statistics are left out: 1/rows and 1/width of it.
+    Forward reads x and writes the result (8 operations per value). Backward reads the gradient of the result and x,
+    and writes the gradient of x (14 operations per value). Weights and statistics are not counted: they add 1/rows
+    and 1/width.
     """
     values = float(rows * width)
     if backward:

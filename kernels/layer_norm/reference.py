@@ -1,4 +1,4 @@
-"""The affine layer norm by PyTorch's own operation in fp32: the specification, and what torch.compile fuses."""
+"""The affine layer norm as PyTorch's own operation in fp32: the specification, which torch.compile can fuse."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from torch import Tensor
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Returns the normalised values of `dtype`; see `ijepa_kernels.layer_norm.layer_norm`."""
+    """Returns the normalised values in `dtype`; see `ijepa_kernels.layer_norm.layer_norm`."""
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(dtype)

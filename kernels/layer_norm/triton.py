@@ -1,7 +1,7 @@
-"""The affine layer norm in one pass forward and one backward; the result is written in the dtype it is wanted in.
+"""The affine layer norm in one pass forward and one backward; the result is written in the requested dtype.
 
-A program holds whole rows. Backward, a fixed number of programs go over the rows and each sums its share of the
-gradients of weight and bias; a small sum over the programs follows. Nothing is atomic, so bits repeat.
+A program holds whole rows. In backward, a fixed number of programs go over the rows, and each sums its share of the
+gradients of weight and bias; a small sum over the programs follows. Nothing is atomic, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from ijepa_kernels.choice import check_device
 from ijepa_kernels.rows import check_width, tile
 
-_PROGRAMS = 256  # of the backward pass, at most: a few for each multiprocessor, the same on every GPU
+_PROGRAMS = 256  # at most, in the backward pass: a few for each multiprocessor, the same on every GPU
 
 
 @triton.jit
@@ -53,8 +53,8 @@ def _backward_kernel(
         rows = first.to(tl.int64) + tl.arange(0, ROWS)
         here = rows < num_rows
         inside = here[:, None] & across[None, :]
-        place = upstream + rows[:, None] * upstream_stride + columns[None, :]
-        flow = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        pointers = upstream + rows[:, None] * upstream_stride + columns[None, :]
+        flow = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         centre = tl.load(mean + rows, mask=here, other=0.0)[:, None]
         factor = tl.load(inverse + rows, mask=here, other=0.0)[:, None]
@@ -73,10 +73,10 @@ def _backward_kernel(
 
 @torch.library.custom_op("ijepa_kernels::layer_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the result (R, D), and mean and 1 / sqrt(variance + eps) (R,) fp32, of x (R, D)."""
-    check_device("layer_norm", x.device, "reference")  # here: torch.compile can't look into it
+    """Returns, for x (R, D), the result (R, D), and mean and 1 / sqrt(variance + eps), (R,) fp32 each."""
+    check_device("layer_norm", x.device, "reference")  # checked here because torch.compile can't trace the check
     rows, width = x.shape
-    x = _rows_apart(x)
+    x = _with_contiguous_rows(x)
     out = torch.empty((rows, width), dtype=dtype, device=x.device)
     mean, inverse = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if rows:
@@ -99,7 +99,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, in its dtype, and of weight and bias, fp32."""
     rows, width = x.shape
-    upstream, x = _rows_apart(upstream), _rows_apart(x)
+    upstream, x = _with_contiguous_rows(upstream), _with_contiguous_rows(x)
     gradient = x.new_empty((rows, width))
     options = tile(width)
     programs = min(_PROGRAMS, triton.cdiv(rows, options["ROWS"]))
@@ -117,8 +117,8 @@ def _(upstream, x, weight, mean, inverse):  # noqa: ANN001, ANN202
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _rows_apart(x: Tensor) -> Tensor:
-    """Returns the tensor with the values of a row side by side, copied where they weren't."""
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    """Returns the tensor with contiguous rows, as a copy if they weren't."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -138,10 +138,10 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Returns the normalised values of `dtype`; arguments have been checked. Copies rows that aren't contiguous.
+    """Returns the normalised values in `dtype`, for checked arguments. Copies rows that aren't contiguous.
 
     Raises:
-        ValueError: rows wider than a program holds, or tensors that aren't on CUDA.
+        ValueError: rows are wider than a program holds, or tensors aren't on CUDA.
     """
     check_width(x.shape[-1])
     return _forward(x.reshape(-1, x.shape[-1]), weight, bias, eps, dtype)[0].view(x.shape)

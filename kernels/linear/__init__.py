@@ -1,4 +1,4 @@
-"""A linear layer: PyTorch's own, and on the CPU in fp32 oneDNN's products in place of MKL's."""
+"""A linear layer: PyTorch's own, but for fp32 on the CPU oneDNN's matrix products instead of MKL's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ IMPLEMENTATIONS = ("auto", "torch", "onednn")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, implementation: str = "auto") -> Tensor:
     """Returns input @ weight^T + bias, (..., out); `input` is (..., in), `weight` (out, in), `bias` (out,).
 
-    `auto` is oneDNN for fp32 on the CPU outside autocast and compiled code (torch.compile knows the operation in
-    frozen models only), and PyTorch's `F.linear` everywhere else. PyTorch hands fp32 products on CPUs to MKL,
-    which on AMD processors leaves 7 to 10% of their peak unused (one EPYC core: 100 GFLOP/s against 110).
+    `auto` is oneDNN for fp32 on the CPU, and PyTorch's `F.linear` for everything else, under autocast and in compiled
+    code (torch.compile supports the oneDNN operation in frozen models only). PyTorch sends fp32 products on CPUs to
+    MKL, which leaves 7 to 10% of the peak of AMD processors unused (one EPYC core: 100 GFLOP/s against 110).
 
     Raises:
-        ValueError: an unknown implementation, oneDNN for tensors that it doesn't take here, or, outside compiled
-            code, widths that don't fit one another.
+        ValueError: the implementation is unknown, oneDNN can't take these tensors, or the widths don't fit. Compiled
+            code doesn't check the widths.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
@@ -41,8 +41,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, impleme
 
 
 def _check_widths(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    of_bias = weight.shape[:1] if bias is None else bias.shape
-    if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:] or of_bias != weight.shape[:1]:
+    bias_shape = weight.shape[:1] if bias is None else bias.shape
+    if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:] or bias_shape != weight.shape[:1]:
         raise ValueError(
             f"input {tuple(input.shape)}, weight {tuple(weight.shape)} and bias "
             f"{None if bias is None else tuple(bias.shape)} don't fit; expected (..., in), (out, in) and (out,): "
@@ -51,7 +51,7 @@ def _check_widths(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def cost(rows: int, inputs: int, outputs: int, *, bytes_per_value: int) -> dict[str, float]:
-    """Returns the bytes that must move and the FLOPs of one forward."""
+    """Returns the bytes that must move and the FLOPs of one forward pass."""
     moved = rows * (inputs + outputs) + inputs * outputs + outputs
     return {"bytes": float(bytes_per_value * moved), "flops": 2.0 * rows * inputs * outputs}
 

@@ -1,4 +1,4 @@
-"""The loss against normalised, gathered target features; on request one pass that leaves the gradient behind."""
+"""The loss against normalised, gathered target features; the Triton kernel computes the gradient in the same pass."""
 
 from __future__ import annotations
 
@@ -28,24 +28,26 @@ def target_loss(
     """Returns sum_r w_r * mean_d f(prediction[r] - layer_norm(tokens[lookup[r]])), () fp32; 0 for no rows.
 
     The norm has no affine part. Only `prediction` gets a gradient. Doesn't synchronise; sums in a fixed order.
-    "auto" is the reference, plain PyTorch that torch.compile fuses: Triton on request until a benchmark shows that
-    it wins. Triton's backward scales the gradient in place, so it runs once: with retain_graph the second call fails.
-    There an index outside `tokens` makes the loss NaN; in the reference PyTorch raises.
+
+    "auto" is the reference: plain PyTorch, which torch.compile fuses. Triton runs on request only, until a benchmark
+    shows that it is faster. Triton's backward scales the gradient in place, so it can run only once: a second call
+    with retain_graph fails. With Triton an index outside `tokens` makes the loss NaN; with the reference PyTorch
+    raises.
 
     Args:
-        prediction: (R, D) fp32 or bf16; so is its gradient.
+        prediction: (R, D) fp32 or bf16; its gradient has the same dtype.
         tokens: (S, D) fp32 or bf16, all the target encoder's features.
         lookup: (R,) int64, the row of `tokens` that each row predicts.
         weights: (R,) fp32 w_r; by default 1 / R each.
         beta: where smooth_l1 turns from quadratic to linear, above 0.
         eps: added to the variance.
-        loss: f: smooth_l1, or l2 (the squared error).
+        loss: the function f: smooth_l1, or l2 (the squared error).
         implementation: auto, reference or triton.
 
     Raises:
-        ValueError: shapes, dtypes, devices or names that don't fit, or Triton isn't there.
+        ValueError: shapes, dtypes, devices or names don't fit, or Triton isn't available.
 
-    Source: arXiv 2301.08243, equation 1 (l2); the norm, eps and smooth_l1 with beta 1 are the released code's.
+    Source: arXiv 2301.08243, equation 1 (l2); the norm, eps and smooth_l1 with beta 1 come from the released code.
     """
     _check(prediction, tokens, lookup, weights)
     if loss not in LOSSES:
@@ -69,9 +71,9 @@ def _triton() -> Callable[..., Tensor]:
 def cost(rows: int, width: int, *, prediction_bytes: int, token_bytes: int, weighted: bool = True) -> dict[str, float]:
     """Returns the bytes that must move and the FLOPs of loss and gradient of (rows, width) values.
 
-    One reading of prediction, its token and its index, one writing of the gradient: a scaling by anything but 1 in
-    backward would read and write the gradient once more. A value takes about 12 operations: 5 of the norm, 4 of the
-    loss, 3 of the gradient. Bandwidth decides.
+    Counts reading the prediction, its token and its index once, and writing the gradient once. An upstream gradient
+    other than 1 would read and write the gradient once more. A value takes about 12 operations: 5 for the norm, 4 for
+    the loss, 3 for the gradient. Bandwidth is the limit.
     """
     values = rows * width
     read = values * (prediction_bytes + token_bytes) + rows * (12 if weighted else 8)
@@ -90,7 +92,7 @@ def _check(prediction: Tensor, tokens: Tensor, lookup: Tensor, weights: Tensor |
         )
     if prediction.dtype not in floating or tokens.dtype not in floating:
         raise ValueError(
-            f"prediction is {prediction.dtype} and tokens are {tokens.dtype}; give float32 or bfloat16 each"
+            f"prediction is {prediction.dtype} and tokens are {tokens.dtype}; give float32 or bfloat16 for each"
         )
     rows = prediction.shape[0]
     if lookup.shape != (rows,) or lookup.dtype != torch.int64:

@@ -1,4 +1,4 @@
-"""The loss against normalised, gathered targets in plain PyTorch: the specification, and what torch.compile fuses."""
+"""The specification of `target_loss` in plain PyTorch, which torch.compile can fuse."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def target_loss(
     eps: float = 1e-5,
     loss: str = "smooth_l1",
 ) -> Tensor:
-    """Returns the loss, () fp32; see `ijepa_kernels.target_loss.target_loss`. Computed in fp32.
+    """Returns the loss, () fp32, computed in fp32; see `ijepa_kernels.target_loss.target_loss`.
 
-    Gathered first: the norm of a token doesn't depend on the others, and most of them aren't targets.
+    Gathers before it normalises: the norm of a token doesn't depend on the others, and most tokens aren't targets.
     """
     with torch.no_grad():
         chosen = tokens.index_select(0, lookup).float()

@@ -1,6 +1,6 @@
-"""Norm, gather, loss and the prediction's gradient in one pass: every value is read once, the gradient written once.
+"""Gather, norm, loss and the prediction's gradient in one pass: every value is read once, the gradient written once.
 
-A program takes a few whole rows into registers. It leaves the gradient for an upstream gradient of 1 and one partial
+A program loads a few whole rows into registers. It writes the gradient for an upstream gradient of 1 and one partial
 loss per row; a small sum over the rows follows. Nothing is atomic, so the same input gives the same bits.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ijepa_kernels.choice import check_device
 from ijepa_kernels.rows import check_width, tile
 
-_SCALED = 4096  # values of a program that scales the gradient
+_SCALED = 4096  # gradient values that one program scales
 
 
 @triton.jit
@@ -28,17 +28,17 @@ def _kernel(
     here = rows < num_rows
     inside = here[:, None] & (columns < width)[None, :]
     token = tl.load(lookup + rows, mask=here, other=0)
-    known = (token >= 0) & (token < num_tokens)  # an index from elsewhere reads nothing and makes NaN
-    place = tokens + token[:, None] * token_stride + columns[None, :]
-    value = tl.load(place, mask=inside & known[:, None], other=float("nan")).to(tl.float32)
+    known = (token >= 0) & (token < num_tokens)  # an index out of range reads nothing and gives NaN
+    pointers = tokens + token[:, None] * token_stride + columns[None, :]
+    value = tl.load(pointers, mask=inside & known[:, None], other=float("nan")).to(tl.float32)
     value = tl.where(inside, value, 0.0)
     mean = tl.sum(value, axis=1) / width
     centred = tl.where(inside, value - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / width
     target = centred * (1.0 / tl.sqrt(variance + eps))[:, None]
 
-    place = prediction + rows[:, None] * prediction_stride + columns[None, :]
-    off = tl.load(place, mask=inside, other=0.0).to(tl.float32) - target
+    pointers = prediction + rows[:, None] * prediction_stride + columns[None, :]
+    off = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) - target
     if SMOOTH:
         size = tl.abs(off)
         element = tl.where(size < beta, 0.5 * off * off / beta, size - 0.5 * beta)
@@ -60,9 +60,9 @@ def _kernel(
 def _scale_kernel(gradient, upstream, count, BLOCK: tl.constexpr):
     factor = tl.load(upstream)
     if factor != 1.0:
-        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(gradient + places, mask=places < count, other=0.0).to(tl.float32)
-        tl.store(gradient + places, (value * factor).to(gradient.dtype.element_ty), mask=places < count)
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(gradient + offsets, mask=offsets < count, other=0.0).to(tl.float32)
+        tl.store(gradient + offsets, (value * factor).to(gradient.dtype.element_ty), mask=offsets < count)
 
 
 @torch.library.custom_op("ijepa_kernels::target_loss", mutates_args=())
@@ -76,8 +76,8 @@ def _forward(
     smooth: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the loss () fp32 and the prediction's gradient for an upstream gradient of 1 (empty if not wanted)."""
-    check_device("target_loss", prediction.device, "reference")  # here: torch.compile can't look into it
+    """Returns the loss () fp32 and, `with_gradient`, the prediction's gradient for an upstream gradient of 1."""
+    check_device("target_loss", prediction.device, "reference")  # checked here because torch.compile can't trace it
     rows, width = prediction.shape
     prediction, tokens = (x if x.stride(1) == 1 else x.contiguous() for x in (prediction, tokens))
     gradient = prediction.new_empty((rows, width) if with_gradient else (0, width))
@@ -100,7 +100,7 @@ def _(prediction, tokens, lookup, weights, beta, eps, smooth, with_gradient):  #
 
 @torch.library.custom_op("ijepa_kernels::target_loss_scale", mutates_args=("gradient",))
 def _scale(gradient: Tensor, upstream: Tensor) -> None:
-    """Multiplies the gradient by the scalar, in place; touches nothing where that is 1."""
+    """Multiplies the gradient by the scalar in place; does nothing if the scalar is 1."""
     if gradient.numel():
         _scale_kernel[(triton.cdiv(gradient.numel(), _SCALED),)](gradient, upstream, gradient.numel(), BLOCK=_SCALED)
 
@@ -117,7 +117,7 @@ def _save(ctx, inputs, output) -> None:  # noqa: ANN001
 
 def _backward(ctx, upstream: Tensor, _) -> tuple[Tensor | None, ...]:  # noqa: ANN001
     (gradient,) = ctx.saved_tensors
-    _scale(gradient, upstream)  # in place: autograd refuses the graph's second backward by itself
+    _scale(gradient, upstream)  # in place: autograd itself refuses a second backward through the graph
     return gradient, *(None,) * 7
 
 
@@ -134,11 +134,11 @@ def target_loss(
     eps: float = 1e-5,
     loss: str = "smooth_l1",
 ) -> Tensor:
-    """Returns the loss, () fp32; arguments have been checked. Copies inputs whose rows aren't contiguous.
+    """Returns the loss, () fp32, for checked arguments. Copies inputs whose rows aren't contiguous.
 
     Raises:
-        ValueError: rows wider than a program holds, or tensors that aren't on CUDA.
+        ValueError: rows are wider than a program holds, or tensors aren't on CUDA.
     """
     check_width(prediction.shape[1])
-    wanted = torch.is_grad_enabled() and prediction.requires_grad
-    return _forward(prediction, tokens.detach(), lookup, weights, beta, eps, loss == "smooth_l1", wanted)[0]
+    with_gradient = torch.is_grad_enabled() and prediction.requires_grad
+    return _forward(prediction, tokens.detach(), lookup, weights, beta, eps, loss == "smooth_l1", with_gradient)[0]

@@ -1,4 +1,4 @@
-"""The target encoder's update: all fp32 tensors at once, with their bf16 copies and a flag that stops it."""
+"""The target encoder's update: all fp32 tensors at once, with optional bf16 copies and a flag that stops it."""
 
 from __future__ import annotations
 
@@ -28,25 +28,28 @@ def target_update(
     table: Table | None = None,
     implementation: str = "auto",
 ) -> None:
-    """Moves `target` to momentum * target + (1 - momentum) * source in place, and rounds it into `copies`.
+    """Moves `target` to momentum * target + (1 - momentum) * source in place, and rounds the result into `copies`.
 
-    Each value is target + w * (source - target) with w = 1 - momentum in fp32, as `torch._foreach_lerp_` computes it;
-    implementations are within 1 ulp of the larger of the two values of each other (a fused multiply-add, or not).
-    Neither synchronises nor communicates. `copies` hold the rounding of `target` afterwards in any case. "auto" is
-    eager: Triton on request until a benchmark shows that it wins. Eager is `torch._foreach_lerp_`, with a flag
-    `torch._fused_sgd_`, which reads the flag on the device, and then `torch._foreach_copy_`.
+    Each value is target + w * (source - target) with w = 1 - momentum in fp32, as `torch._foreach_lerp_` computes it.
+    The results of two implementations differ by at most 1 ulp of the larger of the two values, because only some use
+    a fused multiply-add. Neither synchronises nor communicates. `copies` always hold the rounded `target` afterwards,
+    even if the flag stopped the update.
+
+    "auto" is eager; Triton runs on request only, until a benchmark shows that it is faster. Eager is
+    `torch._foreach_lerp_`, or with a flag `torch._fused_sgd_`, which reads the flag on the device, and then
+    `torch._foreach_copy_`.
 
     Args:
         target: fp32 tensors of any shapes, contiguous, on one device.
-        source: as `target`, the same shapes in the same order; unchanged.
+        source: fp32 tensors with the shapes of `target`, in the same order; unchanged.
         momentum: from 0 to 1.
         copies: bf16 tensors of the same shapes.
-        found_nonfinite: one fp32 number on the device: where it isn't 0 the target stays as it is.
-        table: for triton: what `prepare` made of these lists; by default it is made and sent anew in each call.
+        found_nonfinite: one fp32 number on the device; unless it is 0 the target stays as it is.
+        table: for triton: the result of `prepare` for these lists; by default each call makes and sends a new one.
         implementation: auto, eager, reference or triton.
 
     Raises:
-        ValueError: lists, dtypes, devices, a momentum or a table that don't fit, or Triton isn't there.
+        ValueError: lists, dtypes, devices, momentum or table don't fit, or Triton isn't available.
 
     Source: arXiv 2301.08243, section 3, "Targets".
     """
@@ -65,12 +68,12 @@ def target_update(
 
 @torch.no_grad()
 def prepare(target: list[Tensor], source: list[Tensor], copies: list[Tensor] | None = None) -> Table:
-    """Returns the addresses of these lists on their device, for `table` of `target_update`'s Triton kernel.
+    """Returns the table of addresses of these tensors, on their device, for `target_update` with Triton.
 
-    It holds as long as the tensors keep their memory; each update compares the addresses on the host.
+    The table is valid as long as the tensors keep their memory; each update compares the addresses on the host.
 
     Raises:
-        ValueError: the lists don't fit together, are empty or not on CUDA, or Triton isn't there.
+        ValueError: the lists don't fit together, are empty or not on CUDA, or Triton isn't available.
     """
     _check(target, source, copies, None)
     if not target:
@@ -88,9 +91,9 @@ def _triton():  # noqa: ANN202
 
 
 def cost(values: int, *, copies: bool) -> dict[str, float]:
-    """Returns the bytes that must move and the FLOPs of an update of so many values: bandwidth decides.
+    """Returns the bytes that must move and the FLOPs of an update of this many values; bandwidth is the limit.
 
-    Two fp32 readings and one writing, and 2 bytes where there are copies; 3 operations.
+    Each value takes two fp32 reads, one fp32 write, a bf16 write if there are copies, and 3 operations.
     """
     return {
         "read_bytes": 8.0 * values,
@@ -106,13 +109,15 @@ def _check(
     shapes = [x.shape for x in target]
     for name, tensors in lists.items():
         if [x.shape for x in tensors] != shapes:
-            raise ValueError(f"target and {name} differ in number or shapes; give lists cut alike, in the same order")
-        wanted = torch.bfloat16 if name == "copies" else torch.float32
-        dtypes = {x.dtype for x in tensors} - {wanted}
+            raise ValueError(
+                f"target and {name} differ in number or shapes; give lists of the same shapes in the same order"
+            )
+        expected = torch.bfloat16 if name == "copies" else torch.float32
+        dtypes = {x.dtype for x in tensors} - {expected}
         if dtypes:
-            raise ValueError(f"{name} has tensors of {', '.join(sorted(map(str, dtypes)))}; give {wanted} only")
+            raise ValueError(f"{name} has tensors of {', '.join(sorted(map(str, dtypes)))}; give {expected} only")
         if not all(x.is_contiguous() for x in tensors):
-            raise ValueError(f"{name} has tensors that aren't contiguous; give contiguous ones")
+            raise ValueError(f"{name} has tensors that aren't contiguous; give contiguous tensors")
     devices = {x.device for tensors in lists.values() for x in tensors}
     if found_nonfinite is not None:
         devices |= {found_nonfinite.device} if target else set()

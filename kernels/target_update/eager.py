@@ -1,4 +1,4 @@
-"""The target's update by PyTorch's own multi-tensor kernels: a launch for many tensors, no synchronisation."""
+"""The target's update with PyTorch's own multi-tensor kernels: one launch for many tensors, no synchronisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def target_update(
 ) -> None:
     """Moves `target` towards `source` in place; see `ijepa_kernels.target_update.target_update`.
 
-    A shard may be empty, which not every multi-tensor kernel takes: such pairs are left out.
+    Skips empty shards, which not every multi-tensor kernel accepts.
     """
     held = [index for index, x in enumerate(target) if x.numel()]
     if not held:
@@ -26,9 +26,9 @@ def target_update(
     if found_nonfinite is None:
         torch._foreach_lerp_(target, source, 1.0 - momentum)
     else:
-        # SGD, maximising, with weight decay 1: target - lr * (target - source), and found_inf is read on the device.
-        # lr rounded to fp32 first, as lerp's weight is: on CUDA this kernel computes in float64.
-        stop = (found_nonfinite != 0).float().reshape(())  # 1.0 is the only number that stops it
+        # SGD, maximising, with weight decay 1: target - lr * (target - source). The kernel reads found_inf on the
+        # device. It computes in float64 on CUDA, so lr is rounded to fp32 first, as lerp rounds its weight.
+        stop = (found_nonfinite != 0).float().reshape(())  # only 1.0 stops the kernel
         rate = float(np.float32(1.0 - momentum))
         torch._fused_sgd_(
             target, source, [], weight_decay=1.0, momentum=0.0, lr=rate, dampening=0.0, nesterov=False,

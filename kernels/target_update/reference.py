@@ -1,4 +1,4 @@
-"""The target's update tensor by tensor, in elementary operations: the specification."""
+"""The specification of `target_update`: tensor by tensor, in elementary operations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def target_update(
 ) -> None:
     """Moves `target` towards `source` in place; see `ijepa_kernels.target_update.target_update`.
 
-    As `torch.lerp` the end that lies nearer is the base: source - (1 - w) * (source - target) from w = 1/2 on.
+    Like `torch.lerp`, starts from the nearer end: from w = 1/2 on it is source - (1 - w) * (source - target).
     """
     weight = torch.tensor(1.0 - momentum, dtype=torch.float32)
     for index, (old, new) in enumerate(zip(target, source, strict=True)):
-        way = new - old
-        moved = old + weight * way if weight < 0.5 else new - (1.0 - weight) * way
+        difference = new - old
+        moved = old + weight * difference if weight < 0.5 else new - (1.0 - weight) * difference
         if found_nonfinite is not None:
             moved = torch.where(found_nonfinite.reshape(()) == 0, moved, old)
         old.copy_(moved)

@@ -1,7 +1,7 @@
 """The target's update of all tensors in one launch, which writes the bf16 copies in the same pass.
 
-The grid covers chunks of all tensors one after another. Two tables on the device, made once for a list of tensors,
-say where a chunk lies: addresses and sizes of each tensor, and (tensor, first value) of each chunk.
+The grid covers chunks of all tensors, one after another. Two tables on the device, made once for a list of tensors,
+locate the chunks: one holds the addresses and size of each tensor, the other (tensor, first value) of each chunk.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch import Tensor
 
 from ijepa_kernels.choice import check_device
 
-CHUNK, BLOCK = 16384, 2048  # values of a program, and values at a time
-_ALIGNMENT = 16  # bytes that a thread loads at once, where all addresses allow it
+CHUNK, BLOCK = 16384, 2048  # values per program, and values at a time
+_ALIGNMENT = 16  # bytes that a thread loads at once if all addresses are multiples of it
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor] | None]
 
 
 @triton.jit
-def _move(target, source, copy, places, inside, weight, moving, COPIES: tl.constexpr, FLAG: tl.constexpr):
-    """Moves the values at `places`; `inside` is their mask, or None."""
-    old = tl.load(target + places, mask=inside)
-    new = tl.load(source + places, mask=inside)
-    way = new - old
-    moved = tl.where(weight < 0.5, old + weight * way, new - (1.0 - weight) * way)
+def _move(target, source, copy, offsets, inside, weight, moving, COPIES: tl.constexpr, FLAG: tl.constexpr):
+    """Moves the values at `offsets`; `inside` is their mask, or None."""
+    old = tl.load(target + offsets, mask=inside)
+    new = tl.load(source + offsets, mask=inside)
+    difference = new - old
+    moved = tl.where(weight < 0.5, old + weight * difference, new - (1.0 - weight) * difference)
     if FLAG:
         moved = tl.where(moving, moved, old)
-    tl.store(target + places, moved, mask=inside)
+    tl.store(target + offsets, moved, mask=inside)
     if COPIES:
-        tl.store(copy + places, moved.to(tl.bfloat16), mask=inside)
+        tl.store(copy + offsets, moved.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
@@ -49,17 +49,17 @@ def _kernel(
     moving = True
     if FLAG:
         moving = tl.load(flag) == 0.0
-    if left >= CHUNK:  # apart, because a mask of unknown length keeps loads narrow
+    if left >= CHUNK:  # whole chunks go without a mask: a mask of unknown length would keep loads narrow
         for step in range(0, CHUNK, BLOCK):
             _move(target, source, copy, step + tl.arange(0, BLOCK), None, weight, moving, COPIES, FLAG)
     else:
         for step in range(0, CHUNK, BLOCK):
-            places = step + tl.arange(0, BLOCK)
-            _move(target, source, copy, places, places < left, weight, moving, COPIES, FLAG)
+            offsets = step + tl.arange(0, BLOCK)
+            _move(target, source, copy, offsets, offsets < left, weight, moving, COPIES, FLAG)
 
 
 class Table:
-    """Where the tensors of an update lie: their addresses on the device, and the chunks that the grid covers."""
+    """The addresses of an update's tensors and the chunks that the grid covers, both on the device."""
 
     def __init__(self, target: list[Tensor], source: list[Tensor], copies: list[Tensor] | None) -> None:
         device = target[0].device
@@ -79,10 +79,10 @@ def target_update(table: Table, lists: Lists, momentum: float, found_nonfinite: 
     """Runs the kernel over the table's tensors, which have been checked.
 
     Raises:
-        ValueError: the table is of other tensors: the kernel would write to memory that isn't theirs.
+        ValueError: the table belongs to other tensors: the kernel would write to memory that isn't theirs.
     """
     if _addresses(lists) != table.addresses:
-        raise ValueError("the table was made of other tensors, or they have moved; call prepare with these again")
+        raise ValueError("the table was made for other tensors, or they have moved; call prepare again with these")
     if not table.num_chunks:
         return
     _kernel[(table.num_chunks,)](
@@ -93,11 +93,11 @@ def target_update(table: Table, lists: Lists, momentum: float, found_nonfinite: 
 
 
 def _addresses(lists: Lists) -> list[tuple[int, int, int]]:
-    """Returns (target, source, copy) addresses of each tensor; 0 where there are no copies."""
+    """Returns (target, source, copy) addresses of each tensor; the last is 0 if there are no copies."""
     columns = [[0] * len(lists[0]) if tensors is None else [x.data_ptr() for x in tensors] for tensors in lists]
     return list(zip(*columns, strict=True))
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on `device`, through pinned memory: nothing waits."""
+    """Returns the tensor on `device`; copies through pinned memory on CUDA, so that nothing waits."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

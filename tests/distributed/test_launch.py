@@ -100,7 +100,7 @@ def test_resume_none_and_another_run_are_refused(data: Path, tmp_path: Path) -> 
     log = finish(start(config, *FEW, "seed=1", "augment.flip=0.25"), config, code=2)
     assert "seed was 0, is 1" in log and "augment.flip was 0.5, is 0.25" in log
     log = finish(start(config, *FEW), config)
-    assert "done: 3 steps, no step was left to take" in log
+    assert "done: 3 steps, no steps were left" in log
     run = tmp_path / "run"
     shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000009")
     log = finish(start(config, f"resume={run}/checkpoints/step-00000003"), config, code=2)

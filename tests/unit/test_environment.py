@@ -62,8 +62,8 @@ def test_first_host(nodes: str, first: str) -> None:
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
-        ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing; start with torchrun"),
-        ({**TORCHRUN, "RANK": "a"}, "isn't a whole number"),
+        ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are missing; start with torchrun"),
+        ({**TORCHRUN, "RANK": "a"}, "isn't an integer"),
         ({**TORCHRUN, "RANK": "8"}, "rank 8 is outside the 8 processes"),
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "many"}, r"expected a form like 8\(x2\),4"),
     ],
@@ -93,7 +93,7 @@ def test_the_compile_cache_is_the_one_that_was_named(tmp_path, monkeypatch) -> N
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="the folder of compiled kernels can't be made .*; set engine.compile_cache"):
         export_compile_cache(str(tmp_path / "file" / "inside"))
-    with pytest.raises(ConfigError, match="can't be made .*file is no folder.; set engine.compile_cache"):
+    with pytest.raises(ConfigError, match="can't be made .*file is not a folder.; set engine.compile_cache"):
         export_compile_cache(str(tmp_path / "file"))
 
 
@@ -104,7 +104,7 @@ def test_a_compile_cache_that_others_can_write_is_refused(tmp_path, monkeypatch)
         shared = tmp_path / f"shared-{mode:o}"
         shared.mkdir()
         shared.chmod(mode)
-        with pytest.raises(ConfigError, match=f"{shared} is of user .* with mode {mode:o}; .*: chmod go-w"):
+        with pytest.raises(ConfigError, match=f"{shared} belongs to user .* has mode {mode:o}; .*: run chmod go-w"):
             export_compile_cache(str(shared))
     before = os.umask(0)
     try:
@@ -114,6 +114,6 @@ def test_a_compile_cache_that_others_can_write_is_refused(tmp_path, monkeypatch)
     assert [folder.stat().st_mode & 0o777 for folder in (inside, inside.parent)] == [0o700, 0o700]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "untouched")
     monkeypatch.setattr(os, "getuid", lambda: inside.stat().st_uid + 1)
-    with pytest.raises(ConfigError, match="with mode 700; expected user .*to a folder of your own"):
+    with pytest.raises(ConfigError, match="has mode 700; it must belong to user .*to a folder of your own"):
         export_compile_cache(str(inside))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "untouched"

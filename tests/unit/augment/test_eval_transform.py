@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_scale.augment import evaluation as module
+from ijepa_scale.augment import eval_transform as module
 from ijepa_scale.augment.eval_transform import EvalTransform
 from ijepa_scale.data.eval_reader import center_crop
 

@@ -128,7 +128,7 @@ def test_the_report_holds_figures_table_and_pictures(tmp_path):
     for name in ("confusion.png", "curves.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.size[0] > 300
-    with pytest.raises(DataError, match="holds 0 rows and no loss"):
+    with pytest.raises(DataError, match="has 0 rows but no loss"):
         draw_training(tmp_path / "none.jsonl", tmp_path / "x.png")
 
 

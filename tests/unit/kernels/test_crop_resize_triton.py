@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from ijepa_kernels.crop_resize.triton import _kernel
 constants = {{"TAPS": 8, "CUBIC": {cubic}, "TILE": 32, "ROWS": 16}}
 factors = [f"{{kind}}_{{colour}}" for kind in ("scale", "shift") for colour in "rgb"]
-signature = {{"pixels": "*u8", "places": "*i64", "out": "{kind}", "out_height": "i32", "out_width": "i32",
+signature = {{"pixels": "*u8", "crops": "*i64", "out": "{kind}", "out_height": "i32", "out_width": "i32",
              **dict.fromkeys(factors, "fp32"), **dict.fromkeys(constants, "constexpr")}}
 source = ASTSource(fn=_kernel, signature=signature, constexprs=constants)
 compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options={{"num_warps": 4}})

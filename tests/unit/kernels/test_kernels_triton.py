@@ -43,7 +43,7 @@ def test_target_update_equals_the_reference(interpreted):
 
 def test_target_update_wants_a_table_of_its_tensors(interpreted):
     found = interpreted["target_update rules"]
-    assert found["other"] == "the table was made of other tensors, or they have moved; call prepare with these again"
+    assert found["other"] == "the table was made for other tensors, or they have moved; call prepare again with these"
     assert found["without"] < 1e-6
 
 

@@ -93,7 +93,7 @@ def test_cost_counts_each_value_once():
     ("change", "message"),
     [
         ({"tokens": torch.zeros(3, 5)}, r"prediction \(2, 4\) and tokens \(3, 5\) don't fit; give \(R, D\) and"),
-        ({"tokens": torch.zeros(3, 4).half()}, "tokens are torch.float16; give float32 or bfloat16 each"),
+        ({"tokens": torch.zeros(3, 4).half()}, "tokens are torch.float16; give float32 or bfloat16 for each"),
         ({"lookup": torch.zeros(3).long()}, r"lookup is \(3,\) torch.int64; give \(2,\) int64"),
         ({"weights": torch.zeros(2).double()}, r"weights are \(2,\) torch.float64; give \(2,\) float32"),
         ({"lookup": torch.zeros(2, device="meta").long()}, "the tensors are on cpu, meta; move them to one device"),

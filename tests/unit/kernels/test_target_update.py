@@ -96,11 +96,11 @@ def test_cost_counts_bytes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": [torch.zeros(3)]}, "target and source differ in number or shapes; give lists cut alike"),
+        ({"source": [torch.zeros(3)]}, "target and source differ in number or shapes; give lists of the same shapes"),
         ({"copies": [torch.zeros(2).bfloat16()] * 2}, "target and copies differ in number or shapes"),
         ({"target": [torch.zeros(2).bfloat16()]}, "target has tensors of torch.bfloat16; give torch.float32 only"),
         ({"copies": [torch.zeros(2)]}, "copies has tensors of torch.float32; give torch.bfloat16 only"),
-        ({"source": [torch.zeros(4)[::2]]}, "source has tensors that aren't contiguous; give contiguous ones"),
+        ({"source": [torch.zeros(4)[::2]]}, "source has tensors that aren't contiguous; give contiguous tensors"),
         ({"found_nonfinite": torch.zeros(2)}, r"found_nonfinite is \(2,\) torch.float32; give one float32 number"),
         ({"found_nonfinite": torch.zeros((), dtype=torch.bool)}, r"is \(\) torch.bool; give one float32 number"),
         ({"source": [torch.zeros(2, device="meta")]}, "the tensors are on cpu, meta; move them to one device"),

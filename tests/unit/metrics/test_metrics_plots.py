@@ -40,7 +40,7 @@ def test_curves_without_knn_are_drawn(tmp_path):
 
 
 def test_curves_without_a_loss_are_refused(tmp_path):
-    with pytest.raises(DataError, match="holds 1 rows and no loss; train at least logging.every steps"):
+    with pytest.raises(DataError, match="has 1 rows but no loss; train at least logging.every steps"):
         draw_curves(write_rows(tmp_path / "metrics.jsonl", [{"step": 0, "knn": 0.5}]), tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 

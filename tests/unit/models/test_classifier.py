@@ -192,7 +192,7 @@ def test_what_cannot_be_run_is_refused() -> None:
     model = build_classifier(CONFIG)
     with pytest.raises(ValueError, match=r"trains with drop path 0\.6\d* but was given no factors; pass drop_factors"):
         model(images())
-    with pytest.raises(ValueError, match="is in evaluation, which drops nothing; pass no factors, or call train"):
+    with pytest.raises(ValueError, match="is in evaluation mode, which drops nothing; pass no factors, or call train"):
         model.eval()(images(), factors(model))
     with pytest.raises(ValueError, match=r"drop is \(6, 3, 2\) with last 1; give \(B, depth, 2\), here \(6, 4, 2\)"):
         model.train()(images(), torch.ones(6, 3, 2))

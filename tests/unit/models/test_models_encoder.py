@@ -225,7 +225,7 @@ def test_another_resolution_resamples_the_position_embedding():
     assert encoder.state_dict()["pos_embed"].shape == (1, 64, 16)
     encoder.set_image_size((16, 24))
     assert not torch.equal(encoder.pos_embed, before)
-    with pytest.raises(ValueError, match=r"image size \(30, 30\) is no multiple of patch size 4; try \(32, 32\)"):
+    with pytest.raises(ValueError, match=r"image size \(30, 30\) is not a multiple of patch size 4; try \(32, 32\)"):
         encoder.set_image_size(30)
 
 

@@ -123,7 +123,7 @@ def test_ctrl_c_shows_what_was_found(
 
     monkeypatch.setattr("ijepa_scale.tune.search.Search.run", interrupt)
     assert main(["--config", str(tiny)]) == 130
-    assert capsys.readouterr().err == "stopped; nothing is written\n"
+    assert capsys.readouterr().err == "interrupted; no file was written\n"
 
 
 def test_only_what_differs_is_written_over_the_base(tiny: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_control_c_says_how_to_go_on(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ijepa_scale.data.shards.make.write_parts", interrupt)
     arguments = ["make", "--root", str(class_folders(tmp_path / "set", 3)), "--to", str(tmp_path / "to")]
     assert command([*arguments, "--workers", "0"]) == 130
-    assert "interrupted; make goes on when it is started again" in capsys.readouterr().err
+    assert "interrupted; run make again with the same arguments" in capsys.readouterr().err
 
 
 def test_info(command, shards, capsys):
