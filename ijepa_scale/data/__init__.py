@@ -1,1 +1,1 @@
-"""From tar shards, class folders or nothing to batches of crops."""
+"""Reads tar shards, class folders or synthetic images and delivers batches of crops."""

@@ -1,4 +1,4 @@
-"""What the data path hands to the training step. Tensors, no process and no model."""
+"""The batch that the data path hands to the training step. Knows nothing of processes or models."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 class Batch:
     """One process's consecutive part of a global batch.
 
-    The crop of each image has been chosen and cut out on the host, from its own keyed draw; resizing
-    and everything after it runs on the device. Host arrays key those later draws. Crops lie one behind
-    the other without gaps: what is copied to the device is what was cut out, and nothing more.
+    The crop of each image was chosen by a keyed draw and cut out on the host; resizing and everything after it
+    runs on the device. The host arrays are the keys of the later draws. Crops are stored one after the other
+    without gaps, so only the pixels that were cut out are copied to the device.
     """
 
     pixels: Tensor  # (bytes,) uint8: crop after crop, each (height, width, 3) RGB, row by row
@@ -26,13 +26,13 @@ class Batch:
     labels: Tensor  # (B,) int64; -1 where there is none
     step: int  # optimiser step this batch belongs to
     epoch: int
-    position: int  # place of the first image in the global batch
+    position: int  # position of the first image in the global batch
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def crop(self, row: int) -> Tensor:
-        """Returns the crop of image `row`, (h, w, 3) uint8, a view."""
+        """Returns a view of the crop of image `row`, (h, w, 3) uint8."""
         height, width = self.sizes[row].tolist()
         begin = int(self._ends()[row])
         return self.pixels[begin : begin + height * width * 3].view(height, width, 3)
@@ -55,14 +55,14 @@ class Batch:
             )
 
     def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch with its tensors on `device` (asynchronous from page-locked memory)."""
+        """Returns the batch with its tensors on `device`; the copy is asynchronous from page-locked memory."""
         pixels, labels = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.labels))
         return dataclasses.replace(self, pixels=pixels, labels=labels)
 
     def clone(self) -> Batch:
-        """Returns a copy that stays as it is when the loader goes on to the next batch."""
+        """Returns a copy that stays valid when the loader continues with the next batch."""
         return dataclasses.replace(self, pixels=self.pixels.clone(), labels=self.labels.clone())
 
     def _ends(self) -> np.ndarray:
-        """Returns (B + 1,): where each crop begins in `pixels`, and where the last one ends."""
+        """Returns the offset of each crop in `pixels` and the end of the last one, (B + 1,)."""
         return np.concatenate([[0], np.cumsum(3 * self.sizes[:, 0] * self.sizes[:, 1])])

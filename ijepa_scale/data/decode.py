@@ -1,7 +1,7 @@
-"""Encoded bytes -> the crop of a training image, RGB. One image at a time, no files and no tensors.
+"""Decodes the bytes of one image to the RGB crop that training uses. Knows nothing of files or tensors.
 
-The crop is chosen from the header, so that a JPEG of which it needs only half the resolution is decoded at
-half the cost. EXIF orientation is ignored, as torchvision does.
+The crop is chosen from the header, so a JPEG that is needed at half the resolution is decoded at half the cost. EXIF
+orientation is ignored, as in torchvision.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from PIL import Image, UnidentifiedImageError
 
 from ijepa_scale.errors import SampleError
 
-MAX_PIXELS = 1 << 26  # 67 million, decoded to 200 MB; below the size at which PIL warns of decompression bombs
+MAX_PIXELS = 1 << 26  # 67 million, 200 MB when decoded; below the size at which PIL warns of decompression bombs
 CROP_TRIES = 10
-CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform numbers that one sample's crop takes
+CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform random numbers needed for one sample's crop
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _REDUCTIONS = (8, 4, 2)
-_MCU_ROWS = 16  # the most rows that a JPEG codes together, of the subsamplings that the fast decoder reads
+_MCU_ROWS = 16  # the most rows that a JPEG codes together, in any subsampling that the fast decoder reads
 _BYTES_FOLLOW = re.compile(r"extraneous bytes before marker 0xd[0-9a]")
-# What PIL's decoders raise on damaged bytes.
+# the errors that PIL's decoders raise on damaged bytes
 _FAILURES = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -36,10 +36,11 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 def choose_box(
     height: int, width: int, draws: Sequence[float], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-    """Returns the crop (top, left, height, width) that `CROP_DRAWS` numbers in [0, 1) choose, in pixels.
+    """Returns the crop (top, left, height, width), in pixels, that `CROP_DRAWS` numbers in [0, 1) choose.
 
-    Ten tries at an area share in `scale` and a log-uniform width / height in `ratio`; where none fits, the
-    largest centred crop whose ratio is allowed. The place is drawn once, after the size.
+    Tries ten times to draw a share of the area in `scale` and a log-uniform width / height in `ratio`. If none of
+    these crops fits into the image, returns the largest centred crop whose ratio is allowed. The crop's corner is
+    drawn once, after its size.
 
     Source: Inception-style cropping, arXiv 1409.4842 section 6, with torchvision's limits and rounding.
     """
@@ -84,9 +85,9 @@ def decode_crop(
 ) -> np.ndarray:
     """Returns the drawn crop of an image, (h, w, 3) uint8, still to be resized to `output` (height, width).
 
-    A crop that is 2, 4, 8 ... times as large as the output in both directions is returned reduced by that power
-    of two (JPEG: by decoding fewer DCT frequencies; otherwise: by averaging), its edges rounded to the coarser
-    pixels; so a crop's sides are bounded by the output's, whatever the image.
+    A crop that is at least 2, 4, 8 ... times as large as the output in both directions is returned reduced by that
+    power of two: a JPEG by decoding fewer DCT frequencies, other formats by averaging. Its edges are rounded to the
+    coarser pixels. So the output's sides limit the crop's sides, however large the image is.
 
     Raises:
         SampleError: not an image, damaged, or larger than `MAX_PIXELS`.
@@ -107,9 +108,9 @@ def decode_crop(
 
 
 def largest_crop(output: tuple[int, int], ratio: tuple[float, float]) -> int:
-    """Returns the most pixels that `decode_crop` returns for an `output` (height, width)."""
-    height, width = (2 * side + 1 for side in output)  # of the side that just isn't halved once more
-    # a crop's sides are rounded to whole pixels: half a pixel each, and once more when it is reduced
+    """Returns the largest number of pixels that `decode_crop` returns for an `output` (height, width)."""
+    height, width = (2 * side + 1 for side in output)  # the longest sides that aren't halved once more
+    # a crop's sides are rounded to whole pixels, by half a pixel at most, and again when it is reduced
     return math.ceil(max(height * (ratio[1] * (height + 1) + 2), width * ((width + 1) / ratio[0] + 2)))
 
 
@@ -128,13 +129,13 @@ def _cut_drawn(
 
 
 def _reduction(box: Box, output: tuple[int, int]) -> int:
-    """Returns the largest power of two by which the crop stays at least as large as the output."""
+    """Returns the largest power of two by which the crop can be reduced and still be as large as the output."""
     room = min(box[2] // output[0], box[3] // output[1])
     return 1 << (room.bit_length() - 1) if room > 1 else 1
 
 
 def _coarse(box: Box, size: tuple[int, int], factor: int) -> Box:
-    """Returns `box` in blocks of factor x factor pixels, its edges rounded to whole ones inside the image."""
+    """Returns `box` in units of factor x factor pixels, its edges rounded to whole blocks inside the image."""
     h, w = (max(1, round(side / factor)) for side in box[2:])
     top = min(-(-size[0] // factor) - h, round(box[0] / factor))
     left = min(-(-size[1] // factor) - w, round(box[1] / factor))
@@ -142,25 +143,25 @@ def _coarse(box: Box, size: tuple[int, int], factor: int) -> Box:
 
 
 def _cut(pixels: np.ndarray, box: Box, factor: int) -> np.ndarray:
-    """Returns the crop `box`, in blocks of factor x factor of these pixels, each block averaged to one pixel."""
+    """Returns the crop `box`, given in blocks of factor x factor pixels, with each block averaged to one pixel."""
     top, left, h, w = (number * factor for number in box)
     crop = pixels[top : top + h, left : left + w]
     return np.asarray(Image.fromarray(crop).reduce(factor)) if factor > 1 else crop
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Returns (height, width) of a JPEG that the fast decoder reads as PIL does; None for anything else."""
+    """Returns (height, width) of a JPEG that the fast decoder reads like PIL; None for anything else."""
     if not data.startswith(_JPEG_MAGIC):
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     except (ValueError, KeyError):  # KeyError: a subsampling that simplejpeg has no name for
         return None
-    return (height, width) if space in ("YCbCr", "RGB", "Gray") else None  # CMYK: through PIL
+    return (height, width) if space in ("YCbCr", "RGB", "Gray") else None  # CMYK is left to PIL
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int], factor: int, rows: int | None = None) -> np.ndarray | None:
-    """Returns a JPEG's pixels at 1 / factor of its size, those above `rows` at least; None where PIL must look."""
+    """Returns at least the first `rows` rows of a JPEG at 1 / factor of its size; None if PIL must decode it."""
     if rows is not None:
         pixels = _decode_top(data, size, factor, rows)
         if pixels is not None:
@@ -168,26 +169,24 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], factor: int, rows: int | No
     height, width = -(-size[0] // factor), -(-size[1] // factor)
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=factor)
-    except (
-        ValueError,
-        KeyError,
-    ):  # also for what PIL only warns of: stray bytes between markers, of which ImageNet has some
+    except (ValueError, KeyError):
+        # also raised where PIL only warns: stray bytes between markers, as in some images of ImageNet
         return None
     return pixels if pixels.shape[:2] == (height, width) else None
 
 
 def _decode_top(data: bytes, size: tuple[int, int], factor: int, rows: int) -> np.ndarray | None:
-    """Returns the same pixels as a whole decode in the first `rows` rows (of the full size), or None.
+    """Returns the first `rows` rows (of the full size) as a full decode would, or None.
 
-    The decoder is told a smaller height, so it stops there and then complains of the bytes that follow. It names
-    the first thing wrong only: when that is what it names, there is no damage in what was decoded.
+    A smaller height in the header makes the decoder stop there and then complain about the bytes that follow. It
+    reports only the first problem: if that is this complaint, the decoded rows are undamaged.
     """
     height = -(-(rows + 2 * factor) // _MCU_ROWS) * _MCU_ROWS  # the last row's colours lack their neighbours below
-    place = _height_field(data)
-    if place is None or height + _MCU_ROWS > size[0]:
+    offset = _height_offset(data)
+    if offset is None or height + _MCU_ROWS > size[0]:
         return None
     lower = bytearray(data)
-    struct.pack_into(">H", lower, place, height)
+    struct.pack_into(">H", lower, offset, height)
     shape = (height // factor, -(-size[1] // factor), 3)
     pixels = np.empty(shape, dtype=np.uint8)
     try:
@@ -198,21 +197,21 @@ def _decode_top(data: bytes, size: tuple[int, int], factor: int, rows: int) -> n
     return pixels if found == shape else None
 
 
-def _height_field(data: bytes) -> int | None:
-    """Returns where a JPEG of one pass says its height; None for progressive ones, which come in several."""
-    place = 2
-    while place + 9 < len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
+def _height_offset(data: bytes) -> int | None:
+    """Returns the offset of the height in the header of a baseline JPEG; None for a progressive one."""
+    offset = 2
+    while offset + 9 < len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
         if marker in (0xC0, 0xC1):
-            return place + 5
+            return offset + 5
         if marker in (0xC2, 0xDA):
             return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return None
 
 
 def _open(data: bytes) -> Image.Image:
-    """Returns the image as PIL decodes it, in RGB; its size has been checked before."""
+    """Returns the image as PIL decodes it, in RGB; checks its size first."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
         _check_pixels(image.height, image.width)
@@ -223,10 +222,10 @@ def _open(data: bytes) -> Image.Image:
     except SampleError:
         raise
     except UnidentifiedImageError:
-        message = f"no image of a known format ({', '.join(_FORMATS)}); replace or drop it"
+        message = f"not an image of a known format ({', '.join(_FORMATS)}); replace or drop it"
         raise SampleError(message, "not decodable") from None
     except (*_FAILURES, Image.DecompressionBombError) as error:
-        message = f"no decodable image ({type(error).__name__}: {error}); replace or drop it"
+        message = f"not a decodable image ({type(error).__name__}: {error}); replace or drop it"
         raise SampleError(message, "not decodable") from None
 
 

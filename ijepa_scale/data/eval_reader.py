@@ -1,4 +1,7 @@
-"""Images for evaluation: resized, centre-cropped and normalised as published. No model, no peers."""
+"""Images for evaluation: resized, centre-cropped and normalised as published.
+
+Knows nothing of models or of other processes.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ from ijepa_scale.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CROP_FRACTION = 0.875  # 224 of 256 pixels
-_SMALL = 64  # pixels: sets of such images are evaluated whole
+_SMALL = 64  # pixels: up to this size the crop fraction is 1
 
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Images in the order asked for; the last batch may be smaller."""
+    """Images in the order of the given ids; the last batch may be smaller."""
 
     images: Tensor  # (B, 3, h, w) float32, normalised
     labels: Tensor  # (B,) int64; -1 where there is none
@@ -38,15 +41,15 @@ class EvalBatch:
 
 
 def spread(count: int, chosen: int) -> np.ndarray:
-    """Returns `chosen` ids (all of them where there are no more) spread evenly over range(count), int64, ascending."""
+    """Returns `chosen` ids spread evenly over range(count), int64, ascending; all of them if there are no more."""
     chosen = min(count, chosen)
     return (np.arange(chosen, dtype=np.int64) * count) // max(1, chosen)
 
 
 def center_crop(pixels: np.ndarray, size: tuple[int, int], crop_fraction: float) -> np.ndarray:
-    """Returns (h, w, 3) uint8: resized (PIL bicubic) to cover size / crop_fraction, its centre cut out.
+    """Resizes an image (PIL bicubic) to cover size / crop_fraction and returns its centre, (h, w, 3) uint8.
 
-    For a square `size` this is torchvision's Resize(round(size / crop_fraction)) and CenterCrop(size).
+    For a square `size` this equals torchvision's Resize(round(size / crop_fraction)) and CenterCrop(size).
     """
     height, width = pixels.shape[:2]
     resized = covering_size((height, width), size, crop_fraction)
@@ -61,16 +64,16 @@ def covering_size(have: tuple[int, int], size: tuple[int, int], crop_fraction: f
     """Returns the (height, width) that an image is resized to before `size` is cut from its centre."""
     height, width = have
     cover = [round(side / crop_fraction) for side in size]
-    if height * cover[1] <= width * cover[0]:  # the height is what just covers
+    if height * cover[1] <= width * cover[0]:  # the height is the tighter side
         return cover[0], max(cover[1], int(cover[0] * width / height))
     return max(cover[0], int(cover[1] * height / width)), cover[1]
 
 
 class EvalReader:
-    """The given samples in the given order, as `EvalBatch`es.
+    """Iterates over the given samples in the given order, as `EvalBatch`es.
 
-    `crop_fraction` is by default 0.875 above 64 pixels and 1 up to there. A sample that can't be decoded ends the
-    evaluation: a figure over other images than asked for would be no figure.
+    `crop_fraction` defaults to 0.875 for images above 64 pixels and to 1 otherwise. A sample that can't be decoded
+    ends the evaluation: a result over a different set of images couldn't be compared with others.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class EvalReader:
 
 
 class _Batches(Dataset):
-    """Item (ids) is the batch of those samples, or the text of the error that ends the evaluation."""
+    """Maps ids to the batch of those samples, or to the text of the error that ends the evaluation."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Hands out buffers, and brings what is in them to the device beside the computation."""
+"""Hands out free buffers and copies their content to the device while the device computes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ijepa_scale.data.slots import Slots
 
 
 class DeviceFeed:
-    """Delivers batches on a device and takes their buffers back when nothing reads them any more.
+    """Delivers batches on a device and reclaims their buffers when nothing reads them any more.
 
-    On the CPU a batch is the buffer itself, until the next one is asked for. On a CUDA device the buffers are
-    page-locked, and each batch is copied on a stream of its own while the one before is computed with; a buffer
-    is free when its copy is done.
+    On the CPU a batch is a view of the buffer, valid until the next one is asked for. On a CUDA device the buffers
+    are page-locked, and each batch is copied on a separate stream during the computation on the previous one; a
+    buffer is free when its copy is done.
     """
 
     def __init__(self, slots: Slots, device: torch.device) -> None:
@@ -29,10 +29,10 @@ class DeviceFeed:
             self._stream = torch.cuda.Stream(device)
 
     def take(self) -> int:
-        """Returns a free buffer; waits for the oldest copy where there is none."""
+        """Returns a free buffer; if there is none, waits for the oldest copy."""
         while self._copying and (not self._free or self._copying[0][0].query()):
             event, slot = self._copying.popleft()
-            event.synchronize()  # host sync, of a copy that was begun a step or more ago
+            event.synchronize()  # host sync, with a copy that was started at least a step ago
             self._free.append(slot)
         return self._free.popleft()
 
@@ -53,7 +53,7 @@ class DeviceFeed:
             yield self._arrived(*ahead)
 
     def _copy(self, slot: int, batch: Batch, stream: torch.cuda.Stream) -> tuple[torch.cuda.Event, Batch]:
-        """Begins the copy of a batch."""
+        """Starts the copy of a batch to the device."""
         with torch.cuda.stream(stream):
             copied = batch.to(self._device)
             done = torch.cuda.Event()
@@ -62,7 +62,7 @@ class DeviceFeed:
         return done, copied
 
     def _arrived(self, done: torch.cuda.Event, batch: Batch) -> Batch:
-        """Returns the batch for the current stream, which waits for its copy; the host doesn't."""
+        """Returns the batch after making the current stream, but not the host, wait for its copy."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(done)
         for tensor in (batch.pixels, batch.labels):

@@ -1,7 +1,7 @@
-"""Batches for training, decoded in worker processes. No model, no peers.
+"""Batches for training, decoded in worker processes. Knows nothing of models or of other processes.
 
-What is in a batch depends on (seed, step) and on which part of it this process takes; the number of workers
-and the step at which reading starts change nothing.
+The content of a batch depends only on (seed, step) and on the part of it that this process takes, not on the number
+of workers or on the step at which reading starts.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_SEEN_BEFORE_STOP = 1000  # samples over which the bad share is judged first
-_WHOLE_BATCH = 8  # images: a batch of at least so many that is bad throughout ends the run at once
+_SEEN_BEFORE_STOP = 1000  # samples seen before the bad fraction is first checked
+_WHOLE_BATCH = 8  # images: a batch of at least this many, all of them bad, ends the run at once
 
 
 class TrainLoader:
-    """This process's parts of the global batches start_step .. stop_step - 1, in order.
+    """Iterates over this process's parts of the global batches start_step .. stop_step - 1, in order.
 
-    **A batch is valid until the next one is asked for**: its pixels lie in a buffer that is used again
-    (`Batch.clone` keeps it). On a CUDA `device` batches arrive there, copied on a stream of their own while
-    the batch before is computed with.
+    **A batch is valid until the next one is asked for**, because its buffer is reused; `Batch.clone` returns a copy
+    that stays valid. With a CUDA `device`, batches are delivered on the device: each is copied on a separate stream
+    during the computation on the previous one.
 
     Bad samples are replaced by others of the set, drawn by (seed, epoch, sample), logged by name and counted by
-    kind in `bad`; more than `max_bad_fraction` of the samples seen (after the first 1000), or all of a batch, end
-    it. Iterating again starts again at `start_step`.
+    kind in `bad`. Iteration raises `DataError` when more than `max_bad_fraction` of the samples seen are bad (checked
+    after the first 1000), or a whole batch is. Iterating again starts again at `start_step`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TrainLoader:
 
     @property
     def num_bad(self) -> int:
-        """Samples replaced so far."""
+        """The number of samples replaced so far."""
         return self.bad.total()
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.num_seen, self.bad = 0, Counter()
-        # one with the caller, two on their way to the device, and what workers fill or have filled
+        # one buffer in use by the caller, two being copied to the device, the others filled by workers
         slots = Slots(self._workers * self._prefetch + 3, self._slot_bytes)
         feed = DeviceFeed(slots, self._device)
         parts = self._make_parts()
@@ -103,7 +103,7 @@ class TrainLoader:
         return feed.deliver((item.slot, batch) for item, batch in self._checked(batches, slots, parts))
 
     def _checked(self, items: Iterable[Item], slots: Slots, parts: Parts) -> Iterator[tuple[Item, Batch]]:
-        """Yields items with their batches, and stops at what ends the run."""
+        """Yields items with their batches; raises the error that a worker reported."""
         for item in items:
             if item.error is not None:
                 raise DataError(item.error)
@@ -123,7 +123,7 @@ class TrainLoader:
             yield item, batch
 
     def _count(self, item: Item) -> None:
-        """Adds up bad samples, and stops when there are too many."""
+        """Counts bad samples and raises `DataError` when there are too many."""
         self.num_seen += self._images_per_step
         self.bad.update(bad.kind for bad in item.bad)
         fraction = self.num_bad / self.num_seen
@@ -134,7 +134,7 @@ class TrainLoader:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in self.bad.most_common())
             raise DataError(
                 f"{self.num_bad} of {self.num_seen} samples couldn't be decoded ({kinds}), over data.max_bad_fraction "
-                f"{self._max_bad_fraction:g}; the last is {last.name} ({last.reason}); mend the data or raise the limit"
+                f"{self._max_bad_fraction:g}; the last is {last.name} ({last.reason}); fix the data or raise the limit"
             )
 
 
@@ -148,7 +148,7 @@ def _parts_of(
     rank: int,
     world: int,
 ) -> Callable[[], Parts]:
-    """Returns what makes the parts of one iteration: a stream begins anew with each."""
+    """Returns a function that makes the parts for one iteration; a stream restarts with each iteration."""
     if isinstance(source, StreamSource):
         assert isinstance(order, StreamOrder)
         return partial(StreamParts, source, order, augment, image_size, seed, rank, world)
@@ -158,16 +158,16 @@ def _parts_of(
 
 
 class _SlotParts(Dataset):
-    """Item (step, slot): this process's part of global batch `step`, its pixels in buffer `slot`."""
+    """Maps (step, slot) to this process's part of global batch `step`, with its pixels in buffer `slot`."""
 
     def __init__(self, parts: Parts, slots: Slots) -> None:
         self._parts, self._slots = parts, slots
 
-    def __getitem__(self, place: tuple[int, int]) -> Item:
-        step, slot = place
+    def __getitem__(self, step_and_slot: tuple[int, int]) -> Item:
+        step, slot = step_and_slot
         try:
             return self._parts.fill(step, slot, self._slots.array(slot))
-        except DataError as error:  # told to the main process as one line, not as a worker's traceback
+        except DataError as error:  # reported to the main process as one line, not as a worker's traceback
             return Item(slot, error=str(error))
 
 

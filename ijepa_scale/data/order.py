@@ -1,7 +1,7 @@
-"""Which samples make up which batch: a pure function of (seed, step). Numbers only, no files.
+"""The order of the samples: which ones make up which batch, as a pure function of (seed, step).
 
-Each pass over the set permutes the shards, groups them in windows, and permutes the samples inside a window;
-global batch t is a slice of that order. Nothing is kept between calls but a cache.
+Each pass over the set permutes the shards, groups them into windows, and permutes the samples inside each window;
+global batch t is a slice of that order. Only a cache is kept between calls. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import numpy as np
 from ijepa_scale import rng
 from ijepa_scale.errors import DataError
 
-_WINDOWS_KEPT = 3  # a batch may span windows; the next one begins in the last of them
+_WINDOWS_KEPT = 3  # a batch may span windows, and the next batch starts in the last of them
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass over the set: where its permuted shards and its windows begin."""
+    """One pass over the set: its permuted shards and the ends of its windows."""
 
     number: int
-    first_ids: np.ndarray  # (S,) int64: sample id of the first sample of each permuted shard
-    counts: np.ndarray  # (S,) int64: samples of each permuted shard
-    window_ends: np.ndarray  # (W,) int64: places, in this pass's order, at which the windows end
+    first_ids: np.ndarray  # (S,) int64: id of the first sample of each permuted shard
+    counts: np.ndarray  # (S,) int64: number of samples in each permuted shard
+    window_ends: np.ndarray  # (W,) int64: positions in the order of this pass at which the windows end
 
 
 class SampleOrder:
     """Global batches of sample ids, drawn without replacement within an epoch.
 
-    `epoch` is the pass over the set: step // steps_per_epoch, with steps_per_epoch the full batches of a pass
-    (the last, incomplete one is dropped). A schedule that calls another number of steps an epoch doesn't
-    change this: the order still runs through whole passes. Keeps caches: not for several threads at once.
+    An epoch is one pass over the set: step // steps_per_epoch, where steps_per_epoch counts the full batches of a
+    pass (the last, incomplete one is dropped). The order always runs through whole passes, even if the schedule uses
+    another epoch length. Not thread-safe, because it keeps caches.
     """
 
     def __init__(self, shard_sizes: Sequence[int] | np.ndarray, batch_size: int, seed: int, window_shards: int) -> None:
@@ -53,7 +53,7 @@ class SampleOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full global batches of one pass over the set."""
+        """The number of full global batches in one pass over the set."""
         return self.num_samples // self.batch_size
 
     def epoch(self, step: int) -> int:
@@ -61,11 +61,11 @@ class SampleOrder:
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> np.ndarray:
-        """Returns the sample ids of global batch `step`, int64 (batch_size,); costs O(one window)."""
+        """Returns the sample ids of global batch `step`, (batch_size,) int64, in time linear in a window's size."""
         if step < 0:
             raise ValueError(f"step {step} is negative; steps count from 0")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        begin = place * self.batch_size
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        begin = step_in_epoch * self.batch_size
         end = begin + self.batch_size
         layout = self._layout(epoch)
         pieces = []
@@ -78,12 +78,16 @@ class SampleOrder:
         return np.concatenate(pieces)
 
     def window(self, step: int) -> tuple[int, int]:
-        """Returns (pass, window in it) in which global batch `step` begins."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return epoch, int(np.searchsorted(self._layout(epoch).window_ends, place * self.batch_size, side="right"))
+        """Returns the pass in which global batch `step` begins, and the index of the window in that pass."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        begin = step_in_epoch * self.batch_size
+        return epoch, int(np.searchsorted(self._layout(epoch).window_ends, begin, side="right"))
 
     def shards(self, epoch: int, window: int) -> np.ndarray:
-        """Returns the shards of a window, int64, ascending; one behind the last of a pass is the next pass's first."""
+        """Returns the shards of a window, ascending, int64; a pass's last window is followed by the next pass's first.
+
+        So `window` may be one more than the index of the last window.
+        """
         if window >= -(-len(self.shard_sizes) // self.window_shards):
             epoch, window = epoch + 1, 0
         permuted = rng.permutation(len(self.shard_sizes), self.seed, "order.shards", epoch)
@@ -122,7 +126,7 @@ class SampleOrder:
             shards = slice(window * self.window_shards, (window + 1) * self.window_shards)
             firsts, counts = layout.first_ids[shards], layout.counts[shards]
             ids = np.concatenate([np.arange(f, f + n, dtype=np.int64) for f, n in zip(firsts, counts, strict=True)])
-            # A number of its own for each window of each pass: there are no more windows than shards.
+            # unique for each window of each pass: a pass has no more windows than shards
             number = layout.number * len(self.shard_sizes) + window
             self._windows[key] = ids[rng.permutation(len(ids), self.seed, "order.window", number)]
             while len(self._windows) > _WINDOWS_KEPT:

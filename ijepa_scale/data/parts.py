@@ -1,6 +1,6 @@
-"""What one process contributes to a global batch: read, decoded, cropped into a buffer. No peers.
+"""Reads, decodes and crops one process's part of a global batch into a buffer. Knows nothing of other processes.
 
-From an indexed source the samples are those of the pure order; from a stream they are whatever comes next.
+An indexed source yields the samples that `SampleOrder` names; a stream yields whatever comes next.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSample, StreamSource
 from ijepa_scale.errors import DataError, SampleError
 
-_REPLACEMENTS = 8  # other samples tried in the place of a bad one
-_BAD_A_BATCH = 8  # times a batch: more bad samples in a row of a stream end the run
+_REPLACEMENTS = 8  # samples tried as a replacement of a bad one
+_BAD_PER_BATCH = 8  # in units of the batch: a stream with more bad samples while filling one batch ends the run
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Item:
-    """What a worker hands over: what is in a slot and its bad samples, or the error that ends the run."""
+    """A worker's result: what it wrote into a slot and the bad samples it met, or the error that ends the run."""
 
     slot: int
     step: int = 0
@@ -53,11 +53,11 @@ class Parts(Protocol):
         """Returns the epoch of a step."""
 
     def fill(self, step: int, slot: int, pixels: np.ndarray) -> Item:
-        """Returns what it wrote into `pixels` (bytes,) uint8: the crops of one batch, one behind the other."""
+        """Writes the crops of one batch into `pixels` (bytes,) uint8, without gaps; returns what it wrote."""
 
 
 class IndexedParts:
-    """Reads, decodes and crops this process's part of a global batch: the samples of the pure order."""
+    """Reads, decodes and crops this process's part of a global batch: the samples that `order` names."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class IndexedParts:
         return self.order.epoch(step)
 
     def fill(self, step: int, slot: int, pixels: np.ndarray) -> Item:
-        """Returns what it wrote into `pixels`; see `Parts`."""
+        """Writes one batch into `pixels`; see `Parts`. Replaces each bad sample by another one of the set."""
         self._prepare(step)
         epoch = self.order.epoch(step)
         ids = self.order.part(step, self.rank, self.world)
@@ -99,7 +99,7 @@ class IndexedParts:
         return Item(slot, step, sizes, ids, labels, tuple(bad))
 
     def _prepare(self, step: int) -> None:
-        """Tells the source, when a window begins, which shards it reads and which ones the next."""
+        """At the start of a window, tells the source which shards this window and the next one read."""
         window = self.order.window(step)
         if window != self._prepared:
             epoch, number = window
@@ -107,7 +107,7 @@ class IndexedParts:
             self._prepared = window
 
     def _replacement(self, epoch: int, bad_id: int) -> tuple[int, np.ndarray]:
-        """Returns (sample id, crop) of the first decodable sample among some drawn for this bad one."""
+        """Returns (sample id, crop) of the first decodable one among the replacements drawn for a bad sample."""
         draws = rng.uniform(self.seed, "replace", epoch, np.array([bad_id]), _REPLACEMENTS)[0]
         for sample in (draws * self.source.num_samples).astype(np.int64):
             data = self.source.read(int(sample))
@@ -116,15 +116,15 @@ class IndexedParts:
                     data, _draws(self.seed, epoch, sample[None])[0], self.augment, self.image_size
                 )
             except SampleError:
-                continue  # counted when its own turn comes
+                continue  # counted as bad when the order reaches it
         raise DataError(
-            f"sample {self.source.name(bad_id)} and {_REPLACEMENTS} others drawn in its place couldn't be decoded; "
+            f"sample {self.source.name(bad_id)} and {_REPLACEMENTS} replacements drawn for it couldn't be decoded; "
             "check that the shards hold images"
         )
 
 
 class StreamParts:
-    """Decodes and crops what comes next in this worker's stream, and leaves bad samples out."""
+    """Decodes and crops the next samples of this worker's stream, and skips bad ones."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class StreamParts:
         return self.order.epoch(step)
 
     def fill(self, step: int, slot: int, pixels: np.ndarray) -> Item:
-        """Returns what it wrote into `pixels`; see `Parts`. The first step asked for is where the stream begins."""
+        """Writes one batch into `pixels`; see `Parts`. The stream starts at the first step that is asked for."""
         if self._samples is None:
             worker = get_worker_info()
             number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -167,9 +167,9 @@ class StreamParts:
                     kind, reason = error.kind, str(error)
             if kind is not None:
                 bad.append(BadSample(kind, sample.name, reason))
-                if len(bad) > _BAD_A_BATCH * size:
+                if len(bad) > _BAD_PER_BATCH * size:
                     raise DataError(
-                        f"{len(bad)} bad samples came by before {size} good ones, the last {sample.name} ({reason}); "
+                        f"met {len(bad)} bad samples before {size} good ones, the last {sample.name} ({reason}); "
                         "check that the shards hold images"
                     )
                 continue
@@ -190,7 +190,7 @@ def _crop(
 
 
 def _put(crop: np.ndarray, pixels: np.ndarray, begin: int) -> int:
-    """Returns where the crop ends that was written into `pixels` at `begin`."""
+    """Writes the crop into `pixels` at offset `begin` and returns the offset at which it ends."""
     end = begin + crop.size
     pixels[begin:end].reshape(crop.shape)[:] = crop
     return end

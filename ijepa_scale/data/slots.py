@@ -1,7 +1,8 @@
-"""Buffers that worker processes fill and the training process empties, used again and again.
+"""Reusable buffers that worker processes fill and the training process empties.
 
-A fresh 60 MB buffer per batch costs as much in page faults as decoding into it (measured on Zen 4); these are
-touched once. They lie in an anonymous memory file, which the size of /dev/shm (64 MB in a container) doesn't bound.
+A fresh 60 MB buffer per batch costs as much in page faults as decoding into it (measured on Zen 4), so each buffer
+is allocated once. They live in an anonymous memory file, which the size of /dev/shm (64 MB in a container) doesn't
+limit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Slots:
         self.count, self.size = count, size
         self._pinned = False
         self._descriptor = os.memfd_create("ijepa-scale-batches")
-        os.ftruncate(self._descriptor, count * size)  # takes memory only where it is written to
+        os.ftruncate(self._descriptor, count * size)  # pages take memory only once they are written to
         self._memory = mmap.mmap(self._descriptor, count * size)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -40,20 +41,20 @@ class Slots:
             os.close(self._descriptor)
 
     def array(self, slot: int) -> np.ndarray:
-        """Returns buffer `slot`, (size,) uint8, a view."""
+        """Returns a view of buffer `slot`, (size,) uint8."""
         return np.frombuffer(self._memory, np.uint8, self.size, slot * self.size)
 
     def tensor(self, slot: int, count: int) -> torch.Tensor:
-        """Returns the first `count` bytes of buffer `slot`, (count,) uint8, a view."""
+        """Returns a view of the first `count` bytes of buffer `slot`, (count,) uint8."""
         if not count:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self._memory, dtype=torch.uint8, count=count, offset=slot * self.size)
 
     def pin(self) -> None:
-        """Locks the pages in memory and tells CUDA, so that copies to the device run on their own.
+        """Locks the pages in memory and registers them with CUDA, so that copies to the device are asynchronous.
 
         Raises:
-            RuntimeError: CUDA refuses, for instance over the limit on locked memory.
+            RuntimeError: CUDA refuses, for instance because of the limit on locked memory.
         """
         whole = self._whole()
         code = int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0))

@@ -1,4 +1,4 @@
-"""Worker processes that make items in order. Knows nothing of what the items are."""
+"""Worker processes that produce items in order. Knows nothing of what the items are."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 def ordered_loader(
     dataset: Dataset[Any], items: Iterable[Any], *, workers: int, prefetch: int, pin_memory: bool = False
 ) -> DataLoader[Any]:
-    """Returns a loader of dataset[i] for i in `items`, whole and in order, made by `workers` processes (0: here).
+    """Returns a loader of dataset[i] for i in `items`, in order, computed by `workers` processes.
 
-    Workers come from a fork server: the training process itself can't be forked safely once CUDA or threads have
-    started, and spawning imports torch once per worker instead of once. First batch of 2 workers: 2.6 s on one
-    busy core (Zen 4), once per run. A worker runs one thread, leaves Ctrl-C to the main process, and ends with it.
+    With 0 workers the items are computed in this process. Workers come from a fork server: the training process
+    can't be forked safely once CUDA or threads have started, and spawning would import torch in every worker. The
+    first batch of 2 workers takes 2.6 s on one busy core (Zen 4), once per run. A worker runs one thread, leaves
+    Ctrl-C to the main process, and ends with it.
     """
     options: dict[str, Any] = {}
     if workers:
@@ -45,13 +46,13 @@ def _start_worker(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when the process that asked for it is gone, killed ones included.
+    """Ends this worker when the process that requested it has ended, even if it was killed.
 
-    torch's loader looks at the parent process, which is the fork server here. That in turn waits for its workers,
-    so without this they outlived a killed run for ever.
+    torch's loader watches the parent process, which here is the fork server. The fork server in turn waits for its
+    workers, so without this thread workers would outlive a killed run for ever.
     """
     parent = multiprocessing.parent_process()
-    assert parent is not None  # of a worker
+    assert parent is not None  # a worker always has one
     parent.join()
     os._exit(1)
 

@@ -1,1 +1,1 @@
-"""What a run needs and how fast it can be: sizes, FLOPs, memory, hardware peaks. Builds no module."""
+"""Computes what a run needs and how fast it can be: sizes, FLOPs, memory, hardware peaks. Builds no model."""

@@ -1,9 +1,9 @@
-"""Bytes that one micro-batch takes on the device, by what engine and model do. Formulas, asks no device.
+"""Formulas for the bytes that one micro-batch takes on the device. Queries no device.
 
-What autograd keeps is read off `models/layers.py`, operation by operation, for eager PyTorch; compiled blocks keep
-less (the GELU is recomputed), by an amount that the compiler decides: there these figures are upper bounds.
-Legend: n tokens of a block, q of them wanted from it, D width, F MLP width, H heads, e bytes of a product's
-numbers (2 under bf16 autocast, 4 in fp32). The residual stream and norms are fp32, 4 bytes.
+What autograd keeps is derived from `models/layers.py`, operation by operation, for eager PyTorch. Compiled blocks keep
+less (the GELU is recomputed), by an amount that the compiler decides, so for them these figures are upper bounds.
+Legend: n tokens of a block, q of them wanted from it, e bytes per element of a matrix product (2 under bf16 autocast,
+4 in fp32). The residual stream and norms are fp32, 4 bytes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _NORM_STATISTICS = 2 * FP32_BYTES  # mean and 1 / std of a token
 
 @dataclass(frozen=True, kw_only=True)
 class BlockBytes:
-    """What one transformer block's forward leaves for its backward."""
+    """Bytes that one transformer block's forward keeps for its backward."""
 
-    input: float  # the residual stream on entry, fp32
+    input: float  # the residual stream at the block's input, fp32
     products: float  # outputs of qkv, attention (and its log-sum-exp) and fc1
-    results: float  # outputs of proj and fc2, which selective checkpointing keeps though nothing reads them
+    results: float  # outputs of proj and fc2, which selective checkpointing keeps although backward doesn't read them
     cheap: float  # outputs of norms, GELU and the first addition
 
     def kept(self, checkpointing: str) -> float:
@@ -35,36 +35,36 @@ class BlockBytes:
         return self.input if checkpointing == "full" else self.input + self.products + self.results
 
     def recomputed(self, checkpointing: str) -> float:
-        """Returns the bytes that backward makes anew for this block."""
+        """Returns the bytes that backward recomputes for this block."""
         if checkpointing == "none":
             return 0.0
         if checkpointing == "full":
-            return self.products + self.cheap + self.input  # and the residual stream on exit
+            return self.products + self.cheap + self.input  # as large as the residual stream at the block's output
         return self.cheap
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes of one micro-batch, beside the states."""
+    """Bytes of one micro-batch; they come on top of the states."""
 
-    inputs: float  # images, fp32, and the target's features
-    encoder: float  # kept for backward: the context encoder's
-    encoder_tail: float  # the part of it behind the last block
-    predictor: float  # kept for backward: the predictor's
-    predictor_tail: float  # the part of it from the last block on
-    loss: float  # the same: prediction and target, fp32
-    loss_work: float  # besides, while the loss is computed
-    weight_casts: float  # bf16 copies that autocast makes of weights and holds until the forward's end
-    kept_casts: float  # the part of them that autograd keeps for backward
-    encoder_block: float  # backward of one block: recomputed and in work
-    predictor_block: float
-    encoder_work: float  # of one block, in the encoder's forward
-    predictor_work: float  # of one block, in the predictor's forward
-    target_work: float  # of one block, in the target's forward
+    inputs: float  # fp32 images and the target's features
+    encoder: float  # kept for backward by the context encoder
+    encoder_tail: float  # the part of `encoder` after the last block
+    predictor: float  # kept for backward by the predictor
+    predictor_tail: float  # the part of `predictor` from the last block on
+    loss: float  # kept for backward by the loss: prediction and target, fp32
+    loss_work: float  # temporary, while the loss is computed
+    weight_casts: float  # bf16 copies of weights that autocast makes and holds until the end of forward
+    kept_casts: float  # the part of `weight_casts` that autograd keeps for backward
+    encoder_block: float  # backward of one encoder block: recomputed and temporary
+    predictor_block: float  # the same for a predictor block
+    encoder_work: float  # temporary, for one block in the encoder's forward
+    predictor_work: float  # temporary, for one block in the predictor's forward
+    target_work: float  # temporary, for one block in the target's forward
 
     @property
     def kept(self) -> float:
-        """All bytes kept for backward."""
+        """All bytes that are kept for backward."""
         return self.encoder + self.predictor + self.loss + self.kept_casts
 
 
@@ -79,9 +79,9 @@ def activations(
 ) -> Activations:
     """Returns the bytes of one micro-batch of `tokens` under eager PyTorch.
 
-    `precision` and `checkpointing` are the engine section's; `casts` is false where weights are bf16
-    already (FSDP2). On CUDA in bf16, packed attention is one varlen kernel; else one SDPA call per run of
-    equal lengths, whose outputs are copied together.
+    `precision` and `checkpointing` are those of the engine section; `casts` is false if weights are bf16 already
+    (FSDP2). On CUDA in bf16, packed attention is one varlen kernel; otherwise it is one SDPA call for each run of
+    equal lengths, and the outputs are concatenated.
     """
     sizes = resolve(model)
     e = BF16_BYTES if precision == "bf16" else FP32_BYTES
@@ -91,7 +91,7 @@ def activations(
     inner = block_bytes(tokens.predictor, *narrow, heads=sizes.heads, e=e, by_runs=by_runs)
     last = _last_block(tokens, *narrow, heads=sizes.heads, e=e, by_runs=by_runs)
     embedded = e * tokens.context * IMAGE_CHANNELS * sizes.patch_size**2
-    # the final norm and the input of the product behind it
+    # the final norm, and the input of the product after it
     encoder_tail = tokens.context * (_NORM_STATISTICS + (FP32_BYTES + e) * sizes.width)
     predictor_tail = last.kept(checkpointing) + tokens.predicted * (_NORM_STATISTICS + (FP32_BYTES + e) * narrow[0])
     rows = tokens.predicted * sizes.width
@@ -118,10 +118,10 @@ def activations(
 
 
 def block_bytes(n: float, width: int, mlp_width: int, *, heads: int, e: int, by_runs: bool = False) -> BlockBytes:
-    """Returns what a block on n tokens, all of them wanted, leaves for backward.
+    """Returns what a block on n tokens, all of them wanted, keeps for backward.
 
-    Flash attention on CUDA and on the CPU alike keeps q, k, v (views of one qkv tensor), its output, which
-    is also proj's input, and one fp32 log-sum-exp per head and token.
+    On CUDA and on the CPU, flash attention keeps q, k, v (views of one qkv tensor), its output (which is also proj's
+    input), and one fp32 log-sum-exp per head and token.
     """
     attention = n * (e * width + FP32_BYTES * heads)
     return BlockBytes(
@@ -134,9 +134,10 @@ def block_bytes(n: float, width: int, mlp_width: int, *, heads: int, e: int, by_
 
 
 def _linear_weights(sizes: Architecture) -> tuple[int, int]:
-    """Returns how many weights autocast copies to bf16 and holds: those in blocks, and the predictor's two others.
+    """Returns the numbers of weights that autocast copies to bf16 and holds: in blocks, and in the predictor outside.
 
-    The patch convolution's isn't held: its input needs no gradient, and a view of a weight isn't cached.
+    The copy of the patch convolution's weight isn't held: its input needs no gradient, and autocast doesn't cache a
+    view of a weight.
     """
 
     def block(width: int, mlp_width: int) -> int:
@@ -147,15 +148,15 @@ def _linear_weights(sizes: Architecture) -> tuple[int, int]:
 
 
 def _last_block(tokens: Tokens, width: int, mlp_width: int, *, heads: int, e: int, by_runs: bool) -> BlockBytes:
-    """Returns the same for the predictor's last block, of which only the predicted tokens are wanted.
+    """Returns what the predictor's last block keeps for backward; only its predicted tokens are wanted.
 
-    They ask with a norm and a product of their own; the others cost norm, keys and values.
+    The wanted tokens have a separate norm and query product; the others only cost a norm, keys and values.
     """
     n, q = tokens.predictor, tokens.predicted
     attention = q * (e * width + FP32_BYTES * heads)
     norms = (n + 2 * q) * (_NORM_STATISTICS + e * width)
     return BlockBytes(
-        input=FP32_BYTES * width * (n + (q if tokens.packed else 0.0)),  # packed, the wanted rows are a copy
+        input=FP32_BYTES * width * (n + (q if tokens.packed else 0.0)),  # if packed, the wanted rows are a copy
         products=e * width * (q + 2 * n) + attention + e * q * mlp_width,
         results=2 * e * q * width,
         cheap=norms + q * (FP32_BYTES * width + e * mlp_width) + (e * q * width if by_runs else 0.0),
@@ -163,14 +164,15 @@ def _last_block(tokens: Tokens, width: int, mlp_width: int, *, heads: int, e: in
 
 
 def _backward_work(n: float, width: int, mlp_width: int, *, e: int) -> float:
-    """Returns the gradients alive where backward has passed fc2: the residual stream's, its cast, the GELU's."""
+    """Returns the bytes of gradients just after backward through fc2: of the residual stream, its cast, the GELU."""
     return n * (FP32_BYTES * width + (e * width if e == BF16_BYTES else 0) + e * mlp_width)
 
 
 def _forward_work(n: float, width: int, mlp_width: int, *, e: int, checkpointing: str) -> float:
-    """Returns what is alive beside what is kept, at the GELU: fp32 norms and residual stream, branch, the GELU's ends.
+    """Returns the temporary bytes at the GELU, on top of what is kept.
 
-    Where everything is kept, the next block keeps more than this.
+    They are the fp32 norms and residual stream, the branch, and the GELU's input and output. Without checkpointing
+    they don't matter, because the next block keeps more.
     """
     if checkpointing == "none":
         return 0.0
@@ -180,10 +182,10 @@ def _forward_work(n: float, width: int, mlp_width: int, *, e: int, checkpointing
 
 
 def _target_work(tokens: Tokens, sizes: Architecture, e: int) -> float:
-    """Returns what the target's forward has at once: in its embedding, or at a block's GELU."""
+    """Returns the most bytes that the target's forward uses at once: in its embedding or at a block's GELU."""
     n = tokens.images * tokens.patches
     embedding = n * (FP32_BYTES + (e if e == BF16_BYTES else 0)) * IMAGE_CHANNELS * sizes.patch_size**2
     embedding += n * (e + FP32_BYTES) * sizes.width
-    block = n * FP32_BYTES * sizes.width  # the residual stream on entry
+    block = n * FP32_BYTES * sizes.width  # the residual stream at the block's input
     block += _forward_work(n, sizes.width, sizes.mlp_width, e=e, checkpointing="full")
     return max(embedding, block)

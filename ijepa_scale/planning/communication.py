@@ -1,8 +1,8 @@
-"""Bytes that a step puts on the wire, and the buffers that hold them. Formulas, talks to nobody.
+"""Formulas for the bytes that a step sends and for its communication buffers. Communicates with no other process.
 
-A ring over n processes sends (n - 1) / n of the bytes per process for an all-gather or a reduce-scatter, twice
-that for an all-reduce (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002). Scalars, such as the finite
-check's, aren't counted.
+In a ring of n processes each sends (n - 1) / n of the bytes for an all-gather or a reduce-scatter, and twice that for
+an all-reduce (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002). Scalars, such as the flag of the finite
+check, aren't counted.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from ijepa_scale.planning.memory import FP32_BYTES
 from ijepa_scale.planning.parameters import block_parameters, count_parameters
 from ijepa_scale.planning.spread import Spread
 
-LINK_SHARE = 0.8  # of a link's data sheet that a collective reaches: an assumption, not a measurement
+LINK_SHARE = 0.8  # share of a link's stated bandwidth that a collective reaches: an assumption, not a measurement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What one process sends in one optimiser step for one purpose."""
+    """The data that one process sends in one optimiser step for one purpose."""
 
     purpose: str
     bytes: float
-    processes: int  # of the ring
-    per_node: int  # of them in one node
-    behind: str  # forward | backward | last backward: the computation that can hide it; nothing: none can
+    processes: int  # in the ring
+    per_node: int  # processes of the ring in each node
+    behind: str  # the computation that can hide it: forward | backward | last backward | nothing
 
     def seconds(self, cluster: Cluster) -> float:
-        """Returns how long it takes on the slowest link of its ring.
+        """Returns the time of the transfer on the slowest link of its ring.
 
-        All processes of a node have an adapter each, so a ring that crosses nodes and passes k processes
-        in each is as fast as k adapters, and never faster than the links inside.
+        Each process of a node has a network adapter, so a ring that crosses nodes with k processes in each is as
+        fast as k adapters together, but never faster than the links inside a node.
         """
         link = cluster.device.link_bandwidth
         if self.processes > self.per_node:
@@ -43,23 +43,23 @@ class Transfer:
 
 @dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """Bytes of one process's communication buffers, beside the states."""
+    """Bytes of one process's communication buffers; they come on top of the states."""
 
-    gathered: float = 0.0  # whole weights, from forward to backward
+    gathered: float = 0.0  # whole weights, kept from forward to backward
     forward: float = 0.0  # in flight while the trained module runs
     target: float = 0.0  # in flight while the target runs
-    backward: float = 0.0  # gradients on their way
-    gradients: float = 0.0  # whole gradients kept between micro-batches where the states count shards only
+    backward: float = 0.0  # gradients in flight
+    gradients: float = 0.0  # whole gradients kept between micro-batches, if the states count only shards of them
     permanent: float = 0.0
 
     @property
     def largest(self) -> float:
-        """The most that is alive at once, gradients apart."""
+        """The most bytes allocated at once, not counting `gradients`."""
         return self.permanent + max(self.target, self.gathered + max(self.forward, self.backward))
 
 
 def transfers(model: ModelConfig, spread: Spread) -> list[Transfer]:
-    """Returns what one process sends in one optimiser step, by purpose; nothing for one process."""
+    """Returns what one process sends in one optimiser step, by purpose; an empty list for a single process."""
     if spread.world == 1:
         return []
     counts = count_parameters(model)
@@ -75,7 +75,7 @@ def transfers(model: ModelConfig, spread: Spread) -> list[Transfer]:
         name = "all-reduce gradients" if spread.zero.all_reduce else "reduce gradients"
         return [
             _ring(spread, name, reduce, behind),
-            _ring(spread, "all-gather weights", FP32_BYTES * trained, "nothing"),  # after the optimiser
+            _ring(spread, "all-gather weights", FP32_BYTES * trained, "nothing"),  # happens after the optimiser
         ]
     found = [
         _ring(spread, "gather target", spread.target_sent_bytes * target * micro, "forward"),
@@ -113,7 +113,7 @@ def _fsdp2(spread: Spread, trained: int, target: int) -> list[Transfer]:
 
 
 def _ring(spread: Spread, purpose: str, total: float, behind: str) -> Transfer:
-    """Returns a transfer of `total` bytes among the processes that share one set of states."""
+    """Returns a transfer of `total` bytes among the processes that divide one set of states."""
     size = spread.shards
     return Transfer(
         purpose=purpose,
@@ -125,10 +125,10 @@ def _ring(spread: Spread, purpose: str, total: float, behind: str) -> Transfer:
 
 
 def buffers(model: ModelConfig, spread: Spread) -> Buffers:
-    """Returns the bytes of one process's buffers. DDP's buckets are the gradients themselves, so it has none.
+    """Returns the bytes of one process's buffers. DDP needs none, because its buckets are the gradients themselves.
 
-    FSDP2 has two blocks in flight, each gathered and copied out; a block's gradients, and their fp32 copy that is
-    reduced. ZeRO makes its reduce buckets whole, however small the model.
+    FSDP2 has two blocks in flight, each gathered and copied out; in backward also a block's gradients and their fp32
+    copy that is reduced. ZeRO allocates full reduce buckets, however small the model is.
     """
     if spread.strategy in ("plain", "ddp"):
         return Buffers()
@@ -152,7 +152,7 @@ def buffers(model: ModelConfig, spread: Spread) -> Buffers:
         )
     bucket = spread.sent_bytes * spread.zero.reduce
     if spread.stage < 3:
-        flat = FP32_BYTES * trained / spread.world  # the optimiser's own copy of its part
+        flat = FP32_BYTES * trained / spread.world  # the optimiser's copy of its shard
         return Buffers(backward=max(bucket * (2 if spread.zero.overlap else 1), flat))
     held = min(trained, spread.zero.held)
     flight = block + min(spread.zero.prefetch, trained)  # weights

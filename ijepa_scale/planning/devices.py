@@ -1,7 +1,7 @@
-"""GPUs by the names that people call them: memory, links, networks, with sources. Asks no device.
+"""A table of GPUs by common name: memory, links and networks, with sources. Doesn't query devices.
 
-Sizes are those of the makers' data sheets in decimal GB, a few percent less than `torch.cuda` reports; links
-count one direction, half of what data sheets give. Peaks of matrix products are in `hardware`.
+Sizes come from the makers' data sheets, in decimal GB, and are a few percent below what `torch.cuda` reports. Link
+bandwidths count one direction, half of what data sheets state. Peaks of matrix products are in `hardware`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Device:
     """One kind of GPU. Bandwidths are bytes per second in one direction."""
 
     name: str  # as on the command line
-    title: str  # as `torch.cuda.get_device_name` would say, roughly
+    title: str  # roughly what `torch.cuda.get_device_name` returns
     memory_bytes: float
     link_bandwidth: float  # to the other GPUs of a node
-    network_bandwidth: float  # between nodes, per GPU, in the nodes that are usual for it
+    network_bandwidth: float  # between nodes, per GPU, in typical nodes
 
     @property
     def peak_flops(self) -> float:
-        """Dense bf16 products with fp32 accumulation, FLOP/s."""
+        """The peak of dense bf16 products with fp32 accumulation, FLOP/s."""
         peak = peak_flops(self.title)
         assert peak is not None, f"{self.title} has no peak in hardware.py"
         return peak
@@ -36,7 +36,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many GPUs of one kind, in nodes of equal size."""
+    """A number of GPUs of one kind, in nodes of equal size."""
 
     device: Device
     num_gpus: int
@@ -63,23 +63,23 @@ class Cluster:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes, one where the GPUs fit into it."""
+        """The number of nodes."""
         return max(1, self.num_gpus // self.gpus_per_node)
 
     @property
     def local_gpus(self) -> int:
-        """GPUs of one node that take part."""
+        """The number of GPUs used in each node."""
         return min(self.num_gpus, self.gpus_per_node)
 
 
-# One adapter for each GPU. 400 Gb/s: NVIDIA's data sheets of DGX H100, DGX H200 and DGX B200 (8 ConnectX-7 each), and
-# Microsoft's page of ND MI300X v5. 200 Gb/s: NVIDIA's data sheet of DGX A100 (8 ConnectX-6 for computing). Nodes of
-# other GPUs differ; an adapter for 200 Gb/s is the fastest that PCIe 4.0 x16, theirs, can feed.
+# One network adapter per GPU. 400 Gb/s: NVIDIA's data sheets of DGX H100, DGX H200 and DGX B200 (8 ConnectX-7 each),
+# and Microsoft's page of ND MI300X v5. 200 Gb/s: NVIDIA's data sheet of DGX A100 (8 ConnectX-6 for computing). Nodes
+# with other GPUs differ; their PCIe 4.0 x16 can feed an adapter of 200 Gb/s at most.
 _400_GBIT, _200_GBIT = 50.0, 25.0
 _G5 = 1.6  # AWS's instance page of G5: 100 Gb/s for all 8 GPUs
 
-# name, title, memory GB, link GB/s and network GB/s of one direction. PCIe without NVLink between all GPUs of a node:
-# 4.0 x16 32 GB/s, 5.0 x16 64 GB/s (PCI-SIG); bridges that join pairs aren't counted.
+# name, title, memory in GB, link and network bandwidth in GB/s and one direction. GPUs without NVLink to all others in
+# the node use PCIe: 32 GB/s for 4.0 x16, 64 GB/s for 5.0 x16 (PCI-SIG); bridges between pairs aren't counted.
 _GIGABYTES: tuple[tuple[str, str, float, float, float], ...] = (
     ("a100-40gb", "NVIDIA A100-SXM4-40GB", 40, 300, _200_GBIT),  # NVIDIA A100 data sheet: NVLink 600 GB/s both ways
     ("a100-80gb", "NVIDIA A100-SXM4-80GB", 80, 300, _200_GBIT),  # the same
@@ -119,10 +119,10 @@ def devices() -> dict[str, Device]:
 
 
 def find_device(name: str) -> Device:
-    """Returns the GPU called `name`; case, spaces, `nvidia` and `sxm` don't count, nor does a size that is its own.
+    """Returns the GPU called `name`; ignores case, spaces, `nvidia`, `sxm` and a correct memory size.
 
     Raises:
-        ConfigError: the name isn't known; the message holds the nearest one.
+        ConfigError: the name is unknown; the message suggests the nearest one.
     """
     known = devices()
     key = re.sub(r"[\s_/-]+", "-", name.strip().lower())
@@ -133,8 +133,8 @@ def find_device(name: str) -> Device:
     if (size := next((part for part in parts if re.fullmatch(r"\d+gb", part)), None)) and key not in known:
         rest = "-".join(part for part in parts if part != size)
         swapped = [rest, *(f"{first}-{size}-{second}" for first, _, second in (rest.partition("-"),))]
-        for candidate in swapped:
-            found = known.get(_OTHER_NAMES.get(candidate, candidate))
+        for alternative in swapped:
+            found = known.get(_OTHER_NAMES.get(alternative, alternative))
             if found is not None and found.memory_bytes == int(size[:-2]) * 1e9:
                 return found
     key = _OTHER_NAMES.get(key, key)
@@ -146,13 +146,13 @@ def find_device(name: str) -> Device:
 
 
 def parse_gpus(text: str) -> tuple[int, Device]:
-    """Returns the number and kind of `8x a100-80gb`, `16 x H100-PCIe`, `4 rtx-4090`, `h100x8` or `h200`, which is one.
+    """Parses `8x a100-80gb`, `16 x H100-PCIe`, `4 rtx-4090`, `h100x8` or `h200` (one GPU) into a number and a kind.
 
     Raises:
-        ConfigError: no name, no GPU, or a name that isn't known.
+        ConfigError: the name or the number is missing or zero, or the name is unknown.
     """
-    behind = re.fullmatch(r"\s*([a-z].*?)(?<!rt)\s*[x×*]\s*(\d+)\s*", text, re.IGNORECASE)  # but rtx4090 is a name
-    text = f"{behind[2]}x {behind[1]}" if behind else text
+    name_first = re.fullmatch(r"\s*([a-z].*?)(?<!rt)\s*[x×*]\s*(\d+)\s*", text, re.IGNORECASE)  # rtx4090 is a name
+    text = f"{name_first[2]}x {name_first[1]}" if name_first else text
     match = re.fullmatch(r"\s*(?:([-+]?\d+)\s*(?:[x×*]\s*|\s))?\s*(\S.*?)\s*", text, re.IGNORECASE)
     if match is None or re.fullmatch(r"[-+\d\sx×*]+", match[2], re.IGNORECASE):
         raise ConfigError(f"--gpus is {text.strip()!r}; give a number and a name, such as 8x a100-80gb")

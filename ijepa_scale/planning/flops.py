@@ -1,9 +1,9 @@
-"""Floating-point operations of one training image, in closed form. Builds no module.
+"""Counts the floating-point operations of one training image in closed form. Builds no model.
 
-Only matrix products, the patch convolution and attention count, a multiply-add as two; recomputation
-doesn't count, and heads count unpadded. This agrees with torch's FlopCounterMode on the math attention
-backend; its counts of flash kernels differ (backward 2.5 x forward, nothing on the CPU).
-It doesn't see oneDNN's products, in fp32 linear layers on the CPU: count on the meta device.
+Counts only matrix products, the patch convolution and attention, with two operations per multiply-add, unpadded heads
+and no recomputation. This agrees with torch's FlopCounterMode on the math attention backend. The FlopCounterMode
+counts flash kernels differently (backward as 2.5 x forward, nothing on the CPU) and misses oneDNN's products in fp32
+linear layers on the CPU, so use it on the meta device.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ijepa_scale.config.architectures import IMAGE_CHANNELS, Architecture, resol
 from ijepa_scale.config.schema import ModelConfig
 from ijepa_scale.masks.types import DenseMasks, Masks
 
-_BACKWARD = 2  # backward / forward, of everything whose input needs a gradient
+_BACKWARD = 2  # FLOPs of backward / forward, if the input needs a gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCount:
-    """FLOPs per image of the target's forward, and of forward and backward of the trained parts."""
+    """FLOPs per image: of the target's forward, and of forward and backward of the trained parts."""
 
     target: float
     context: float
@@ -28,7 +28,7 @@ class FlopCount:
 
     @property
     def total(self) -> float:
-        """FLOPs of one image in one training step."""
+        """The FLOPs of one image in one training step."""
         return self.target + self.context + self.predictor
 
 
@@ -40,13 +40,13 @@ def train_flops(
     num_targets: int = 4,
     num_context: int = 1,
 ) -> FlopCount:
-    """Returns the FLOPs of one image in one training step; for packed sequences the mean over the images.
+    """Returns the FLOPs of one image in one training step; for packed sequences, the mean over the images.
 
     `context_tokens` is the length of every context sequence, or a list of lengths in the order (context
-    block, image), images fastest; `target_tokens_per_block` is one length, or one per image.
+    block, image), with images varying fastest; `target_tokens_per_block` is one length, or one per image.
 
     Raises:
-        ValueError: the lists don't fit one another.
+        ValueError: the lengths of the lists don't match.
     """
     contexts = [context_tokens] * num_context if isinstance(context_tokens, int) else list(context_tokens)
     num_images, rest = divmod(len(contexts), num_context)
@@ -55,10 +55,10 @@ def train_flops(
     targets = list(target_tokens_per_block)
     if rest or not num_images or len(targets) != num_images:
         raise ValueError(
-            f"{len(contexts)} context lengths and {len(targets)} target lengths don't fit {num_context} context "
+            f"{len(contexts)} context lengths and {len(targets)} target lengths don't match {num_context} context "
             "blocks per image; give one context length per context block and image, and one target length per image"
         )
-    pairs = [(context, targets[place % num_images]) for place, context in enumerate(contexts)]
+    pairs = [(context, targets[index % num_images]) for index, context in enumerate(contexts)]
     return _count(
         resolve(model),
         num_images=num_images,
@@ -69,7 +69,7 @@ def train_flops(
 
 
 def mask_flops(model: ModelConfig, masks: Masks, *, num_images: int) -> FlopCount:
-    """Returns the FLOPs per image of a training step on the masks of `num_images` images. Reads no device."""
+    """Returns the FLOPs per image of a training step with these masks of `num_images` images. Doesn't synchronise."""
     if isinstance(masks, DenseMasks):
         num_context, num_images, kept = masks.context.shape
         num_targets, _, predicted = masks.targets.shape
@@ -90,9 +90,9 @@ def encoder_forward_flops(model: ModelConfig) -> float:
 
 
 def finetune_flops(model: ModelConfig, *, frozen_blocks: int = 0) -> float:
-    """Returns the FLOPs of one image in one finetuning step; the head's and the pooling's aren't counted.
+    """Returns the FLOPs of one image in one finetuning step, not counting the head and the pooling.
 
-    Frozen blocks, and the patch embedding before them, run forward only.
+    Frozen blocks, and the patch embedding before them, only run forward.
     """
     sizes = resolve(model)
     trained = _blocks([sizes.num_patches], sizes.width, sizes.mlp_width, sizes.depth - frozen_blocks)
@@ -103,10 +103,10 @@ def finetune_flops(model: ModelConfig, *, frozen_blocks: int = 0) -> float:
 def _count(
     sizes: Architecture, *, num_images: int, contexts: Sequence[int], sequences: Iterable[int], predicted: int
 ) -> FlopCount:
-    """Returns the counts per image of whole sequences of `num_images` images."""
+    """Returns the counts per image, given the sequence lengths of all `num_images` images."""
     width, narrow = sizes.width, sizes.predictor_width
     target = _patches(sizes) + _blocks([sizes.num_patches], width, sizes.mlp_width, sizes.depth)
-    # all patches are embedded before masking; images need no gradient, so backward is the weights' alone
+    # all patches are embedded before masking; images need no gradient, so backward only computes the weights'
     context = 2 * _patches(sizes)
     context += (1 + _BACKWARD) * _blocks(contexts, width, sizes.mlp_width, sizes.depth) / num_images
     linears = 2 * width * narrow * (sum(contexts) + predicted)
@@ -120,7 +120,7 @@ def _patches(sizes: Architecture) -> float:
 
 
 def _blocks(lengths: Iterable[int], width: int, mlp_width: int, depth: int) -> float:
-    """Returns the forward FLOPs of `depth` blocks on sequences that attend within themselves."""
+    """Returns the forward FLOPs of `depth` blocks on sequences of these lengths, each attending only to itself."""
     lengths = list(lengths)
     linear = 2 * sum(lengths) * (4 * width**2 + 2 * width * mlp_width)
     attention = 4 * width * sum(n * n for n in lengths)

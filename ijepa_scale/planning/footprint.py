@@ -1,7 +1,7 @@
-"""What one process needs on its device at the dearest moment of a step, and whether that fits. Formulas.
+"""Formulas for the peak memory of one process in a step, and for what fits on a device.
 
-Cheap: thousands of settings a second, once masks have been drawn. `spread.Spread` says how the step is spread,
-`tokens.Tokens` what a micro-batch holds.
+Once masks have been drawn, thousands of settings can be evaluated per second. `spread.Spread` describes how the step
+is spread over processes, `tokens.Tokens` the tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from ijepa_scale.planning.parameters import count_parameters
 from ijepa_scale.planning.spread import Spread
 from ijepa_scale.planning.tokens import Tokens, draw_masks, mean_tokens, micro_batches
 
-# Of a device's memory, for what PyTorch allocates; the rest is for the CUDA context, the libraries' workspaces and
-# fragmentation: an assumption, not a measurement.
+# The share of a device's memory that PyTorch can allocate; the CUDA context, the libraries' workspaces and
+# fragmentation take the rest. An assumption, not a measurement.
 USABLE_SHARE = 0.92
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of one process on its device. `peak` isn't the sum: gradients grow while activations go."""
+    """Bytes of one process on its device. `peak` isn't the sum: activations are freed while gradients grow."""
 
     weights: float
     gradients: float
     optimizer: float
-    target: float  # and its bf16 copies, where the engine keeps them
+    target: float  # with its bf16 copies, if the engine keeps them
     activations: float  # kept for backward, with images and target features
-    buffers: float  # of communication, and the pool of a CUDA graph
+    buffers: float  # for communication, and the memory pool of a CUDA graph
     peak: float
-    moment: str  # of the step, when the peak is reached
+    moment: str  # the moment of the step at which the peak is reached
 
     @property
     def states(self) -> float:
-        """Weights, gradients, optimiser and target."""
+        """The bytes of weights, gradients, optimiser and target together."""
         return self.weights + self.gradients + self.optimizer + self.target
 
     def fits(self, device: Device) -> bool:
-        """Returns whether the peak fits into what a process may use of the device."""
+        """Returns whether the peak fits into the memory that tensors may take on the device."""
         return self.peak <= usable_bytes(device)
 
 
@@ -63,8 +63,8 @@ def footprint(
 ) -> Footprint:
     """Returns the bytes of one process that trains on micro-batches of `tokens`.
 
-    With `cuda_graphs` the target's forward works in a pool of its own, which stays reserved all run, on a copy
-    of the images; where the target is sharded there is no graph, and nothing is counted.
+    With `cuda_graphs`, the target's forward uses a separate memory pool, which stays reserved during the whole run,
+    and a copy of the images. A sharded target has no graph, so nothing is counted for it.
     """
     counts = count_parameters(model)
     held = spread_states(
@@ -73,7 +73,7 @@ def footprint(
         spread.strategy,
         world=spread.world,
         replicas=spread.replicas,
-        reshard_after_forward=True,  # what stays gathered counts as a buffer, in its own precision
+        reshard_after_forward=True,  # gathered weights count as a buffer, in their own precision
         offload_optimizer=spread.zero.offload_optimizer,
     )
     work = activations(
@@ -107,14 +107,14 @@ def footprint(
 
 
 def target_copy_bytes(model: ModelConfig, spread: Spread) -> float:
-    """Returns the bytes of the bf16 copies of the target's products, which engines that replicate it keep.
+    """Returns the bytes of the bf16 copies of the target's weights, which engines that replicate the target keep.
 
-    With an fp8 target they are fewer: this is an upper bound then.
+    This is an upper bound for an fp8 target, which has fewer copies.
     """
     if spread.precision != "bf16" or not spread.target_replicated:
         return 0.0
     sizes = resolve(model)
-    norms = 2 * sizes.width * (2 * sizes.depth + 1)  # stay fp32
+    norms = 2 * sizes.width * (2 * sizes.depth + 1)  # norms stay fp32
     return BF16_BYTES * (count_parameters(model).target - norms)
 
 
@@ -122,7 +122,7 @@ def target_copy_bytes(model: ModelConfig, spread: Spread) -> float:
 def usual_tokens(
     masks: MaskConfig, grid: tuple[int, int], *, micro_batch: int, batch_size: int, seed: int = 0
 ) -> tuple[Tokens, Tokens]:
-    """Returns the mean and the largest micro-batch of those drawn.
+    """Returns the mean and the largest of the drawn micro-batches.
 
     Raises:
         ConfigError: the masks can't be drawn on this grid.
@@ -141,7 +141,7 @@ def largest_micro_batch(
     batch_size: int,
     cuda_graphs: bool = False,
 ) -> int:
-    """Returns the most images of a micro-batch that fit, 0 where none does; at most a process's share of the batch.
+    """Returns the largest number of images in a micro-batch that fits, up to a process's share of the batch, or 0.
 
     Raises:
         ConfigError: the masks can't be drawn on this grid.
@@ -168,15 +168,15 @@ def _image_bytes(model: ModelConfig, tokens: Tokens) -> float:
 def _moments(
     work: Activations, moving: Buffers, *, gradients: float, lasting: bool, predictor: float
 ) -> dict[str, float]:
-    """Returns what is alive beside weights, optimiser and target, at the moments that can be the dearest.
+    """Returns the bytes allocated on top of weights, optimiser and target at each moment that can be the peak.
 
-    `lasting` gradients are there from the first micro-batch to the step; others grow during backward, those of
-    the predictor, a share of `predictor`, first.
+    `lasting` gradients are allocated from the first micro-batch to the step. Others grow during backward, starting
+    with the predictor's, whose share of the gradients is `predictor`.
     """
     before = gradients if lasting else 0.0
     growing = 0.0 if lasting else gradients
     encoder = before + work.inputs + work.encoder
-    inner = encoder + work.predictor - work.predictor_tail  # the last block that is dear has been reached
+    inner = encoder + work.predictor - work.predictor_tail  # at the last block that runs on all tokens
     busy = moving.gathered + moving.forward + max(work.weight_casts, work.kept_casts)
     back = moving.gathered + moving.backward + work.kept_casts
     return {

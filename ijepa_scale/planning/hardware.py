@@ -1,11 +1,11 @@
-"""What an accelerator can do at most, with sources. Names and numbers, asks no device."""
+"""A table of the peak speeds of accelerators, with sources. Queries no device."""
 
 from __future__ import annotations
 
 import re
 
-# Dense bf16 matrix products with fp32 accumulation, TFLOP/s, without sparsity. Searched in this order.
-# Sources: NVIDIA's data sheets of each product (halved where a sheet gives figures with sparsity only)
+# Dense bf16 matrix products with fp32 accumulation, TFLOP/s, without sparsity. The first match counts.
+# Sources: NVIDIA's data sheets of each product (halved if a sheet only states figures with sparsity)
 # and white papers (Ampere GA102, Ada); AMD's product pages.
 _PEAKS: tuple[tuple[str, float], ...] = (
     (r"\bB200\b", 2250.0),  # HGX B200: 36 PFLOP/s with sparsity over 8
@@ -18,7 +18,7 @@ _PEAKS: tuple[tuple[str, float], ...] = (
     (r"\bH800 PCIe\b", 756.0),
     (r"\bH800\b", 989.0),
     (r"\bH20\b", 148.0),
-    (r"\bA100\b", 312.0),  # SXM and PCIe alike
+    (r"\bA100\b", 312.0),  # SXM and PCIe
     (r"\bA800\b", 312.0),
     (r"\bA30\b", 165.0),
     (r"\bA40\b", 149.7),
@@ -33,15 +33,15 @@ _PEAKS: tuple[tuple[str, float], ...] = (
     (r"\bMI300X\b", 1307.4),
     (r"\bMI250X\b", 383.0),  # both dies
 )
-# Parts of a device: a MIG slice has no data sheet of its own; laptop parts differ by maker.
+# A MIG slice has no data sheet; laptop GPUs differ by maker.
 _WITHOUT_PEAK = re.compile(r"\bMIG\b|\bLaptop\b", re.IGNORECASE)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Returns the peak of dense bf16 products, FLOP/s, or None where it isn't known (CPUs, unknown names).
+    """Returns the peak of dense bf16 products in FLOP/s, or None if it isn't known (CPUs, unknown names).
 
-    `device_name` is what `torch.cuda.get_device_name` says. Without a peak there is no MFU: a wrong
-    one would be worse than none.
+    `device_name` is what `torch.cuda.get_device_name` returns. Without a peak no MFU is reported, because a wrong one
+    would be worse than none.
     """
     if _WITHOUT_PEAK.search(device_name):
         return None

@@ -1,7 +1,7 @@
-"""What a model's states take under each engine. Formulas, asks no device.
+"""Formulas for the memory that a model's states take under each engine. Queries no device.
 
-States are weights, gradients, Adam's two moments and the target encoder, all fp32 (bf16 is autocast).
-Activations aren't counted: they depend on checkpointing and batch.
+States are weights, gradients, Adam's two moments and the target encoder, all in fp32 (bf16 is autocast). Activations,
+which depend on checkpointing and the batch, aren't counted.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class StateBytes:
 
     weights: float
     gradients: float
-    optimizer: float  # Adam's moments, and second fp32 weights where the engine keeps them
+    optimizer: float  # Adam's moments, and a second copy of fp32 weights if the engine keeps one
     target: float
 
     @property
     def total(self) -> float:
-        """All states together."""
+        """The bytes of all states together."""
         return self.weights + self.gradients + self.optimizer + self.target
 
 
@@ -41,8 +41,8 @@ def state_bytes(
 ) -> StateBytes:
     """Returns the bytes of one process's states under plain, ddp, fsdp2, zero1, zero2 or zero3.
 
-    FSDP2 shards over world / replicas processes; without resharding the whole weights stay beside the
-    shards from forward to backward. ZeRO keeps fp32 masters beside the weights. Offloaded states lie in
+    FSDP2 shards over world / replicas processes; without resharding, the whole weights are kept in addition to the
+    shards from forward to backward. ZeRO keeps fp32 master copies in addition to the weights. Offloaded states are in
     host memory and aren't counted.
 
     Raises:
@@ -70,9 +70,9 @@ def spread_states(
     reshard_after_forward: bool = False,
     offload_optimizer: bool = False,
 ) -> StateBytes:
-    """Returns the bytes of one process's states for so many parameters; the rest is as in `state_bytes`.
+    """Returns the bytes of one process's states for the given numbers of parameters; see `state_bytes`.
 
-    `num_target` parameters have no gradient and no optimiser state: a target's, or frozen ones.
+    `num_target` counts the parameters without gradient and optimiser state: the target's, or frozen ones.
 
     Raises:
         ValueError: another strategy.

@@ -1,4 +1,4 @@
-"""How many numbers a model holds, in closed form. Builds no module."""
+"""Counts a model's parameters in closed form. Builds no model."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from ijepa_scale.config.schema import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Numbers in each part. Position embeddings are part of the state but not trained."""
+    """Numbers of parameters in each part. Position embeddings are part of the state but not trained."""
 
     encoder: int  # trained
-    encoder_positions: int
-    predictor: int  # trained, mask token included
-    predictor_positions: int
+    encoder_positions: int  # position embedding
+    predictor: int  # trained, including the mask token
+    predictor_positions: int  # position embedding
 
     @property
     def trainable(self) -> int:
-        """What the optimiser moves."""
+        """The number of parameters that the optimiser updates."""
         return self.encoder + self.predictor
 
     @property
     def target(self) -> int:
-        """What the target update moves: a copy of the trained encoder."""
+        """The number of parameters that the target update changes, equal to the encoder's trained ones."""
         return self.encoder
 
     @property
     def encoder_total(self) -> int:
-        """The encoder with its position embedding, as published figures count it."""
+        """The encoder's parameters with its position embedding, as published figures count them."""
         return self.encoder + self.encoder_positions
 
     @property
     def predictor_total(self) -> int:
-        """The predictor with its position embedding."""
+        """The predictor's parameters with its position embedding."""
         return self.predictor + self.predictor_positions
 
 

@@ -1,6 +1,6 @@
-"""A run before its launch: what fits, what it costs, how long it takes, and the strategy to take.
+"""Plans a run before its launch: what fits, what it costs, how long it takes, and which strategy to use.
 
-Everything here is computed from formulas; nothing is measured. `plan_text` writes it down.
+Everything is computed from formulas; nothing is measured. `plan_text` formats the result.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ijepa_scale.planning.strategy import resolve_engine
 from ijepa_scale.planning.tokens import Tokens, draw_masks
 
 CHECKPOINTING = ("none", "selective", "full")
-MFU = 0.5  # of the peak while computing: an assumption
-IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122  # training images; ImageNet's own counts
+MFU = 0.5  # share of the peak that is reached while computing: an assumption
+IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122  # training images, as counted by ImageNet
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStrategy:
-    """One way to spread the run's step."""
+    """One way to spread the run's step over GPUs, with its memory and time."""
 
     spread: Spread
-    footprint: Footprint  # at the run's micro-batch, for the largest masks drawn
+    footprint: Footprint  # with the run's micro-batch and the largest masks drawn
     fits: bool
-    largest_micro_batch: int  # images per GPU at once; 0: not even one
+    largest_micro_batch: int  # images per GPU at once; 0 if not even one fits
     time: StepTime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run needs and how long it takes. Bytes are per GPU, FLOPs per image."""
+    """The needs and the duration of a run. Bytes are per GPU, FLOPs per image."""
 
     config: PretrainConfig
     cluster: Cluster
@@ -49,20 +49,20 @@ class Plan:
     flops: FlopCount
     tokens: Tokens  # of a mean micro-batch
     largest_tokens: Tokens
-    batch_size: int  # of all GPUs
+    batch_size: int  # summed over all GPUs
     micro_batch: int  # images per GPU at once
-    by_checkpointing: dict[str, Activations]  # of the largest masks drawn
-    candidates: tuple[PlannedStrategy, ...]
-    chosen: PlannedStrategy  # what the configuration would run
-    reason: str
-    advice: tuple[str, ...]  # empty where the configuration runs as it is
+    by_checkpointing: dict[str, Activations]  # for the largest masks drawn
+    strategies: tuple[PlannedStrategy, ...]  # the chosen one first
+    chosen: PlannedStrategy  # the one that the configuration would run
+    reason: str  # for the choice
+    advice: tuple[str, ...]  # empty if the configuration fits
     num_images: int
     images_source: str
     steps: int
 
     @property
     def days(self) -> float:
-        """Days of the whole run with the chosen strategy, evaluation and checkpoints not counted."""
+        """The days that the whole run takes with the chosen strategy, without evaluation and checkpoints."""
         return self.steps * self.chosen.time.step_s / 86400
 
 
@@ -77,15 +77,16 @@ def plan(
     """Returns the plan of a run on a cluster.
 
     Args:
-        config: the run.
-        cluster: GPUs and their links.
+        config: the run's configuration.
+        cluster: the GPUs and their links.
         mfu: share of the GPUs' peak that is reached while computing.
-        num_images: training images; None takes those of ImageNet, 22k where the configuration names it.
-        zero: the section `zero_optimization` of the run's DeepSpeed file, checked.
+        num_images: number of training images; None means those of ImageNet-1k, or of 22k if the configuration
+            names it.
+        zero: the checked section `zero_optimization` of the run's DeepSpeed file.
 
     Raises:
-        ConfigError: the run is impossible: a batch that doesn't divide, masks that can't be drawn, states or one
-            single image that fit under no strategy; the message holds numbers and remedies.
+        ConfigError: the run is impossible: the batch doesn't divide, masks can't be drawn, or no strategy fits the
+            states or a single image; the message states numbers and remedies.
     """
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu is {mfu:g}; give a share of the peak above 0 and at most 1, such as {MFU}")
@@ -101,10 +102,10 @@ def plan(
     buckets = ZeroBuckets() if zero is None else ZeroBuckets.of(zero)
     mine = _spread(engine, cluster, buckets, stage=3 if zero is None else int(zero["stage"]))
     spreads = list(dict.fromkeys([mine, *_alternatives(engine, cluster, buckets)]))
-    candidates = tuple(
-        _candidate(config, cluster, spread, tokens=(mean, largest), flops=flops, mfu=mfu) for spread in spreads
+    strategies = tuple(
+        _planned(config, cluster, spread, tokens=(mean, largest), flops=flops, mfu=mfu) for spread in spreads
     )
-    _refuse_impossible(config, cluster, candidates, batch_size)
+    _refuse_impossible(config, cluster, strategies, batch_size)
     images, source, steps = _length(config, batch_size, num_images)
     return Plan(
         config=config,
@@ -122,10 +123,10 @@ def plan(
             )
             for mode in CHECKPOINTING
         },
-        candidates=candidates,
-        chosen=candidates[0],
+        strategies=strategies,
+        chosen=strategies[0],
         reason=reason,
-        advice=tuple(_advice(config, cluster, candidates, batch_size)),
+        advice=tuple(_advice(config, cluster, strategies, batch_size)),
         num_images=images,
         images_source=source,
         steps=steps,
@@ -133,7 +134,7 @@ def plan(
 
 
 def _batches(config: PretrainConfig, num_gpus: int) -> tuple[int, int]:
-    """Returns the images of all GPUs in one step, and of one GPU in one micro-batch."""
+    """Returns the number of images of all GPUs in one step, and of one GPU in one micro-batch."""
     data, unit = config.data, num_gpus * config.engine.accumulation
     batch = data.batch_size or (data.batch_size_per_process or 0) * num_gpus
     if batch % unit:
@@ -146,7 +147,7 @@ def _batches(config: PretrainConfig, num_gpus: int) -> tuple[int, int]:
 
 
 def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, str]:
-    """Returns the engine that training would take on these GPUs, and why: the very rule of `auto`."""
+    """Returns the engine that training would use on these GPUs, by the same rule as `auto`, and the reason."""
     if config.engine.device == "cpu":
         raise ConfigError(
             f"engine.device is cpu but --gpus names {cluster.num_gpus} {cluster.device.name}; set engine.device=auto "
@@ -165,7 +166,9 @@ def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, s
             f"engine.strategy is plain but --gpus names {cluster.num_gpus}; use auto, ddp, fsdp2 or deepspeed"
         )
     if cluster.num_gpus % engine.replicas:
-        raise ConfigError(f"{cluster.num_gpus} GPUs don't split into engine.replicas {engine.replicas}; take a divisor")
+        raise ConfigError(
+            f"{cluster.num_gpus} GPUs don't split into engine.replicas {engine.replicas}; choose a divisor"
+        )
     return engine, reason
 
 
@@ -198,7 +201,7 @@ def _alternatives(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets) -> 
         yield dataclasses.replace(base, strategy=f"zero{stage}", communication=engine.zero_communication)
 
 
-def _candidate(
+def _planned(
     config: PretrainConfig,
     cluster: Cluster,
     spread: Spread,
@@ -230,21 +233,21 @@ def _candidate(
 
 
 def _least(config: PretrainConfig, spread: Spread, batch_size: int) -> Footprint:
-    """Returns the least that a strategy needs: one image at a time, everything recomputed."""
+    """Returns the smallest footprint of a strategy: with one image at a time and full checkpointing."""
     _, one = usual_tokens(config.masks, config.model.grid, micro_batch=1, batch_size=batch_size)
     return footprint(config.model, one, spread, checkpointing="full")
 
 
 def _refuse_impossible(
-    config: PretrainConfig, cluster: Cluster, candidates: tuple[PlannedStrategy, ...], batch_size: int
+    config: PretrainConfig, cluster: Cluster, strategies: tuple[PlannedStrategy, ...], batch_size: int
 ) -> None:
-    least = [(_least(config, each.spread, batch_size), each.spread) for each in candidates]
+    least = [(_least(config, each.spread, batch_size), each.spread) for each in strategies]
     if any(needed.fits(cluster.device) for needed, _ in least):
         return
     room = usable_bytes(cluster.device) / 1e9
     where = f"of the {room:.1f} GB that tensors may take on one {cluster.device.name}"
     states, spread = min(((needed.states, spread) for needed, spread in least), key=lambda pair: pair[0])
-    remedy = "take more GPUs, GPUs with more memory, or a smaller model.name"
+    remedy = "use more GPUs, GPUs with more memory, or a smaller model.name"
     if states > usable_bytes(cluster.device):
         raise ConfigError(
             f"weights, gradients, optimiser and target of {config.model.name} take at least {states / 1e9:.1f} GB per "
@@ -253,20 +256,20 @@ def _refuse_impossible(
     needed, spread = min(least, key=lambda pair: pair[0].peak)
     raise ConfigError(
         f"one image at a time with engine.checkpointing=full takes at least {needed.peak / 1e9:.1f} GB per GPU "
-        f"({spread.label} over {cluster.num_gpus}, {needed.states / 1e9:.1f} GB of it states) {where}; {remedy}, or a "
+        f"({spread.label} over {cluster.num_gpus}, {needed.states / 1e9:.1f} GB for states) {where}; {remedy}, or a "
         "smaller model.image_size"
     )
 
 
 def _advice(
-    config: PretrainConfig, cluster: Cluster, candidates: tuple[PlannedStrategy, ...], batch_size: int
+    config: PretrainConfig, cluster: Cluster, strategies: tuple[PlannedStrategy, ...], batch_size: int
 ) -> Iterator[str]:
-    """Yields what to change where the run as configured doesn't fit; nothing where it does."""
-    chosen = candidates[0]
+    """Yields changes that make the run fit; nothing if it fits as configured."""
+    chosen = strategies[0]
     if chosen.fits:
         return
     share = batch_size // cluster.num_gpus
-    fewest = share + 1  # micro-batches: slower checkpointing is worth naming where it needs fewer
+    fewest = share + 1  # micro-batches so far: slower checkpointing is only worth naming if it needs fewer
     for mode in CHECKPOINTING[CHECKPOINTING.index(config.engine.checkpointing) :]:
         for parts in (parts for parts in range(config.engine.accumulation, fewest) if share % parts == 0):
             if mode == config.engine.checkpointing and parts == config.engine.accumulation:
@@ -280,13 +283,13 @@ def _advice(
             if needed.fits(cluster.device):
                 changes = [f"engine.accumulation={parts}"] if parts != config.engine.accumulation else []
                 changes += [f"engine.checkpointing={mode}"] if mode != config.engine.checkpointing else []
-                cost = {"none": "", "selective": ", cheap operations twice", "full": ", the forward twice"}[mode]
+                cost = {"none": "", "selective": ", repeats cheap operations", "full": ", repeats the forward"}[mode]
                 yield (
                     f"{' '.join(changes)}: {share // parts} images at a time, {needed.peak / 1e9:.1f} GB per GPU{cost}"
                 )
                 fewest = parts
                 break
-    for other in candidates[1:]:
+    for other in strategies[1:]:
         if other.fits:
             graph = config.engine.cuda_graphs and not other.spread.target_replicated
             without = ", with engine.cuda_graphs=false" if graph else ""
@@ -296,20 +299,20 @@ def _advice(
 
 
 def _length(config: PretrainConfig, batch_size: int, num_images: int | None) -> tuple[int, str, int]:
-    """Returns the training images, where their number is from, and the steps of the whole run."""
+    """Returns the number of training images, its source, and the steps of the whole run."""
     if num_images is not None and config.schedule.steps_per_epoch:
         raise ConfigError(
-            f"--images is {num_images} but schedule.steps_per_epoch is {config.schedule.steps_per_epoch}, which says "
-            "what an epoch is; drop --images, or set schedule.steps_per_epoch=null"
+            f"--images is {num_images} but schedule.steps_per_epoch is {config.schedule.steps_per_epoch}, which "
+            "defines an epoch; drop --images, or set schedule.steps_per_epoch=null"
         )
     if num_images is not None:
         images, source = num_images, "--images"
     elif config.data.reader == "synthetic":
         images, source = config.data.synthetic_samples, "data.synthetic_samples"
     elif "22k" in f"{config.folder} {config.data.train}".lower():
-        images, source = IMAGENET_22K, "ImageNet-22k's, by the configuration's name; --images says otherwise"
+        images, source = IMAGENET_22K, "ImageNet-22k, from the configuration's name; --images changes it"
     else:
-        images, source = IMAGENET_1K, "ImageNet-1k's; --images says otherwise"
+        images, source = IMAGENET_1K, "ImageNet-1k; --images changes it"
     per_epoch = config.schedule.steps_per_epoch or images // batch_size
     if config.schedule.steps_per_epoch:
         images, source = per_epoch * batch_size, "schedule.steps_per_epoch x batch"

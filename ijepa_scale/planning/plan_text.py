@@ -1,4 +1,4 @@
-"""A plan as text for people and as JSON for machines."""
+"""Formats a plan as text for people and as JSON for machines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def plan_text(plan: Plan) -> str:
         _head(plan),
         _memory(plan),
         _activations(plan),
-        _candidates(plan),
+        _strategies(plan),
         _wire(plan),
         _time(plan),
         _verdict(plan),
@@ -30,26 +30,25 @@ def plan_text(plan: Plan) -> str:
 
 
 def _wrapped(line: str) -> str:
-    """Returns a line cut at words where it is too wide, what follows under its second column."""
+    """Wraps a line that is too wide; continuation lines are indented to its second column."""
     if len(line) <= WIDTH:
         return line
     return textwrap.fill(line, WIDTH, subsequent_indent=" " * 11, replace_whitespace=False)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Returns the plan as plain values: bytes, FLOPs, seconds; `config` isn't in it."""
-    fields = {field.name for field in dataclasses.fields(plan)} - {"config", "candidates", "chosen"}
+    """Returns the plan as plain values: bytes, FLOPs, seconds; without `config`."""
+    fields = {field.name for field in dataclasses.fields(plan)} - {"config", "strategies", "chosen"}
     values = {name: _plain(getattr(plan, name)) for name in sorted(fields)}
-    chosen = _candidate_values(plan.chosen)
     return {
         **values,
         "days": plan.days,
-        "chosen": chosen,
-        "candidates": [_candidate_values(c) for c in plan.candidates],
+        "chosen": _strategy_values(plan.chosen),
+        "candidates": [_strategy_values(each) for each in plan.strategies],
     }
 
 
-def _candidate_values(each: PlannedStrategy) -> dict[str, Any]:
+def _strategy_values(each: PlannedStrategy) -> dict[str, Any]:
     values = _plain(each)
     values["label"] = each.spread.label
     values["time"] |= {
@@ -96,16 +95,16 @@ def _head(plan: Plan) -> Iterator[str]:
         f"(mean of {STEPS} drawn steps)"
     )
     yield (
-        f"FLOPs      {plan.flops.total / 1e9:.0f} G per image, nominal (whole last blocks, as published figures "
-        f"count): target {plan.flops.target / 1e9:.0f}, context {plan.flops.context / 1e9:.0f}, predictor "
-        f"{plan.flops.predictor / 1e9:.0f}; recomputation not counted"
+        f"FLOPs      {plan.flops.total / 1e9:.0f} G per image, nominal (whole last blocks, as in published "
+        f"figures): target {plan.flops.target / 1e9:.0f}, context {plan.flops.context / 1e9:.0f}, predictor "
+        f"{plan.flops.predictor / 1e9:.0f}; without recomputation"
     )
 
 
 def _network(plan: Plan) -> str:
     bandwidth = plan.cluster.network_bandwidth
     usual = bandwidth == plan.cluster.device.network_bandwidth
-    source = " (usual for it; --network says otherwise)" if usual else ""
+    source = " (typical for it; --network changes it)" if usual else ""
     return f", network {bandwidth / 1e9:g} GB/s per GPU{source}"
 
 
@@ -120,13 +119,13 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield "           " + "".join(f"{kind:>13}" for kind in (*kinds, "peak"))
     yield "           " + "".join(f"{_gb(getattr(needed, kind)):>13}" for kind in (*kinds, "peak"))
     yield (
-        f"           the peak, at the {needed.moment}, isn't the sum: gradients grow while activations go; tensors may "
-        f"take {usable_bytes(plan.cluster.device) / 1e9:.1f} GB"
+        f"           the peak, at the {needed.moment}, isn't the sum: activations are freed while gradients grow; "
+        f"tensors may take {usable_bytes(plan.cluster.device) / 1e9:.1f} GB"
     )
 
 
 def _activations(plan: Plan) -> Iterator[str]:
-    yield f"kept       GB kept for backward by {plan.micro_batch} images, by engine.checkpointing"
+    yield f"kept       GB kept for backward of {plan.micro_batch} images, by engine.checkpointing"
     for mode, each in plan.by_checkpointing.items():
         mark = " <- configured" if mode == plan.config.engine.checkpointing else ""
         yield (
@@ -134,13 +133,13 @@ def _activations(plan: Plan) -> Iterator[str]:
             f"loss {_gb(each.loss)}, bf16 weights {_gb(each.kept_casts)}{mark}"
         )
     if plan.config.engine.compile:
-        yield "           (eager figures: compiled blocks keep less, so these are upper bounds)"
+        yield "           (figures for eager mode: compiled blocks keep less, so these are upper bounds)"
 
 
-def _candidates(plan: Plan) -> Iterator[str]:
+def _strategies(plan: Plan) -> Iterator[str]:
     titles = f"{'states GB':>10}{'peak GB':>9}{'fits':>6}{'most images':>13}{'wire GB':>9}{'images/s':>10}"
     yield f"strategies {'':<18}{titles}"
-    for each in plan.candidates:
+    for each in plan.strategies:
         mark = " <- configured" if each is plan.chosen else ""
         yield (
             f"           {each.spread.label:<18}{_gb(each.footprint.states):>10}{_gb(each.footprint.peak):>9}"
@@ -148,8 +147,8 @@ def _candidates(plan: Plan) -> Iterator[str]:
             f"{each.time.images_per_s:>10.0f}{mark}"
         )
     yield (
-        f"           most images: at once on a GPU with checkpointing {plan.config.engine.checkpointing}, up to its "
-        "share of the batch"
+        f"           most images: the most that fit on a GPU at once with checkpointing "
+        f"{plan.config.engine.checkpointing}, up to its share of the batch"
     )
 
 
@@ -159,11 +158,11 @@ def _wire(plan: Plan) -> Iterator[str]:
         yield "wire       nothing: one process"
         return
     yield (
-        f"wire       {_gb(time.wire_bytes)} GB per GPU and step, {1e3 * time.communication_s:.0f} ms beside "
+        f"wire       {_gb(time.wire_bytes)} GB per GPU and step: {1e3 * time.communication_s:.0f} ms, next to "
         f"{1e3 * time.compute_s:.0f} ms of computation; {1e3 * time.exposed_s:.0f} ms aren't hidden"
     )
     for each in time.transfers:
-        hidden = "can't overlap" if each.behind == "nothing" else f"behind the {each.behind}"
+        hidden = "can't overlap" if each.behind == "nothing" else f"hidden behind the {each.behind}"
         yield (
             f"           {each.purpose:<26}{_gb(each.bytes):>7} GB{1e3 * each.seconds(plan.cluster):>8.1f} ms, "
             f"among {each.processes} GPUs, {hidden}"
@@ -174,17 +173,17 @@ def _time(plan: Plan) -> Iterator[str]:
     time = plan.chosen.time
     yield (
         f"time       {time.images_per_s:.0f} images/s ({time.images_per_s / plan.cluster.num_gpus:.0f} per GPU), "
-        f"{1e3 * time.step_s:.0f} ms a step: computing at {plan.mfu:.0%} of the peak (stated, not measured)"
+        f"{1e3 * time.step_s:.0f} ms per step, computing at {plan.mfu:.0%} of the peak (assumed, not measured)"
     )
     yield (
         f"           {plan.steps} steps = {plan.steps * plan.batch_size / plan.num_images:.4g} epochs of "
         f"{plan.num_images:,} images ({plan.images_source}): {plan.days:.2f} days"
     )
     if plan.config.engine.precision == "fp32":
-        yield "           engine.precision is fp32, for which no peak is known: with it a step takes longer than this"
+        yield "           engine.precision is fp32, for which no peak is known, so a step takes longer than this"
     yield (
         f"           assumed: collectives reach {LINK_SHARE:.0%} of a link, tensors {USABLE_SHARE:.0%} of the memory; "
-        "data, evaluation and checkpoints take no time"
+        "loading, evaluation and checkpoints take no time"
     )
 
 
@@ -195,7 +194,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
         yield f"           it fits as configured: {_gb(chosen.footprint.peak)} GB per GPU"
         return
     yield (
-        f"           as configured it doesn't fit: {_gb(chosen.footprint.peak)} GB per GPU of "
-        f"{_gb(usable_bytes(plan.cluster.device))}; any of these does"
+        f"           it doesn't fit as configured: {_gb(chosen.footprint.peak)} GB per GPU of "
+        f"{_gb(usable_bytes(plan.cluster.device))}; any of these changes is enough"
     )
     yield from (f"           {line}" for line in plan.advice)

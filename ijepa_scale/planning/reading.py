@@ -1,4 +1,4 @@
-"""The configuration that a plan is made for. Reads files, plans nothing."""
+"""Reads the configuration to plan for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ijepa_scale.errors import ConfigError
 
 
 def read_pretraining(path: str, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Returns the pretraining configuration of a file with overrides on top.
+    """Returns the pretraining configuration in a file, after applying overrides.
 
     Raises:
-        ConfigError: the file is one for finetuning, or see `read_config`.
+        ConfigError: the file is a finetuning configuration, or is invalid; see `read_config`.
     """
     try:
         return read_config(path, overrides).config

@@ -1,4 +1,4 @@
-"""How one step is spread over processes, in the numbers that memory and communication depend on."""
+"""Describes how one step is spread over processes, by the numbers that determine memory and communication."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ijepa_scale.planning.memory import STRATEGIES
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroBuckets:
-    """What a DeepSpeed file says of buffers, in parameters; the defaults are those of `ds_configs/`."""
+    """The buffer sizes in a DeepSpeed file, in parameters; the defaults are those of `ds_configs/`."""
 
     reduce: int = 200_000_000
     overlap: bool = True  # two reduce buckets instead of one (stages 1 and 2)
-    all_reduce: bool = True  # whole buckets are all-reduced; else each part is reduced to its owner
-    prefetch: int = 50_000_000  # stage 3, gathered ahead
-    held: int = 2_000_000_000  # stage 3: this many may stay gathered from forward to backward
+    all_reduce: bool = True  # whole buckets are all-reduced; else each shard is reduced to its owner
+    prefetch: int = 50_000_000  # stage 3: gathered ahead
+    held: int = 2_000_000_000  # stage 3: at most this many stay gathered from forward to backward
     offload_optimizer: bool = False
 
     @classmethod
     def of(cls, zero: Mapping[str, Any]) -> ZeroBuckets:
-        """Returns what the `zero_optimization` section of a checked file says."""
+        """Returns the sizes in the `zero_optimization` section of a checked DeepSpeed file."""
         offload = zero.get("offload_optimizer") or {}
         live, reuse = (zero.get(f"stage3_max_{name}", cls.held) for name in ("live_parameters", "reuse_distance"))
         return cls(
@@ -37,15 +37,15 @@ class ZeroBuckets:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A strategy and its processes."""
+    """A strategy, its processes, and the settings that change its memory and communication."""
 
     strategy: str  # one of planning.memory.STRATEGIES
     world: int = 1
-    local: int = 8  # processes of one node, at most
-    replicas: int = 1  # fsdp2: groups that each hold everything (HSDP)
+    local: int = 8  # processes per node, at most
+    replicas: int = 1  # fsdp2: groups of processes that each hold all states (HSDP)
     reshard_after_forward: bool = False  # fsdp2
     precision: str = "bf16"
-    communication: str = "fp32"  # zero, under bf16: the dtype of gathers and reductions
+    communication: str = "fp32"  # zero with bf16 precision: the dtype of gathers and reductions
     accumulation: int = 1
     zero: ZeroBuckets = field(default_factory=ZeroBuckets)
 
@@ -57,12 +57,12 @@ class Spread:
 
     @property
     def shards(self) -> int:
-        """Processes among which states are divided, where they are."""
+        """The number of processes among which sharded states are divided."""
         return self.world // self.replicas
 
     @property
     def stage(self) -> int:
-        """ZeRO's stage, 0 elsewhere."""
+        """The ZeRO stage; 0 for other strategies."""
         return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
 
     @property
@@ -72,23 +72,23 @@ class Spread:
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes of a trained weight where it is gathered, and of its gradient where ZeRO reduces it."""
+        """Bytes per element when a trained weight is gathered, or its gradient reduced by ZeRO."""
         low = self.strategy == "fsdp2" or (self.stage > 0 and self.communication == "bf16")
         return 2 if low and self.precision == "bf16" else 4
 
     @property
     def target_sent_bytes(self) -> int:
-        """Bytes of a target's weight where it is gathered: no gradient of it is reduced, so bf16 costs no digit."""
+        """Bytes per element when a target weight is gathered; bf16 is safe, because it has no gradient to reduce."""
         return 2 if self.precision == "bf16" and not self.target_replicated else 4
 
     @property
     def autocast_copies(self) -> bool:
-        """Whether autocast makes bf16 copies of fp32 weights; FSDP2 gathers them in bf16 in the first place."""
+        """Whether autocast makes bf16 copies of fp32 weights; it needn't under FSDP2, which gathers them in bf16."""
         return self.precision == "bf16" and self.strategy != "fsdp2"
 
     @property
     def label(self) -> str:
-        """The strategy as tables call it."""
+        """The strategy's name in tables."""
         if self.strategy != "fsdp2":
             return self.strategy
         kind = f"hsdp {self.replicas}x{self.shards}" if self.replicas > 1 else "fsdp2"

@@ -1,4 +1,4 @@
-"""How long a step takes: computation at a stated share of the peak, and communication beside it."""
+"""Estimates the time of a step: computation at a stated share of the peak, overlapped with communication."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ijepa_scale.planning.spread import Spread
 class StepTime:
     """Seconds of one optimiser step."""
 
-    compute_s: float  # recomputation included
-    communication_s: float  # all of it, hidden or not
-    exposed_s: float  # what no computation hides
+    compute_s: float  # with recomputation
+    communication_s: float  # all communication, hidden or not
+    exposed_s: float  # communication that isn't hidden behind computation
     transfers: tuple[Transfer, ...]
-    images: float  # of all GPUs
+    images: float  # summed over all GPUs
 
     @property
     def step_s(self) -> float:
-        """Computation and what isn't hidden behind it."""
+        """Computation plus the communication that isn't hidden behind it."""
         return self.compute_s + self.exposed_s
 
     @property
     def images_per_s(self) -> float:
-        """Training images per second of all GPUs."""
+        """Training images per second, summed over all GPUs."""
         return self.images / self.step_s
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that one GPU sends."""
+        """Bytes that one GPU sends in a step."""
         return sum(each.bytes for each in self.transfers)
 
 
@@ -49,16 +49,16 @@ def step_time(
 ) -> StepTime:
     """Returns the time of one step if all computation reaches `mfu` of the peak.
 
-    `flops` are per image; full checkpointing adds a forward of the trained parts, selective only what isn't
-    counted. A transfer hides behind the part of the step in which it can run: forward, backward, or the last
-    micro-batch's backward; what takes longer than that part is exposed.
+    `flops` are per image. Full checkpointing adds a forward of the trained parts; selective checkpointing only
+    repeats operations that aren't counted. A transfer is hidden behind the part of the step in which it can run:
+    forward, backward, or the last micro-batch's backward. The time by which it exceeds that part is exposed.
     """
     seconds = micro_batch * spread.accumulation / (mfu * cluster.device.peak_flops)
-    again = (flops.context + flops.predictor) / 3  # their forward
+    again = (flops.context + flops.predictor) / 3  # the forward of the trained parts
     forward = seconds * (flops.target + again)
     backward = seconds * (2 * again + (again if checkpointing == "full" else 0.0))
     moved = transfers(model, spread)
-    reduced = _seconds(moved, "last backward", cluster)  # in the last micro-batch's backward only
+    reduced = _seconds(moved, "last backward", cluster)  # only in the last micro-batch's backward
     late = max(0.0, reduced - backward / spread.accumulation)
     exposed = _seconds(moved, "nothing", cluster) + max(0.0, _seconds(moved, "forward", cluster) - forward)
     exposed += max(late, _seconds(moved, "backward", cluster) + reduced - backward)

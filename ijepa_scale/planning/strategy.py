@@ -1,4 +1,4 @@
-"""What `engine.strategy: auto` becomes, and why. Formulas, asks no device."""
+"""Chooses the strategy for `engine.strategy: auto`, with the reason. Uses formulas only; queries no device."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ijepa_scale.planning.footprint import target_copy_bytes
 from ijepa_scale.planning.memory import state_bytes
 from ijepa_scale.planning.spread import Spread
 
-STATES_SHARE = 0.4  # of a device's memory; the rest is for activations, buffers and fragmentation
+STATES_SHARE = 0.4  # share of a device's memory; the rest is for activations, buffers and fragmentation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The engine that was chosen."""
+    """The chosen engine."""
 
     strategy: str  # plain | ddp | fsdp2
     reason: str  # with the numbers, for the log
     reshard_after_forward: bool = False  # fsdp2
-    replicas: int = 1  # fsdp2: groups of processes that each hold everything (HSDP)
+    replicas: int = 1  # fsdp2: groups of processes that each hold all states (HSDP)
 
 
 def choose_strategy(
@@ -32,11 +32,11 @@ def choose_strategy(
     device_memory_bytes: float | None,
     precision: str = "bf16",
 ) -> Choice:
-    """Returns the fastest engine whose states take at most 40% of a device's memory, and why.
+    """Returns the fastest engine whose states take at most 40% of a device's memory, and the reason.
 
-    `device` is "cpu" or "cuda"; `device_memory_bytes` isn't read on the CPU or for one process. Replicated states
-    include the target's bf16 copies where `precision` is bf16. Sharding stays inside a node where that is enough,
-    so that only gradients cross the network.
+    `device` is "cpu" or "cuda"; `device_memory_bytes` is ignored on the CPU and for one process. Replicated states
+    include the target's bf16 copies if `precision` is bf16. If sharding within each node is enough, shards don't
+    span nodes, so that only gradients cross the network.
     """
     if world == 1:
         return Choice(strategy="plain", reason="one process")
@@ -54,7 +54,7 @@ def choose_strategy(
         for replicas in dict.fromkeys((nodes, 1)):
             sharded = state_bytes(model, "fsdp2", world=world, replicas=replicas, reshard_after_forward=reshard).total
             if sharded <= room or (reshard and replicas == 1):
-                verdict = "are within" if sharded <= room else "are the least there is, but over"
+                verdict = "are within" if sharded <= room else "are the least possible, but over"
                 reason = (
                     f"{replicated / 1e9:.1f} GB of replicated states are over {limit}; sharded over "
                     f"{world // replicas} processes, weights {'resharded' if reshard else 'kept'} after forward, "
@@ -75,8 +75,8 @@ def resolve_engine(
 ) -> tuple[EngineConfig, str]:
     """Returns the engine's configuration with `strategy: auto` replaced, and the reason for the log.
 
-    A configuration that names a DeepSpeed file gets DeepSpeed; one that names a strategy is returned as
-    it is. The other arguments are those of `choose_strategy`.
+    If `ds_config` is set, `auto` becomes DeepSpeed. A configuration that names a strategy is returned unchanged. The
+    other arguments are those of `choose_strategy`.
     """
     if engine.strategy != "auto":
         return engine, f"strategy {engine.strategy} as configured"

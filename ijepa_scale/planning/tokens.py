@@ -1,7 +1,7 @@
-"""How many tokens a micro-batch holds, from masks drawn as training draws them. Knows no model, no device.
+"""Counts the tokens of a micro-batch, from masks drawn as in training. Knows nothing of models or devices.
 
-Drawn masks say more than bounds: a truncated context is cut to the shortest of its group, far below the
-largest block.
+Drawn masks tell more than bounds: a truncated context is cut to the shortest of its group, far below the largest
+block.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from ijepa_scale.config.schema import MaskConfig
 from ijepa_scale.masks import DenseMasks, Masks, MaskSampler
 from ijepa_scale.masks.types import target_index
 
-STEPS = 32  # drawn steps; the mean of a truncated context is then known within about 2%
-_MOST_IMAGES = 128  # drawn per step, or a whole group; larger micro-batches are scaled from so many
-_MOST_PARTS = 8  # micro-batches that are looked at in each drawn step
+STEPS = 32  # drawn steps; enough to know the mean length of a truncated context within about 2%
+_MOST_IMAGES = 128  # images drawn per step, or one whole group; larger micro-batches are extrapolated
+_MOST_PARTS = 8  # micro-batches examined in each drawn step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Tokens of one micro-batch; means may be fractions."""
+    """Numbers of tokens in one micro-batch; means may be fractions."""
 
     images: float
     patches: int  # of a whole image
-    context: float  # of all images and context blocks
-    predicted: float  # rows of prediction and target
-    predictor: float  # of all predictor sequences
-    wanted: float  # per image: target tokens of the target encoder's last block
-    packed: bool  # sequences of different lengths, without padding
+    context: float  # summed over images and context blocks
+    predicted: float  # rows of the prediction and the target
+    predictor: float  # summed over predictor sequences
+    wanted: float  # per image: tokens wanted from the target encoder's last block
+    packed: bool  # whether sequences of different lengths are packed without padding
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The masks of the first images of one step, and their lengths per image."""
+    """The masks of the first images of one step, and the numbers of their tokens per image."""
 
     masks: Masks
     num_images: int
-    contexts: np.ndarray  # (B,) tokens of all context blocks of an image
+    contexts: np.ndarray  # (B,) tokens, summed over the context blocks of an image
     predicted: np.ndarray  # (B,) target tokens times context blocks
-    distinct: np.ndarray  # (B,) patches that are in some target
+    distinct: np.ndarray  # (B,) patches that belong to at least one target
 
 
 @functools.lru_cache(maxsize=32)
 def draw_masks(config: MaskConfig, grid: tuple[int, int], *, batch_size: int, seed: int = 0) -> tuple[Draw, ...]:
-    """Returns the masks of the first `STEPS` steps, of whole groups of a global batch of `batch_size` images.
+    """Draws masks for the first `STEPS` steps, for whole groups of a global batch of `batch_size` images.
 
     Raises:
         ConfigError: the masks can't be drawn on this grid.
@@ -59,7 +59,7 @@ def draw_masks(config: MaskConfig, grid: tuple[int, int], *, batch_size: int, se
 
 
 def micro_batches(config: MaskConfig, draws: Sequence[Draw], grid: tuple[int, int], size: int) -> list[Tokens]:
-    """Returns the tokens of micro-batches of `size` images in the drawn masks; larger ones are scaled from all."""
+    """Returns the tokens of micro-batches of `size` images; if more than the drawn images, scales up the drawn ones."""
     packed = config.context == "packed" or config.group_size % size != 0
     found = []
     for draw in draws:

@@ -1,4 +1,4 @@
-"""Measures on the machine at hand which settings train fastest without running out of memory.
+"""Measures on this machine which settings train fastest without running out of memory.
 
-Only how the step is computed is varied; batch, masks and numbers of the training stay what the configuration says.
+Varies only how the step is computed; the batch, the masks and all hyperparameters stay as configured.
 """

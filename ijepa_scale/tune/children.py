@@ -1,7 +1,7 @@
-"""Runs a function in processes of its own that may fail in any way without harm to this one.
+"""Runs a function in child processes, which may fail in any way without harming this one.
 
-Knows nothing of what is measured. Whatever happens here, Ctrl-C and SIGKILL included, no process stays behind:
-a child leads a session of its own, which is killed when it is done with or when its parent is gone.
+Whatever happens to this process, even Ctrl-C or SIGKILL, no child outlives it: each child leads a new session, which
+is killed when the child has ended or its parent has. Knows nothing of what is measured.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ijepa_scale import environment
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import UserError
 
-GRACE_S = 3.0  # for the other processes to say why, when one has failed
-_SPENT = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
+GRACE_S = 3.0  # after one process has failed, the time for the others to report their reasons
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Which of the processes this one is, and where it leaves what it knows."""
+class ProcessInfo:
+    """A child process's rank among `size` processes, and the folder in which it leaves notes for the parent."""
 
     rank: int
     size: int
@@ -45,7 +45,7 @@ class Place:
 
     @property
     def launch(self) -> Launch:
-        """The same as a launcher would say it."""
+        """The same information as a launcher would provide it."""
         return Launch(
             rank=self.rank,
             world_size=self.size,
@@ -56,34 +56,34 @@ class Place:
         )
 
     def note(self, **values: Any) -> None:
-        """Leaves values for the parent, which finds them even when this process is killed; later ones are added."""
+        """Adds values to the notes for the parent, which can read them even if this process is killed."""
         path = Path(self.folder) / f"{self.rank}.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps({**known, **values}))
-        fresh.rename(path)
+        new = path.with_suffix(".tmp")
+        new.write_text(json.dumps({**known, **values}))
+        new.rename(path)
 
 
-Function = Callable[[Any, Place], dict[str, Any]]
+Function = Callable[[Any, ProcessInfo], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a function ended in all its processes."""
+    """The outcome of a function in all its processes."""
 
-    values: tuple[dict[str, Any], ...] = ()  # what each returned; empty where one has failed
+    values: tuple[dict[str, Any], ...] = ()  # what each process returned; empty if one has failed
     kind: str = "done"  # done | memory | signal | refused | error | time
-    reason: str = ""  # of a failure, one line
-    notes: dict[str, Any] = field(default_factory=dict)  # of process 0
+    reason: str = ""  # of a failure, in one line
+    notes: dict[str, Any] = field(default_factory=dict)  # those of rank 0
     seconds: float = 0.0
 
 
 class Children:
-    """Starts functions in child processes. Their output goes into files in `logs`, where one is given."""
+    """Runs functions in child processes. Their output goes into files in folder `logs`, if given."""
 
     def __init__(self, logs: Path | None = None) -> None:
         self._logs = logs
-        # CUDA can't be forked, and asking whether it is there starts no context
+        # CUDA can't be forked; asking whether it is available creates no CUDA context
         method = "spawn" if torch.cuda.is_available() else "forkserver"
         self._context: Any = multiprocessing.get_context(method)
         if method == "forkserver":  # imports torch once instead of once per child
@@ -93,9 +93,9 @@ class Children:
         self._started = 0
 
     def run(self, function: Function, argument: Any, *, processes: int = 1, limit_s: float) -> Outcome:
-        """Returns how `function(argument, place)` ended in `processes` processes, at most `limit_s` seconds later.
+        """Calls `function(argument, process)` in each of `processes` processes, for at most `limit_s` seconds.
 
-        `function` is importable by name and `argument` picklable. What it returns is JSON's types.
+        `function` must be importable by name and return values of JSON types; `argument` must be picklable.
         """
         self._started += 1
         folder = tempfile.mkdtemp(prefix="ijepa-tune-")
@@ -103,9 +103,9 @@ class Children:
         children = []
         try:
             for rank in range(processes):
-                place = Place(rank=rank, size=processes, port=port, folder=folder)
+                process = ProcessInfo(rank=rank, size=processes, port=port, folder=folder)
                 log = str(self._logs / f"{self._started:03d}-{rank}.log") if self._logs else os.devnull
-                child = self._context.Process(target=_child, args=(function, argument, place, log))
+                child = self._context.Process(target=_child, args=(function, argument, process, log))
                 children.append(child)
                 child.start()
             in_time = _wait(children, begin + limit_s)
@@ -120,7 +120,10 @@ class Children:
 
 
 def _wait(children: list[Any], deadline: float) -> bool:
-    """Waits for all children, or for the deadline, or for a moment after one has failed; returns if all ended."""
+    """Waits until all children have ended or the deadline has passed; returns whether all have ended.
+
+    After one child has failed, waits at most `GRACE_S` for the others.
+    """
     running = {child.sentinel: child for child in children}
     while running:
         ready = connection.wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
@@ -135,13 +138,13 @@ def _wait(children: list[Any], deadline: float) -> bool:
 
 
 def _end(child: Any) -> None:
-    """Kills what is left of a child and of what it has started."""
+    """Kills a child and all processes that it has started."""
     if child.pid is None:
         return
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
-        pass  # it is gone, or hasn't come to lead a session yet
+        pass  # it has ended, or doesn't lead a session yet
     child.kill()
     child.join()
 
@@ -149,7 +152,7 @@ def _end(child: Any) -> None:
 def _outcome(
     codes: list[int | None], notes: list[dict[str, Any]], *, in_time: bool, limit_s: float, seconds: float
 ) -> Outcome:
-    """Returns what exit codes and notes say together: lack of memory first, as other failures follow from it."""
+    """Combines exit codes and notes into an outcome. Lack of memory comes first, because it causes other failures."""
     first = notes[0]
     if in_time and all(code == 0 and "values" in note for code, note in zip(codes, notes, strict=True)):
         return Outcome(values=tuple(note["values"] for note in notes), notes=first, seconds=seconds)
@@ -157,10 +160,10 @@ def _outcome(
     for code, note in zip(codes, notes, strict=True):
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            guess = ": the system ran out of memory, or someone killed it" if name == "SIGKILL" else ""
+            guess = ": the system ran out of memory, or a user killed it" if name == "SIGKILL" else ""
             failures.append(("signal", f"killed by {name}{guess}", note.get("phase")))
         elif code not in (None, 0) and "kind" not in note:
-            failures.append(("error", f"ended with exit code {code} and said nothing", note.get("phase")))
+            failures.append(("error", f"ended with exit code {code} without a message", note.get("phase")))
     if not failures:
         failures = [("time", f"took longer than {limit_s:.0f} s", first.get("phase"))]
     order = ("memory", "signal", "refused", "error", "time")
@@ -172,30 +175,30 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _child(function: Function, argument: Any, place: Place, log: str) -> None:
+def _child(function: Function, argument: Any, process: ProcessInfo, log: str) -> None:
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(log, "a") as file:  # of this process and of all libraries in it
+    with open(log, "a") as file:  # redirects the output of this process and of all libraries in it
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if place.size > 1 and environment.threads() is None:  # as in training: PyTorch would give each all cores
-        torch.set_num_threads(max(1, torch.get_num_threads() // place.size))
+    if process.size > 1 and environment.threads() is None:  # as in training; else each process would use all cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // process.size))
     try:
-        place.note(values=function(argument, place))
+        process.note(values=function(argument, process))
     except BaseException as error:
         traceback.print_exc()
         kind, reason = _classified(error)
-        place.note(kind=kind, reason=reason)
+        process.note(kind=kind, reason=reason)
         sys.stderr.flush()
         os._exit(1)
     sys.stdout.flush()
-    if place.size == 1:  # with others, what is registered there may wait for them
-        atexit._run_exitfuncs()  # unlinks torch.compile's semaphores, which would be told as leaked
-    os._exit(0)  # taking process groups and DeepSpeed down takes seconds, and nothing is left to save
+    if process.size == 1:  # with several processes, an exit function may wait for the others
+        atexit._run_exitfuncs()  # unlinks torch.compile's semaphores, which would be reported as leaked
+    os._exit(0)  # shutting down process groups and DeepSpeed takes seconds, and nothing is left to save
 
 
 def _classified(error: BaseException) -> tuple[str, str]:
-    """Returns the kind of an error and one line on it."""
+    """Returns the kind of an error and a one-line reason."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
     no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
@@ -203,13 +206,13 @@ def _classified(error: BaseException) -> tuple[str, str]:
         return "memory", "out of memory"
     if isinstance(error, UserError):
         return "refused", line
-    if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _SPENT):
+    if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _NO_MEMORY):
         return "memory", "out of memory"
     return "error", f"{type(error).__name__}: {line}"
 
 
 def _end_with_parent() -> None:
-    """Kills this session when the process that asked for it is gone, killed ones included."""
+    """Kills this session when the process that requested it has ended, even if it was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

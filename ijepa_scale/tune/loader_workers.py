@@ -1,4 +1,4 @@
-"""How many decoding processes keep the step from waiting, measured apart from the step."""
+"""Finds the number of worker processes that keeps the step from waiting, with the loader measured by itself."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 from ijepa_scale.tune.children import Outcome
 
-HEADROOM = 1.1  # a loader this much faster than the step: its rate sways, and the step takes cores too
+HEADROOM = 1.1  # a loader must be this much faster than the step: its rate varies, and the step uses cores too
 
-Measure = Callable[[int], Outcome]  # a loader with that many workers
+Measure = Callable[[int], Outcome]  # measures a loader with the given number of workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Loaders that were measured, and the number of workers to take."""
+    """The measured loaders, and the chosen number of workers."""
 
-    need: float = 0.0  # images/s of all processes, the winner's rate
-    rates: dict[int, float] = field(default_factory=dict)  # workers of each process -> images/s of all processes
-    failed: dict[int, str] = field(default_factory=dict)
-    chosen: int | None = None  # None: they weren't measured
-    reason: str = ""  # why not
+    need: float = 0.0  # images/s of all processes: the winner's rate
+    rates: dict[int, float] = field(default_factory=dict)  # workers per process -> images/s of all processes
+    failed: dict[int, str] = field(default_factory=dict)  # workers per process -> reason
+    chosen: int | None = None  # None if none were measured
+    reason: str = ""  # why none were measured
 
     @property
     def keeps_up(self) -> bool:
@@ -36,7 +36,7 @@ def counts(configured: int, cores: int, processes: int) -> list[int]:
 
 
 def choose_workers(tried: list[int], need: float, processes: int, measure: Measure) -> Workers:
-    """Returns the fewest workers whose loader is fast enough, else the fastest. Stops at the first that is."""
+    """Chooses the fewest workers whose loader is fast enough, or else the fastest; stops at the first fast enough."""
     rates: dict[int, float] = {}
     failed: dict[int, str] = {}
     for count in tried:

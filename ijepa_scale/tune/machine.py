@@ -1,4 +1,4 @@
-"""What the machine at hand is and how much memory a process has taken of it."""
+"""Describes this machine and measures how much memory a process takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ijepa_scale.engine.world import choose_device
 from ijepa_scale.environment import Launch
 from ijepa_scale.planning.hardware import peak_flops
 
-MARGIN = 0.05  # of the memory, kept free: fragmentation, and what libraries take later in a long run
+MARGIN = 0.05  # share of the memory kept free for fragmentation, and for libraries later in a long run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,13 @@ class Machine:
     kind: str  # cpu | cuda
     name: str
     processes: int
-    cores: int  # of the host that this program may use
-    memory_bytes: float  # that one process may take on its device
-    peak_flops: float | None = None  # of all devices together; None where it isn't known
+    cores: int  # host cores that this program may use
+    memory_bytes: float  # memory of its device that one process may take
+    peak_flops: float | None = None  # of all devices together; None if it isn't known
 
     @property
     def room(self) -> float:
-        """Bytes that a process may take, less the margin."""
+        """The bytes that a process may take, minus the margin."""
         return (1 - MARGIN) * self.memory_bytes
 
     def text(self) -> str:
@@ -44,10 +44,10 @@ class Machine:
 
 
 def describe(engine: EngineConfig, devices: list[str] | None, processes: int) -> Machine:
-    """Returns the machine as `processes` of a run would see it. On GPUs it makes a CUDA context: call it in a child.
+    """Describes the machine for a run of `processes`. Creates a CUDA context on GPUs, so call it in a child process.
 
     Raises:
-        ConfigError: a device that isn't there.
+        ConfigError: a device doesn't exist.
     """
     chosen = []
     for rank in range(processes):
@@ -70,7 +70,7 @@ def describe(engine: EngineConfig, devices: list[str] | None, processes: int) ->
 
 
 def host_bytes() -> int:
-    """Returns the bytes of memory that this host has free for us: what Linux, a cgroup and ulimit -v leave."""
+    """Returns the bytes of host memory that this program may take, within the limits of Linux, cgroup and ulimit -v."""
     lines = _read(Path("/proc/meminfo")).splitlines()
     found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     for limit, used in (
@@ -87,13 +87,13 @@ def host_bytes() -> int:
 
 
 class PeakMemory:
-    """The most memory that this process has taken of its device since `reset`, bytes."""
+    """Measures the peak memory, in bytes, that this process has taken on its device since `reset`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def reset(self) -> None:
-        """Begins anew. On a CPU whose kernel doesn't offer that, the peak stays that of the whole process."""
+        """Resets the peak. Without kernel support, on a CPU, it stays the peak since the process started."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
@@ -103,7 +103,7 @@ class PeakMemory:
             return
 
     def read(self) -> int:
-        """Returns the peak. On a GPU: of tensors, beside what CUDA, its libraries and other programs hold now."""
+        """Returns the peak. On a GPU, it is that of tensors, plus what CUDA, libraries and other programs hold now."""
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self._device)
             others = total - free - torch.cuda.memory_reserved(self._device)
@@ -121,7 +121,7 @@ def _processor() -> str:
 
 
 def _read(path: Path) -> str:
-    """Returns the text of one of Linux's own files, empty where it isn't there."""
+    """Returns the text of one of Linux's system files; empty if it doesn't exist."""
     try:
         return path.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""The winner as a YAML file over the configuration it was found for, and as settings to paste."""
+"""Writes the winner as a YAML file on top of the tuned configuration, and as settings to paste."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ijepa_scale.config.files import known_keys
 from ijepa_scale.config.yaml_text import write_yaml
 from ijepa_scale.errors import ConfigError
 
-# Written even where the configuration says the same, so that a later change of it doesn't undo the tuning.
+# written even if the configuration has the same values, so that a later change of it doesn't undo the tuning
 TUNED = ("engine.strategy", "engine.accumulation", "engine.checkpointing", "engine.compile", "engine.attention")
 
 
 def overrides_of(path: Path, tuned: PretrainConfig, *, also: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Returns the dotted settings that turn the file into `tuned`: what was tuned, and what was set beside the file."""
+    """Returns the dotted settings that turn the file into `tuned`: those tuned, and those of the command line."""
     after = _flat(tuned)
     try:
         before = _flat(read_config(path).config)
-    except ConfigError:  # it needs what was set beside it
+    except ConfigError:  # it isn't valid without the settings of the command line
         before = {}
     always = {*TUNED, *also}
     return {key: after[key] for key in known_keys(PretrainConfig) if key in always or before.get(key) != after[key]}
 
 
 def write_overrides(path: Path, base: Path, settings: Mapping[str, Any], tuned: PretrainConfig, notes: str) -> None:
-    """Writes a configuration file that is `base` with these settings, `notes` as comments above it.
+    """Writes a configuration file that is `base` with these settings, with `notes` as comments at the top.
 
     Raises:
         ConfigError: the file can't be written.
@@ -44,11 +44,11 @@ def write_overrides(path: Path, base: Path, settings: Mapping[str, Any], tuned: 
         path.write_text(comments + write_yaml(nested))
     except OSError as error:
         raise ConfigError(f"{path} can't be written ({error}); give another file with --to") from error
-    assert load_config(path) == tuned, f"{path} doesn't load as what was tuned"
+    assert load_config(path) == tuned, f"{path} doesn't load as the tuned configuration"
 
 
 def as_arguments(settings: Mapping[str, Any]) -> str:
-    """Returns the settings for a command line."""
+    """Returns the settings as arguments for a command line."""
     return " ".join(f"{key}={_plain(value)}" for key, value in settings.items())
 
 
@@ -59,7 +59,7 @@ def _plain(value: Any) -> str:
 
 
 def _flat(config: PretrainConfig) -> dict[str, Any]:
-    """Returns the dotted settings of a configuration."""
+    """Returns the settings of a configuration by dotted name."""
     values = dataclasses.asdict(config)
     found = {}
     for key in known_keys(PretrainConfig):

@@ -1,6 +1,7 @@
-"""What a child process measures: steps over drawn masks, then one over the longest. Picks nothing.
+"""The measurements of a child process: steps with drawn masks, then a step with the longest ones.
 
-Everything is the run's own (`PretrainTask`), apart from where images come from and which masks the last step has.
+Everything is built as in training (`PretrainTask`), except the source of images and the masks of the last step. Knows
+nothing of the search.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from ijepa_scale.planning.flops import mask_flops
 from ijepa_scale.train.pretrain import PretrainTask
 from ijepa_scale.train.setup import global_batch
 from ijepa_scale.train.step import TrainStep
-from ijepa_scale.tune.children import Place
+from ijepa_scale.tune.children import ProcessInfo
 from ijepa_scale.tune.machine import Machine, PeakMemory, describe
 from ijepa_scale.tune.worst import ProbeMasks
 
-_ENDLESS = 1_000_000  # steps
+_ENDLESS = 1_000_000  # steps; more than any measurement takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepJob:
-    """Steps to measure. The configuration is the candidate's; its strategy isn't `auto`."""
+    """The steps to measure. The configuration is the candidate's, so its strategy isn't `auto`."""
 
     config: PretrainConfig
     devices: tuple[str, ...] | None
-    warmup: int  # steps that aren't counted
+    warmup: int  # steps before the timed ones
     steps: int
     worst: Lengths
     loader: bool = False  # take images from the configuration's data instead of repeating synthetic ones
@@ -51,35 +52,36 @@ class StepJob:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderJob:
-    """Reading to measure, with the configuration's number of workers."""
+    """The loader to measure, with the configuration's number of workers."""
 
     config: PretrainConfig
-    seconds: float  # at most, after the first batch
+    seconds: float  # to measure for, after the first batches
 
 
-def describe_machine(asked: tuple[PretrainConfig, list[str] | None, int], place: Place) -> dict[str, Any]:
-    """Returns the fields of `Machine` as this host has them."""
+def describe_machine(asked: tuple[PretrainConfig, list[str] | None, int], process: ProcessInfo) -> dict[str, Any]:
+    """Returns the fields of `Machine` for this host."""
     config, devices, processes = asked
     return dataclasses.asdict(describe(config.engine, devices, processes))
 
 
 def machine_of(values: dict[str, Any]) -> Machine:
-    """Returns the machine that a child has described."""
+    """Returns the machine that a child process has described."""
     return Machine(**values)
 
 
-def measure_steps(job: StepJob, place: Place) -> dict[str, Any]:
-    """Returns seconds of each step and of waiting for its data, peak bytes of drawn and of worst steps, and FLOPs.
+def measure_steps(job: StepJob, process: ProcessInfo) -> dict[str, Any]:
+    """Measures the time of each step, its wait for data, the peak memory of drawn and worst steps, and FLOPs.
 
-    Notes its phase, and what is measured before the worst step, so that a death says where it came.
+    Notes the phase, and the measurements before the worst step, so that the parent knows them even if this process
+    dies.
 
     Raises:
-        UserError: the candidate can't run; whatever else the step raises passes through.
+        UserError: the candidate can't run; other errors of the step are passed on.
     """
-    place.note(phase="while it was built")
-    name = job.devices[place.rank] if job.devices else None
-    device = choose_device(job.config.engine, place.launch, name)
-    world = start_world(place.launch, device, alone=job.config.engine.strategy == "plain")
+    process.note(phase="while it was built")
+    name = job.devices[process.rank] if job.devices else None
+    device = choose_device(job.config.engine, process.launch, name)
+    world = start_world(process.launch, device, alone=job.config.engine.strategy == "plain")
     run = PretrainTask(job.config if job.loader else _synthetic(job.config, world.size), world)
     masks = ProbeMasks(run.masks, job.worst, worst_from=job.warmup + job.steps)
     step = TrainStep(
@@ -93,12 +95,12 @@ def measure_steps(job: StepJob, place: Place) -> dict[str, Any]:
     )
     memory = PeakMemory(device)
     batches = _batches(run, job)
-    place.note(phase="in the first steps")
+    process.note(phase="in the first steps")
     for batch in itertools.islice(batches, job.warmup):
         step(batch)
     run.engine.settle()
     memory.reset()
-    place.note(phase="in the steps over drawn masks")
+    process.note(phase="in the steps over drawn masks")
     step_s, wait_s, batch = _timed(batches, step, job.steps, world)
     peak = memory.read()
     drawn = {
@@ -108,7 +110,7 @@ def measure_steps(job: StepJob, place: Place) -> dict[str, Any]:
         "flops_per_image": _flops_per_image(run, job, len(batch)),
         "attention": _attention(run),
     }
-    place.note(phase="in the step with the longest masks", **drawn)
+    process.note(phase="in the step with the longest masks", **drawn)
     memory.reset()
     step(dataclasses.replace(batch, step=job.warmup + job.steps))
     run.engine.settle()
@@ -120,7 +122,7 @@ def measure_steps(job: StepJob, place: Place) -> dict[str, Any]:
 def _timed(
     batches: Iterator[Batch], step: TrainStep, count: int, world: World
 ) -> tuple[list[float], list[float], Batch]:
-    """Returns the seconds of each of `count` steps, those of them spent waiting for data, and the last batch."""
+    """Returns the seconds of each of `count` steps, the seconds of them spent waiting for data, and the last batch."""
     step_s, wait_s = [], []
     batch = None
     world.barrier()
@@ -139,11 +141,11 @@ def _timed(
 
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # host sync: the clock must not be read ahead of the device
+        torch.cuda.synchronize(device)  # host sync: the clock must not be read before the device is done
 
 
 def _synthetic(config: PretrainConfig, processes: int) -> PretrainConfig:
-    """Returns the configuration with synthetic images, made in this process, in the place of its data."""
+    """Returns the configuration with its data replaced by synthetic images, made in this process."""
     data = config.data
     samples = max(data.synthetic_samples, global_batch(config, processes))
     data = dataclasses.replace(data, reader="synthetic", train=None, workers=0, synthetic_samples=samples)
@@ -151,7 +153,7 @@ def _synthetic(config: PretrainConfig, processes: int) -> PretrainConfig:
 
 
 def _batches(run: PretrainTask, job: StepJob) -> Generator[Batch, None, None]:
-    """Yields this process's batches of steps 0, 1, ...: from the loader, or one batch again and again."""
+    """Yields this process's batches for steps 0, 1, ...: from the loader, or the same batch again and again."""
     world = run.world
     reader = _reader(run.config, run.source, run.order, rank=world.rank, world=world.size, device=world.device)
     if job.loader:
@@ -170,7 +172,7 @@ def _reader(
     world: int,
     device: torch.device | str = "cpu",
 ) -> TrainLoader:
-    """Returns the run's loader, but one that goes on however short the run is."""
+    """Returns the run's loader, but without the run's last step."""
     return TrainLoader(
         source,
         order,
@@ -188,7 +190,7 @@ def _reader(
 
 
 def _flops_per_image(run: PretrainTask, job: StepJob, share: int) -> float:
-    """Returns the FLOPs of one image in a step, the mean over the masks of the timed steps of this process."""
+    """Returns the FLOPs of one image in a step, averaged over the masks of this process's timed steps."""
     first = run.world.rank * share
     counts = [
         mask_flops(run.config.model, run.masks(step, first, share, run.batch_size), num_images=share).total
@@ -198,7 +200,7 @@ def _flops_per_image(run: PretrainTask, job: StepJob, share: int) -> float:
 
 
 def _attention(run: PretrainTask) -> str:
-    """Returns the kernel that dense attention of this model's encoder runs in here."""
+    """Returns the name of the kernel that runs the dense attention of this model's encoder on this device."""
     dtype = torch.bfloat16 if run.config.engine.precision == "bf16" else torch.float32
     sizes = resolve(run.config.model)
     tokens = sizes.num_patches
@@ -206,27 +208,27 @@ def _attention(run: PretrainTask) -> str:
     return backend_for(shape, dtype, run.world.device)
 
 
-def measure_loader(job: LoaderJob, place: Place) -> dict[str, Any]:
-    """Returns the images per second that this process's loader delivers to the host, all processes reading at once.
+def measure_loader(job: LoaderJob, process: ProcessInfo) -> dict[str, Any]:
+    """Returns the images per second that this process's loader delivers to the host while all processes read.
 
-    What had been prefetched when the clock started is waited for first.
+    Starts the clock only after as many batches as can be prefetched.
 
     Raises:
-        UserError: data that can't be read.
+        UserError: the data can't be read.
     """
     config, data = job.config, job.config.data
-    height, width = (max(256, side) for side in config.model.image_size)  # of synthetic images
+    height, width = (max(256, side) for side in config.model.image_size)  # the size of synthetic images
     source = training_source(data, (height, width))
     if not isinstance(source, StreamSource):
         check_problems(source.problems(), source.num_samples, data.max_bad_fraction, log=False)
-    batch_size = global_batch(config, place.size)
+    batch_size = global_batch(config, process.size)
     order = training_order(data, source, batch_size, seed=config.seed, steps_per_epoch=config.schedule.steps_per_epoch)
-    batches = iter(_reader(config, source, order, rank=place.rank, world=place.size))
+    batches = iter(_reader(config, source, order, rank=process.rank, world=process.size))
     for _ in range(1 + data.workers * data.prefetch):
         next(batches)
     images, begin = 0, time.perf_counter()
     while images == 0 or time.perf_counter() - begin < job.seconds:
         images += len(next(batches))
     seconds = time.perf_counter() - begin
-    del batches  # ends its workers, whose semaphores would count as leaked
+    del batches  # ends its workers, whose semaphores would be reported as leaked
     return {"images_per_s": images / seconds}

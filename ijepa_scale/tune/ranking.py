@@ -1,4 +1,4 @@
-"""What was measured of a candidate, who is faster, and who wins. Numbers only."""
+"""Compares the measurements of candidates and chooses the winner."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ijepa_scale.tune.space import Candidate
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Steps of a candidate; a step takes as long as on its slowest process, a peak is that of the largest."""
+    """The measured steps of a candidate: times are those of the slowest process, peaks those of the largest."""
 
     candidate: Candidate
     batch_size: int  # images of all processes in one step
     step_s: tuple[float, ...]
-    wait_s: tuple[float, ...]  # of each step, waiting for data
+    wait_s: tuple[float, ...]  # the part of each step spent waiting for data
     peak_bytes: int  # of one process, over drawn masks
     worst_bytes: int  # of one process, with the longest masks
     flops_per_image: float
@@ -28,7 +28,7 @@ class Measurement:
 
     @classmethod
     def of(cls, candidate: Candidate, batch_size: int, values: Sequence[dict[str, Any]]) -> Measurement:
-        """Returns what the processes have measured together."""
+        """Combines the measurements of all processes."""
         return cls(
             candidate=candidate,
             batch_size=batch_size,
@@ -41,7 +41,7 @@ class Measurement:
         )
 
     def with_more(self, other: Measurement) -> Measurement:
-        """Returns both measurements of one candidate as one."""
+        """Combines two measurements of the same candidate."""
         return dataclasses.replace(
             self,
             step_s=self.step_s + other.step_s,
@@ -52,36 +52,36 @@ class Measurement:
 
     @property
     def rates(self) -> tuple[float, float, float]:
-        """Images per second of all processes: 20th, 50th and 80th percentile over the steps."""
+        """Images per second of all processes: the 20th, 50th and 80th percentile over the steps."""
         low, middle, high = np.percentile(self.batch_size / np.asarray(self.step_s), [20, 50, 80])
         return float(low), float(middle), float(high)
 
     @property
     def step_ms(self) -> float:
-        """The median step."""
+        """The time of the median step."""
         return 1e3 * float(np.median(self.step_s))
 
     def mfu(self, peak_flops: float | None) -> float | None:
-        """Returns the share of the devices' peak that the median step reaches; None where no peak is known."""
+        """Returns the share of the devices' peak that the median step reaches; None if no peak is known."""
         return None if peak_flops is None else self.rates[1] * self.flops_per_image / peak_flops
 
 
 def is_faster(one: Measurement, other: Measurement) -> bool:
-    """Returns whether `one` is faster beyond the spread.
+    """Returns whether `one` is faster beyond the spread: in at least four of five steps.
 
-    Compared step by step, as all candidates draw the same masks in the same step: in at least four of five steps.
+    Compares step by step, because all candidates draw the same masks in the same step.
     """
-    pairs = list(zip(one.step_s, other.step_s, strict=False))  # finalists have more
+    pairs = list(zip(one.step_s, other.step_s, strict=False))  # finalists have more steps
     return float(np.percentile([theirs / mine for mine, theirs in pairs], 20)) > 1.0
 
 
 def ranked(measured: Sequence[Measurement]) -> list[Measurement]:
-    """Returns the measurements by their median rate, the fastest first; equal ones keep their order."""
+    """Returns the measurements sorted by median rate, the fastest first; equal ones keep their order."""
     return sorted(measured, key=lambda each: -each.rates[1])
 
 
 def winner(measured: Sequence[Measurement], configured: EngineConfig) -> Measurement:
-    """Returns the simplest of those that no other is faster than beyond the spread."""
+    """Returns the simplest of the measurements that the fastest one doesn't beat beyond the spread."""
     order = ranked(measured)
     ties = [each for each in order if not is_faster(order[0], each)] or order[:1]
     return min(ties, key=lambda each: each.candidate.simplicity(configured))

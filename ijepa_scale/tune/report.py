@@ -1,4 +1,4 @@
-"""What a search has found, for a terminal. Text only."""
+"""Formats the results of a search for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEAD = (
 
 
 def head_text(space: Space) -> str:
-    """Returns what is tuned, before anything is measured."""
+    """Returns a description of what is tuned, to print before the first measurement."""
     config, worst = space.config, space.worst
     patches = config.model.grid[0] * config.model.grid[1]
     return "\n".join(
@@ -30,7 +30,7 @@ def head_text(space: Space) -> str:
 
 
 def found_text(space: Space, found: Found, best: Measurement | None, wait: Mapping[str, float]) -> str:
-    """Returns the ranked table, what has failed and what was left out. `wait` is ms of data wait by label."""
+    """Returns the ranked table and the lists of what failed or was left out. `wait` is the data wait in ms by label."""
     lines: list[str] = []
     if found.measured:
         lines += _table(space, found, best, wait)
@@ -41,12 +41,12 @@ def found_text(space: Space, found: Found, best: Measurement | None, wait: Mappi
 
 def _table(space: Space, found: Found, best: Measurement | None, wait: Mapping[str, float]) -> Iterator[str]:
     yield _HEAD
-    for place, each in enumerate(ranked(list(found.measured.values())), start=1):
+    for rank, each in enumerate(ranked(list(found.measured.values())), start=1):
         low, middle, high = each.rates
         mfu = each.mfu(space.machine.peak_flops)
         label = each.candidate.label
         yield (
-            f"{place:>3} {middle:>10.1f}{f'{low:.1f} to {high:.1f}':>16}{each.step_ms:>10.1f}"
+            f"{rank:>3} {middle:>10.1f}{f'{low:.1f} to {high:.1f}':>16}{each.step_ms:>10.1f}"
             f"{each.peak_bytes / 1e9:>8.2f}{each.worst_bytes / 1e9:>10.2f}{'-' if mfu is None else f'{mfu:.1%}':>7}"
             f"{f'{wait[label]:.1f} ms' if label in wait else '-':>11}  {label}" + (" <- winner" if each is best else "")
         )
@@ -56,7 +56,7 @@ def _table(space: Space, found: Found, best: Measurement | None, wait: Mapping[s
 
 
 def workers_text(workers: Workers) -> str:
-    """Returns what the loaders of all processes together could do."""
+    """Returns the rates of the loaders of all processes together, and the chosen number of workers."""
     if workers.chosen is None:
         return f"workers not measured: {workers.reason}"
     lines = [f"workers (the step needs {workers.need:.1f} images/s, {HEADROOM:g} times that counts as enough):"]
@@ -65,5 +65,5 @@ def workers_text(workers: Workers) -> str:
         lines.append(f"  {count:>3} per process: {rate:.1f} images/s{mark}")
     lines += [f"  {count:>3} per process: {reason}" for count, reason in workers.failed.items()]
     if not workers.keeps_up:
-        lines.append("  none is enough: the step will wait for data; smaller images on disk or more cores help")
+        lines.append("  none is enough: the step will wait for data; store smaller images or use more cores")
     return "\n".join(lines)

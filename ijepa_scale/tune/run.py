@@ -1,4 +1,4 @@
-"""Tunes a configuration from beginning to end. The only place that knows processes and search both."""
+"""Tunes a configuration from beginning to end. The only module that knows both the processes and the search."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from ijepa_scale.tune.space import Candidate, Space
 
 FILE = "tuned.yaml"
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-STAGES = (*SKIPPABLE, "workers")  # that --skip knows
-_START_S = 120.0  # that a child may take to say what the machine is, and a loader to deliver its first batch
-_LOADER_S = 5.0  # over which a loader is measured
+STAGES = (*SKIPPABLE, "workers")  # the stages that --skip accepts
+_START_S = 120.0  # time limit for a child to describe the machine, and for a loader to deliver its first batch
+_LOADER_S = 5.0  # time for measuring a loader
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How to tune; the fields are launch/tune.py's flags."""
 
-    to: str | None = None  # file to write; None: tuned.yaml in the run's folder
+    to: str | None = None  # file to write; None means tuned.yaml in the run's folder
     devices: list[str] | None = None
     processes: int | None = None
     minutes: float = 20.0
@@ -44,7 +44,7 @@ class Options:
     limit: int = 40
     steps: int = 8
     warmup: int = 3
-    memory: float | None = None  # GB of one process; None: the device's
+    memory: float | None = None  # GB per process; None means the device's memory
     worst: str = "possible"
     skip: list[str] | None = None
     logs: str | None = None
@@ -66,21 +66,21 @@ class Options:
             name for name in self.devices or () if name.startswith("cuda") and (self.devices or []).count(name) > 1
         }
         if twice:
-            problems.append(f"devices names {', '.join(sorted(twice))} twice; a GPU can be one process's only")
+            problems.append(f"devices names {', '.join(sorted(twice))} twice; give each GPU to one process only")
         if problems:
             raise ConfigError("\n".join(f"--{problem.replace('_', '-', 1)}" for problem in problems))
 
     @property
     def count(self) -> int:
-        """Processes of each candidate."""
+        """The number of processes of each candidate."""
         return len(self.devices) if self.devices else self.processes or 1
 
 
 def tune(path: str, overrides: Sequence[str], options: Options, say: Callable[[str], None] = print) -> Path:
-    """Returns the file that the winner was written into. Prints what is found on the way.
+    """Searches for the fastest settings and returns the file they were written to. Reports its progress with `say`.
 
     Raises:
-        ConfigError: a configuration that can't be run on this machine, or of which no candidate ran.
+        ConfigError: the configuration can't be run on this machine, or no candidate ran.
     """
     launch = environment.detect_launch()
     if launch.world_size > 1:
@@ -100,7 +100,7 @@ def tune(path: str, overrides: Sequence[str], options: Options, say: Callable[[s
 
 
 class _Tuning:
-    """One tuning: the search, then workers, then the file."""
+    """One tuning run: the search, then the measurement of workers, then the file."""
 
     def __init__(
         self, config: PretrainConfig, options: Options, children: Children, say: Callable[[str], None]
@@ -123,7 +123,7 @@ class _Tuning:
         asked = (config, self._options.devices, self._options.count)
         outcome = self._children.run(describe_machine, asked, limit_s=_START_S)
         if outcome.kind != "done":
-            raise ConfigError(f"the machine can't be looked at: {outcome.reason}")
+            raise ConfigError(f"can't detect the machine: {outcome.reason}")
         machine = machine_of(outcome.values[0])
         memory = self._options.memory
         return machine if memory is None else dataclasses.replace(machine, memory_bytes=1e9 * memory)
@@ -144,13 +144,13 @@ class _Tuning:
         return self._children.run(measure_steps, job, processes=options.count, limit_s=limit_s)
 
     def finish(self, path: Path) -> Path:
-        """Returns the file that is written, after measuring workers for the winner."""
+        """Measures workers for the winner, writes the file and returns it."""
         best, space, found = self.search.winner, self.space, self.search.found
         if best is None:
             self._say(found_text(space, found, None, {}))
             raise ConfigError(
-                "no candidate ran, so nothing is written; the reasons stand above, and --logs FOLDER keeps what each "
-                "candidate said"
+                "no candidate ran, so nothing is written; the reasons are listed above, and --logs FOLDER keeps the "
+                "output of each candidate"
             )
         workers = self._workers(best)
         tuned = space.config_of(best.candidate)
@@ -172,10 +172,10 @@ class _Tuning:
         return to
 
     def _with_loader(self, best: Measurement, tuned: PretrainConfig, wait: dict[str, float]) -> None:
-        """Runs the winner on the configuration's own images once, and notes how long its steps wait for them, ms."""
+        """Runs the winner once on the configuration's images, and stores the median data wait in `wait`, ms."""
         space, found = self.space, self.search.found
         outcome = self._steps(tuned, 60 * self._options.candidate_minutes, loader=True)
-        label = f"the winner with {tuned.data.workers} workers of its own"
+        label = f"the winner with {tuned.data.workers} workers"
         if outcome.kind != "done":
             found.failed[label] = outcome.reason
             return
@@ -188,7 +188,7 @@ class _Tuning:
             )
 
     def _workers(self, best: Measurement) -> Workers:
-        """Returns the number of workers for the winner, of configurations that name data."""
+        """Measures how many workers the winner needs, if the configuration names data."""
         config, machine = self.space.config, self.space.machine
         if "workers" in (self._options.skip or ()):
             return Workers(reason="--skip")
@@ -214,11 +214,11 @@ class _Tuning:
         return (
             f"Written by launch/tune.py on {date} for this machine:\n{self.space.machine.text()}.\n"
             f"{middle:.1f} images/s ({low:.1f} to {high:.1f}), {best.worst_bytes / 1e9:.2f} GB in the worst step.\n"
-            "Batch, masks and numbers of the training are the base's."
+            "Batch, masks and hyperparameters are those of the base."
         )
 
     def _flags(self) -> str:
-        """Returns the flags that start as many processes as were tuned for."""
+        """Returns the flags that start the number of processes that was tuned for."""
         options = self._options
         if options.devices:
             return f" --devices {' '.join(options.devices)}"
@@ -226,6 +226,6 @@ class _Tuning:
 
 
 def _relative(folder: Path) -> Path:
-    """Returns the folder as it is named from here, where it lies below: so that the written file can move."""
+    """Returns the folder relative to the current one, if it is inside it, so that the written file can be moved."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder

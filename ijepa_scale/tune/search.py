@@ -1,7 +1,8 @@
-"""The search, stage by stage, so that it ends in minutes. Knows neither processes nor models.
+"""Searches for the fastest settings in stages, so that it ends within minutes.
 
-Micro-batch and checkpointing first, then compilation and attention, then the spread over processes, then the
-fastest once more in reverse order. `probe` measures one candidate and may fail in any way.
+The stages are micro-batch and checkpointing, then compilation and attention, then the spread over processes, and last
+the fastest candidates once more in reverse order. `probe` measures one candidate and may fail in any way. Knows
+nothing of processes or models.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from ijepa_scale.tune.space import CHECKPOINTING, Candidate, Space
 
 SKIPPABLE = ("compile", "attention", "spreads", "finals")
 FINALISTS = 3
-_CLOSE = 0.5  # of the best rate: what is slower than that and beyond the spread stays out of the finals
-_LEAST_S = 5.0  # no child is started for less
+_CLOSE = 0.5  # of the best rate: candidates that are slower, beyond the spread, don't reach the finals
+_LEAST_S = 5.0  # no child is started with less time left
 
-Probe = Callable[[Candidate, float], Outcome]  # with the seconds that it may take
+Probe = Callable[[Candidate, float], Outcome]  # called with the seconds that it may take
 
 
 @dataclass
 class Found:
-    """What the search has come to so far."""
+    """The results of the search so far."""
 
     measured: dict[Candidate, Measurement] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # label -> reason
@@ -36,16 +37,16 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long a search may take."""
+    """The limits of a search."""
 
-    seconds: float  # no candidate is started after that, and none runs longer
-    candidate_seconds: float  # that one candidate may take
-    candidates: int  # started at most, the finals included
-    skip: tuple[str, ...] = ()  # stages of SKIPPABLE that aren't gone through
+    seconds: float  # for the whole search
+    candidate_seconds: float  # for one candidate
+    candidates: int  # to start at most, including the finals
+    skip: tuple[str, ...] = ()  # stages of SKIPPABLE to skip
 
 
 class Search:
-    """Measures the candidates of a space; `found` can be looked at whenever it stops."""
+    """Measures the candidates of a space; `found` holds the results at any time, even after an interruption."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Search:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds of the budget that are left."""
+        """The seconds left in the budget."""
         return self._budget.seconds - (self._clock() - self._begin)
 
     @property
@@ -74,7 +75,7 @@ class Search:
         return winner(measured, self._space.config.engine) if measured else None
 
     def run(self) -> None:
-        """Goes through all stages."""
+        """Runs all stages."""
         self._batches(self._space.engine)
         stages = {
             "compile": self._compilation,
@@ -89,8 +90,8 @@ class Search:
                 stage()
 
     def _batches(self, engine: EngineConfig) -> None:
-        """Tries micro-batches of the engine as configured, the largest first, with more and more recomputed."""
-        largest = 0  # that ran with less recomputed: below it, recomputing only costs
+        """Tries micro-batches of the engine as configured, the largest first, with more and more recomputation."""
+        largest = 0  # that ran with less recomputation: for smaller ones, recomputing only costs time
         for mode in CHECKPOINTING:
             best: Measurement | None = None
             sizes = [size for size in self._space.micro_batches() if size > largest]
@@ -100,22 +101,22 @@ class Search:
                 candidate = self._space.candidate(engine, size, checkpointing=mode)
                 found, kind = self._measure(candidate)
                 if kind in ("refused", "error") or (kind == "left out" and self._stopped()):
-                    break  # it isn't the size
+                    break  # the size isn't the reason
                 if found is None:
                     continue
                 largest = max(largest, size)
                 if best is not None and not is_faster(found, best):
-                    break  # smaller ones will hardly be faster again
+                    break  # smaller ones are unlikely to be faster
                 best = found
 
     def _compilation(self) -> None:
-        """Tries the fastest so far compiled, or eager where the configuration compiles."""
+        """Tries the fastest candidate so far compiled, or eager if the configuration compiles."""
         best = self.winner
         if best is not None:
             self._vary(best.candidate, compile=not best.candidate.engine.compile)
 
     def _attention(self) -> None:
-        """Tries attention kernels on the fastest so far."""
+        """Tries other attention kernels with the fastest candidate so far."""
         best = self.winner
         if best is None:
             return
@@ -127,7 +128,7 @@ class Search:
                 self._leave_out(f"attention {name}", same)
 
     def _spreads(self) -> None:
-        """Tries other ways to spread the step: as the fastest so far, and as freely as their memory allows."""
+        """Tries other ways to spread the step: with the best settings so far, and with the least recomputation."""
         best = self.winner
         base = best.candidate if best else self._space.candidate(self._space.engine, 1, checkpointing="full")
         for name, settings in self._space.spreads(base.engine):
@@ -139,22 +140,22 @@ class Search:
             if best is not None:
                 self._vary(base, **settings)
             if best is None or base.engine.checkpointing != "none" or base.engine.accumulation > 1:
-                self._freest(base.engine, settings)
+                self._least_recomputation(base.engine, settings)
 
-    def _freest(self, engine: EngineConfig, settings: dict[str, Any]) -> None:
-        """Tries the least checkpointing, and with it the largest micro-batch, that the plan gives room for."""
+    def _least_recomputation(self, engine: EngineConfig, settings: dict[str, Any]) -> None:
+        """Tries the least checkpointing, with the largest micro-batch, that fits by the plan."""
         for mode in CHECKPOINTING:
             for size in self._space.micro_batches():
                 try:
                     candidate = self._space.candidate(engine, size, checkpointing=mode, **settings)
                 except ConfigError:
-                    return  # said already, by `_vary`
+                    return  # `_vary` has already reported it
                 if self._space.needed(candidate) <= self._space.machine.room:
                     self._measure(candidate)
                     return
 
     def _finals(self) -> None:
-        """Measures the fastest once more, the last of them first, so that no one profits from its hour."""
+        """Measures the fastest once more in reverse order, so that none profits from the time it was measured at."""
         order = ranked(list(self.found.measured.values()))[:FINALISTS]
         close = [each for each in order if each.rates[1] >= _CLOSE * order[0].rates[1] or not is_faster(order[0], each)]
         for first in reversed(close if len(close) > 1 else []):
@@ -165,12 +166,12 @@ class Search:
                 continue
             again, _ = self._start(first.candidate)
             if again is None:
-                del self.found.measured[first.candidate]  # what fails every second time is no winner
+                del self.found.measured[first.candidate]  # a candidate that fails the second time can't win
             else:
                 self.found.measured[first.candidate] = first.with_more(again)
 
     def _vary(self, base: Candidate, **changes: Any) -> None:
-        """Tries a candidate with some settings changed."""
+        """Tries a candidate after changing some settings."""
         try:
             candidate = self._space.candidate(base.engine, base.micro_batch, **changes)
         except ConfigError as error:
@@ -180,7 +181,7 @@ class Search:
         self._measure(candidate)
 
     def _measure(self, candidate: Candidate) -> tuple[Measurement | None, str]:
-        """Returns what was measured and how it ended, unless the candidate is left out; once per candidate."""
+        """Measures a candidate unless it is left out or known; returns the measurement and the kind of outcome."""
         known = self.found.measured.get(candidate)
         if known is not None:
             return known, "done"
@@ -216,7 +217,7 @@ class Search:
         return found, "done"
 
     def _stopped(self) -> str | None:
-        """Returns why nothing may be started any more; None where something may."""
+        """Returns why no more candidates may be started; None if they may."""
         if self._started >= self._budget.candidates:
             return f"--limit {self._budget.candidates} is reached"
         if self.seconds_left < _LEAST_S:

@@ -1,4 +1,4 @@
-"""What may be varied, and what the plan leaves out before anything is measured. Measures nothing."""
+"""Defines the candidates to try, and those that the plan rules out before anything is measured."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ijepa_scale.train.setup import global_batch
 from ijepa_scale.tune.machine import Machine
 from ijepa_scale.tune.worst import Lengths, worst_tokens
 
-CHECKPOINTING = ("none", "selective", "full")  # from the simplest on
-SPREADS = ("plain", "ddp", "zero1", "zero2", "fsdp2", "fsdp2 reshard", "zero3")  # the same
-PLAN_SLACK = 1.1  # the plan is a formula: only what it puts this far above the memory is left out unmeasured
-_STEP_DOWN = 1.5  # from one micro-batch to the next that is tried, at least
-_ON_GPU = ("flash", "cudnn", "efficient")  # math holds all scores in memory; fa3 and fa4 need packages of their own
+CHECKPOINTING = ("none", "selective", "full")  # the simplest first
+SPREADS = ("plain", "ddp", "zero1", "zero2", "fsdp2", "fsdp2 reshard", "zero3")  # the simplest first
+PLAN_SLACK = 1.1  # the plan is an estimate, so it rules out only candidates this far above the memory
+_STEP_DOWN = 1.5  # the smallest ratio of one micro-batch to the next one that is tried
+_ON_GPU = ("flash", "cudnn", "efficient")  # math stores all attention scores; fa3 and fa4 need other packages
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Candidate:
     """One way of computing the configuration's step. The strategy isn't `auto`."""
 
     engine: EngineConfig
-    micro_batch: int  # images of one process at once: its share of the batch / engine.accumulation
+    micro_batch: int  # images that one process computes at once: its share of the batch / engine.accumulation
 
     @property
     def spread(self) -> str:
-        """How the step is spread over the processes, in a word or two."""
+        """A short name of how the step is spread over the processes."""
         engine = self.engine
         if engine.strategy == "deepspeed":
             return f"zero{stage_of(engine)}"
@@ -46,7 +46,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """The candidate in a few words."""
+        """A short description of the candidate."""
         engine = self.engine
         compiled = "compiled" if engine.compile else "eager"
         return (
@@ -55,7 +55,7 @@ class Candidate:
         )
 
     def simplicity(self, configured: EngineConfig) -> tuple[int, ...]:
-        """Returns a key that is smaller the simpler the candidate is, for choosing among equally fast ones."""
+        """Returns a sort key that is smaller for simpler candidates, for choosing among equally fast ones."""
         engine = self.engine
         return (
             CHECKPOINTING.index(engine.checkpointing),
@@ -67,13 +67,13 @@ class Candidate:
 
 
 def stage_of(engine: EngineConfig) -> int:
-    """Returns ZeRO's stage by the DeepSpeed file, 0 where it doesn't say; the engine itself checks the file."""
+    """Returns the ZeRO stage in the DeepSpeed file, or 0 if it has none; the engine checks the file."""
     stage = _zero_section(engine).get("stage")
     return stage if isinstance(stage, int) else 0
 
 
 def _zero_section(engine: EngineConfig) -> dict[str, Any]:
-    """Returns `zero_optimization` of the DeepSpeed file as it stands there: checking it would import deepspeed."""
+    """Returns `zero_optimization` of the DeepSpeed file, unchecked, because checking it would import deepspeed."""
     try:
         section = json.loads(Path(engine.ds_config or "").read_text())["zero_optimization"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -87,10 +87,12 @@ class Space:
     def __init__(
         self, config: PretrainConfig, machine: Machine, worst: Lengths, ds_configs: Path | None = None
     ) -> None:
-        """Checks that the batch can be shared out; `ds_configs` is the folder of zero1.json, zero2.json, zero3.json.
+        """Checks that the batch divides among the processes.
+
+        `ds_configs` is the folder of zero1.json, zero2.json and zero3.json.
 
         Raises:
-            ConfigError: it can't, or the configuration names one process's strategy for several.
+            ConfigError: it doesn't, or the configuration names the strategy for a single process but there are more.
         """
         accumulation_1 = dataclasses.replace(config.engine, accumulation=1)
         self.batch_size = global_batch(dataclasses.replace(config, engine=accumulation_1), machine.processes)
@@ -107,29 +109,29 @@ class Space:
         )
         if self.engine.strategy == "plain" and machine.processes > 1:
             raise ConfigError(
-                f"engine.strategy is plain but {machine.processes} processes are asked for; set engine.strategy=auto, "
+                f"engine.strategy is plain but {machine.processes} processes are requested; set engine.strategy=auto, "
                 "or tune with one process"
             )
 
     def candidate(self, engine: EngineConfig, micro_batch: int, **changes: Any) -> Candidate:
-        """Returns the engine with these changes, at a micro-batch that divides a process's share.
+        """Returns the engine with these changes and a micro-batch that divides a process's share.
 
         Raises:
-            ConfigError: the settings don't go together.
+            ConfigError: the settings contradict each other.
         """
         accumulation = self.share // micro_batch
         if changes.get("strategy", "deepspeed") != "deepspeed":
-            changes["zero_communication"] = "fp32"  # without effect there, and refused
+            changes["zero_communication"] = "fp32"  # other values are refused without DeepSpeed
         if changes.get("compile") is False:
-            changes["compile_cache"] = None  # likewise
+            changes["compile_cache"] = None  # refused without compilation
         return Candidate(dataclasses.replace(engine, accumulation=accumulation, **changes), micro_batch)
 
     def config_of(self, candidate: Candidate) -> PretrainConfig:
-        """Returns the configuration as the candidate computes it."""
+        """Returns the configuration with the candidate's engine."""
         return dataclasses.replace(self.config, engine=candidate.engine)
 
     def micro_batches(self) -> list[int]:
-        """Returns the micro-batches to try, the largest first, each at most two thirds of the one before."""
+        """Returns the micro-batches to try, the largest first, each at most two thirds of the previous one."""
         found: list[int] = []
         for size in (size for size in range(self.share, 0, -1) if self.share % size == 0):
             if not found or _STEP_DOWN * size <= found[-1]:
@@ -137,7 +139,7 @@ class Space:
         return found
 
     def needed(self, candidate: Candidate) -> float:
-        """Returns the bytes that the plan gives one process in the step with the longest masks."""
+        """Returns the bytes that one process needs by the plan in the step with the longest masks."""
         grid = self.config.model.grid
         tokens = worst_tokens(self.config.masks, grid[0] * grid[1], self.worst, images=candidate.micro_batch)
         engine = candidate.engine
@@ -163,16 +165,19 @@ class Space:
         return plan.peak
 
     def planned_out(self, candidate: Candidate) -> str | None:
-        """Returns why the plan leaves a candidate out; None where it may fit."""
+        """Returns why the plan rules a candidate out; None if it may fit."""
         if candidate.engine.strategy == "deepspeed" and not stage_of(candidate.engine):
-            return None  # the engine will say what is wrong with the file
+            return None  # the engine will report what is wrong with the file
         needed = self.needed(candidate)
         if needed <= PLAN_SLACK * self.machine.room:
             return None
         return f"needs {needed / 1e9:.1f} GB of {self.machine.memory_bytes / 1e9:.1f} GB by the plan"
 
     def attentions(self, ran: str, configured: str) -> Iterator[tuple[str, str | None]]:
-        """Yields kernels other than the configured one, each with why it is left out or None; `ran` is what it was."""
+        """Yields kernels other than the configured one, each with the reason to leave it out, or None.
+
+        `ran` is the kernel that the configured setting has chosen.
+        """
         choices = [name for name in ON_CPU if name != "auto"] if self.machine.kind == "cpu" else list(_ON_GPU)
         for name in choices:
             if name != configured:
@@ -180,7 +185,10 @@ class Space:
                 yield name, same
 
     def spreads(self, engine: EngineConfig) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        """Yields the name of every way to spread the step over several processes, with its settings or why not."""
+        """Yields the name of each way to spread the step over several processes, with its settings or a reason.
+
+        The reason, a string, says why it can't be tried.
+        """
         if self.machine.processes == 1:
             return
         none: dict[str, Any] = {"ds_config": None, "replicas": 1, "reshard_after_forward": False}
@@ -190,6 +198,6 @@ class Space:
         for stage in (1, 2, 3):
             path = None if self._ds_configs is None else self._ds_configs / f"zero{stage}.json"
             if path is None or not path.is_file():
-                yield f"zero{stage}", f"{path or f'zero{stage}.json'} isn't there"
+                yield f"zero{stage}", f"{path or f'zero{stage}.json'} doesn't exist"
             else:
                 yield f"zero{stage}", {"strategy": "deepspeed", **none, "ds_config": str(path)}

@@ -1,7 +1,7 @@
-"""The longest masks that a configuration can draw, for the step that must not run out of memory.
+"""The longest masks that a configuration can draw, for measuring the step that needs most memory.
 
-Block sizes change from step to step and contexts lose what the targets cover, so an ordinary step says little
-about the memory of the dearest one, which may come in the second epoch.
+Block sizes change from step to step and contexts lose the patches that targets cover, so an ordinary step says little
+about peak memory, which a run may reach only in the second epoch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KINDS = ("possible", "drawn")
 
 
 def longest(kind: str, config: MaskConfig, grid: tuple[int, int], *, batch_size: int, seed: int) -> Lengths:
-    """Returns the longest blocks: `possible` bounds every draw there is, `drawn` is that of 32 drawn steps."""
+    """Returns the longest blocks. `kind` is `possible`, a bound of every draw, or `drawn`, for 32 drawn steps."""
     if kind == "possible":
         return MaskSampler(config, grid, seed=seed).longest()
     return longest_drawn(config, grid, batch_size, seed)
@@ -40,20 +40,20 @@ def longest_drawn(config: MaskConfig, grid: tuple[int, int], batch_size: int, se
 def worst_masks(config: MaskConfig, num_patches: int, lengths: Lengths, *, count: int, dense: bool) -> Masks:
     """Returns masks of `count` images whose blocks all have these lengths, on the CPU.
 
-    Targets lie beside one another as far as there is room, so that as many places as possible are wanted.
+    Targets are disjoint as far as the grid has room, so that as many patches as possible are wanted.
     """
-    places = [
+    blocks = [
         np.sort((block * lengths.target + np.arange(lengths.target)) % num_patches)
         for block in range(config.num_target_blocks)
     ]
-    targets = torch.from_numpy(np.stack(places))[:, None].repeat(1, count, 1)
+    targets = torch.from_numpy(np.stack(blocks))[:, None].repeat(1, count, 1)
     context = torch.arange(lengths.context).expand(config.num_context_blocks, count, -1).contiguous()
     masks = DenseMasks(context, targets)
     return masks if dense else pack(masks, num_patches)
 
 
 def worst_tokens(config: MaskConfig, num_patches: int, lengths: Lengths, *, images: int) -> Tokens:
-    """Returns the tokens of a micro-batch of such masks, for the plan."""
+    """Returns the numbers of tokens of a micro-batch with the masks of `worst_masks`, for the plan."""
     context = images * config.num_context_blocks * lengths.context
     predicted = images * config.num_context_blocks * config.num_target_blocks * lengths.target
     return Tokens(
@@ -68,14 +68,14 @@ def worst_tokens(config: MaskConfig, num_patches: int, lengths: Lengths, *, imag
 
 
 class ProbeMasks(MaskSampler):
-    """Draws as training does before step `worst_from`, and the longest masks from then on."""
+    """Draws masks as in training before step `worst_from`, and returns the longest masks from then on."""
 
     def __init__(self, sampler: MaskSampler, lengths: Lengths, *, worst_from: int) -> None:
         super().__init__(sampler.config, sampler.grid, seed=sampler.seed)
         self._lengths, self._worst_from = lengths, worst_from
 
     def __call__(self, step: int, first: int, count: int, batch_size: int) -> Masks:
-        """Returns the masks of these places at a step, laid out as drawn ones are."""
+        """Returns the masks of images `first` to `first + count - 1` of a step, in the same layout as drawn ones."""
         if step < self._worst_from:
             return super().__call__(step, first, count, batch_size)
         size = self.config.group_size

@@ -1,1 +1,1 @@
-"""Sets of tar shards as a whole: made from images, described, verified. No model, no training."""
+"""Makes, describes and verifies sets of tar shards. Knows nothing of models or training."""

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them. Text only."""
+"""Parses and formats sizes in bytes as people write them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([a-zA-Z]+)", re.ASCII)
 
 
 def parse_bytes(text: str) -> int:
-    """Returns the bytes in a size such as 256MB, 1GiB or 500kB; upper and lower case mean the same.
+    """Returns the bytes in a size such as 256MB, 1GiB or 500kB; case doesn't matter.
 
     Raises:
-        DataError: no size, without its unit, or less than a byte.
+        DataError: the text isn't a size with a unit, or is less than a byte.
     """
     units = {name.lower(): count for name, count in {**_UNITS, **_BINARY_UNITS}.items()}
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].lower() not in units:
         raise DataError(
-            f"size {text!r} has no known form; give a number with {', '.join([*_UNITS, *_BINARY_UNITS])}, like 256MB"
+            f"size {text!r} can't be read; give a number with {', '.join([*_UNITS, *_BINARY_UNITS])}, like 256MB"
         )
     size = round(float(match[1]) * units[match[2].lower()])
     if size < 1:

@@ -1,4 +1,4 @@
-"""The commands on shards: make, verify, info, index. Arguments in, text out; the work is beside it."""
+"""The command line for shards: make, verify, info, index. Parses arguments and prints results, and nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ijepa_scale.data.sources.tar_index import expand, index_tar
 from ijepa_scale.errors import DataError
 
 READERS = ("imagefolder", "csv", "tar")
-_MOST_WORKERS = 16  # taken by themselves
+_MOST_WORKERS = 16  # the default uses no more, even on machines with more cores
 _LINE_EVERY_S = 10.0
 
 
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
     make = commands.add_parser(
         "make",
-        help="write shards from images; may be killed at any moment and started again with the same arguments",
-        description="Writes shards from images, each of which is decoded first. May be killed at any moment and "
-        "started again with the same arguments: it goes on, and the shards are the same byte by byte.",
+        help="write shards from images; after an interruption, run it again with the same arguments to continue",
+        description="Writes shards from images, each of which is decoded first. If it is interrupted at any moment, "
+        "run it again with the same arguments: it continues, and the shards are the same byte by byte.",
     )
     make.add_argument(
         "--from", dest="reader", default="imagefolder", metavar="KIND", choices=[*READERS, *DATASETS],
@@ -45,39 +45,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"or a torchvision name: {', '.join(DATASETS)}",
     )  # fmt: skip
     make.add_argument("--root", required=True, help="folder, CSV file, tar, or the folder of torchvision's files")
-    make.add_argument("--to", required=True, help="folder for the shards; must not hold any yet")
+    make.add_argument("--to", required=True, help="folder for the shards; it must not contain any yet")
     make.add_argument(
-        "--split", help="folder in ROOT that holds the class folders (default: train, if there are only splits); "
-        "for a torchvision name its split (default train)",
+        "--split", help="folder in ROOT that contains the class folders (default: train, if ROOT contains only "
+        "splits); for a torchvision data set, its split (default train)",
     )  # fmt: skip
-    make.add_argument("--download", action="store_true", help="let torchvision download into ROOT what is missing")
-    make.add_argument("--shard-size", default="256MB", help="like 256MB, 1GiB, 500kB: of images (default 256MB)")
+    make.add_argument("--download", action="store_true", help="let torchvision download missing files into ROOT")
+    make.add_argument(
+        "--shard-size", default="256MB", help="size of the images in a shard, like 256MB, 1GiB or 500kB (default 256MB)"
+    )
     make.add_argument(
         "--resize-shorter", type=int, metavar="PIXELS", help="resize images whose shorter side is larger (bicubic, "
-        f"antialiased; JPEG of quality {JPEG_QUALITY}, 4:4:4); others keep their bytes",
+        f"antialiased; JPEG of quality {JPEG_QUALITY}, 4:4:4); the others are stored unchanged",
     )  # fmt: skip
     make.add_argument(
         "--max-bad-fraction", type=float, default=MAX_BAD_FRACTION, metavar="X",
-        help=f"share of images that may be left out because they can't be used (default {MAX_BAD_FRACTION:g})",
+        help=f"fraction of images that may be left out because they can't be used (default {MAX_BAD_FRACTION:g})",
     )  # fmt: skip
     make.add_argument("--prefix", default="shard", help="beginning of the shards' names (default shard)")
-    make.add_argument("--seed", type=int, default=0, help="of the order in which images are written (default 0)")
-    verify = commands.add_parser("verify", help="hash the shards, decode every image; exit code 2 names what is bad")
+    make.add_argument("--seed", type=int, default=0, help="seed of the order in which images are written (default 0)")
+    verify = commands.add_parser("verify", help="hash the shards and decode every image; exit with code 2 on faults")
     for command, verb in ((make, "decode"), (verify, "hash and decode")):
         command.add_argument(
-            "--workers", type=int, default=cores, help=f"processes that {verb}; 0: this one (default here {cores})"
+            "--workers",
+            type=int,
+            default=cores,
+            help=f"number of processes that {verb}; 0 uses this process (default on this machine: {cores})",
         )
-    info = commands.add_parser("info", help="say what the shards hold")
-    index = commands.add_parser("index", help="write the indices beside shards made elsewhere")
+    info = commands.add_parser("info", help="describe the shards")
+    index = commands.add_parser("index", help="write indices next to shards that were made by other tools")
     for command in (verify, info, index):
         command.add_argument("pattern", help="folder, glob or {000..127} pattern")
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Returns the exit code: 0, or 2 after `verify` has found something.
+    """Runs the command and returns the exit code: 0, or 2 if `verify` has found faults.
 
     Raises:
-        DataError: a mistake that the user can mend.
+        DataError: a mistake that the user can fix.
     """
     if getattr(options, "workers", 0) < 0:
         raise DataError(f"workers is {options.workers}; give 0 or more processes")
@@ -86,10 +91,10 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def open_images(reader: str, root: str, *, split: str | None = None, download: bool = False) -> SampleSource:
-    """Returns the images that `--from` and its companions name.
+    """Returns the images that `--from`, `--root`, `--split` and `--download` name.
 
     Raises:
-        DataError: there are none, or an argument that isn't for this reader.
+        DataError: there are no images, or an argument doesn't apply to this reader.
     """
     if download and reader in READERS:
         raise DataError(f"--download is for torchvision's data sets, not for {reader}; drop it")
@@ -108,7 +113,7 @@ def open_images(reader: str, root: str, *, split: str | None = None, download: b
 
 def _make(options: argparse.Namespace) -> int:
     if not 0 <= options.max_bad_fraction <= 1:
-        raise DataError(f"max-bad-fraction is {options.max_bad_fraction:g}; give a share from 0 to 1")
+        raise DataError(f"max-bad-fraction is {options.max_bad_fraction:g}; give a fraction from 0 to 1")
     plan = MakePlan(
         shard_bytes=parse_bytes(options.shard_size),
         prefix=options.prefix,
@@ -117,7 +122,7 @@ def _make(options: argparse.Namespace) -> int:
     )
     if options.reader == "imagefolder" and Path(options.to).resolve().is_relative_to(Path(options.root).resolve()):
         raise DataError(
-            f"--to {options.to} lies in --root {options.root} and would become a class; name another folder"
+            f"--to {options.to} is inside --root {options.root} and would become a class; name another folder"
         )
     source = open_images(options.reader, options.root, split=options.split, download=options.download)
     print(source.summary(), flush=True)
@@ -146,7 +151,7 @@ def _verify(options: argparse.Namespace) -> int:
             faults, samples = faults + len(verdict.faults), samples + verdict.num_samples
             hashed = hashed and verdict.hashed
             progress.show(max(0, number), f"{samples} images, {faults} faults")
-    checked = "hashes and images" if hashed else "images (no manifest.json: no hashes to hold them against)"
+    checked = "hashes and images" if hashed else "images (hashes unchecked: no manifest.json)"
     print(f"{len(paths)} shards, {samples} images: {f'{faults} faults' if faults else f'{checked} are good'}")
     return 2 if faults else 0
 
@@ -170,7 +175,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 class _Progress:
-    """A bar where standard error is a terminal, a plain line every ten seconds elsewhere."""
+    """A progress bar if standard error is a terminal, else a plain line every ten seconds."""
 
     def __init__(self, total: int, unit: str) -> None:
         self._total, self._unit = total, unit
@@ -188,11 +193,11 @@ class _Progress:
             self._bar.close()
 
     def show(self, done: int, text: str) -> None:
-        """Shows how much is done."""
+        """Updates the bar or, every ten seconds, prints a line."""
         now = time.monotonic()
         if self._bar is not None:
             if self._first is None:
-                self._bar.initial = self._bar.n = done  # of the run before: not of this one's speed
+                self._bar.initial = self._bar.n = done  # work of an earlier run doesn't count towards the speed
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
         elif now - self._shown >= _LINE_EVERY_S:
@@ -203,7 +208,7 @@ class _Progress:
         self._first = self._first or (done, now)
 
     def note(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         tqdm.write(text, file=sys.stdout) if self._bar is not None else print(text, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What a set of shards holds, in a few lines. Reads indices, no images."""
+"""Describes a set of shards in a few lines. Reads indices, not images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SHOWN = 5  # problems
 
 
 def describe_shards(paths: list[Path]) -> list[str]:
-    """Returns lines on counts, sizes, labels, classes, and what is wrong.
+    """Returns lines that describe counts, sizes, labels, classes and problems.
 
     Raises:
-        DataError: a file that is no tar, or no manifest or list of classes though it is called so.
+        DataError: a file isn't a tar, a manifest or a list of classes though its name says so.
     """
     shards = [index_tar(path) for path in paths]
     tar_bytes = np.array([shard.tar_bytes for shard in shards])
@@ -50,12 +50,12 @@ def _label_rows(labels: np.ndarray, unlabelled: int) -> list[tuple[str, str]]:
     middle = f"{np.median(counts):.1f}".removesuffix(".0")
     return [
         ("labels", f"{len(counts)}, from {labels.min()} to {labels.max()}{without}"),
-        ("images per label", f"{counts.min()} at least, {middle} in the median, {counts.max()} at most"),
+        ("images per label", f"min {counts.min()}, median {middle}, max {counts.max()}"),
     ]
 
 
 def _folder_rows(folder: Path, shards: list[ShardIndex]) -> list[tuple[str, str]]:
-    """Returns what lies beside the shards of one folder, and whether it fits them."""
+    """Returns rows on the class names and manifest of one folder, and whether they match its shards."""
     here = {shard.path.name: shard for shard in shards if shard.path.parent == folder}
     classes, manifest = read_classes(folder), read_manifest(folder)
     rows = []
@@ -64,16 +64,16 @@ def _folder_rows(folder: Path, shards: list[ShardIndex]) -> list[tuple[str, str]
         text = f"{len(classes)} names, {_first(classes)}"
         rows.append(("classes", text if largest < len(classes) else f"{text}; but there is a label {largest}"))
     if manifest is None:
-        rows.append(("manifest", "unfinished: start make again" if (folder / JOURNAL).exists() else "none"))
+        rows.append(("manifest", "unfinished: run make again" if (folder / JOURNAL).exists() else "none"))
         return rows
     other = [
         name
         for name, shard in here.items()
         if name not in manifest or (manifest[name].bytes, manifest[name].samples) != (shard.tar_bytes, len(shard))
     ]
-    fits = f"another size or count than {', '.join(sorted(other)[:_SHOWN])}" if other else "fits in sizes and counts"
+    fits = f"doesn't match {', '.join(sorted(other)[:_SHOWN])}" if other else "matches in sizes and counts"
     missing = [name for name in manifest if not (folder / name).exists()]
-    rows.append(("manifest", f"{fits}; lists {len(missing)} that are missing" if missing else fits))
+    rows.append(("manifest", f"{fits}; lists {len(missing)} missing shards" if missing else fits))
     return rows
 
 

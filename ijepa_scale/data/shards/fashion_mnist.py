@@ -1,7 +1,6 @@
-"""Fashion-MNIST for the demonstration: found or fetched, checked, and written as tar shards.
+"""Finds or downloads Fashion-MNIST for the demonstration, checks it, and writes it as tar shards.
 
-Knows the IDX format and where the files come from; nothing of training. 70,000 images of 28 x 28
-pixels in 10 classes, MIT licence.
+70,000 images of 28 x 28 pixels in 10 classes, MIT licence. Knows nothing of training.
 
 Source: Xiao, Rasul, Vollgraf, "Fashion-MNIST", arXiv 1708.07747.
 """
@@ -27,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SPLITS = {"train": "train", "test": "t10k"}  # our name: the files' prefix
-# SHA-256 of the uncompressed files, taken from Debian's package 0.0~git20200523.55506a9-1
+# SHA-256 of the uncompressed files, from Debian's package 0.0~git20200523.55506a9-1
 SHA256 = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -44,10 +43,10 @@ _APT_TIMEOUT_S = 300
 
 
 def fetch(folder: str | Path | None = None, *, download_to: str | Path = "datasets/downloads") -> Path:
-    """Returns the folder that holds the four IDX files, plain or .gz, with their hashes checked.
+    """Returns the folder that holds the four IDX files, plain or .gz, after checking their hashes.
 
-    A given `folder` is used or refused. Without one: Debian's package, installed with apt-get where
-    that and root are there; else torchvision's downloader, into `download_to`.
+    If `folder` is given, no other source is tried. Else uses Debian's package, which it installs if apt-get and root
+    are available; if that fails, uses torchvision's downloader, into `download_to`.
 
     Raises:
         DataError: no source works, or the files aren't Fashion-MNIST's.
@@ -61,13 +60,13 @@ def fetch(folder: str | Path | None = None, *, download_to: str | Path = "datase
         except (OSError, RuntimeError, subprocess.SubprocessError, DataError) as error:
             tried.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
     raise DataError(
-        f"Fashion-MNIST is not to be had here ({'; '.join(tried)}); "
+        f"Fashion-MNIST can't be fetched on this machine ({'; '.join(tried)}); "
         f"put its four idx-ubyte files (plain or .gz) in a folder and run: make demo FASHION_MNIST=FOLDER"
     )
 
 
 def _from_debian() -> Path:
-    """Returns the folder of Debian's package, installing it where it is missing."""
+    """Returns the folder of Debian's package, which it installs if it is missing."""
     if DEBIAN_FOLDER.is_dir():
         return DEBIAN_FOLDER
     if shutil.which("apt-get") is None or os.geteuid() != 0:
@@ -84,7 +83,7 @@ def _from_debian() -> Path:
 
 
 def _from_torchvision(folder: Path) -> Path:
-    """Returns the folder into which torchvision has downloaded the files."""
+    """Downloads the files with torchvision and returns their folder."""
     from torchvision.datasets import FashionMNIST  # takes 2 s to import
 
     log.info("downloading Fashion-MNIST with torchvision (31 MB)")
@@ -92,7 +91,7 @@ def _from_torchvision(folder: Path) -> Path:
 
 
 def _read(folder: Path, name: str) -> bytes:
-    """Returns the uncompressed bytes of an IDX file that lies in `folder` plain or as .gz."""
+    """Returns the uncompressed bytes of an IDX file that is stored in `folder`, plain or as .gz."""
     plain, packed = folder / name, folder / f"{name}.gz"
     if not plain.exists() and not packed.exists():
         raise DataError(f"{plain} is missing, and so is {packed.name}; give a folder with Fashion-MNIST's four files")
@@ -119,17 +118,17 @@ def _checked(folder: Path) -> Path:
 
 
 def read_idx(content: bytes, name: str) -> np.ndarray:
-    """Returns the uint8 array of an IDX file's bytes. `name` is for messages.
+    """Returns the uint8 array in an IDX file's bytes. `name` is for messages.
 
     Raises:
-        DataError: the header doesn't fit the length.
+        DataError: the header doesn't match the length.
     """
     num_dims = content[3] if len(content) >= 4 and content[:3] == b"\0\0\x08" else 0
     shape = (
         tuple(int(n) for n in np.frombuffer(content, ">u4", num_dims, 4)) if len(content) >= 4 + 4 * num_dims else ()
     )
     if not num_dims or len(content) != 4 + 4 * num_dims + int(np.prod(shape, dtype=np.int64)):
-        raise DataError(f"{name} ({len(content)} bytes) is no IDX file of bytes, or is cut short; fetch it again")
+        raise DataError(f"{name} ({len(content)} bytes) isn't an IDX file of bytes, or is cut short; fetch it again")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
 
 
@@ -152,11 +151,11 @@ def load(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def write_fashion_mnist_shards(
     source: str | Path, to: str | Path, *, train_shards: int = 4, test_shards: int = 1
 ) -> Path:
-    """Returns `to`, which then holds train/0000.tar …, test/0000.tar …, few/0000.tar and a manifest.
+    """Writes train/0000.tar …, test/0000.tar …, few/0000.tar and a manifest into folder `to`, and returns it.
 
-    `few` are the first `FEW_PER_CLASS` training images of each class, to finetune on. Each split names its classes.
-    Images are lossless grey PNG files, labels `.cls`. Shards are written under a temporary name, the
-    manifest last; where it is there and its shards have their sizes, nothing is done.
+    `few` holds the first `FEW_PER_CLASS` training images of each class, for finetuning. Each split has a list of its
+    class names. Images are lossless grey PNG files, labels `.cls`. Shards are written under temporary names, and the
+    manifest last; if it exists and its shards have the right sizes, nothing is written.
 
     Raises:
         DataError: `to` holds other shards, or the source is damaged.
@@ -194,7 +193,7 @@ def _few(labels: np.ndarray) -> np.ndarray:
 
 
 def _complete(to: Path, wanted: list[str]) -> bool:
-    """Returns whether the manifest is there and names exactly the shards wanted, each with its size."""
+    """Returns whether the manifest exists and lists exactly the wanted shards with their sizes."""
     try:
         shards = json.loads((to / MANIFEST).read_text(encoding="utf-8"))["shards"]
         return sorted(shards) == sorted(wanted) and all((to / n).stat().st_size == size for n, size in shards.items())
@@ -203,7 +202,7 @@ def _complete(to: Path, wanted: list[str]) -> bool:
 
 
 def _write_shard(path: Path, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
-    """Writes the images and labels of `rows` as a tar with fixed times, so that its bytes can be repeated."""
+    """Writes the images and labels of `rows` as a tar with fixed times, so that its bytes are reproducible."""
     from webdataset import TarWriter
 
     temporary = path.with_name(path.name + ".tmp")

@@ -1,4 +1,4 @@
-"""Images in files, to be made into shards: class folders, and CSV lists. Reads, decodes nothing."""
+"""Reads image files from class folders and CSV lists, to be made into shards. Doesn't decode them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError, SampleError
 
 _COLUMNS = ("path", "label")
-_LABELS = 2**31  # labels are below: what indices hold
+_LABELS = 2**31  # labels must be below this to fit into an index
 
 
 def read_image_file(path: str | Path) -> bytes:
     """Returns the bytes of an image file.
 
     Raises:
-        SampleError: it isn't there, is no regular file, is empty, or larger than shards may hold.
+        SampleError: it doesn't exist, isn't a regular file, is empty, or is too large for a shard.
         DataError: it can't be read.
     """
     try:
         size = os.stat(path).st_size
         if not os.path.isfile(path):
-            raise SampleError("no regular file; replace or drop it", "no regular file")
+            raise SampleError("not a regular file; replace or drop it", "no regular file")
         check_size(size)
         return Path(path).read_bytes()
     except FileNotFoundError:
@@ -38,10 +38,10 @@ def read_image_file(path: str | Path) -> bytes:
 
 
 def check_size(size: int) -> None:
-    """Refuses an image of no bytes or of more than shards may hold.
+    """Checks that an image isn't empty or too large for a shard.
 
     Raises:
-        SampleError: it has.
+        SampleError: it is.
     """
     if not 0 < size <= MAX_MEMBER_BYTES:
         raise SampleError(f"{size} bytes; give 1 to {MAX_MEMBER_BYTES} (64 MiB)", "image size")
@@ -65,10 +65,10 @@ class FolderImages(ImageFolderSource):
 
 
 class CsvImages:
-    """The images that a CSV file lists, in its order: header `path,label`, further columns are passed over.
+    """The images that a CSV file lists, in its order. The header is `path,label`; other columns are ignored.
 
-    Relative paths are relative to the CSV's folder. Labels are integers from 0 throughout, which stay as they are, or
-    class names throughout, which are numbered in sorted order.
+    Relative paths are relative to the CSV's folder. Labels are either all integers from 0, which are used unchanged,
+    or all class names, which are numbered in sorted order.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -105,18 +105,18 @@ class CsvImages:
         return self._labels
 
     def name(self, sample_id: int) -> str:
-        """Returns the path."""
+        """Returns the image's path."""
         return str(self._csv.parent / self._names[sample_id])
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """Does nothing: files have no common place."""
+        """Does nothing: single files are not prefetched."""
 
     def summary(self) -> str:
-        """Returns what there is, for the log."""
+        """Returns the number of images and the CSV's path, for the log."""
         return f"{self.num_samples} images in {self._csv}"
 
     def problems(self) -> Problems:
-        """Returns none: what is wrong with a file is found when it is read."""
+        """Returns no problems: a bad file is only found when it is read."""
         return Problems()
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -130,23 +130,23 @@ class CsvImages:
                     raise DataError(
                         f"{self._csv} begins with {header}; its first line must name columns path and label"
                     )
-                places = [header.index(name) for name in _COLUMNS]
+                columns = [header.index(name) for name in _COLUMNS]
                 for cells in filter(None, reader):
-                    name, label = (cells[place].strip() if place < len(cells) else "" for place in places)
+                    name, label = (cells[column].strip() if column < len(cells) else "" for column in columns)
                     if not name or not label or "\0" in name:
                         raise DataError(f"{self._csv}, line {reader.line_num}: {cells} lacks a path or a label; add it")
                     rows.append((name, label))
         except OSError as error:
             raise DataError(f"{self._csv} can't be read ({error.strerror}); give a CSV file with path,label") from None
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{self._csv} is no CSV file ({error}); write it again as UTF-8 with path,label") from None
+            raise DataError(f"{self._csv} isn't a CSV file ({error}); save it as UTF-8 with path,label") from None
         if not rows:
             raise DataError(f"{self._csv} lists no images; add lines with path,label")
         return rows
 
 
 def _numbered(texts: list[str], path: Path) -> tuple[list[str] | None, list[int]]:
-    """Returns class names (None: labels are numbers) and the labels as numbers."""
+    """Returns the class names (None if the labels are numbers) and the labels as numbers."""
     numbers = [text for text in texts if text.isascii() and text.isdigit()]
     if len(numbers) == len(texts):
         largest = max(numbers, key=lambda text: (len(text.lstrip("0")), text.lstrip("0")))
@@ -155,7 +155,7 @@ def _numbered(texts: list[str], path: Path) -> tuple[list[str] | None, list[int]
         return None, [int(text) for text in texts]
     if numbers:
         name = next(text for text in texts if text not in set(numbers))
-        raise DataError(f"{path} has labels {numbers[0]!r} and {name!r}; give numbers throughout, or names throughout")
+        raise DataError(f"{path} has labels {numbers[0]!r} and {name!r}; use either only numbers or only names")
     classes = sorted(set(texts))
     number_of = {name: number for number, name in enumerate(classes)}
     return classes, [number_of[text] for text in texts]

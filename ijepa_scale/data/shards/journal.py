@@ -1,7 +1,8 @@
-"""What has been written of a set of shards so far, so that it can be finished later. Files only.
+"""The journal of an unfinished set of shards, from which an interrupted run continues.
 
-One file beside the shards, appended to and synced: the plan, then a line per shard, before the shard gets its name.
-While it is open the folder is locked against a second process; when the set is whole it is removed.
+It is one file next to the shards, appended to and synced: the plan, then one line per shard, written before the shard
+gets its name. While the journal is open, the folder is locked against other processes; when the set is complete, the
+journal is removed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.data.shards.write import PART, ShardRow, check_empty, place, sync
+from ijepa_scale.data.shards.write import PART, ShardRow, check_empty, publish, sync
 from ijepa_scale.data.sources.fetch import file_sha256
 from ijepa_scale.errors import DataError
 
@@ -23,18 +24,19 @@ JOURNAL = "making.jsonl"
 
 @dataclass(frozen=True)
 class Entry:
-    """A whole shard, and how far in the order of images it reaches."""
+    """A complete shard, and how far it reaches in the order of images."""
 
     shard: ShardRow
-    next_place: int  # of the first image that comes after it
-    left_out: dict[str, int]  # images between the shard before and `next_place` that are in no shard, by kind
+    next_position: int  # of the first image after the shard, in the order of images
+    left_out: dict[str, int]  # by kind: images since the previous shard that are in no shard
 
 
 class Journal:
-    """The journal of a folder, new or continued; holds the folder until `close`.
+    """The journal of a folder, new or continued. Locks the folder until `close`.
 
     Raises:
-        DataError: the folder holds something else, a set made by another plan, or damage; or another process has it.
+        DataError: the folder holds something else, a set made by another plan or a damaged one, or another process
+            has locked it.
     """
 
     def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
@@ -57,18 +59,20 @@ class Journal:
             raise
 
     @property
-    def next_place(self) -> int:
-        """The place in the order of images that is to be written next."""
-        return self.entries[-1].next_place if self.entries else 0
+    def next_position(self) -> int:
+        """The position, in the order of images, of the next image to write."""
+        return self.entries[-1].next_position if self.entries else 0
 
     def add(self, entry: Entry) -> None:
-        """Notes a shard that is whole but for its name, and gives it its name."""
-        self._append(asdict(entry))
+        """Records a complete shard, and then gives it its name."""
+        # the file format calls the position a place
+        line = {"shard": asdict(entry.shard), "next_place": entry.next_position, "left_out": entry.left_out}
+        self._append(line)
         self.entries.append(entry)
-        place(self.folder, entry.shard)
+        publish(self.folder, entry.shard)
 
     def close(self, *, whole: bool) -> None:
-        """Lets go of the folder; a set that is whole needs its journal no more."""
+        """Unlocks the folder, and removes the journal if the set is complete."""
         if whole:
             self._path.unlink()
             sync(self.folder)
@@ -85,7 +89,7 @@ class Journal:
             raise DataError(f"folder {self.folder} already holds shards; name an empty one")
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Returns the lines; one that was being written when its process was killed is cut off."""
+        """Returns the complete lines, and removes one that was only partly written when its process was killed."""
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -94,7 +98,7 @@ class Journal:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
             if not all(isinstance(line, dict) for line in lines):
-                raise ValueError("a line is no object")
+                raise ValueError("a line isn't an object")
         except ValueError as error:
             raise self._damage(error) from None
         return lines
@@ -108,7 +112,7 @@ class Journal:
         other = [f"{key} {found.get(key)!r}, now {plan.get(key)!r}" for key in plan if found.get(key) != plan.get(key)]
         if other:
             raise DataError(
-                f"folder {self.folder} holds a set begun with other arguments: {'; '.join(other)}; "
+                f"folder {self.folder} holds a set that was started with other arguments: {'; '.join(other)}; "
                 "give the same ones to finish it, or name an empty folder"
             )
 
@@ -119,23 +123,24 @@ class Journal:
             raise self._damage(error) from None
 
     def _check_shards(self) -> None:
-        """Names the last shard where that was still to be done, and refuses what is missing or foreign."""
+        """Checks that exactly the recorded shards exist; gives the last one its name if that was interrupted."""
         for entry in self.entries:
             shard = entry.shard
             path, part = self.folder / shard.name, self.folder / f"{shard.name}{PART}"
             if entry is self.entries[-1] and not path.exists() and part.exists():
                 if part.stat().st_size == shard.bytes and file_sha256(part) == shard.sha256:
-                    place(self.folder, shard)
+                    publish(self.folder, shard)
             found = path.stat().st_size if path.exists() else None
             if found != shard.bytes:
                 raise DataError(
-                    f"{path} has {found or 'no'} bytes, {shard.bytes} were written; "
+                    f"{path} has {found or 'no'} bytes, but {shard.bytes} were written; "
                     "put it back, or start again in an empty folder"
                 )
         foreign = {path.name for path in self.folder.glob("*.tar")} - {entry.shard.name for entry in self.entries}
         if foreign:
             raise DataError(
-                f"{self.folder / min(foreign)} isn't of the set being made there; move it away, or name another folder"
+                f"{self.folder / min(foreign)} isn't part of the set being made there; move it away, or name another "
+                "folder"
             )
 
     def _damage(self, error: Exception) -> DataError:

@@ -1,6 +1,6 @@
-"""Data sets that torchvision knows by name, to be made into shards. Reads; downloads only when told to.
+"""Reads data sets that torchvision knows by name, to be made into shards. Downloads them only when told to.
 
-Only sets whose files are arrays of pixels: their images are stored as PNG, without loss. Those whose files are
+Covers only sets whose files are arrays of pixels; their images are stored as PNG, without loss. Sets whose files are
 images already (Food101, Flowers102, ImageNet, ...) are read as class folders or CSV lists, byte for byte.
 """
 
@@ -17,7 +17,7 @@ from PIL import Image
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.errors import DataError
 
-# name: splits, the default first; where they are train and test, the constructor takes train=bool
+# name -> splits, the default first; the constructors in _BY_TRAIN take train=bool, the others split=str
 _BOTH = ("train", "test")
 _BY_TRAIN = ("MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100")
 DATASETS = {
@@ -28,11 +28,11 @@ DATASETS = {
 
 
 class TorchvisionImages:
-    """The images of a torchvision data set as PNG, in its order; its files lie in, or are downloaded to, `root`."""
+    """The images of a torchvision data set as PNG, in its order; its files are in `root` or downloaded there."""
 
     def __init__(self, name: str, root: str | Path, *, split: str | None = None, download: bool = False) -> None:
         if name not in DATASETS:
-            raise DataError(f"data set {name!r} isn't known here; choose {', '.join(DATASETS)}")
+            raise DataError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
         split = DATASETS[name][0] if split is None else split
         if split not in DATASETS[name]:
             raise DataError(f"{name} has no split {split!r}; choose {', '.join(DATASETS[name])}")
@@ -58,18 +58,18 @@ class TorchvisionImages:
         return np.array([self.label(sample) for sample in range(self.num_samples)], dtype=np.int64)
 
     def name(self, sample_id: int) -> str:
-        """Returns data set and number."""
+        """Returns the data set's name and the sample's number."""
         return f"{self._title}: {sample_id}"
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """Does nothing: all of it is in memory."""
+        """Does nothing: the set is in memory."""
 
     def summary(self) -> str:
-        """Returns what there is, for the log."""
+        """Returns the number of images and the data set's name, for the log."""
         return f"{self.num_samples} images of {self._title}"
 
     def problems(self) -> Problems:
-        """Returns none."""
+        """Returns no problems."""
         return Problems()
 
 
@@ -88,10 +88,10 @@ def _load(name: str, root: str | Path, *, split: str, download: bool) -> Any:
     try:
         return getattr(datasets, name)(str(root), download=download, **arguments)
     except ImportError as error:
-        raise DataError(f"{name} needs a package that isn't here ({error}); install it with pip") from None
+        raise DataError(f"{name} needs a package that isn't installed ({error}); install it with pip") from None
     except (OSError, RuntimeError, ValueError, LookupError, EOFError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = "check the connection and the disk" if download else f"put its files into {root}, or give --download"
+        remedy = "check the connection and the disk" if download else f"put its files into {root}, or add --download"
         raise DataError(f"{name} can't be read from {root} ({reason}); {remedy}") from None
 
 

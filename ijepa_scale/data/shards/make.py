@@ -1,7 +1,8 @@
-"""Making a set of shards from images, each of them verified; resumable. No terminal, no training.
+"""Makes a set of shards from images, each of which is verified; resumable.
 
-The order of the images is a permutation keyed by the seed, so every shard holds every class. Worker processes read,
-decode and resize; this process writes. So the bytes depend on the images and the plan alone.
+The order of the images is a permutation keyed by the seed, so each shard is a mix of classes. Worker processes read,
+decode and resize; only this process writes. So the bytes depend on nothing but the images and the plan. Knows nothing
+of terminals or training.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95  # of resized images, with full colour resolution (4:4:4)
 MAX_BAD_FRACTION = 0.001
-_CHUNK = 16  # images that a worker hands over together
+_CHUNK = 16  # images that a worker returns at once
 _PREFETCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class MakePlan:
-    """What the bytes of the shards depend on, besides the images."""
+    """The settings that determine the bytes of the shards, apart from the images."""
 
-    shard_bytes: int = 256 * 10**6  # of images in one shard
+    shard_bytes: int = 256 * 10**6  # of the images in one shard, at most
     prefix: str = "shard"
     seed: int = 0  # of the order of the images
-    resize_shorter: int | None = None  # pixels: larger images are resized to it; None: none is touched
+    resize_shorter: int | None = None  # pixels: images with a longer shorter side are resized to it; None: no image is
 
     def __post_init__(self) -> None:
         if self.resize_shorter is not None and self.resize_shorter < 1:
@@ -54,10 +55,10 @@ class MakePlan:
             or set(self.prefix) & set("/\\{}[]*?")
             or self.prefix[0] == "."
         ):
-            raise DataError(f"prefix {self.prefix!r} makes no file names; give letters, like train")
+            raise DataError(f"prefix {self.prefix!r} can't begin a file name; give letters, like train")
 
     def facts(self, source: SampleSource) -> dict[str, Any]:
-        """Returns what a second run must have in common with the first."""
+        """Returns the facts that must be equal in a run that continues another."""
         return {
             "images from": getattr(source, "origin", source.summary()),
             "number of images": source.num_samples,
@@ -71,14 +72,14 @@ class MakePlan:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished set."""
+    """A finished set of shards."""
 
     shards: list[ShardRow]
     left_out: Counter[str]  # by kind
 
     @property
     def num_samples(self) -> int:
-        """The images in all shards."""
+        """The number of images in all shards."""
         return sum(row.samples for row in self.shards)
 
 
@@ -91,11 +92,11 @@ def make_shards(
     max_bad_fraction: float = MAX_BAD_FRACTION,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Made:
-    """Returns the set of shards made of all images of `source` that can be used, in `folder`.
+    """Writes all usable images of `source` into shards in `folder`, and returns what it has made.
 
-    Ended at any moment and started again with the same source and plan, it goes on behind the last whole shard, and
-    the result is the same byte by byte (but for the time of the shard that its index notes). Bad images are logged
-    and left out. `progress` is told how many images are done, in how many shards, and how many were left out.
+    After an interruption at any moment, a call with the same source and plan continues after the last complete shard.
+    The result is the same byte by byte, except for the mtime that each index records. Bad images are logged and left
+    out. Calls `progress` with the number of images done, of shards written and of images left out.
 
     Raises:
         DataError: the folder holds something else; a file can't be read or written; or bad images are more than
@@ -127,10 +128,10 @@ def make_shards(
 
 
 def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None) -> bytes:
-    """Returns the bytes to be stored of an image that decodes wholly: its own ones, where nothing asks for others.
+    """Decodes an image to check it, and returns the bytes to store: if possible, its own.
 
     An image whose shorter side is above `resize_shorter` is resized to it (PIL bicubic, antialiased) and stored as
-    JPEG; pixels, and formats that shards don't hold (BMP, PPM), are stored as PNG.
+    JPEG. Pixels, and formats that shards can't hold (BMP, PPM), are stored as PNG.
 
     Raises:
         SampleError: it can't be decoded, or is too large for a shard.
@@ -145,7 +146,9 @@ def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None) -> bytes
             resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
             resized.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         except OSError as error:  # over 65,500 pixels long
-            raise SampleError(f"{size[0]} x {size[1]} pixels make no JPEG ({error}); drop it", "no JPEG") from None
+            raise SampleError(
+                f"{size[0]} x {size[1]} pixels can't be stored as JPEG ({error}); drop it", "no JPEG"
+            ) from None
         return stream.getvalue()
     if isinstance(data, np.ndarray) or image_suffix(data) is None:
         data = encode_png(Image.fromarray(pixels))
@@ -157,7 +160,7 @@ def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None) -> bytes
 class _Bad:
     """An image that can't be used."""
 
-    place: int
+    position: int  # in the order of images
     kind: str
     name: str
     reason: str
@@ -165,14 +168,14 @@ class _Bad:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What became of some images: in the order of their places, or the error that ends all."""
+    """A worker's result for some consecutive images, or the error that ends the run."""
 
     images: tuple[Sample | _Bad, ...] = ()
     error: str | None = None
 
 
 class _Images(Dataset):
-    """Item (first place, ids): these images, read and verified."""
+    """Maps (position of the first image, ids) to those images, read and verified."""
 
     def __init__(self, source: SampleSource, resize_shorter: int | None) -> None:
         self._source, self._resize_shorter = source, resize_shorter
@@ -181,20 +184,20 @@ class _Images(Dataset):
     def __getitem__(self, item: tuple[int, np.ndarray]) -> _Chunk:
         try:
             return _Chunk(tuple(self._one(item[0] + row, int(sample)) for row, sample in enumerate(item[1])))
-        except DataError as error:  # told to the main process as one line, not as a worker's traceback
+        except DataError as error:  # reported to the main process as one line, not as a worker's traceback
             return _Chunk(error=str(error))
 
-    def _one(self, place: int, sample: int) -> Sample | _Bad:
+    def _one(self, position: int, sample: int) -> Sample | _Bad:
         try:
             image = prepare_image(self._source.read(sample), self._resize_shorter)
         except SampleError as error:
-            return _Bad(place, error.kind, self._source.name(sample), str(error))
+            return _Bad(position, error.kind, self._source.name(sample), str(error))
         label = self._source.label(sample)
-        return Sample(f"{place:0{self._digits}d}", image, label if label >= 0 else None)
+        return Sample(f"{position:0{self._digits}d}", image, label if label >= 0 else None)
 
 
 class _Run:
-    """One run of `make_shards`: what it writes next, and what it leaves out."""
+    """One run of `make_shards`: yields the samples to write and counts those left out."""
 
     def __init__(
         self,
@@ -205,8 +208,8 @@ class _Run:
         progress: Callable[[int, int, int], None],
     ) -> None:
         self._source, self._journal, self._progress = source, journal, progress
-        self._left_out: Counter[str] = Counter()  # in shards that are whole, and in the listing
-        self._pending: list[_Bad] = []  # since then
+        self._left_out: Counter[str] = Counter()  # by the listing and in complete shards
+        self._pending: list[_Bad] = []  # left out since the last complete shard
         problems = source.problems()
         self._left_out.update(problems.counts)
         for problem in problems.named:
@@ -217,13 +220,13 @@ class _Run:
         self._total = source.num_samples + problems.counts.total()
 
     def samples(self, plan: MakePlan, workers: int) -> Iterator[Sample]:
-        """Yields what is to be written behind the last whole shard."""
+        """Yields the samples to write after the last complete shard."""
         self._check()
         order = rng.permutation(self._source.num_samples, plan.seed, "write")
-        begin = self._journal.next_place
+        begin = self._journal.next_position
         if begin:
-            logger.info("going on behind %d images in %d shards", begin, len(self._journal.entries))
-        items = ((place, order[place : place + _CHUNK]) for place in range(begin, len(order), _CHUNK))
+            logger.info("continuing after %d images in %d shards", begin, len(self._journal.entries))
+        items = ((position, order[position : position + _CHUNK]) for position in range(begin, len(order), _CHUNK))
         chunks = ordered_loader(_Images(self._source, plan.resize_shorter), items, workers=workers, prefetch=_PREFETCH)
         for chunk in _alive(chunks):
             if chunk.error is not None:
@@ -236,15 +239,15 @@ class _Run:
             begin += len(chunk.images)
             self._progress(begin, len(self._journal.entries), self._num_bad)
 
-    def close_shard(self, row: ShardRow, next_place: int) -> None:
-        """Notes that a shard is whole, with the images left out in front of its end."""
-        settled = Counter(bad.kind for bad in self._pending if bad.place < next_place)
-        self._pending = [bad for bad in self._pending if bad.place >= next_place]
-        self._journal.add(Entry(row, next_place, dict(sorted(settled.items()))))
+    def close_shard(self, row: ShardRow, next_position: int) -> None:
+        """Records a complete shard in the journal, with the images left out before its end."""
+        settled = Counter(bad.kind for bad in self._pending if bad.position < next_position)
+        self._pending = [bad for bad in self._pending if bad.position >= next_position]
+        self._journal.add(Entry(row, next_position, dict(sorted(settled.items()))))
         self._left_out.update(settled)
 
     def made(self) -> Made:
-        """Returns the whole set."""
+        """Returns the set as written so far."""
         left_out = self._left_out + Counter(bad.kind for bad in self._pending)
         return Made([entry.shard for entry in self._journal.entries], left_out)
 
@@ -258,31 +261,31 @@ class _Run:
         self._check()
 
     def _check(self) -> None:
-        """Ends the run when it is certain that too many images are bad."""
+        """Raises `DataError` as soon as it is certain that too many images are bad."""
         if self._num_bad > self._max_bad_fraction * self._total:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in self.made().left_out.most_common())
             raise DataError(
                 f"{self._num_bad} of {self._total} images can't be used ({kinds}), over the allowed fraction "
-                f"{self._max_bad_fraction:g}; mend them and start in an empty folder, or raise --max-bad-fraction "
-                "and start again to go on without them"
+                f"{self._max_bad_fraction:g}; fix them and start in an empty folder, or raise --max-bad-fraction "
+                "and run make again to continue without them"
             )
 
 
 def _alive(chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
-    """Yields what workers make, and says so when one is killed."""
+    """Yields the chunks; raises `DataError` if a worker process was killed."""
     try:
         yield from chunks
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise DataError(
-            f"a worker process has ended ({str(error).splitlines()[0]}); start again with the same arguments to go on, "
-            "with fewer --workers if memory was short"
+            f"a worker process has ended ({str(error).splitlines()[0]}); run make again with the same arguments to "
+            "continue, with fewer --workers if memory was short"
         ) from None
 
 
 def _remove_scraps(folder: Path, shards: list[ShardRow]) -> None:
-    """Removes what index writers that were killed have left."""
+    """Removes temporary index files that killed processes have left."""
     names = {row.name for row in shards}
     for path in folder.glob(".*.tar.idx.npz.*"):
         if path.name[1:].partition(".idx.npz.")[0] in names:
@@ -291,13 +294,13 @@ def _remove_scraps(folder: Path, shards: list[ShardRow]) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> DataError:
     return DataError(
-        f"{error.filename or folder} can't be written ({error.strerror}); make room or mend the permissions, and "
-        "start again with the same arguments to go on"
+        f"{error.filename or folder} can't be written ({error.strerror}); make room or fix the permissions, and "
+        "run make again with the same arguments to continue"
     )
 
 
 def _silent(done: int, shards: int, left_out: int) -> None:
-    """Shows nothing."""
+    """Ignores the progress."""
 
 
 __all__ = ["JPEG_QUALITY", "MAX_BAD_FRACTION", "Made", "MakePlan", "make_shards", "prepare_image"]

@@ -1,4 +1,4 @@
-"""What a set of shards says of itself: manifest and class names, read back. Files only."""
+"""Reads the manifest and the class names of a set of shards."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ijepa_scale.errors import DataError
 
 
 def read_manifest(folder: Path) -> dict[str, ShardRow] | None:
-    """Returns the manifest's rows by shard name; None where a folder has no manifest.
+    """Returns the manifest's rows by shard name; None if a folder has no manifest.
 
     Raises:
-        DataError: it can't be read, or is no manifest of shards.
+        DataError: it can't be read, or isn't a manifest of shards.
     """
     path = folder / MANIFEST
     try:
@@ -24,16 +24,16 @@ def read_manifest(folder: Path) -> dict[str, ShardRow] | None:
         return None
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise DataError(
-            f"{path} is no manifest of shards ({type(error).__name__}: {error}); copy it again, or remove it"
+            f"{path} isn't a manifest of shards ({type(error).__name__}: {error}); copy it again, or remove it"
         ) from None
     return {row.name: row for row in found}
 
 
 def read_classes(folder: Path) -> list[str] | None:
-    """Returns the class names beside the shards of a folder; None where there are none.
+    """Returns the class names stored next to the shards of a folder; None if there are none.
 
     Raises:
-        DataError: the file is no list of names.
+        DataError: the file isn't a list of names.
     """
     path = folder / CLASSES
     return parse_classes(path.read_bytes(), str(path)) if path.is_file() else None

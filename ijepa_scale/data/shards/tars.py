@@ -1,7 +1,7 @@
-"""Images in one tar, to be made into shards: CLASS/*.jpg members, or a tar of tars. Reads, decodes nothing.
+"""Reads images from one tar, to be made into shards: CLASS/*.jpg members, or a tar of tars. Doesn't decode them.
 
-Members are read where they lie, by offset; nothing is extracted. A member X.tar counts as a folder X, so the official
-ILSVRC2012_img_train.tar has the classes that its inner tars are called.
+Members are read in place, by offset; nothing is extracted. A member X.tar counts as a folder X, so the inner tars of
+the official ILSVRC2012_img_train.tar are its classes.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from ijepa_scale.data.sources.scan import IRREGULAR, Break, Problems, leaves_its
 from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError, SampleError
 
-_Place = tuple[int, int]  # offset and size in bytes
+_Span = tuple[int, int]  # offset and size in bytes
 
 
 class TarImages:
     """The images of a tar, numbered class by class in the order that the unpacked folders would have.
 
-    `split` names the folder in the tar whose sub-folders are classes ('.': the tar itself). Without one, that is
-    train/ where the tar holds splits (train, val, test) only, else the tar itself.
+    `split` names the folder in the tar whose sub-folders are classes; '.' is the tar itself. The default is train/ if
+    the tar holds only splits (train, val, test), else the tar itself.
     """
 
     def __init__(self, path: str | Path, split: str | None = None) -> None:
         self._path = Path(path)
-        self._file: Handle | None = None  # of this process, from its first read on
+        self._file: Handle | None = None  # opened by each process at its first read
         self._problems = Problems()
-        members: dict[str, _Place] = {}  # a name that comes twice means the later one, as it does for tar
+        members: dict[str, _Span] = {}  # if a name appears twice, the later one counts, as when tar extracts
         try:
             self._status = self._path.stat()
             with self._path.open("rb") as file:
                 whole = (0, self._status.st_size)
-                inner: dict[str, _Place] = {}
+                inner: dict[str, _Span] = {}
                 self._check(
                     walk_members(file, self._collector("", members, inner=inner), end=whole[1]), str(self._path)
                 )
@@ -52,7 +52,7 @@ class TarImages:
         except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{self._path} is no readable tar ({error}); give an uncompressed, whole one") from None
+            raise DataError(f"{self._path} isn't a readable tar ({error}); give a complete, uncompressed one") from None
         folder = self._class_folder(members, split)
         self._take(folder, members)
         self.origin = f"tar {os.path.abspath(self._path)}" + (f", folder {folder}" if folder else "")
@@ -85,7 +85,7 @@ class TarImages:
         return data
 
     def label(self, sample_id: int) -> int:
-        """Returns the number of the class."""
+        """Returns the class's number."""
         return int(self._labels[sample_id])
 
     def labels(self) -> np.ndarray:
@@ -93,14 +93,14 @@ class TarImages:
         return self._labels
 
     def name(self, sample_id: int) -> str:
-        """Returns tar and member; of a member of an inner tar CLASS.tar, CLASS/NAME."""
+        """Returns the tar's path and the member's name; CLASS/NAME for a member of an inner tar CLASS.tar."""
         return f"{self._path}:{self._names[sample_id]}"
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """Does nothing."""
+        """Does nothing: members are not prefetched."""
 
     def summary(self) -> str:
-        """Returns what there is, for the log."""
+        """Returns the number of images and classes, for the log."""
         return f"{self.num_samples} images in {len(self.classes or ())} classes of {self._path}"
 
     def problems(self) -> Problems:
@@ -108,9 +108,9 @@ class TarImages:
         return self._problems
 
     def _collector(
-        self, prefix: str, members: dict[str, _Place], *, inner: dict[str, _Place] | None
+        self, prefix: str, members: dict[str, _Span], *, inner: dict[str, _Span] | None
     ) -> Callable[[tarfile.TarFile, tarfile.TarInfo], None]:
-        """Returns what notes a member under its name behind `prefix`; tars go into `inner`, where that is given."""
+        """Returns a function that adds images to `members`, named `prefix` + NAME, and tars to `inner` if given."""
 
         def use(_: tarfile.TarFile, member: tarfile.TarInfo) -> None:
             parts = [part for part in member.name.split("/") if part not in ("", ".")]
@@ -141,11 +141,11 @@ class TarImages:
         if broken is not None:
             raise DataError(
                 f"{name} is cut short or damaged after byte {broken.byte} ({broken.reason}); copy it again: "
-                "a set made of a part of it would lack the rest"
+                "a set made from it would be incomplete"
             )
 
-    def _class_folder(self, members: dict[str, _Place], split: str | None) -> str:
-        """Returns the folder in the tar whose sub-folders are classes, with a slash behind it; '' for the tar."""
+    def _class_folder(self, members: dict[str, _Span], split: str | None) -> str:
+        """Returns the folder in the tar whose sub-folders are classes, with a trailing slash; '' for the tar itself."""
         parts = [name.split("/") for name in members]
         tops = {part[0] for part in parts if len(part) > 1}
         if split is not None:
@@ -158,16 +158,16 @@ class TarImages:
         if len(tops) == 1 and len({part[1] for part in parts if len(part) > 2}) > 1:
             top = tops.pop()
             raise DataError(
-                f"all images of {self._path} lie in its folder {top!r}; give --split {top} if the folders in that are "
-                "the classes, --split . if it is the one class"
+                f"all images of {self._path} are in its folder {top!r}; give --split {top} if the folders in it are "
+                "the classes, or --split . if it is the only class"
             )
         return ""
 
-    def _take(self, folder: str, members: dict[str, _Place]) -> None:
+    def _take(self, folder: str, members: dict[str, _Span]) -> None:
         """Numbers the images in `folder`."""
         inside = [name for name in members if name.startswith(folder)]
         for name in [name for name in inside if "/" not in name[len(folder) :]]:
-            self._problems.add("no class", f"{self._path}:{name}", "lies in no class folder; move it into one")
+            self._problems.add("no class", f"{self._path}:{name}", "isn't in a class folder; move it into one")
         named = [name for name in inside if "/" in name[len(folder) :]]
         if not named:
             raise DataError(
@@ -180,8 +180,8 @@ class TarImages:
         self.classes: list[str] | None = classes
         number_of = {name: number for number, name in enumerate(classes)}
         self._labels = np.array([number_of[name] for name in of_class], dtype=np.int64)
-        places = np.array([members[name] for name in named], dtype=np.int64)
-        self._offsets, self._sizes = places[:, 0].copy(), places[:, 1].copy()
+        spans = np.array([members[name] for name in named], dtype=np.int64)
+        self._offsets, self._sizes = spans[:, 0].copy(), spans[:, 1].copy()
         self._names = Names.of(named)
         self.num_samples = len(named)
         self.shard_sizes = np.array([len(named)], dtype=np.int64)
@@ -192,7 +192,7 @@ class TarImages:
 
 
 def _few(names: set[str]) -> str:
-    """Returns the first of some names."""
+    """Returns the first names, and how many more there are."""
     shown = ", ".join(sorted(names)[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "none"
 

@@ -1,4 +1,4 @@
-"""Whether shards are what their manifest says, and each image decodes. No terminal, no training."""
+"""Checks that shards match their manifest and that each image decodes. Knows nothing of terminals or training."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _PREFETCH = 2
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with one shard or folder, a text each, and how many images were looked at."""
+    """The faults of one shard or folder, and the number of images that were checked."""
 
-    faults: tuple[str, ...]
+    faults: tuple[str, ...]  # one message each
     num_samples: int = 0
-    hashed: bool = True  # false: no manifest says what the hash should be
+    hashed: bool = True  # false if no manifest says what the hash should be
 
 
 def verify_shards(paths: list[Path], *, workers: int = 0) -> Iterator[Verdict]:
-    """Yields a verdict on each folder's files beside the shards, then one on each shard in their order.
+    """Yields a verdict on the manifest and class names of each folder, then one on each shard, in order.
 
-    A shard is hashed and held against the manifest beside it, its members are listed anew and held against its
-    index, and each image is decoded wholly. A byte that has flipped inside a JPEG often decodes: the hash finds it.
+    Hashes each shard and compares it with the manifest, lists its members again and compares them with its index,
+    and decodes each image fully. A JPEG with a flipped byte often still decodes, but the hash reveals it.
     """
     rows: dict[Path, dict[str, ShardRow] | None] = {}
     num_classes: dict[Path, int | None] = {}
@@ -54,14 +54,14 @@ def verify_shards(paths: list[Path], *, workers: int = 0) -> Iterator[Verdict]:
             f"{folder / name}: missing, though {MANIFEST} lists it" for name in names if not (folder / name).exists()
         ]
         if (folder / JOURNAL).exists():
-            faults.append(f"{folder}: unfinished ({JOURNAL} is there); start make again with the same arguments")
+            faults.append(f"{folder}: unfinished ({JOURNAL} exists); run make again with the same arguments")
         yield Verdict(tuple(faults))
     items = [(path, rows[path.parent], num_classes[path.parent]) for path in paths]
     yield from ordered_loader(_Shards(), items, workers=workers, prefetch=_PREFETCH)
 
 
 class _Shards(Dataset):
-    """Item (path, manifest rows, number of classes): the verdict on that shard."""
+    """Maps (path, manifest rows, number of classes) to the verdict on that shard."""
 
     def __getitem__(self, item: tuple[Path, dict[str, ShardRow] | None, int | None]) -> Verdict:
         path, rows, num_classes = item
@@ -82,7 +82,7 @@ class _Shards(Dataset):
 
 
 def _against_manifest(path: Path, row: ShardRow | None, *, num_samples: int) -> list[str]:
-    """Returns where a shard differs from its row in the manifest."""
+    """Returns how a shard differs from its row in the manifest."""
     if row is None:
         return [f"{path}: not in {MANIFEST}; move it away, or make the set again"]
     found = path.stat().st_size
@@ -97,17 +97,17 @@ def _against_manifest(path: Path, row: ShardRow | None, *, num_samples: int) -> 
 
 
 def _index_faults(index: ShardIndex) -> list[str]:
-    """Returns where the index kept beside a shard says something else than the shard."""
+    """Returns a fault if the stored index of a shard doesn't match the shard."""
     kept = load_index(index_path(index.path), index.path, index.tar_bytes, index.tar_mtime_ns)
     if kept is None or all(
         np.array_equal(getattr(kept, name), getattr(index, name)) for name in ("offsets", "sizes", "labels")
     ):
         return []
-    return [f"{index_path(index.path)}: lists other samples than the shard has; remove it"]
+    return [f"{index_path(index.path)}: doesn't match the samples in the shard; remove it"]
 
 
 def _sample_faults(index: ShardIndex, num_classes: int | None) -> list[str]:
-    """Returns what is wrong with single samples."""
+    """Returns the faults of single samples."""
     faults = []
     with index.path.open("rb") as file:
         for row, (offset, size, label) in enumerate(zip(index.offsets, index.sizes, index.labels, strict=True)):

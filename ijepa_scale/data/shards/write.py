@@ -1,4 +1,4 @@
-"""Writing tar shards, the same bytes from the same samples every time. Files only."""
+"""Writes tar shards; equal samples always make equal bytes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ijepa_scale.data.sources.tar_index import index_tar
 from ijepa_scale.data.sources.tar_shards import CLASSES, MANIFEST
 from ijepa_scale.errors import DataError
 
-PART = ".part"  # behind the name of a file that isn't whole yet
+PART = ".part"  # suffix of a file that isn't complete yet
 _MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to be written."""
+    """One image to write."""
 
     key: str  # unique, without dots
     image: bytes  # JPEG, PNG or WebP
@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardRow:
-    """What the manifest says of one shard."""
+    """A shard's row in the manifest."""
 
     name: str
     bytes: int
@@ -47,10 +47,10 @@ def write_shards(
     prefix: str = "shard",
     classes: list[str] | None = None,
 ) -> list[Path]:
-    """Returns the tar shards written into `folder`, with their indices, `manifest.json` and `classes.json` beside.
+    """Writes tar shards with their indices, `manifest.json` and `classes.json` into `folder`; returns the tars.
 
-    A shard is closed before the sample that would take its images over `shard_bytes`, appears under its name when
-    it is whole, and carries no time or user: equal samples make equal bytes.
+    A shard is closed before the sample that would take its images over `shard_bytes`. It gets its name only when it
+    is complete, and records no time or user, so equal samples make equal bytes.
 
     Raises:
         DataError: the folder already holds shards, or a sample can't be part of one.
@@ -60,17 +60,17 @@ def write_shards(
     check_empty(folder)
     rows = []
     for row, _ in write_parts(samples, folder, shard_bytes=shard_bytes, prefix=prefix):
-        place(folder, row)
+        publish(folder, row)
         rows.append(row)
     write_manifest(folder, rows, classes=classes)
     return [folder / row.name for row in rows]
 
 
 def check_empty(folder: Path) -> None:
-    """Refuses a folder in which something would be overwritten or mixed up.
+    """Checks that writing shards into a folder wouldn't overwrite or mix up other shards.
 
     Raises:
-        DataError: it holds shards, or what lies beside shards.
+        DataError: it holds shards, a manifest or class names.
     """
     found = sorted(
         entry.name
@@ -84,9 +84,9 @@ def check_empty(folder: Path) -> None:
 def write_parts(
     samples: Iterable[Sample], folder: Path, *, shard_bytes: int, prefix: str, first: int = 0
 ) -> Iterator[tuple[ShardRow, str]]:
-    """Yields each shard and its last sample's key as soon as it is whole, under its name with `PART` behind.
+    """Writes shards under their names with the suffix `PART`; yields each complete one and its last sample's key.
 
-    It is on the disk by then, and gets its name by `place`. `first` is the number of the first shard.
+    A yielded shard is synced to disk; `publish` then gives it its name. `first` is the number of the first shard.
 
     Raises:
         DataError: a sample that can't be part of a shard.
@@ -109,8 +109,8 @@ def write_parts(
         yield part.close(), part.last_key
 
 
-def place(folder: Path, row: ShardRow) -> None:
-    """Gives a whole shard its name, and writes its index.
+def publish(folder: Path, row: ShardRow) -> None:
+    """Gives a complete shard its final name, and writes its index.
 
     Raises:
         DataError: another file has the name.
@@ -126,20 +126,20 @@ def place(folder: Path, row: ShardRow) -> None:
 def write_manifest(
     folder: Path, rows: list[ShardRow], *, classes: list[str] | None, left_out: Mapping[str, int] | None = None
 ) -> None:
-    """Writes what lies beside the shards: `classes.json`, and at last `manifest.json`, the mark of a whole set.
+    """Writes `classes.json` and then `manifest.json`, which marks the set as complete.
 
     `left_out` counts the images that are in no shard, by kind.
 
     Raises:
-        DataError: there is no shard, or one can't be read as it was written.
+        DataError: there is no shard, or one doesn't read back as it was written.
     """
     if not rows:
-        raise DataError(f"there are no samples to write into {folder}; check what they come from")
+        raise DataError(f"there are no samples to write into {folder}; check their source")
     for row in rows:
         index = index_tar(folder / row.name)
         if len(index) != row.samples or index.problems.counts:
             raise DataError(
-                f"{folder / row.name} reads as {len(index)} samples, {row.samples} were written "
+                f"{folder / row.name} reads as {len(index)} samples, but {row.samples} were written "
                 f"({index.problems.summary() or 'no problems'}); check the disk and write into an empty folder"
             )
     if classes is not None:
@@ -155,7 +155,7 @@ def write_manifest(
 
 
 def sync(folder: Path) -> None:
-    """Puts the names in a folder on the disk."""
+    """Syncs the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -164,7 +164,7 @@ def sync(folder: Path) -> None:
 
 
 class _Part:
-    """A shard that is being written, hashed on the way."""
+    """A shard that is being written; hashes the bytes as they are written."""
 
     def __init__(self, path: Path) -> None:
         self._name, self._part = path.name, path.with_name(path.name + PART)
@@ -176,8 +176,8 @@ class _Part:
         self.last_key = ""
 
     def write(self, data: bytes) -> int:
-        """Returns the bytes written; what the tar writer calls."""
-        if self._file.closed:  # abandoned: what is left in the writer goes nowhere
+        """Writes and hashes bytes for the tar writer; returns their number."""
+        if self._file.closed:  # abandoned: drop what the writer still had buffered
             return len(data)
         self._digest.update(data)
         self._bytes += len(data)
@@ -196,7 +196,7 @@ class _Part:
         self.last_key = sample.key
 
     def close(self) -> ShardRow:
-        """Returns what the manifest will say, when all of it is on the disk."""
+        """Finishes the shard, syncs it to disk, and returns its row in the manifest."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -205,14 +205,14 @@ class _Part:
         return ShardRow(self._name, self._bytes, self._samples, self._digest.hexdigest())
 
     def abandon(self) -> None:
-        """Removes it."""
-        with contextlib.suppress(OSError):  # of a full disk; what led here is told already
+        """Removes the unfinished shard."""
+        with contextlib.suppress(OSError):  # from a full disk; the caller raises the original error
             self._file.close()
         self._part.unlink(missing_ok=True)
 
 
 def image_suffix(image: bytes) -> str | None:
-    """Returns the file suffix that the image's first bytes call for; None for what shards don't hold."""
+    """Returns the file suffix for an image, by its first bytes; None for a format that shards can't hold."""
     if image.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if image.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -238,6 +238,6 @@ def _write_json(path: Path, content: object) -> None:
 
 
 __all__ = [
-    "CLASSES", "MANIFEST", "PART", "Sample", "ShardRow", "check_empty", "image_suffix", "place", "sync",
+    "CLASSES", "MANIFEST", "PART", "Sample", "ShardRow", "check_empty", "image_suffix", "publish", "sync",
     "write_manifest", "write_parts", "write_shards",
 ]  # fmt: skip

@@ -1,1 +1,1 @@
-"""What images can be read from, and how their samples are listed."""
+"""The sources that images are read from, and how their samples are listed."""

@@ -1,8 +1,8 @@
 """A bounded folder of fetched files, shared by all processes of a machine.
 
-Each entry has a lock file: who reads the entry holds it shared, who fetches or removes it exclusively; a process
-that dies lets go. So one process fetches while the others wait, and what is in use is never removed. A file
-appears under its name when it is whole.
+Each entry has a lock file. Readers of the entry hold a shared lock; a process that fetches or removes it holds an
+exclusive one. A process that dies releases its locks. So one process fetches while the others wait, and a file in
+use is never removed. A file gets its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from ijepa_scale.data.sources.fetch import Retry, fetch, remote_size
 from ijepa_scale.errors import DataError
 
-_PART = ".part"  # an empty file of the size that is reserved
-_NEW = ".new"  # what has come so far
+_PART = ".part"  # an empty (sparse) file of the reserved size
+_NEW = ".new"  # the bytes received so far
 _LOCK = ".lock"
 _GIB = 1 << 30
 _POLL_S = 0.2
@@ -28,7 +28,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file somewhere else, and what is known of it."""
+    """The address of a remote file, with its size and hash if they are known."""
 
     url: str
     size: int | None = None  # bytes
@@ -37,22 +37,22 @@ class RemoteFile:
 
 @dataclass
 class Handle:
-    """An open file of the cache (or elsewhere: without a lock); it isn't removed before `close`."""
+    """An open file. A file of the cache has a lock, and isn't removed before `close`."""
 
     descriptor: int
     lock: int | None = None
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file and releases its lock."""
         os.close(self.descriptor)
         if self.lock is not None:
             os.close(self.lock)
 
 
 class FileCache:
-    """Files of at most `max_bytes` together in `folder`; the least recently opened are removed first.
+    """Keeps at most `max_bytes` of files in `folder`; removes the least recently opened ones first.
 
-    May be pickled and forked: it holds no open file itself.
+    May be pickled and forked, because it holds no open file itself.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class FileCache:
     ) -> None:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self.retry = retry or Retry()
-        self._wait_s = wait_s  # for room, while all files are in use
+        self._wait_s = wait_s  # how long to wait for room while all files are in use
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, url: str) -> Path:
-        """Returns where a file lies when it is here: equal last names of different addresses don't collide."""
+        """Returns the path of a cached file; different addresses never share one, even if they end alike."""
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rstrip('/').rpartition('/')[2]}"
 
     def open(self, file: RemoteFile) -> Handle:
-        """Returns the open file, fetching it where it isn't here; others who want it wait meanwhile.
+        """Returns the open file, after fetching it if it isn't cached; other processes that want it wait meanwhile.
 
         Raises:
             DataError: it can't be fetched, or there is no room for it.
@@ -88,14 +88,14 @@ class FileCache:
             except BaseException:
                 os.close(lock)
                 raise
-            os.close(lock)  # between here and the next round it may be removed again, so look again
+            os.close(lock)  # another process may remove the file before the next round, so check again
 
     def has(self, url: str) -> bool:
-        """Returns whether a file is here."""
+        """Returns whether a file is cached."""
         return self.path(url).exists()
 
     def _fetch(self, file: RemoteFile, path: Path) -> None:
-        """Fetches a file whose lock is held."""
+        """Fetches a file; the caller holds its lock."""
         size = remote_size(file.url, self.retry) if file.size is None else file.size
         part, new = (path.with_name(path.name + suffix) for suffix in (_PART, _NEW))
         self._reserve(part, size, file.url)
@@ -106,14 +106,14 @@ class FileCache:
             part.unlink(missing_ok=True)
 
     def _reserve(self, part: Path, size: int, url: str) -> None:
-        """Makes room for `size` bytes and marks them as taken."""
+        """Makes room for `size` bytes and reserves them."""
         if size > self.max_bytes:
             raise DataError(
-                f"{url} has {size / _GIB:.2f} GiB, the cache {self.max_bytes / _GIB:.2f}; raise data.cache_gb"
+                f"{url} has {size / _GIB:.2f} GiB, the cache only {self.max_bytes / _GIB:.2f}; raise data.cache_gb"
             )
         deadline = time.monotonic() + self._wait_s
         while True:
-            with self._alone():
+            with self._locked():
                 free = self.max_bytes - self._used(part)
                 for entry in self._oldest_first() if free < size else ():
                     free += self._remove(entry)
@@ -121,7 +121,7 @@ class FileCache:
                         break
                 if free >= size:
                     with part.open("wb") as hole:
-                        hole.truncate(size)  # counted from now on; takes no room yet
+                        hole.truncate(size)  # a sparse file: counted from now on, but uses no disk yet
                     return
             if time.monotonic() > deadline:
                 raise DataError(
@@ -131,8 +131,8 @@ class FileCache:
             time.sleep(_POLL_S)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Holds the lock on the folder's book-keeping."""
+    def _locked(self) -> Iterator[None]:
+        """Holds the lock on the folder's accounting."""
         lock = os.open(self.folder / f"room{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -141,7 +141,7 @@ class FileCache:
             os.close(lock)
 
     def _used(self, mine: Path) -> int:
-        """Returns the bytes taken or reserved; a transfer whose process has died is removed."""
+        """Returns the bytes used or reserved, except those in `mine`; removes transfers whose process has died."""
         total = 0
         for entry in self._entries():
             if entry.name.endswith(_PART):
@@ -159,14 +159,14 @@ class FileCache:
         return sorted(whole, key=lambda entry: entry.stat().st_mtime_ns)
 
     def _remove(self, entry: Path) -> int:
-        """Returns the bytes that removing an entry freed; 0 where somebody uses or fetches it."""
+        """Removes an entry and returns the bytes freed; 0 if a process is using or fetching it."""
         name = entry.name.removesuffix(_PART)
         lock = os.open(self.folder / f"{name}{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = entry.stat().st_size
             entry.unlink()
-            (self.folder / f"{name}{_NEW}").unlink(missing_ok=True)  # of a transfer that died
+            (self.folder / f"{name}{_NEW}").unlink(missing_ok=True)  # left by a transfer that died
             return max(1, size)
         except (BlockingIOError, FileNotFoundError):
             return 0

@@ -1,7 +1,7 @@
-"""Brings one remote file here whole, or says why not. Files and a network, no processes and no tensors.
+"""Downloads one remote file whole, or reports why it can't. Knows nothing of processes or tensors.
 
-Addresses go through fsspec: https, s3, gs, hf. Transient faults are tried again, with growing pauses; what comes is
-held against the size and hash that are known of it.
+fsspec handles the addresses: https, s3, gs, hf. Transient errors are retried, with growing pauses; the result is
+compared with the size and hash of the file, if they are known.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ PACKAGES = {"https": "fsspec[http]", "http": "fsspec[http]", "s3": "s3fs", "gs":
 _ADDRESS = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _CHUNK = 1 << 20
-_TRY_AGAIN = {408, 425, 429}  # of the client errors; all server errors are
+_TRY_AGAIN = {408, 425, 429}  # client errors that are retried, like all server errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """How often a transfer is tried, and how long nothing may happen."""
+    """How often a transfer is tried, how long the pauses are, and when it times out."""
 
     attempts: int = 8
-    first_pause_s: float = 1.0  # doubled each time, up to
+    first_pause_s: float = 1.0  # doubled after each attempt, up to `longest_pause_s`
     longest_pause_s: float = 30.0
-    timeout_s: float = 60.0  # without a byte
+    timeout_s: float = 60.0  # without receiving a byte
 
 
 class NotThereError(DataError):
-    """The server says that the file isn't there, or not for us."""
+    """The server says that the file doesn't exist or that access is denied."""
 
 
-class _Wrong(Exception):
-    """What came isn't what was announced."""
+class _WrongContent(Exception):
+    """The received bytes don't have the expected size or hash."""
 
 
 def scheme_of(text: str) -> str | None:
@@ -58,24 +58,24 @@ def scheme_of(text: str) -> str | None:
 
 
 def check_address(url: str) -> None:
-    """Refuses addresses that aren't fetched.
+    """Checks that an address can be fetched.
 
     Raises:
         DataError: an unknown scheme, or http to another machine.
     """
     scheme = scheme_of(url)
     if scheme not in PACKAGES:
-        raise DataError(f"{url!r} has the scheme {scheme!r}; give a local path, or one of {', '.join(PACKAGES)}")
+        raise DataError(f"{url!r} has the scheme {scheme!r}; use a local path, or one of {', '.join(PACKAGES)}")
     host = urllib.parse.urlsplit(url).hostname
     if scheme == "http" and host not in _LOOPBACK:
-        raise DataError(f"{url!r} is unencrypted; give https, or copy the shards to a local folder")
+        raise DataError(f"{url!r} is unencrypted; use https, or copy the shards to a local folder")
 
 
 def remote_size(url: str, retry: Retry) -> int:
-    """Returns the bytes that the server says the file has.
+    """Returns the size in bytes that the server reports for a file.
 
     Raises:
-        DataError: it can't be had, or has no size.
+        DataError: the file can't be fetched, or has no size.
     """
     size = _persist(url, retry, lambda filesystem, path: filesystem.info(path)["size"])
     if not isinstance(size, int):
@@ -84,12 +84,12 @@ def remote_size(url: str, retry: Retry) -> int:
 
 
 def fetch(url: str, to: Path, *, size: int | None, sha256: str | None, retry: Retry, largest: int) -> None:
-    """Writes the file to `to`, whole and checked, or leaves nothing there.
+    """Downloads the file to `to`, whole and checked, or leaves nothing there.
 
-    A broken transfer starts again from its beginning. No more than `largest` bytes are taken, whatever is sent.
+    A broken transfer starts again from the beginning. Accepts at most `largest` bytes, however many the server sends.
 
     Raises:
-        DataError: it isn't there, may not be read, or didn't arrive whole in `retry.attempts` tries.
+        DataError: the file doesn't exist, may not be read, or didn't arrive whole in `retry.attempts` attempts.
     """
 
     def transfer(filesystem: Any, path: str) -> None:
@@ -97,9 +97,9 @@ def fetch(url: str, to: Path, *, size: int | None, sha256: str | None, retry: Re
         filesystem.get_file(path, str(to), callback=_capped(most))
         found = to.stat().st_size
         if size is not None and found != size:
-            raise _Wrong(f"{found} bytes came instead of {size}")
+            raise _WrongContent(f"received {found} bytes instead of {size}")
         if sha256 is not None and file_sha256(to) != sha256:
-            raise _Wrong("its SHA-256 is another than the manifest's")
+            raise _WrongContent("its SHA-256 differs from the manifest's")
 
     try:
         _persist(url, retry, transfer)
@@ -109,7 +109,7 @@ def fetch(url: str, to: Path, *, size: int | None, sha256: str | None, retry: Re
 
 
 def open_remote(url: str, retry: Retry) -> IO[bytes]:
-    """Returns the file as a stream that is read once, from its beginning.
+    """Returns the file as a stream to be read once, from the beginning.
 
     Raises:
         DataError: it can't be opened.
@@ -119,7 +119,7 @@ def open_remote(url: str, retry: Retry) -> IO[bytes]:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the hash of a file's content."""
+    """Returns the SHA-256 of a file's content, as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -135,21 +135,21 @@ def _capped(most: int) -> Any:
         def relative_update(self, inc: int = 1) -> None:
             self.value += inc
             if self.value > most:
-                raise _Wrong(f"over {most} bytes came")
+                raise _WrongContent(f"received over {most} bytes")
 
     return Cap()
 
 
 def _persist(url: str, retry: Retry, work: Callable[[Any, str], Any]) -> Any:
-    """Returns work(filesystem, path), tried again after transient faults."""
+    """Returns work(filesystem, path); retries it after transient errors."""
     check_address(url)
     for attempt in range(retry.attempts):
         try:
             return work(*_filesystem(url, retry))
         except DataError:
             raise
-        except Exception as raised:  # every filesystem raises its own; permanent ones are told apart below
-            error = raised.__cause__ or raised  # fsspec says "not found" of any failure to ask for a size
+        except Exception as raised:  # each filesystem raises its own errors; permanent ones are identified below
+            error = raised.__cause__ or raised  # fsspec reports any failure to get a size as "not found"
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ImportError):
                 raise DataError(
@@ -160,19 +160,20 @@ def _persist(url: str, retry: Retry, work: Callable[[Any, str], Any]) -> Any:
                 raise NotThereError(text) from None
             if attempt + 1 == retry.attempts:
                 raise DataError(
-                    f"{url} didn't arrive in {retry.attempts} tries (the last: {reason}); check the server and the line"
+                    f"{url} couldn't be fetched in {retry.attempts} attempts (last error: {reason}); "
+                    "check the server and the connection"
                 ) from None
             pause = min(retry.longest_pause_s, retry.first_pause_s * 2**attempt)
-            # not all processes at once: a pause of half to all of it, another for each address
-            place = np.array([zlib.crc32(url.encode())])
-            pause *= 0.5 + 0.5 * float(rng.uniform(0, "fetch", attempt, place, 1)[0, 0])
+            # shorten the pause by up to half, keyed by the address, so that not all processes retry at once
+            address = np.array([zlib.crc32(url.encode())])
+            pause *= 0.5 + 0.5 * float(rng.uniform(0, "fetch", attempt, address, 1)[0, 0])
             logger.warning("%s: %s; trying again in %.1f s", url, reason, pause)
             time.sleep(pause)
     raise AssertionError
 
 
 def _filesystem(url: str, retry: Retry) -> tuple[Any, str]:
-    """Returns fsspec's filesystem for an address, and the path in it."""
+    """Returns fsspec's filesystem for an address, and the path within it."""
     import fsspec
 
     options: dict[str, Any] = {}
@@ -189,7 +190,7 @@ def _filesystem(url: str, retry: Retry) -> tuple[Any, str]:
 
 
 def _permanent(error: BaseException) -> bool:
-    """Returns whether trying again is useless."""
+    """Returns whether retrying can't help."""
     if isinstance(error, (FileNotFoundError, PermissionError)):
         return True
     response = getattr(error, "response", None)  # botocore's is a mapping

@@ -1,4 +1,4 @@
-"""Images in class folders."""
+"""Reads images from class folders."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 class ImageFolderSource:
-    """Images in class folders, numbered class by class: labels as torchvision's ImageFolder gives them.
+    """Images in class folders, numbered class by class, with the same labels as in torchvision's ImageFolder.
 
-    ROOT/train is taken where ROOT holds splits (train, val, test) only. All of it is one shard: files are
-    read in any order at the same cost, so the whole set is shuffled together.
+    If ROOT holds only splits (train, val, test), ROOT/train is read. The whole set is one shard and is shuffled
+    together, because files cost the same in any order.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -66,22 +66,22 @@ class ImageFolderSource:
         return int(np.searchsorted(self._class_ends, sample_id, side="right"))
 
     def labels(self) -> np.ndarray:
-        """Returns all labels, (N,) int64; -1 where there is none."""
+        """Returns all labels, (N,) int64."""
         return np.searchsorted(self._class_ends, np.arange(self.num_samples), side="right").astype(np.int64)
 
     def name(self, sample_id: int) -> str:
-        """Returns the path."""
+        """Returns the image's path."""
         return str(self.root / self._names[sample_id])
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """Does nothing: files in a folder have no common place."""
+        """Does nothing: single files are not prefetched."""
 
     def summary(self) -> str:
-        """Returns what there is, for the log."""
+        """Returns the number of images and classes, for the log."""
         return f"{self.num_samples} images in {len(self.classes or ())} class folders"
 
     def problems(self) -> Problems:
-        """Returns none: only images are listed."""
+        """Returns no problems: only images are listed."""
         return Problems()
 
 
@@ -94,7 +94,7 @@ def _class_root(root: Path) -> Path:
 
 
 def _images(root: Path, folder: str) -> list[str]:
-    """Returns the images below a class folder relative to `root`, in torchvision's order."""
+    """Returns the paths of the images below a class folder, relative to `root` and in torchvision's order."""
     found = []
     for parent, _, files in sorted(os.walk(root / folder, followlinks=True)):
         relative = os.path.relpath(parent, root)

@@ -1,4 +1,4 @@
-"""Samples of tar shards that lie somewhere else: fetched whole, a window ahead, into a bounded cache."""
+"""Reads samples from remote tar shards, fetched whole and a window ahead into a bounded cache."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _LARGEST_TEXT, _LARGEST_INDEX = 256 << 20, 2 << 30  # bytes of a manifest and of
 
 
 class RemoteShardSource(ShardSource):
-    """Samples of tar shards behind https, s3, gs or hf addresses.
+    """The samples of tar shards behind https, s3, gs or hf addresses.
 
-    Each shard comes down whole, at most once per machine while the cache holds it, checked against the manifest
-    beside the shards where there is one, else against the size that the server says. Its index is the one beside it
-    (`NAME.tar.idx.npz`, as `launch/shards.py` writes it), else is made from the shard.
+    Each shard is downloaded whole, and only once per machine while the cache holds it. It is checked against the
+    manifest next to the shards if there is one, else against the size that the server reports. Its index is
+    downloaded from `NAME.tar.idx.npz` (written by `launch/shards.py`) if that exists, else built from the shard.
     """
 
     def __init__(self, pattern: str, cache: FileCache) -> None:
@@ -42,31 +42,31 @@ class RemoteShardSource(ShardSource):
         self._remote_of = {index.path: file for index, file in zip(shards, self._remote, strict=True)}
         self._needed: set[int] = set()
         self._take(shards, [file.url.rpartition("/")[2] for file in self._remote])
-        beside = f"{self._remote[0].url.rpartition('/')[0]}/{CLASSES}"
-        content = _text(beside, cache)
-        self.classes = None if content is None else parse_classes(content, beside)
+        classes_url = f"{self._remote[0].url.rpartition('/')[0]}/{CLASSES}"
+        content = _text(classes_url, cache)
+        self.classes = None if content is None else parse_classes(content, classes_url)
 
     def check_room(self, window_shards: int) -> None:
-        """Refuses a cache that can't hold the window being read and the next one.
+        """Checks that the cache can hold the current window and the next one.
 
         Raises:
-            DataError: naming what it would need.
+            DataError: the cache is too small.
         """
         largest = sorted((shard.tar_bytes for shard in self._shards), reverse=True)
         needed = sum(largest[: 2 * window_shards])
         if needed > self._cache.max_bytes:
             raise DataError(
                 f"data.cache_gb is {self._cache.max_bytes / (1 << 30):.3g} but two windows of {window_shards} shards "
-                f"have {needed / (1 << 30):.3g} GiB; give that much, or lower data.window_shards"
+                f"need {needed / (1 << 30):.3g} GiB; raise it, or lower data.window_shards"
             )
 
     def name(self, sample_id: int) -> str:
-        """Returns address and key."""
+        """Returns the shard's address and the sample's key."""
         shard, row = self._locate(sample_id)
         return f"{self._remote[shard].url}:{self._shards[shard].keys[row]}"
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """Begins to fetch the shards, and lets go of all others."""
+        """Starts to fetch the shards, and closes all others so that the cache may remove them."""
         needed = [int(shard) for shard in [*now, *soon]]
         for shard in [shard for shard in self._files if shard not in needed]:
             self._files.pop(shard).close()
@@ -78,7 +78,7 @@ class RemoteShardSource(ShardSource):
         return self._cache.open(self._remote_of[index.path])
 
     def problems(self) -> Problems:
-        """Returns what of the shards can't be used."""
+        """Returns what can't be used."""
         found = Problems()
         for shard in self._shards:
             found.extend(shard.problems)
@@ -89,7 +89,7 @@ def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
     """Returns the shards that an address names: one, a `{000..127}` pattern, or a folder with a manifest.json.
 
     Raises:
-        DataError: an address that isn't fetched, or a folder without manifest.
+        DataError: an address that isn't supported, or a folder without a manifest.
     """
     check_address(pattern)
     names = sorted(set(braces(pattern)))
@@ -108,17 +108,19 @@ def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[
     content = _text(url, cache)
     if content is None:
         if required:
-            raise DataError(f"{url} isn't there; a remote folder needs it: or name shards, like .../{{000..127}}.tar")
+            raise DataError(
+                f"{url} doesn't exist, but a remote folder needs it; add it, or name shards, like .../{{000..127}}.tar"
+            )
         return {}
     try:
         rows = json.loads(content)["shards"]
         return {str(row["name"]): (int(row["bytes"]), str(row["sha256"])) for row in rows}
     except (ValueError, TypeError, LookupError) as error:
-        raise DataError(f"{url} is no manifest of shards ({error}); write it again with launch/shards.py") from None
+        raise DataError(f"{url} isn't a manifest of shards ({error}); write it again with launch/shards.py") from None
 
 
 def _text(url: str, cache: FileCache) -> bytes | None:
-    """Returns the content of a small remote file; None where there is none."""
+    """Returns the content of a small remote file; None if it doesn't exist."""
     to = cache.folder / "index" / f"{cache.path(url).name}-{os.getpid()}-{threading.get_native_id()}"
     to.parent.mkdir(exist_ok=True)
     try:
@@ -131,10 +133,10 @@ def _text(url: str, cache: FileCache) -> bytes | None:
 
 
 def remote_index(file: RemoteFile, cache: FileCache) -> ShardIndex:
-    """Returns the index of a remote shard: kept here, else the one beside it, else made from the fetched shard.
+    """Returns the index of a remote shard: from the cache, else from the server, else built from the fetched shard.
 
     Raises:
-        DataError: the shard can't be fetched or is no tar.
+        DataError: the shard can't be fetched or isn't a tar.
     """
     path = cache.path(file.url)
     kept = cache.folder / "index" / index_path(path).name
@@ -148,7 +150,7 @@ def remote_index(file: RemoteFile, cache: FileCache) -> ShardIndex:
             fetch(f"{file.url}.idx.npz", new, size=None, sha256=None, retry=quick, largest=_LARGEST_INDEX)
             found = load_index(new, path, size, None)
         except DataError as error:
-            logger.info("%s: no index beside it (%s); reading the shard", file.url, error)
+            logger.info("%s: no index next to it (%s); reading the shard", file.url, error)
         finally:
             new.unlink(missing_ok=True)
     if found is None:
@@ -167,8 +169,8 @@ def remote_index(file: RemoteFile, cache: FileCache) -> ShardIndex:
 
 
 def _fetch_ahead(cache: FileCache, files: list[RemoteFile]) -> None:
-    """Fetches files that will be read; who then reads them says what is wrong with one that didn't come."""
-    begin = threading.get_native_id() % len(files)  # workers begin at different ones, not all behind one lock
+    """Fetches files that will be read soon. Only logs failures: the later read reports them."""
+    begin = threading.get_native_id() % len(files)  # workers start with different files, not all behind one lock
     for file in files[begin:] + files[:begin]:
         try:
             cache.open(file).close()

@@ -1,6 +1,7 @@
-"""One walk over the headers of a tar: its members, the samples they make, and what can't be used. Files only.
+"""Walks the headers of a tar and lists its members, the samples they form, and what can't be used.
 
-Nothing is extracted. A bad member costs its own sample and is noted; it never costs the rest of the shard.
+Nothing is extracted. A bad member is noted and drops its own sample, never the rest of the shard. Knows nothing of
+decoding or batches.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import numpy as np
 from ijepa_scale.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-MAX_MEMBER_BYTES = 64 << 20  # of an image; the largest JPEG of ImageNet has 15 MB
+MAX_MEMBER_BYTES = 64 << 20  # of an image; the largest JPEG in ImageNet has 15 MB
 MAX_LABEL_BYTES = 1 << 20
 MAX_MEMBERS = 20_000_000
-MAX_HEADER_BYTES = 1 << 20  # of a long name or a PAX header, which are read whole
+MAX_HEADER_BYTES = 1 << 20  # of a long name or a PAX header, which is read whole
 NO_LABEL = -1
 IRREGULAR = "a link, a device or sparse; write regular files (tar --dereference --hard-dereference)"
 _BLOCK = 512
-_NAMED = 100  # problems of a shard that are kept by name; all are counted
+_NAMED = 100  # problems of a shard that are stored with their names; all are counted
 
 
 @dataclass(frozen=True)
@@ -41,38 +42,38 @@ class Problem:
 
 @dataclass
 class Problems:
-    """Problems of a shard: counts by kind, and the first of them by name."""
+    """The problems of a shard: counts by kind, and the names of the first ones."""
 
     counts: Counter[str] = field(default_factory=Counter)
     named: list[Problem] = field(default_factory=list)
 
     def add(self, kind: str, name: str, reason: str) -> None:
-        """Counts one, and keeps its name while there are few."""
+        """Counts a problem, and stores its name unless there are many already."""
         self.counts[kind] += 1
         if len(self.named) < _NAMED:
             self.named.append(Problem(kind, name, reason))
 
     def extend(self, other: Problems) -> None:
-        """Adds those of another shard."""
+        """Adds the problems of another shard."""
         self.counts += other.counts
         self.named += other.named[: _NAMED - len(self.named)]
 
     def summary(self) -> str:
-        """Returns the counts by kind, the commonest first, and the first by name."""
+        """Returns the counts by kind, the most common first, and the name of the first problem."""
         counts = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
         return f"{counts}; the first is {self.named[0].name} ({self.named[0].reason})" if self.named else counts
 
     def dumps(self) -> bytes:
-        """Returns the form in which an index file keeps it."""
+        """Returns the bytes that an index file stores."""
         rows = [[problem.kind, problem.name, problem.reason] for problem in self.named]
         return json.dumps([dict(self.counts), rows]).encode()
 
     @classmethod
     def loads(cls, data: bytes) -> Problems:
-        """Returns what `dumps` wrote.
+        """Returns the problems that `dumps` has encoded.
 
         Raises:
-            ValueError: other bytes.
+            ValueError: the bytes don't come from `dumps`.
         """
         counts, rows = json.loads(data)
         return cls(Counter({str(kind): int(count) for kind, count in counts.items()}), [Problem(*row) for row in rows])
@@ -80,7 +81,7 @@ class Problems:
 
 @dataclass(frozen=True)
 class Scan:
-    """The samples of a tar by the place of their images, and its problems."""
+    """The samples of a tar, ordered by the offset of their images, and its problems."""
 
     columns: np.ndarray  # (3, N) int64: offset and size in bytes, label
     keys: list[str]
@@ -89,26 +90,26 @@ class Scan:
 
 @dataclass
 class _Sample:
-    """What a scan knows of one key."""
+    """What a scan knows about one key."""
 
     image: str | None = None  # the image member's name
     offset: int = 0
     size: int = 0
     label: int = NO_LABEL
     label_from: str = ""
-    dropped: bool = False  # its problem is noted already
+    dropped: bool = False  # its problem has been noted
 
 
 @dataclass(frozen=True)
 class Break:
-    """Where a tar breaks off or is damaged, and how."""
+    """The point at which a tar breaks off or is damaged, and the reason."""
 
     reason: str
     byte: int
 
 
 class _Headers(io.RawIOBase):
-    """A file up to a byte. Refuses the reads of a header that claims to be huge; tarfile would allocate them first."""
+    """A file up to byte `end`. Refuses to read a header that claims to be huge, before tarfile allocates memory."""
 
     def __init__(self, file: IO[bytes], end: int) -> None:
         self._file, self._end = file, end
@@ -128,13 +129,13 @@ class _Headers(io.RawIOBase):
 def walk_members(
     file: IO[bytes], use: Callable[[tarfile.TarFile, tarfile.TarInfo], None], *, begin: int = 0, end: int
 ) -> Break | None:
-    """Returns where the uncompressed tar in bytes `begin` to `end` of a file breaks off; None: it is whole.
+    """Walks the uncompressed tar in bytes `begin` to `end` of a file; returns where it breaks off, or None.
 
-    Calls `use(tar, member)` for each member in front of that place. Offsets of members count from the file's start.
+    Calls `use(tar, member)` for each whole member. Offsets of members count from the start of the file.
 
     Raises:
         DataError: over `MAX_MEMBERS` members.
-        tarfile.TarError, EOFError, OSError, ValueError: no tar at all.
+        tarfile.TarError, EOFError, OSError, ValueError: not a tar at all.
     """
     file.seek(begin)
     reason = None
@@ -144,7 +145,7 @@ def walk_members(
                 if number >= MAX_MEMBERS:
                     raise DataError(f"shard {file.name} has over {MAX_MEMBERS} members; write smaller shards")
                 if member.offset_data + member.size > end and not member.issparse():
-                    reason = f"member {member.name!r} ends behind the file"
+                    reason = f"member {member.name!r} ends after the file does"
                     break
                 use(tar, member)
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
@@ -153,25 +154,25 @@ def walk_members(
                 raise
             reason = str(error) or type(error).__name__
         file.seek(tar.offset)
-        # tarfile ends silently at a damaged header, and where a copy broke off between two members
+        # tarfile ends silently at a damaged header, and when a copy broke off between two members
         if reason is None and file.read(_BLOCK)[: max(0, end - tar.offset)] != bytes(_BLOCK):
             reason = "no end mark"
         return None if reason is None else Break(reason, tar.offset)
 
 
 def leaves_its_folder(name: str) -> bool:
-    """Returns whether a member's name is absolute or goes upwards."""
+    """Returns whether a member's name is absolute or contains `..`."""
     return name.startswith("/") or ".." in name.split("/")
 
 
 def scan_tar(path: Path) -> Scan:
-    """Returns what a walk over the headers of an uncompressed tar finds.
+    """Scans the headers of an uncompressed tar and returns its samples and problems.
 
-    Where the tar breaks off or is damaged, the samples in front of that place remain, but for the last one,
-    which may lack its label.
+    If the tar breaks off or is damaged, keeps the samples before that point, except the last one, which may lack
+    its label.
 
     Raises:
-        DataError: no tar at all, or over `MAX_MEMBERS` members.
+        DataError: not a tar at all, or over `MAX_MEMBERS` members.
     """
     samples: dict[str, _Sample] = {}
     problems = Problems()
@@ -183,7 +184,7 @@ def scan_tar(path: Path) -> Scan:
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"shard {path} is no readable tar ({error}); copy or write it again, uncompressed") from None
+        raise DataError(f"shard {path} isn't a readable tar ({error}); copy or write it again, uncompressed") from None
     if broken is not None:
         samples.pop(walk.last, None)
         problems.add(
@@ -208,14 +209,14 @@ def _result(path: Path, samples: dict[str, _Sample], problems: Problems) -> Scan
 
 
 class _Walk:
-    """Notes members under their samples."""
+    """Collects the members of a tar by sample."""
 
     def __init__(self, samples: dict[str, _Sample], problems: Problems) -> None:
         self._samples, self._problems = samples, problems
-        self.last = ""  # the key seen last
+        self.last = ""  # the last key seen
 
     def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        """Notes one member."""
+        """Adds one member to its sample, or notes why it can't be used."""
         parts = member.name.split("/")
         if member.isdir():
             return
@@ -223,7 +224,7 @@ class _Walk:
             self._problems.add("unsafe name", member.name, "leaves its folder; write it again with relative names")
             return
         stem, _, suffix = parts[-1].partition(".")
-        if not stem:  # `._photo.jpg` and the like: other systems' side files
+        if not stem:  # like `._photo.jpg`, in which macOS stores attributes
             return
         key, kind = "/".join([*parts[:-1], stem]), suffix.lower().rpartition(".")[2]
         sample = self._samples.setdefault(key, _Sample())
@@ -244,7 +245,7 @@ class _Walk:
             self._problems.add(
                 "two images",
                 member.name,
-                f"its sample has {sample.image!r} too, which is taken; give each its own name up to the first dot",
+                f"its sample also has {sample.image!r}, which is used; give each its own name up to the first dot",
             )
         elif not 0 < member.size <= MAX_MEMBER_BYTES:
             self._drop(
@@ -254,7 +255,7 @@ class _Walk:
             sample.image, sample.offset, sample.size = member.name, member.offset_data, member.size
 
     def _label(self, sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> None:
-        """Notes the label in a `.cls` or `.json` member; a JSON without "label" has none."""
+        """Stores the label of a `.cls` or `.json` member, if it has one."""
         if member.size > MAX_LABEL_BYTES:
             return self._drop(
                 sample, ("bad label", member.name), f"{member.size} bytes; a label has at most {MAX_LABEL_BYTES}"
@@ -268,7 +269,7 @@ class _Walk:
             return self._drop(
                 sample,
                 ("bad label", member.name),
-                f'{data[:40]!r} is no label; give an integer (.cls) or {{"label": integer}} (.json)',
+                f'{data[:40]!r} isn\'t a label; give an integer (.cls) or {{"label": integer}} (.json)',
             )
         if label is not None:
             sample.label, sample.label_from = label, kind
@@ -276,7 +277,11 @@ class _Walk:
 
 
 def parse_label(data: bytes, kind: str) -> int | None:
-    """Returns the label; None where a JSON has no "label". Raises ValueError for what is no label."""
+    """Returns the label in the content of a `.cls` or `.json` member; None for a JSON without "label".
+
+    Raises:
+        ValueError: the label isn't an integer of 32 bits.
+    """
     value = int(data) if kind == "cls" else None
     if kind != "cls":
         content = json.loads(data)

@@ -1,7 +1,7 @@
-"""What the data path asks of a set of images, and what a run does about the samples that it had to leave out.
+"""The protocol of a set of images, and the check of the samples that a listing had to leave out.
 
-Samples are numbered 0 .. num_samples - 1 through the shards in their sorted order. Files are opened at the first
-read in each process and read with `os.pread`, so a source may be forked or pickled at any time.
+Samples are numbered 0 .. num_samples - 1 through the shards in sorted order. Each process opens files at its first
+read and reads them with `os.pread`, so a source may be forked or pickled at any time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class SampleSource(Protocol):
     """A set of images that can be read in any order."""
 
     num_samples: int
-    shard_sizes: np.ndarray  # (S,) int64, sum = num_samples: samples that lie close together
-    fingerprint: str  # changes when the list of samples does, and not when the files move
-    classes: list[str] | None  # names by label, where the set has them
+    shard_sizes: np.ndarray  # (S,) int64, sum = num_samples: samples that are stored together
+    fingerprint: str  # changes with the list of samples, but not when the files move
+    classes: list[str] | None  # names by label, if the set has them
 
     def read(self, sample_id: int) -> bytes | np.ndarray:
-        """Returns the encoded image, or its pixels (H, W, 3) uint8 where there is nothing to decode."""
+        """Returns the encoded image, or its pixels (H, W, 3) uint8 if there is nothing to decode."""
 
     def label(self, sample_id: int) -> int:
         """Returns the label; -1 where there is none."""
@@ -35,30 +35,30 @@ class SampleSource(Protocol):
         """Returns all labels, (N,) int64; -1 where there is none."""
 
     def name(self, sample_id: int) -> str:
-        """Returns what a person calls the sample, for messages."""
+        """Returns a readable name of the sample, for messages."""
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """Says which shards are read from now on and which ones after them; returns at once."""
+        """Call before reading the shards `now`; the shards `soon` are read after them. Returns at once."""
 
     def problems(self) -> Problems:
-        """Returns what the listing of the samples had to leave out."""
+        """Returns the problems that the listing of the samples found: what it had to leave out."""
 
     def summary(self) -> str:
-        """Returns what there is, for the log."""
+        """Returns a one-line description, for the log."""
 
 
 def check_problems(problems: Problems, num_samples: int, max_bad_fraction: float, *, log: bool = True) -> None:
-    """Logs what the listing of a set left out; with `log` false it only checks.
+    """Logs what the listing of a set left out; if `log` is false, only checks it.
 
     Raises:
-        DataError: it is more than `max_bad_fraction` of the set.
+        DataError: more than `max_bad_fraction` of the set was left out.
     """
     bad = problems.counts.total()
     if not bad:
         return
     text = f"{bad} of {bad + num_samples} samples can't be used: {problems.summary()}"
     if bad > max_bad_fraction * (bad + num_samples):
-        raise DataError(f"{text}; over data.max_bad_fraction {max_bad_fraction:g}: mend the data or raise the limit")
+        raise DataError(f"{text}; over data.max_bad_fraction {max_bad_fraction:g}: fix the data or raise the limit")
     if log:
         logger.warning("%s", text)
     for problem in problems.named[1:] if log else ():

@@ -1,8 +1,10 @@
-"""Tar shards read from their beginning to their end, as plain WebDataset does: no index, no copy, no state.
+"""Reads tar shards from beginning to end, like plain WebDataset: no index, no copy, no state.
 
-What it can't do, and the indexed reader can: resume (a run that goes on begins other passes), see each sample once
-per epoch (every worker cycles through its own share of the shards), give the same batches to another number of
-processes or workers, repair a connection that breaks in mid-shard (the rest of that shard is left out).
+Unlike the indexed reader, it can't
+- resume: a run that continues starts new passes;
+- see each sample once per epoch: every worker cycles through its own share of the shards;
+- deliver the same batches to another number of processes or workers;
+- recover a connection that breaks inside a shard: the rest of that shard is left out.
 """
 
 from __future__ import annotations
@@ -34,14 +36,14 @@ from ijepa_scale.data.sources.tar_index import braces, expand
 from ijepa_scale.errors import DataError
 
 _PIPE = "pipe:"
-_BLOCK = 512  # bytes of a tar header
+_BLOCK = 512  # bytes in a tar header
 
 
 @dataclass(frozen=True)
 class StreamSample:
-    """An encoded image as it came by, or what was wrong in its place (then `kind` is set)."""
+    """An encoded image from the stream; if `kind` is set, a problem that was found instead of an image."""
 
-    sample_id: int  # a hash of shard, key and pass: no number in a set
+    sample_id: int  # a hash of shard, key and pass, not an index into a set
     pass_number: int
     name: str
     data: bytes = b""
@@ -51,7 +53,7 @@ class StreamSample:
 
 
 class _Draws:
-    """The part of `random.Random` that webdataset's shuffle asks for, keyed."""
+    """The part of `random.Random` that webdataset's shuffle needs, with keyed draws."""
 
     def __init__(self, key: int) -> None:
         self._numbers = np.random.Generator(np.random.Philox(key=key))
@@ -62,7 +64,7 @@ class _Draws:
 
 
 class _Tail(io.RawIOBase):
-    """A stream that remembers its last bytes: tarfile ends silently where a header is cut or damaged."""
+    """A stream that remembers its last bytes, because tarfile ends silently at a cut or damaged header."""
 
     _KEPT = 1 << 15  # tarfile reads ahead 10 KB
 
@@ -82,7 +84,7 @@ class _Tail(io.RawIOBase):
 
 
 class StreamOrder:
-    """Counts steps and epochs of a stream, whose length nobody knows: an epoch is `steps_per_epoch` steps."""
+    """Counts the epochs of a stream of unknown length: an epoch is `steps_per_epoch` steps."""
 
     num_samples = None
 
@@ -103,9 +105,9 @@ class StreamOrder:
 
 
 class StreamSource:
-    """Shards that are streamed: local paths, addresses that fsspec reads, or, where allowed, `pipe:` commands.
+    """Shards that are streamed: local paths, addresses that fsspec reads, or, if allowed, `pipe:` commands.
 
-    `shuffle` samples (encoded) are held by each worker, and drawn from at random.
+    Each worker buffers `shuffle` encoded samples and draws from them at random.
     """
 
     num_samples = None
@@ -117,18 +119,18 @@ class StreamSource:
         self.fingerprint = f"stream {hashlib.sha256(names.encode('utf-8', 'surrogateescape')).hexdigest()}"
 
     def summary(self) -> str:
-        """Returns what there is, for the log."""
+        """Returns the number of shards, for the log."""
         return f"a stream of {len(self.urls)} shards"
 
     def problems(self) -> Problems:
-        """Returns none: nothing has been read yet."""
+        """Returns no problems: nothing has been read yet."""
         return Problems()
 
     def check_parts(self, world: int, workers: int) -> None:
-        """Refuses more readers than shards: some would have nothing to read.
+        """Checks that each reader has at least one shard to read.
 
         Raises:
-            DataError: naming both.
+            DataError: there are more readers than shards.
         """
         readers = world * max(1, workers)
         if len(self.urls) < readers:
@@ -138,7 +140,7 @@ class StreamSource:
             )
 
     def stream(self, seed: int, start_step: int, part: int, parts: int) -> Iterator[StreamSample]:
-        """Yields samples without end: reader `part` of `parts`, whose passes over the shards are disjoint.
+        """Yields the samples of reader `part` of `parts`, without end; in each pass, readers read disjoint shards.
 
         Raises:
             DataError: a whole pass without a sample, or a shard that can't be opened.
@@ -153,7 +155,7 @@ class StreamSource:
     def _passes(self, seed: int, start_step: int, part: int, parts: int) -> Iterator[StreamSample]:
         number = 0
         while True:
-            stream = f"stream.shards.{start_step}"  # a resumed run doesn't begin with the same shards again
+            stream = f"stream.shards.{start_step}"  # a resumed run doesn't start with the same shards again
             count = 0
             for shard in rng.permutation(len(self.urls), seed, stream, number)[part::parts]:
                 for sample in self._shard(self.urls[int(shard)], number):
@@ -161,21 +163,21 @@ class StreamSource:
                     yield sample
             if not count:
                 raise DataError(
-                    f"{self.summary()}: a pass over those of reader {part} gave no sample; "
+                    f"{self.summary()}: a pass over the shards of reader {part} found no sample; "
                     "check that they are tars with images (launch/shards.py info)"
                 )
             number += 1
 
     def _shard(self, url: str, number: int) -> Iterator[StreamSample]:
-        """Yields the samples of one shard; what breaks off ends it and is one bad sample."""
+        """Yields the samples of one shard; a shard that breaks off ends there and counts as one bad sample."""
         bad: list[StreamSample] = []
 
-        def twice(error: Exception) -> bool:
+        def note_duplicate(error: Exception) -> bool:
             bad.append(StreamSample(0, number, url, kind="two images", reason=str(error.args[0])))
             return True
 
         with _open(url, self._retry) as file:
-            for sample in group_by_keys(_members(file, url, number, bad), handler=twice):
+            for sample in group_by_keys(_members(file, url, number, bad), handler=note_duplicate):
                 yield from bad
                 bad.clear()
                 yield _sample(sample, url, number)
@@ -183,7 +185,7 @@ class StreamSource:
 
 
 def _members(file: IO[bytes], url: str, number: int, bad: list[StreamSample]) -> Iterator[dict[str, Any]]:
-    """Yields the members that a sample may consist of, as webdataset groups them; notes others in `bad`."""
+    """Yields the images and labels of a tar in the form that webdataset groups; adds unusable ones to `bad`."""
     tail = _Tail(file)
     try:
         with tarfile.open(fileobj=tail, mode="r|") as tar:
@@ -211,7 +213,7 @@ def _members(file: IO[bytes], url: str, number: int, bad: list[StreamSample]) ->
 
 
 def _sample(members: dict[str, Any], url: str, number: int) -> StreamSample:
-    """Returns the sample that grouped members make."""
+    """Returns the sample made of grouped members."""
     key = members["__key__"]
     digest = hashlib.blake2b(f"{url.rpartition('/')[2]}|{key}|{number}".encode("utf-8", "surrogateescape"))
     sample_id, name = int.from_bytes(digest.digest()[:8], "little") >> 1, f"{url}:{key}"
@@ -221,7 +223,9 @@ def _sample(members: dict[str, Any], url: str, number: int) -> StreamSample:
     try:
         labels = [parse_label(members[kind], kind) for kind in ("cls", "json") if kind in members]
     except (ValueError, RecursionError):
-        return StreamSample(sample_id, number, name, kind="bad label", reason="no integer (.cls) or label (.json)")
+        return StreamSample(
+            sample_id, number, name, kind="bad label", reason="neither an integer (.cls) nor a label (.json)"
+        )
     label = next((label for label in labels if label is not None), NO_LABEL)
     return StreamSample(sample_id, number, name, images[0], label)
 

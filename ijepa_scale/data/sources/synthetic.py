@@ -9,7 +9,7 @@ from ijepa_scale.data.sources.scan import Problems
 
 
 class SyntheticSource:
-    """Noise images that cost next to nothing: windows of one fixed texture. For benchmarks and tests."""
+    """Noise images that cost next to nothing: windows of one fixed texture."""
 
     _SHARD = 1024
     _CLASSES = 1000
@@ -26,8 +26,8 @@ class SyntheticSource:
         self._texture = texture.integers(0, 256, 2 * self._bytes + 1, dtype=np.uint8)
 
     def read(self, sample_id: int) -> np.ndarray:
-        """Returns pixels (H, W, 3) uint8, a view: not to be written to."""
-        begin = sample_id * 7919 % (self._bytes + 1)  # a prime stride spreads neighbours over the texture
+        """Returns a read-only view of the pixels, (H, W, 3) uint8."""
+        begin = sample_id * 7919 % (self._bytes + 1)  # a prime stride spreads neighbouring ids over the texture
         return self._texture[begin : begin + self._bytes].reshape(self._shape)
 
     def label(self, sample_id: int) -> int:
@@ -35,20 +35,20 @@ class SyntheticSource:
         return sample_id % self._CLASSES
 
     def labels(self) -> np.ndarray:
-        """Returns all labels, (N,) int64; -1 where there is none."""
+        """Returns all labels, (N,) int64."""
         return np.arange(self.num_samples, dtype=np.int64) % self._CLASSES
 
     def name(self, sample_id: int) -> str:
-        """Returns the number."""
+        """Returns the sample's number."""
         return f"synthetic:{sample_id}"
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """Does nothing."""
+        """Does nothing: there are no files to fetch."""
 
     def summary(self) -> str:
-        """Returns what there is, for the log."""
+        """Returns the number of images, for the log."""
         return f"{self.num_samples} synthetic images"
 
     def problems(self) -> Problems:
-        """Returns none."""
+        """Returns no problems."""
         return Problems()

@@ -1,7 +1,7 @@
-"""Where each sample lies in a tar shard, found once and kept beside the tar. Files only.
+"""The index of a tar shard: the offset of each sample, found once and stored next to the tar.
 
 A shard is an ordinary WebDataset tar: `KEY.jpg` with `KEY.cls` (an integer) or `KEY.json` ({"label": ...}).
-What of it can't be used is in the index too, counted by kind.
+The index also counts, by kind, what can't be used. Knows nothing of decoding or batches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ijepa_scale.errors import DataError
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 2
-# What a damaged index file can raise while it is read.
+# the errors that reading a damaged index file can raise
 _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
 )  # fmt: skip
@@ -35,7 +35,7 @@ _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 
 
 class Names:
-    """An immutable list of strings in two arrays: 14 million of them pickle in a moment."""
+    """An immutable list of strings stored in two arrays, so that 14 million of them pickle quickly."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray) -> None:
         self.blob, self.ends = blob, ends  # (bytes,) uint8 and (N,) int64
@@ -57,11 +57,11 @@ class Names:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Samples of one tar, in the order of their images. Arrays (N,) int64; a label is -1 where there is none."""
+    """The samples of one tar, in the order of their images. Arrays are (N,) int64; a label of -1 means none."""
 
     path: Path
     tar_bytes: int
-    tar_mtime_ns: int | None  # None: a fetched copy, whose time says nothing
+    tar_mtime_ns: int | None  # None for a fetched copy, whose time is meaningless
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
@@ -73,18 +73,18 @@ class ShardIndex:
 
 
 def index_path(tar: str | Path) -> Path:
-    """Returns where the index of `tar` is kept."""
+    """Returns the path of the index of `tar`."""
     return Path(f"{tar}.idx.npz")
 
 
 def index_tar(path: str | Path) -> ShardIndex:
-    """Returns the index of a tar shard: the kept one where size and mtime still fit, else a new scan.
+    """Returns the index of a tar shard: the stored one if size and mtime still match, else that of a new scan.
 
-    A new one is written beside the tar under a temporary name and renamed, so any number of processes may
-    do this at once; where the folder can't be written the scan is repeated by each process.
+    A new index is written next to the tar under a temporary name and renamed, so any number of processes may
+    do this at once. If the folder isn't writable, each process scans the tar itself.
 
     Raises:
-        DataError: a tar that is missing, compressed or no tar.
+        DataError: the file is missing, compressed or not a tar.
     """
     path = Path(path)
     try:
@@ -93,18 +93,18 @@ def index_tar(path: str | Path) -> ShardIndex:
             pass
     except OSError as error:
         raise DataError(f"shard {path} can't be read ({error.strerror}); check the path and its permissions") from None
-    kept = load_index(index_path(path), path, status.st_size, status.st_mtime_ns)
-    if kept is None:
-        kept = scan_index(path, status)
-        save_index(kept, index_path(path))
-    return kept
+    index = load_index(index_path(path), path, status.st_size, status.st_mtime_ns)
+    if index is None:
+        index = scan_index(path, status)
+        save_index(index, index_path(path))
+    return index
 
 
 def scan_index(path: Path, status: os.stat_result) -> ShardIndex:
-    """Returns the index that a walk over the tar finds.
+    """Scans the headers of a tar and returns its index.
 
     Raises:
-        DataError: no readable tar.
+        DataError: the file isn't a readable tar.
     """
     scan = scan_tar(path)
     offsets, sizes, labels = scan.columns
@@ -122,7 +122,7 @@ def expand(pattern: str | Path) -> list[Path]:
     text = str(pattern)
     if _REMOTE.match(text):
         raise DataError(
-            f"{text!r} is no local path; data.train may be remote, here copy the shards to a local folder and name that"
+            f"{text!r} isn't a local path; only data.train may be remote: copy the shards to a local folder and name it"
         )
     if os.path.isdir(text):
         found = [entry for entry in Path(text).iterdir() if entry.suffix == ".tar"]
@@ -139,7 +139,7 @@ def expand(pattern: str | Path) -> list[Path]:
 
 
 def braces(text: str) -> list[str]:
-    """Returns what `{a,b}` and `{000..127}` in `text` stand for."""
+    """Returns the names that `{a,b}` and `{000..127}` in `text` expand to."""
     begin = text.find("{")
     end = text.find("}", begin)
     if begin < 0 or end < 0:
@@ -149,7 +149,7 @@ def braces(text: str) -> list[str]:
     if bounds:
         first, last = bounds.groups()
         if int(last) < int(first) or int(last) - int(first) > 1_000_000:
-            raise DataError(f"{{{inner}}} in {text!r} counts no shards; give {{FIRST..LAST}} with FIRST <= LAST")
+            raise DataError(f"{{{inner}}} in {text!r} isn't a range; give {{FIRST..LAST}} with FIRST <= LAST")
         parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     else:
         parts = inner.split(",")
@@ -157,7 +157,10 @@ def braces(text: str) -> list[str]:
 
 
 def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None) -> ShardIndex | None:
-    """Returns the index in file `kept` where it is one of this tar; with no mtime the size alone decides."""
+    """Returns the index in file `kept` if it belongs to this tar, else None; without an mtime only sizes are compared.
+
+    A damaged index is logged and not used.
+    """
     try:
         with np.load(kept, allow_pickle=False) as arrays:
             version, stamped_bytes, mtime_ns = (int(number) for number in arrays["stamp"])
@@ -184,10 +187,10 @@ def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None)
 
 
 def save_index(index: ShardIndex, target: Path) -> None:
-    """Writes the index, whole or not at all; a folder that can't be written is only logged."""
+    """Writes the index atomically; if the folder isn't writable, only logs that."""
     temporary = None
     try:
-        if not target.parent.stat().st_mode & 0o222:  # read-only on purpose, which root would get past
+        if not target.parent.stat().st_mode & 0o222:  # read-only on purpose; root could write anyway
             raise PermissionError(errno.EACCES, "the folder is read-only")
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = file.name
@@ -204,7 +207,7 @@ def save_index(index: ShardIndex, target: Path) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except OSError as error:
-        logger.warning("index %s can't be kept (%s): every process scans the tar itself", target, error.strerror)
+        logger.warning("index %s can't be stored (%s); every process scans the tar itself", target, error.strerror)
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
 

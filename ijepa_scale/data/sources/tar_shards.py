@@ -1,4 +1,4 @@
-"""Samples of tar shards in local files."""
+"""Reads samples from tar shards in local files."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _OPEN_FILES = 64
 
 
 class ShardSource:
-    """Samples of indexed tar shards in local files."""
+    """The samples of indexed tar shards in local files."""
 
     def __init__(self, paths: list[Path]) -> None:
         if not paths:
             raise DataError("the list of shards is empty; name a folder of shards, a glob or a brace pattern")
         self._take([index_tar(path) for path in paths], [path.name for path in paths])
-        beside = paths[0].parent / CLASSES
-        self.classes: list[str] | None = parse_classes(beside.read_bytes(), str(beside)) if beside.is_file() else None
+        path = paths[0].parent / CLASSES
+        self.classes: list[str] | None = parse_classes(path.read_bytes(), str(path)) if path.is_file() else None
 
     def _take(self, shards: list[ShardIndex], names: list[str]) -> None:
-        """Numbers the samples of these shards, whose names are the same wherever they lie."""
+        """Numbers the samples of these shards. `names` don't depend on the folder that the shards are in."""
         self._shards = shards
         if not any(len(shard) for shard in shards):
             raise DataError(f"no shard holds a sample that can be read: {self.problems().summary()}")
@@ -42,7 +42,7 @@ class ShardSource:
         self.num_samples = int(self.shard_sizes.sum())
         self.fingerprint = _shard_fingerprint(shards, names)
         self._ends = np.cumsum(self.shard_sizes)
-        self._files: OrderedDict[int, Handle] = OrderedDict()  # shard -> open file of this process
+        self._files: OrderedDict[int, Handle] = OrderedDict()  # by shard, opened by this process
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
@@ -65,7 +65,7 @@ class ShardSource:
         except OSError as error:
             raise DataError(f"shard {index.path} can't be read ({error.strerror}); check the disk") from None
         if len(data) != size:
-            raise DataError(f"shard {index.path} has become shorter than its index; start again with the whole file")
+            raise DataError(f"shard {index.path} is shorter than its index says; start again with the whole file")
         return data
 
     def label(self, sample_id: int) -> int:
@@ -78,21 +78,21 @@ class ShardSource:
         return np.concatenate([shard.labels for shard in self._shards]).astype(np.int64)
 
     def name(self, sample_id: int) -> str:
-        """Returns tar and key."""
+        """Returns the tar's path and the sample's key."""
         shard, row = self._locate(sample_id)
         return f"{self._shards[shard].path}:{self._shards[shard].keys[row]}"
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
-        """Has the system read the shards into its cache, in the background."""
+        """Makes the system read the shards into its page cache, in the background."""
         paths = [self._shards[int(shard)].path for shard in [*now, *soon]]
         threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
 
     def summary(self) -> str:
-        """Returns what there is, for the log."""
+        """Returns the number of images and shards, for the log."""
         return f"{self.num_samples} images in {len(self.shard_sizes)} shards"
 
     def problems(self) -> Problems:
-        """Returns what of the shards can't be used, with what their manifest says is missing."""
+        """Returns what can't be used, including the samples that a cut-off shard lacks according to its manifest."""
         found = Problems()
         for shard in self._shards:
             found.extend(shard.problems)
@@ -103,14 +103,14 @@ class ShardSource:
         return found
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
-        """Returns (shard, row in it) of a sample."""
+        """Returns the shard of a sample and its row in the shard's index."""
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} is not among {self.num_samples}; give 0 to {self.num_samples - 1}")
         shard = int(np.searchsorted(self._ends, sample_id, side="right"))
         return shard, int(sample_id - (self._ends[shard] - self.shard_sizes[shard]))
 
     def _file(self, shard: int) -> int:
-        """Returns an open file descriptor of a shard, closing the one used longest ago where there are many."""
+        """Returns an open file descriptor of a shard; closes the least recently used one if too many are open."""
         if shard not in self._files:
             self._files[shard] = self._open(self._shards[shard])
             if len(self._files) > _OPEN_FILES:
@@ -135,19 +135,19 @@ def parse_classes(content: bytes, origin: str) -> list[str]:
     """Returns the class names in the content of a classes.json.
 
     Raises:
-        DataError: it is no list of names.
+        DataError: it isn't a list of names.
     """
     try:
         names = json.loads(content)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("not a list of names")
     except ValueError as error:
-        raise DataError(f"{origin} is no list of class names ({error}); write it again, or remove it") from None
+        raise DataError(f"{origin} isn't a list of class names ({error}); write it again, or remove it") from None
     return names
 
 
 def manifest_samples(shard: Path) -> int:
-    """Returns the samples that the manifest beside a shard says it has; 0 where that can't be read."""
+    """Returns the number of samples that a shard has according to the manifest next to it; 0 if that can't be read."""
     try:
         rows = json.loads((shard.parent / MANIFEST).read_text())["shards"]
         return sum(int(row["samples"]) for row in rows if row["name"] == shard.name)
@@ -157,7 +157,7 @@ def manifest_samples(shard: Path) -> int:
 
 def _read_ahead(paths: list[Path]) -> None:
     for path in paths:
-        with contextlib.suppress(OSError):  # who reads the shard will say what is wrong with it
+        with contextlib.suppress(OSError):  # reading the shard will report the error
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -166,7 +166,7 @@ def _read_ahead(paths: list[Path]) -> None:
 
 
 def _shard_fingerprint(shards: list[ShardIndex], names: list[str]) -> str:
-    """Returns a hash of what the samples are and where they lie, whatever folder the shards are in."""
+    """Returns a hash of the samples and their offsets in the shards; the shards' folder doesn't matter."""
     digest = hashlib.sha256()
     for name, shard in zip(names, shards, strict=True):
         digest.update(f"{name}|{shard.tar_bytes}|{len(shard)}|".encode("utf-8", "surrogateescape"))

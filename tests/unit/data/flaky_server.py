@@ -1,4 +1,4 @@
-"""A local HTTP server that fails on purpose: drops, cuts short, answers 503, stalls, sends wrong bytes."""
+"""A local HTTP server that fails on purpose: it drops connections, truncates, answers 503, stalls or sends garbage."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ FAULTS = ("503", "drop", "cut", "garbage", "stall")
 
 
 class FlakyServer:
-    """Serves a folder; each answer is a fault with the given probability. Counts requests by path."""
+    """Serves a folder; each answer is a fault with the given probability. Counts answers by path."""
 
     def __init__(self, folder: Path, faults: tuple[str, ...] = (), probability: float = 0.0, seed: int = 0) -> None:
         self.folder, self.faults, self.probability = folder, faults, probability
         self.random = random.Random(seed)
         self.lock = threading.Lock()
-        self.sent: collections.Counter[str] = collections.Counter()  # whole answers to GET
+        self.sent: collections.Counter[str] = collections.Counter()  # complete answers to GET, by path
         self.failed: collections.Counter[str] = collections.Counter()  # by fault
         self.seconds_per_answer = 0.0
 
     def fault(self) -> str | None:
-        """Returns the fault of the next answer; None for a whole one."""
+        """Returns the fault of the next answer; None for a complete one."""
         with self.lock:
             chosen = self.random.choice(self.faults) if self.random.random() < self.probability else None
             if chosen:

@@ -1,6 +1,6 @@
-"""Reads damaged shards, in a process of its own: prints how many ended how, and the memory that it took.
+"""Reads damaged shards in a separate process; prints the number of each outcome and the memory growth.
 
-python -m tests.unit.data.fuzz_shards FOLDER [EXAMPLES]
+Run it with: python -m tests.unit.data.fuzz_shards FOLDER [EXAMPLES]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ijepa_scale.errors import DataError
 from tests.unit.data.test_data_loader import jpeg
 
 SAMPLES, SECONDS = 6, 20
-# Where the fields of a header lie, and what a hostile one may say.
+# (offset, length) of the fields of a tar header, and values that a hostile header may contain
 FIELDS = {"name": (0, 100), "size": (124, 12), "checksum": (148, 8), "type": (156, 1), "link": (157, 100)}
 SIZES = [0, 1, 511, 513, 10**6, 8**11 - 1, 2**63]
 TYPES = b"\001234567LKSxgXA\xff"
@@ -49,7 +49,7 @@ CHANGES = st.lists(
 
 
 def whole() -> tuple[bytes, list[int]]:
-    """Returns a tar of labelled JPEGs, and where its headers lie."""
+    """Returns a tar of labelled JPEGs, and the offsets of its headers."""
     stream = io.BytesIO()
     headers = []
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
@@ -63,7 +63,7 @@ def whole() -> tuple[bytes, list[int]]:
 
 
 def changed(data: bytes, headers: list[int], changes: list[tuple]) -> bytes:
-    """Returns the tar with the changes made."""
+    """Returns the tar after the changes."""
     tar = bytearray(data)
     for kind, *values in changes:
         if kind.startswith("header"):
@@ -92,7 +92,7 @@ def changed(data: bytes, headers: list[int], changes: list[tuple]) -> bytes:
 
 
 def read(path: Path) -> str:
-    """Returns how reading the shard ended; fails where a sample is lost without a word."""
+    """Returns the outcome of reading the shard; fails if a sample is lost silently."""
     index_path(path).unlink(missing_ok=True)
     try:
         source = ShardSource([path])
@@ -111,7 +111,7 @@ def read(path: Path) -> str:
 
 
 def main(folder: Path, examples: int) -> None:
-    """Prints counts by ending, and the growth of resident memory in MB."""
+    """Prints counts by outcome, and the growth of resident memory in MB."""
     path = folder / "fuzzed.tar"
     data, headers = whole()
     path.write_bytes(data)
@@ -126,7 +126,7 @@ def main(folder: Path, examples: int) -> None:
     @given(CHANGES)
     def fuzz(changes: list[tuple]) -> None:
         path.write_bytes(changed(data, headers, changes))
-        signal.alarm(SECONDS)  # ends the process: a hang is a failure
+        signal.alarm(SECONDS)  # ends the process, so a hang is a failure
         endings[read(path)] += 1
         signal.alarm(0)
 

@@ -1,4 +1,4 @@
-"""Each sample at most once a pass, and all but the remainder: over processes, workers and uneven shards."""
+"""Each pass reads every sample at most once and drops only the remainder, for any processes, workers and shards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ShardSource]:
 
 
 def read(source: ShardSource, world: int, workers: int, steps: range, *, seed: int, window: int) -> np.ndarray:
-    """Returns (steps, batch) sample ids, as all processes together read them from real worker processes."""
+    """Returns the sample ids, (steps, batch), that all processes together read through real worker processes."""
     parts = []
     for rank in range(world):
         order = SampleOrder(source.shard_sizes, BATCH, seed, window)
@@ -89,5 +89,5 @@ def test_a_batch_in_mid_pass_needs_its_own_window_only(samples, monkeypatch):
     order = SampleOrder(shards, 2048, 0, 8)
     ids = order.batch(order.steps_per_epoch // 2)
     assert len(np.unique(ids)) == 2048 and ids.max() < order.num_samples
-    # what it costs: one permutation of the shards, and one of each window that the batch touches
+    # the cost: one permutation of the shards, and one of each window that the batch touches
     assert counts[0] == len(shards) and len(counts) <= 3 and max(counts[1:]) <= 80_000

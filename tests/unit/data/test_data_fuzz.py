@@ -1,4 +1,4 @@
-"""Damaged shards end in a counted bad sample or a clear error: no hang, no memory, nothing lost silently."""
+"""Damaged shards lead to a counted bad sample or a clear error: no hang, no memory growth, no silent loss."""
 
 import json
 import subprocess

@@ -51,7 +51,7 @@ def assert_equal(ours: list[Batch], theirs: list[Batch]):
 
 
 def crops(batches):
-    """(sample id, label, crop bytes) of each image in order."""
+    """Returns (sample id, label, crop bytes) of each image, in order."""
     return [
         (int(batch.sample_ids[row]), int(batch.labels[row]), batch.crop(row).numpy().tobytes())
         for batch in batches
@@ -110,7 +110,7 @@ def test_bad_samples_are_named_and_replaced_by_good_ones(tmp_path, caplog):
     source = a_source(tmp_path, bad=(4, 17))
     with caplog.at_level(logging.WARNING):
         batches = list(a_loader(source, batch=10, stop_step=5))
-    assert caplog.text.count("is replaced: no") == 2
+    assert caplog.text.count("is replaced: not a decodable image") == 2
     assert source.name(4) in caplog.text and source.name(17) in caplog.text
     ids = np.concatenate([batch.sample_ids for batch in batches])
     assert len(ids) == 50 and not {4, 17} & set(ids.tolist())
@@ -124,12 +124,12 @@ def test_too_many_bad_samples_end_the_run(tmp_path):
     ):
         list(a_loader(source, max_bad_fraction=0.0))
     loader = a_loader(source, batch=50, max_bad_fraction=0.03, stop_step=30)
-    with pytest.raises(DataError, match="40 of 1000 samples .* mend the data or raise the limit"):
+    with pytest.raises(DataError, match="40 of 1000 samples .* fix the data or raise the limit"):
         list(loader)
     assert len(list(a_loader(source, batch=50, max_bad_fraction=0.05, stop_step=30))) == 30
 
 
-def test_a_batch_that_is_bad_throughout_ends_the_run(tmp_path, monkeypatch):
+def test_a_batch_of_bad_samples_ends_the_run(tmp_path, monkeypatch):
     source = a_source(tmp_path, bad=range(40))
     order = SampleOrder(source.shard_sizes, 8, 3, 2)
     monkeypatch.setattr(order, "part", lambda step, rank, world: np.arange(8))
@@ -141,7 +141,7 @@ def test_a_batch_that_is_bad_throughout_ends_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_set_of_bad_samples_ends_in_one_line(tmp_path, workers):
     source = a_source(tmp_path, bad=range(50))
-    with pytest.raises(DataError, match="and 8 others drawn in its place couldn't be decoded") as caught:
+    with pytest.raises(DataError, match="and 8 replacements drawn for it couldn't be decoded") as caught:
         list(a_loader(source, workers=workers))
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Remote shards from a server that fails: every sample once, one transfer a machine, a bounded cache."""
+"""Remote shards from a failing server: every sample is read once, each file is fetched once, the cache is bounded."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_flaky_server_delivers_every_sample_once(shards, tmp_path, workers, wi
     assert {count for path, count in server.sent.items() if path.endswith(".tar")} == {1}
 
 
-def test_without_a_manifest_the_servers_size_is_held(shards, tmp_path):
+def test_without_a_manifest_the_servers_size_is_checked(shards, tmp_path):
     count = len(list(shards.glob("*.tar")))
     (shards / "manifest.json").unlink()
     server = FlakyServer(shards, ("503", "drop", "cut"), probability=0.4)
@@ -74,53 +74,53 @@ def test_without_a_manifest_the_servers_size_is_held(shards, tmp_path):
         source = RemoteShardSource(f"{address}/shard-{{000000..{count - 1:06d}}}.tar", a_cache(tmp_path / "cache"))
         assert len(list(crops(a_loader(source)))) == 120
         assert source.name(0).startswith(f"{address}/shard-000000.tar:")
-        with pytest.raises(DataError, match="manifest.json isn't there; a remote folder needs it: or name shards"):
+        with pytest.raises(DataError, match="manifest.json doesn't exist, but a remote folder needs it; .* shards"):
             RemoteShardSource(address, a_cache(tmp_path / "cache"))
 
 
-def test_class_names_come_along(shards, tmp_path):
+def test_class_names_are_fetched(shards, tmp_path):
     (shards / "classes.json").write_text(json.dumps(list("abcde")))
     with serving(FlakyServer(shards)) as address:
         assert RemoteShardSource(address, a_cache(tmp_path / "c")).classes == list("abcde")
         (shards / "classes.json").write_text('{"a": 1}')
-        with pytest.raises(DataError, match="classes.json is no list of class names .*; write it again, or remove it"):
+        with pytest.raises(DataError, match="classes.json isn't a list of class names .*; write it again, or remove"):
             RemoteShardSource(address, a_cache(tmp_path / "c"))
-    with pytest.raises(DataError, match="classes.json is no list of class names"):
+    with pytest.raises(DataError, match="classes.json isn't a list of class names"):
         ShardSource(sorted(shards.glob("*.tar")))
 
 
-def test_what_is_not_there_is_said_at_once(shards, tmp_path):
+def test_a_missing_file_is_reported_at_once(shards, tmp_path):
     with serving(FlakyServer(shards)) as address:
         begin = time.monotonic()
         with pytest.raises(DataError, match="no.tar can't be fetched .*; check the address and the permissions"):
             fetch(f"{address}/no.tar", tmp_path / "x", size=None, sha256=None, retry=Retry(), largest=10)
         with pytest.raises(DataError, match="secret.tar can't be fetched .*403"):
             remote_size(f"{address}/secret.tar", Retry())
-        assert time.monotonic() - begin < 5  # no pauses of a second and more
+        assert time.monotonic() - begin < 5  # it isn't retried, with pauses of a second and more
 
 
-def test_what_stays_wrong_ends_in_a_clear_error(shards, tmp_path):
+def test_a_persistent_fault_ends_in_a_clear_error(shards, tmp_path):
     retry = Retry(attempts=3, first_pause_s=0.001, timeout_s=0.2)
     tar = sorted(shards.glob("*.tar"))[0]
     size, to = tar.stat().st_size, tmp_path / "x"
-    cases = {"503": "503", "cut": "", "stall": "", "garbage": "SHA-256 is another than the manifest's"}
+    cases = {"503": "503", "cut": "", "stall": "", "garbage": "SHA-256 differs from the manifest's"}
     for fault, reason in cases.items():
         with serving(FlakyServer(shards, (fault,), probability=1.0)) as address:
-            with pytest.raises(DataError, match=f"didn't arrive in 3 tries .*{reason}.*; check the server"):
+            with pytest.raises(DataError, match=f"couldn't be fetched in 3 attempts .*{reason}.*; check the server"):
                 fetch(f"{address}/{tar.name}", to, size=size, sha256=file_sha256(tar), retry=retry, largest=size)
         assert not to.exists()
     with serving(FlakyServer(shards)) as address:
-        with pytest.raises(DataError, match="over 100 bytes came"):
+        with pytest.raises(DataError, match="received over 100 bytes"):
             fetch(f"{address}/{tar.name}", to, size=None, sha256=None, retry=retry, largest=100)
-        with pytest.raises(DataError, match=f"{size} bytes came instead of {size + 1}"):
+        with pytest.raises(DataError, match=f"received {size} bytes instead of {size + 1}"):
             fetch(f"{address}/{tar.name}", to, size=size + 1, sha256=None, retry=retry, largest=size + 1)
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("ftp://host/a.tar", "has the scheme 'ftp'; give a local path, or one of https, http, s3, gs, hf"),
-        ("http://example.org/a.tar", "is unencrypted; give https"),
+        ("ftp://host/a.tar", "has the scheme 'ftp'; use a local path, or one of https, http, s3, gs, hf"),
+        ("http://example.org/a.tar", "is unencrypted; use https"),
         ("pipe:cat a.tar", "has the scheme None"),
     ],
 )
@@ -139,26 +139,26 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 class Answered(Exception):
-    """What requests, aiohttp and botocore raise: each says the status in its own place."""
+    """An error as requests, aiohttp and botocore raise it: each stores the status in another attribute."""
 
-    def __init__(self, place, status):
+    def __init__(self, library, status):
         super().__init__(f"status {status}")
-        if place == "aiohttp":
+        if library == "aiohttp":
             self.status = status
-        elif place == "botocore":
+        elif library == "botocore":
             self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
         else:
             self.response = type("Response", (), {"status_code": status})()
 
 
-@pytest.mark.parametrize("place", ["aiohttp", "botocore", "requests"])
+@pytest.mark.parametrize("library", ["aiohttp", "botocore", "requests"])
 @pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (429, 3), (503, 3)])
-def test_which_answers_are_final(monkeypatch, place, status, tries):
+def test_which_answers_are_final(monkeypatch, library, status, tries):
     asked = []
 
     def answer(url, **options):
         asked.append(url)
-        raise Answered(place, status)
+        raise Answered(library, status)
 
     monkeypatch.setattr("fsspec.core.url_to_fs", answer)
     with pytest.raises(DataError, match=f"status {status}"):
@@ -219,14 +219,14 @@ def test_the_bound_holds_and_files_in_use_stay(shards, tmp_path):
                 more.append(cache.open(file))
         held.close()
         cache.open(files[3]).close()
-        assert not cache.has(files[0].url)  # the one opened longest ago
+        assert not cache.has(files[0].url)  # the least recently opened one
         for handle in more:
             handle.close()
         tiny = FileCache(tmp_path / "d", 10, QUICK)
-        with pytest.raises(DataError, match="GiB, the cache 0.00; raise data.cache_gb"):
+        with pytest.raises(DataError, match="GiB, the cache only 0.00; raise data.cache_gb"):
             tiny.open(files[0])
         source = RemoteShardSource(address, cache)
-        with pytest.raises(DataError, match="but two windows of 4 shards have .*; give that much, or lower"):
+        with pytest.raises(DataError, match="but two windows of 4 shards need .*; raise it, or lower"):
             source.check_room(4)
 
 
@@ -247,7 +247,7 @@ def test_a_killed_transfer_leaves_the_cache_sound(shards, tmp_path):
         server.seconds_per_answer = 0.0
         other = RemoteFile(f"{address}/{sorted(shards.glob('*.tar'))[1].name}")
         assert not cache.has(file.url)
-        for wanted in (other, file):  # the dead one's reservation doesn't count any more
+        for wanted in (other, file):  # the reservation of the killed process doesn't count any more
             cache.open(wanted).close()
     assert not [entry for entry in cache.folder.iterdir() if entry.suffix in (".part", ".new")]
 
@@ -264,11 +264,11 @@ def test_equal_names_of_other_addresses_do_not_collide(tmp_path):
             handle.close()
 
 
-def test_a_manifest_that_is_none_is_refused(shards, tmp_path):
+def test_a_file_that_is_not_a_manifest_is_refused(shards, tmp_path):
     for text in ("text", "{}", json.dumps({"shards": [{"name": "x"}]})):
         (shards / "manifest.json").write_text(text)
         with serving(FlakyServer(shards)) as address:
-            with pytest.raises(DataError, match="is no manifest of shards .*; write it again"):
+            with pytest.raises(DataError, match="isn't a manifest of shards .*; write it again"):
                 RemoteShardSource(address, a_cache(tmp_path / "c"))
     (shards / "manifest.json").write_text('{"shards": []}')
     with serving(FlakyServer(shards)) as address:
@@ -276,7 +276,7 @@ def test_a_manifest_that_is_none_is_refused(shards, tmp_path):
             RemoteShardSource(address, a_cache(tmp_path / "c"))
 
 
-def test_a_damaged_index_beside_the_shard_is_not_believed(shards, tmp_path):
+def test_a_damaged_index_next_to_the_shard_is_not_used(shards, tmp_path):
     expected = ShardSource(sorted(shards.glob("*.tar"))).fingerprint
     for number, tar in enumerate(sorted(shards.glob("*.tar"))):
         index_path(tar).write_bytes([b"", b"text", np.random.default_rng(0).bytes(3000)][number % 3])

@@ -1,4 +1,4 @@
-"""Plain webdataset streaming: what it delivers, its limits, and how bad shards end."""
+"""Plain webdataset streaming: what it delivers, its limits, and how it reports bad shards."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_batches_are_decoded_labelled_and_repeatable(shards):
     batch = next(iter(a_loader(StreamSource(str(shards)))))
     assert batch.epoch == 0 and set(batch.labels.tolist()) <= set(range(5)) and (batch.sample_ids >= 0).all()
     loader = a_loader(StreamSource(str(shards)))
-    assert list(crops(loader)) == list(crops(loader))  # iterating again begins anew
+    assert list(crops(loader)) == list(crops(loader))  # iterating again restarts the stream
     other = list(crops(a_loader(StreamSource(str(shards)), start=5)))
-    assert other != first  # a resumed run begins other passes
+    assert other != first  # a resumed run starts new passes
     assert [b.epoch for b in a_loader(StreamSource(str(shards)), steps=31)][::15] == [0, 1, 2]
 
 
@@ -94,7 +94,7 @@ def test_a_shard_that_breaks_off_costs_its_rest_only(shards):
         list(crops(a_loader(source, steps=60, max_bad_fraction=0)))
 
 
-def test_samples_that_are_none_are_counted_by_kind(tmp_path, shards):
+def test_unusable_samples_are_counted_by_kind(tmp_path, shards):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, data in (("a.cls", b"1"), ("b.jpg", b"x"), ("c.jpg", jpeg(1)), ("c.cls", b"one"), ("d.jpg", jpeg(1))):
             info = tarfile.TarInfo(name)
@@ -106,7 +106,7 @@ def test_samples_that_are_none_are_counted_by_kind(tmp_path, shards):
     loader = a_loader(StreamSource(str(tmp_path / "a.tar")), steps=1, max_bad_fraction=1.0)
     batch = next(iter(loader))
     assert set(loader.bad) == {"no image", "not decodable", "bad label", "member size"}
-    assert len(batch) == 4 and len(set(batch.sample_ids.tolist())) == 4  # one sample of four passes
+    assert len(batch) == 4 and len(set(batch.sample_ids.tolist())) == 4  # one sample from each of four passes
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,13 @@ def test_a_shard_that_disappears_is_named(shards):
 
 def test_shards_without_a_sample_end_the_run(tmp_path):
     tarfile.open(tmp_path / "a.tar", "w").close()
-    with pytest.raises(DataError, match="a pass over those of reader 0 gave no sample"):
+    with pytest.raises(DataError, match="a pass over the shards of reader 0 found no sample"):
         next(iter(a_loader(StreamSource(str(tmp_path / "a.tar")))))
 
 
 def test_too_many_bad_samples_in_a_row_end_the_run(tmp_path):
     write_shards([Sample(f"{n}", b"\xff\xd8\xff broken", 0) for n in range(50)], tmp_path / "s")
-    with pytest.raises(DataError, match="33 bad samples came by before 4 good ones"):
+    with pytest.raises(DataError, match="met 33 bad samples before 4 good ones"):
         next(iter(a_loader(StreamSource(str(tmp_path / "s")), max_bad_fraction=1.0)))
 
 
@@ -168,7 +168,7 @@ def test_configurations_reach_every_reader(shards, tmp_path):
         config = {"batch_size": 4, "train": address, "cache": str(tmp_path / "c"), "window_shards": 1}
         remote = training_source(DataConfig(**config), (8, 8))
         assert remote.fingerprint == local.fingerprint
-        with pytest.raises(DataError, match="but two windows of 8 shards have"):
+        with pytest.raises(DataError, match="but two windows of 8 shards need"):
             training_source(DataConfig(**{**config, "window_shards": 8, "cache_gb": 1e-6}), (8, 8))
     stream = training_source(DataConfig(batch_size=4, train=str(shards), reader="stream"), (8, 8))
     assert stream.summary().startswith("a stream of ") and not stream.problems().counts

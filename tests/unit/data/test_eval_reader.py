@@ -1,4 +1,4 @@
-"""Images for evaluation are PIL's, in the order asked for."""
+"""Images for evaluation equal PIL's and come in the requested order."""
 
 import io
 
@@ -56,7 +56,7 @@ def test_small_images_of_the_right_size_are_only_normalised(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_ends_the_evaluation(tmp_path, workers):
     source = ShardSource(write_shards([Sample("a", png(pixels_of(0, 9, 9))[:60], 0)], tmp_path))
-    with pytest.raises(DataError, match="sample .*:a: no decodable image"):
+    with pytest.raises(DataError, match="sample .*:a: not a decodable image"):
         list(EvalReader(source, (28, 28), ids=[0], workers=workers))
 
 

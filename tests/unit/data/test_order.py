@@ -1,4 +1,4 @@
-"""The order of samples: properties that must hold for any shards, batch, window and number of processes."""
+"""Properties of the order of samples that must hold for any shards, batch, window and number of processes."""
 
 import time
 
@@ -46,7 +46,7 @@ def test_random_access_equals_reading_in_turn(description, random):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 5))
 def test_processes_share_one_global_batch_in_consecutive_parts(sizes, step):
-    sizes = [*sizes, 8]  # fewer shards than processes: nobody starves
+    sizes = [*sizes, 8]  # there may be fewer shards than processes
     order = SampleOrder(sizes, 8, 0, 2)
     for world in (1, 2, 4, 8):
         parts = [order.part(step, rank, world) for rank in range(world)]
@@ -68,7 +68,7 @@ def test_a_window_mixes_its_shards_only():
 
 
 def test_the_order_stays_what_it_was():
-    # Golden: a change here changes every run that is resumed.
+    # a golden value: if it changes, every resumed run changes
     assert SampleOrder([5, 9, 3, 7], 6, 7, 2).batch(5).tolist() == [16, 22, 21, 17, 12, 2]
 
 
@@ -78,7 +78,7 @@ def test_any_step_of_a_large_set_is_found_in_milliseconds():
     start = time.perf_counter()
     for step in (300, 999, 77_777):
         order.batch(step)
-    assert (time.perf_counter() - start) / 3 < 0.1  # 1.5 ms on an idle core; the room is for a busy one
+    assert (time.perf_counter() - start) / 3 < 0.1  # 1.5 ms on an idle core; the margin is for a busy one
 
 
 def test_what_cannot_be_ordered_is_refused():

@@ -26,8 +26,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(data: Path, world: int, accumulation: int, masks: MaskConfig) -> tuple[np.ndarray, torch.Tensor, list]:
-    """Returns (steps, batch) sample ids, the augmented images, and each image's context and target places."""
-    ids, images, places = [], [], []
+    """Returns the sample ids, (steps, batch), the augmented images, and each image's context and target patches."""
+    ids, images, patches = [], [], []
     for rank in range(world):
         source = build_source("shards", data)
         order = SampleOrder(source.shard_sizes, BATCH, seed=1, window_shards=2)
@@ -39,10 +39,10 @@ def seen(data: Path, world: int, accumulation: int, masks: MaskConfig) -> tuple[
                 ids.append((micro.step, micro.position, micro.sample_ids))
                 images.append((micro.step, micro.position, augment(micro)))
                 drawn = sampler(micro.step, micro.position, len(micro), BATCH)
-                places += [(micro.step, micro.position + i, *of_image(drawn, i)) for i in range(len(micro))]
+                patches += [(micro.step, micro.position + i, *of_image(drawn, i)) for i in range(len(micro))]
     ids.sort(key=lambda entry: entry[:2])
     images.sort(key=lambda entry: entry[:2])
-    return np.concatenate([e[2] for e in ids]), torch.cat([e[2] for e in images]), sorted(places)
+    return np.concatenate([e[2] for e in ids]), torch.cat([e[2] for e in images]), sorted(patches)
 
 
 def of_image(masks: DenseMasks | PackedMasks, image: int) -> tuple[list[int], list[list[int]]]:
@@ -61,9 +61,9 @@ def of_image(masks: DenseMasks | PackedMasks, image: int) -> tuple[list[int], li
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (1, 2), (4, 2), (8, 1)])
 def test_division_changes_nothing(data: Path, world: int, accumulation: int, masks: dict) -> None:
     config = MaskConfig(**{"min_keep": 3, "group_size": 8, **masks})
-    ids, images, places = seen(data, 1, 1, config)
-    other_ids, other_images, other_places = seen(data, world, accumulation, config)
+    ids, images, patches = seen(data, 1, 1, config)
+    other_ids, other_images, other_patches = seen(data, world, accumulation, config)
     assert len(ids) == BATCH * STEPS and len(set(ids[:48].tolist())) == 48
     assert np.array_equal(ids, other_ids)
     assert torch.equal(images, other_images)
-    assert places == other_places
+    assert patches == other_patches

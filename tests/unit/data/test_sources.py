@@ -1,4 +1,4 @@
-"""Shards, class folders and synthetic images as one kind of source; and writing shards."""
+"""Shards, class folders and synthetic images share one protocol; shards are written and read back."""
 
 import io
 import json
@@ -37,8 +37,8 @@ def folder(tmp_path):
     for split in ("train", "val"):
         for number, name in enumerate(("b", "a", "c")):
             (tmp_path / "set" / split / name / "deep").mkdir(parents=True)
-            for place, file in enumerate(("2.png", "10.PNG", "deep/1.png", "note.txt")):
-                (tmp_path / "set" / split / name / file).write_bytes(image(10 * number + place))
+            for index, file in enumerate(("2.png", "10.PNG", "deep/1.png", "note.txt")):
+                (tmp_path / "set" / split / name / file).write_bytes(image(10 * number + index))
     return tmp_path / "set"
 
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_written(tmp_path, sample, message):
     assert not list(tmp_path.glob("*.tar"))
 
 
-def test_nothing_is_overwritten_and_nothing_is_no_set(tmp_path):
+def test_nothing_is_overwritten_and_an_empty_set_is_refused(tmp_path):
     write_shards(samples(), tmp_path)
     with pytest.raises(DataError, match=r"already holds shards .manifest.json.; name an empty one"):
         write_shards(samples(), tmp_path)
@@ -115,7 +115,7 @@ def test_open_files_are_bounded(tmp_path, monkeypatch):
         assert len(os.listdir("/proc/self/fd")) == before + 2
 
 
-def test_a_shard_that_changes_or_goes_is_told(tmp_path):
+def test_a_shard_that_changes_or_disappears_is_reported(tmp_path):
     shards = write_shards(samples(), tmp_path)
     source = ShardSource(shards)
     os.utime(shards[0], ns=(5, 5))
@@ -124,7 +124,7 @@ def test_a_shard_that_changes_or_goes_is_told(tmp_path):
     source = ShardSource(shards)
     source.read(0)
     os.truncate(shards[0], 600)
-    with pytest.raises(DataError, match="has become shorter than its index"):
+    with pytest.raises(DataError, match="is shorter than its index says"):
         source.read(9)
     os.unlink(shards[0])
     with pytest.raises(DataError, match="can't be read .No such file"):

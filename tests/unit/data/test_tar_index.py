@@ -1,4 +1,4 @@
-"""Tar shards as they occur: long names, links, damage, several processes at once."""
+"""Tar shards as they occur in practice: long names, links, damage, several processes at once."""
 
 import io
 import os
@@ -17,7 +17,7 @@ IMAGE = b"\xff\xd8\xff" + bytes(range(200))
 
 
 def make_tar(path, members, format=tarfile.GNU_FORMAT):
-    """Writes (name, bytes or TarInfo type) members."""
+    """Writes a tar of members (name, bytes or TarInfo type)."""
     with tarfile.open(path, "w", format=format) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -68,18 +68,18 @@ def test_long_names_folders_labels_and_side_files(tmp_path, format):
         ([("a.jpg", tarfile.SYMTYPE)], "link or device", "a link.*--dereference"),
         ([("a.jpg", tarfile.LNKTYPE), ("a.cls", b"12")], "link or device", "a link"),
         ([("a.cls", b"12"), ("a.jpg", tarfile.FIFOTYPE)], "link or device", "a link, a device"),
-        ([("b.v2.jpg", IMAGE)], "two images", "its sample has 'b.jpg' too"),
+        ([("b.v2.jpg", IMAGE)], "two images", "its sample also has 'b.jpg'"),
         ([("a.jpg", b"")], "member size", "0 bytes; give 1 to"),
-        ([("a.jpg", IMAGE), ("a.cls", b"cat")], "bad label", "b'cat' is no label; give an integer"),
-        ([("a.jpg", IMAGE), ("a.json", b'{"label": "cat"}')], "bad label", "is no label"),
-        ([("a.json", b"[" * 9000), ("a.jpg", IMAGE)], "bad label", "is no label"),
-        ([("a.jpg", IMAGE), ("a.cls", b"9" * 30)], "bad label", "is no label"),
+        ([("a.jpg", IMAGE), ("a.cls", b"cat")], "bad label", "b'cat' isn't a label; give an integer"),
+        ([("a.jpg", IMAGE), ("a.json", b'{"label": "cat"}')], "bad label", "isn't a label"),
+        ([("a.json", b"[" * 9000), ("a.jpg", IMAGE)], "bad label", "isn't a label"),
+        ([("a.jpg", IMAGE), ("a.cls", b"9" * 30)], "bad label", "isn't a label"),
         ([("a.jpg", IMAGE), ("a.cls", b"1" * (2 << 20))], "bad label", "a label has at most 1048576"),
     ],
 )
 def test_a_bad_member_costs_its_own_sample(tmp_path, members, kind, reason):
     path = make_tar(tmp_path / "a.tar", [("b.jpg", IMAGE), ("b.cls", b" 7"), *members, ("c.jpg", IMAGE)])
-    for index in (index_tar(path), index_tar(path)):  # scanned, then kept
+    for index in (index_tar(path), index_tar(path)):  # scanned, then loaded
         assert list(index.keys) == ["b", "c"] and index.labels.tolist() == [7, -1]
         assert dict(index.problems.counts) == {kind: 1}
         assert index.problems.named[0].kind == kind and re.search(reason, index.problems.named[0].reason)
@@ -113,7 +113,7 @@ def test_a_member_of_ten_gigabytes_costs_nothing(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = size
             tar.addfile(info, io.BytesIO(IMAGE) if size < 1000 else None)
-            if size > 1000:  # a hole: the file takes no room on the disk
+            if size > 1000:  # a sparse file, which uses no disk
                 tar.fileobj.truncate(tar.fileobj.seek(tar.offset + size))
                 tar.offset += size
     index = index_tar(path)
@@ -140,7 +140,7 @@ def test_a_tar_cut_anywhere_keeps_whole_samples_only(tmp_path):
     for length in range(256, 6 * 1024 + 1, 256):  # six members of 1024 bytes, then the end marker
         cut.write_bytes(whole[:length])
         if length < 512:
-            with pytest.raises(DataError, match="no readable tar"):
+            with pytest.raises(DataError, match="isn't a readable tar"):
                 index_tar(cut)
             continue
         index = index_tar(cut)
@@ -150,7 +150,7 @@ def test_a_tar_cut_anywhere_keeps_whole_samples_only(tmp_path):
     cut.write_bytes(whole[:4096] + b"\x01" * 512 + whole[4608:])  # a damaged header in the middle
     index = index_tar(cut)
     assert "after byte 4096 (no end mark); copy or write it again" in index.problems.named[0].reason
-    assert list(index.keys) == ["0"]  # the second may lack what followed
+    assert list(index.keys) == ["0"]  # the second sample may lack members that came after the damage
 
 
 def test_missing_and_compressed_tars_are_refused(tmp_path):
@@ -158,11 +158,11 @@ def test_missing_and_compressed_tars_are_refused(tmp_path):
         index_tar(tmp_path / "no.tar")
     with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
-    with pytest.raises(DataError, match="no readable tar .*uncompressed"):
+    with pytest.raises(DataError, match="isn't a readable tar .*uncompressed"):
         index_tar(tmp_path / "z.tar")
 
 
-def test_the_kept_index_is_used_until_the_tar_changes(tmp_path, monkeypatch):
+def test_the_stored_index_is_used_until_the_tar_changes(tmp_path, monkeypatch):
     path = make_tar(tmp_path / "a.tar", [("a.jpg", IMAGE), ("a.cls", b"12")])
     first = index_tar(path)
     scans = []
@@ -208,14 +208,14 @@ def test_a_folder_that_cannot_be_written_costs_a_scan_only(tmp_path, monkeypatch
 
     monkeypatch.setattr("ijepa_scale.data.sources.tar_index.tempfile.NamedTemporaryFile", refuse)
     assert len(index_tar(path)) == 1
-    assert "can't be kept (Permission denied)" in caplog.text
+    assert "can't be stored (Permission denied)" in caplog.text
 
 
 def test_a_folder_marked_read_only_is_left_alone(tmp_path, caplog):
     path = make_tar(tmp_path / "a.tar", [("a.jpg", IMAGE)])
     tmp_path.chmod(0o555)
     try:
-        assert len(index_tar(path)) == 1  # root could write there all the same
+        assert len(index_tar(path)) == 1  # even root, who could write there, doesn't
     finally:
         tmp_path.chmod(0o755)
     assert not index_path(path).exists() and "the folder is read-only" in caplog.text
@@ -239,7 +239,7 @@ def test_patterns(tmp_path):
     [
         ("no-*.tar", "'.*no-.*' matches no file; name a folder of shards"),
         ("s-{000..002}.tar", "'.*s-001.tar' matches no file"),
-        ("s-{5..2}.tar", "{5..2} in .* counts no shards"),
+        ("s-{5..2}.tar", "{5..2} in .* isn't a range"),
         ("empty", r"holds no \*\.tar file"),
     ],
 )
@@ -252,7 +252,7 @@ def test_patterns_that_name_nothing(tmp_path, pattern, message):
 
 @pytest.mark.parametrize("pattern", ["pipe:cat a.tar", "https://example.org/{0..9}.tar", "s3://bucket/a.tar"])
 def test_remote_patterns_are_refused(pattern):
-    with pytest.raises(DataError, match="is no local path; .*copy the shards to a local folder"):
+    with pytest.raises(DataError, match="isn't a local path; .*copy the shards to a local folder"):
         expand(pattern)
 
 

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors: those that autograd keeps for backward, and the peak of all that live."""
+"""Counts the bytes of tensors: those that autograd keeps for backward, and the peak of those allocated."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_iter
 
 
 def saved_bytes(run: Callable[[], Any], *, without: list[Tensor]) -> tuple[int, Any]:
-    """Returns the bytes of the distinct storages that `run` saves for backward, and what it returned.
+    """Returns the bytes of the distinct storages that `run` saves for backward, and its result.
 
-    Storages of the tensors in `without`, such as parameters and inputs, don't count.
+    Ignores the storages of the tensors in `without`, such as parameters and inputs.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in without}
     found: dict[int, int] = {}
@@ -32,9 +32,9 @@ def saved_bytes(run: Callable[[], Any], *, without: list[Tensor]) -> tuple[int, 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make while it is on: `live` bytes now, `peak` bytes at most.
+    """Counts the bytes of storages that operations allocate while it is active: `live` now, `peak` at most.
 
-    What an operation uses inside itself isn't seen; what was there before doesn't count.
+    Ignores memory that an operation only uses internally, and the storages of `ignored` tensors.
     """
 
     def __init__(self, ignored: list[Tensor]) -> None:

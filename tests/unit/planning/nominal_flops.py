@@ -1,7 +1,7 @@
-"""What torch's counter says of the published computation: every block on all tokens, all patches embedded.
+"""Counts the FLOPs of the published computation with torch: every block on all tokens, all patches embedded.
 
-The real forward may compute less, in last blocks and in the patch embedding; the FLOP model doesn't follow it.
-Everything runs on the meta device with the math attention backend, whose backward is counted as it is defined.
+The real forward may compute less in last blocks and in the patch embedding; the FLOP model ignores that. Everything
+runs on the meta device with the math attention backend, whose backward torch counts exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ijepa_scale.models.jepa import JEPA
 
 
 class _EmbedsAll(nn.Module):
-    """A patch embedding that embeds all patches before some are taken."""
+    """A patch embedding that embeds all patches before it selects some."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def target_flops(model: ModelConfig, num_images: int) -> int:
 
 
 def step_flops(model: ModelConfig, masks: Masks, *, num_images: int) -> dict[str, int]:
-    """Returns the FLOPs of target forward, context and predictor, the latter two with backward, of all images."""
+    """Returns the FLOPs of target, context and predictor, the latter two with backward, summed over all images."""
     jepa = _built(model)
     counts = {"target": target_flops(model, num_images)}
     masks = masks.map(lambda tensor: tensor.to("meta"))
@@ -69,7 +69,7 @@ def step_flops(model: ModelConfig, masks: Masks, *, num_images: int) -> dict[str
 
 
 def _predict(jepa: JEPA, context: Tensor, masks: Masks) -> Tensor:
-    """Returns predictions from the predictor's parts, each block on all tokens."""
+    """Returns the predictions, with each of the predictor's blocks run on all tokens."""
     predictor = jepa.predictor
     seen = predictor.predictor_embed(context)
     if isinstance(masks, DenseMasks):

@@ -1,4 +1,4 @@
-"""The plan of a run: GPUs by name, bytes on the wire, what is advised and what is refused, the command."""
+"""The plan of a run: GPUs by name, bytes sent, advice, refusals and the command."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_gpus_are_read(text: str, count: int, name: str) -> None:
         ("-8x a100", "--gpus is '-8x a100', a number of -8; give at least 1 GPU"),
     ],
 )
-def test_gpus_that_cannot_be_are_refused(text: str, message: str) -> None:
+def test_invalid_gpus_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_gpus(text)
 
@@ -74,7 +74,7 @@ def test_every_device_has_a_peak_and_sane_sizes() -> None:
         assert device.link_bandwidth >= 32e9 and device.network_bandwidth <= device.link_bandwidth
 
 
-def test_clusters_that_cannot_be_are_refused() -> None:
+def test_invalid_clusters_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         Cluster(A100, 0, 0, 0.0)
     assert str(caught.value).splitlines() == [
@@ -86,13 +86,13 @@ def test_clusters_that_cannot_be_are_refused() -> None:
         Cluster(A100, 12)
 
 
-def test_the_network_is_the_one_that_is_usual_for_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_network_is_the_typical_one_of_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert Cluster(A100, 16).network_bandwidth == 25e9 and Cluster(find_device("h200"), 16).network_bandwidth == 50e9
     assert Cluster(A100, 16, network_bandwidth=10e9).network_bandwidth == 10e9
     run = ["--config", str(ROOT / "configs" / "in1k_vitb16_ep600.yaml"), "--gpus", "16x"]
     for flags, stated in (
-        (["a100"], "network 25 GB/s per GPU (usual for it; --network says otherwise)"),
-        (["h100"], "network 50 GB/s per GPU (usual for it; --network says otherwise)"),
+        (["a100"], "network 25 GB/s per GPU (typical for it; --network changes it)"),
+        (["h100"], "network 50 GB/s per GPU (typical for it; --network changes it)"),
         (["a100", "--network", "12.5"], "network 12.5 GB/s per GPU\n"),
     ):
         assert main([*run, *flags]) == 0
@@ -140,7 +140,7 @@ def test_buffers_follow_the_deepspeed_files() -> None:
     kept, freed = (buffers(HUGE, Spread(strategy="fsdp2", world=8, reshard_after_forward=r)) for r in (False, True))
     assert kept.gathered == 2 * trained and freed.gathered == 0
     assert buffers(HUGE, Spread(strategy="ddp", world=8)).largest == 0
-    assert buffers(HUGE, Spread(strategy="fsdp2", precision="fp32")).largest == 0  # one process gathers nothing
+    assert buffers(HUGE, Spread(strategy="fsdp2", precision="fp32")).largest == 0  # a single process gathers nothing
 
 
 def test_steps_take_computation_and_what_it_cannot_hide() -> None:
@@ -154,13 +154,13 @@ def test_steps_take_computation_and_what_it_cannot_hide() -> None:
     slow = step_time(
         HUGE, Cluster(find_device("l40s"), 8), Spread(strategy="ddp", world=8), **{**given, "micro_batch": 8}
     )
-    assert slow.exposed_s == pytest.approx(slow.communication_s - slow.compute_s * 2.4 / 6.6)  # less backward
+    assert slow.exposed_s == pytest.approx(slow.communication_s - slow.compute_s * 2.4 / 6.6)  # minus backward
     zero = step_time(HUGE, cluster, Spread(strategy="zero1", world=8), **given)
     assert zero.exposed_s == pytest.approx(zero.transfers[1].bytes / (LINK_SHARE * 300e9))
     full = step_time(HUGE, cluster, Spread(strategy="ddp", world=8), **{**given, "checkpointing": "full"})
     assert full.compute_s == pytest.approx(ddp.compute_s * (6.6 + 1.2) / 6.6)
     nodes = step_time(HUGE, Cluster(A100, 16), Spread(strategy="ddp", world=16), **given)
-    assert nodes.communication_s == pytest.approx(nodes.wire_bytes / (LINK_SHARE * 200e9))  # 8 x 25, below the links
+    assert nodes.communication_s == pytest.approx(nodes.wire_bytes / (LINK_SHARE * 200e9))  # 8 x 25, less than links
     thin = step_time(HUGE, Cluster(A100, 16, 8, 10e9), Spread(strategy="ddp", world=16), **given)
     assert thin.communication_s == pytest.approx(thin.wire_bytes / (LINK_SHARE * 80e9))
 
@@ -171,7 +171,7 @@ def test_steps_take_computation_and_what_it_cannot_hide() -> None:
 )
 def test_the_advice_is_what_auto_takes(gpus: str, expected: str) -> None:
     found = plan(published(), Cluster(parse_gpus(gpus)[1], parse_gpus(gpus)[0]))
-    assert found.chosen.spread.label == expected and found.chosen is found.candidates[0]
+    assert found.chosen.spread.label == expected and found.chosen is found.strategies[0]
 
 
 def test_a_plan_holds_the_published_figures() -> None:
@@ -179,7 +179,7 @@ def test_a_plan_holds_the_published_figures() -> None:
     assert found.micro_batch == 128 and found.steps == 300 * 625
     assert found.flops.total == pytest.approx(655e9, rel=0.01)
     assert found.tokens.context / 128 == pytest.approx(68, rel=0.03)
-    assert found.chosen.time.images_per_s / 16 == pytest.approx(238, rel=0.01)  # computing alone, nothing exposed
+    assert found.chosen.time.images_per_s / 16 == pytest.approx(238, rel=0.01)  # all communication is hidden
     assert found.days == pytest.approx(187500 * 2048 / found.chosen.time.images_per_s / 86400)
     giant = plan(published("in22k_vitg16_ep44"), Cluster(A100, 16))
     assert giant.num_images == IMAGENET_22K and giant.steps == 44 * (IMAGENET_22K // 2048)
@@ -205,10 +205,10 @@ def test_where_the_number_of_images_comes_from() -> None:
         (["masks.min_keep=300"], "masks.min_keep is 300, but target blocks on a grid of 16x16"),
         (["engine.device=cpu"], "engine.device is cpu but --gpus names 8 a100-80gb; set engine.device=auto or cuda"),
         (["engine.strategy=plain"], "engine.strategy is plain but --gpus names 8; use auto"),
-        (["engine.strategy=fsdp2", "engine.replicas=3"], "8 GPUs don't split into engine.replicas 3; take a divisor"),
+        (["engine.strategy=fsdp2", "engine.replicas=3"], "8 GPUs don't split into engine.replicas 3; choose a divisor"),
     ],
 )
-def test_runs_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
+def test_impossible_runs_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(published("in1k_vith14_ep300", *overrides), Cluster(A100, 8))
 
@@ -219,12 +219,12 @@ def test_runs_that_cannot_be_are_refused(overrides: list[str], message: str) -> 
         (
             1,
             "weights, gradients, optimiser and target of vit_huge take at least 1.6 GB per GPU (fsdp2 reshard over 8) "
-            "of the 0.9 GB that tensors may take on one a100-80gb; take more GPUs, GPUs with more memory, or a smaller",
+            "of the 0.9 GB that tensors may take on one a100-80gb; use more GPUs, GPUs with more memory, or a smaller",
         ),
         (
             1.9,
             "one image at a time with engine.checkpointing=full takes at least 2.0 GB per GPU (fsdp2 reshard over 8, "
-            "1.6 GB of it states) of the 1.7 GB that tensors may take",
+            "1.6 GB for states) of the 1.7 GB that tensors may take",
         ),
     ],
 )
@@ -252,12 +252,12 @@ def test_a_graphs_pool_is_in_the_plan() -> None:
     pool = graphed.by_checkpointing["none"].target_work
     assert graphed.chosen.footprint.peak - without.chosen.footprint.peak > pool > 1e9
     assert graphed.chosen.largest_micro_batch < without.chosen.largest_micro_batch
-    sharded = [{c.footprint for c in f.candidates if c.spread.strategy == "fsdp2"} for f in (without, graphed)]
+    sharded = [{s.footprint for s in f.strategies if s.spread.strategy == "fsdp2"} for f in (without, graphed)]
     assert sharded[0] == sharded[1]
     assert any(line.endswith("as configured, with engine.cuda_graphs=false") for line in graphed.advice)
 
 
-def test_advice_names_slower_checkpointing_only_where_it_spares_micro_batches() -> None:
+def test_advice_names_slower_checkpointing_only_if_it_saves_micro_batches() -> None:
     fitting = plan(published("in1k_vith14_ep300", "engine.checkpointing=none"), Cluster(find_device("a100-40gb"), 8))
     assert [line.partition(":")[0] for line in fitting.advice[:3]] == [
         "engine.accumulation=4",
@@ -276,7 +276,7 @@ def test_one_page_states_one_size_of_the_states() -> None:
     assert found.reason.startswith(f"{found.chosen.footprint.states / 1e9:.1f} GB of replicated states are within")
     exact = plan(published("in1k_vith14_ep300", "engine.precision=fp32"), Cluster(A100, 8))
     assert exact.reason.startswith(f"{exact.chosen.footprint.states / 1e9:.1f} GB of replicated states are within")
-    assert "653 G per image, nominal (whole last blocks, as published figures count)" in plan_text(found)
+    assert "653 G per image, nominal (whole last blocks, as in published figures)" in plan_text(found)
 
 
 def test_a_run_that_does_not_fit_gets_remedies_that_do() -> None:
@@ -317,18 +317,18 @@ def test_the_command_speaks_json_and_refuses_plainly(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", ["base", "in1k_vith14_ep300_finetuning"])
-def test_a_finetuning_configuration_is_named_as_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finetuning_configuration_is_recognised(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(ROOT / "configs" / "finetune" / f"{name}.yaml")
     assert main(["--config", path, "--gpus", "8x", "a100", "engine.accumulation=1"]) == 2
     said = f"error: {path} is a finetuning configuration; plan.py takes pretraining ones, such as configs/base.yaml\n"
     assert capsys.readouterr().err == said
 
 
-def test_other_mistakes_in_a_configuration_are_told_as_they_are(
+def test_other_mistakes_in_a_configuration_are_reported_unchanged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "c.yaml").write_text("engine: {accumulation: 1}")  # either kind
-    (tmp_path / "d.yaml").write_text("engine: {acumulation: 1}")  # neither
+    (tmp_path / "c.yaml").write_text("engine: {accumulation: 1}")  # valid for both kinds
+    (tmp_path / "d.yaml").write_text("engine: {acumulation: 1}")  # valid for neither
     for name, override in (("c.yaml", "mask.x=1"), ("d.yaml", "seed=1")):
         assert main(["--config", str(tmp_path / name), "--gpus", "8x", "a100", override]) == 2
         assert "unknown; " in capsys.readouterr().err
@@ -343,5 +343,5 @@ def test_a_deepspeed_file_sets_stage_and_buckets(capsys: pytest.CaptureFixture[s
     found = plan(config, Cluster(A100, 8), zero=zero)
     assert found.chosen.spread.label == "zero2" and found.chosen.footprint.optimizer == 0
     assert "zero2" in plan_text(found) and plan_json(found)["chosen"]["spread"]["zero"]["offload_optimizer"]
-    sent = {each.spread.label: each.spread.communication for each in found.candidates}
+    sent = {each.spread.label: each.spread.communication for each in found.strategies}
     assert sent["ddp"] == sent["fsdp2"] == "fp32" and sent["zero1"] == sent["zero3"] == "bf16"

@@ -1,4 +1,4 @@
-"""The FLOP model against torch's counter, for every pretraining configuration, truncated and packed."""
+"""Compares the FLOP model with torch's counter, for every pretraining configuration, truncated and packed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ IMAGES = 2
 
 @functools.lru_cache(maxsize=32)
 def _counts(model: ModelConfig, masks_config: MaskConfig) -> tuple[dict[str, int], FlopCount]:
-    """Returns what torch counts and what the model says; once for configurations that only differ elsewhere.
+    """Returns the FLOPs that torch counts and those of the FLOP model; cached for configurations that share them.
 
-    Torch counts models of one block and of two; a further block adds what the second did. That is exact, and is
-    checked on whole models below.
+    Torch counts models of one block and of two; each further block adds as much as the second. That is exact, as the
+    test on a whole model below checks.
     """
     masks = MaskSampler(masks_config, model.grid, seed=0)(0, 0, IMAGES, IMAGES)
     one, two = (

@@ -1,4 +1,4 @@
-"""Predicted bytes against counted ones: what autograd keeps, the peak of a step, the numbers of tokens."""
+"""Compares predicted with counted bytes: those kept by autograd, the peak of a step, the numbers of tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CASES = [
 
 
 class Step:
-    """One training step's forward on the CPU, and its masks."""
+    """The forward of one training step on the CPU, with its masks."""
 
     def __init__(self, context: str, precision: str, checkpointing: str) -> None:
         self.masks_config = MaskConfig(context=context, group_size=BATCH)
@@ -58,12 +58,13 @@ class Step:
         self.tokens = micro_batches(self.masks_config, draws, MODEL.grid, BATCH)[0]
 
     @property
-    def there_before(self) -> list[Tensor]:
+    def existing(self) -> list[Tensor]:
+        """The tensors that are allocated before the step."""
         parts: list[nn.Module] = [self.module, self.target]
         return [self.images, *(tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))]
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss, and what a training step still holds then: features and prediction."""
+        """Returns the loss, and the tensors that a training step still holds then: features and prediction."""
         with torch.no_grad(), self.autocast():
             features = self.target(self.images, wanted=self.wanted.places)
         features = normalise_targets(features)
@@ -78,9 +79,9 @@ def test_kept_bytes_are_what_autograd_keeps(context: str, precision: str, mode: 
     step = Step(context, precision, mode)
     predicted = activations(MODEL, step.tokens, precision=precision, checkpointing=mode, device="cpu")
     if mode == "none":
-        counted, _ = saved_bytes(step, without=step.there_before)
-        assert predicted.kept == pytest.approx(counted, rel=0.01)  # small ones are left out: indices, weights of rows
-    with LiveBytes(step.there_before) as live:
+        counted, _ = saved_bytes(step, without=step.existing)
+        assert predicted.kept == pytest.approx(counted, rel=0.01)  # ignores small tensors: indices, weights of rows
+    with LiveBytes(step.existing) as live:
         held = step()
     images = step.images.nbytes
     assert held[0].isfinite()
@@ -90,17 +91,17 @@ def test_kept_bytes_are_what_autograd_keeps(context: str, precision: str, mode: 
 @pytest.mark.parametrize(("context", "precision", "mode"), CASES)
 def test_the_peak_is_that_of_a_step(context: str, precision: str, mode: str) -> None:
     step = Step(context, precision, mode)
-    with LiveBytes(step.there_before) as live:
+    with LiveBytes(step.existing) as live:
         held = step()
         held[0].backward()
     found = footprint(
         MODEL, step.tokens, Spread(strategy="plain", precision=precision), checkpointing=mode, device="cpu"
     )
-    there = found.weights + found.optimizer + found.target + step.images.nbytes
-    assert found.peak - there == pytest.approx(live.peak, rel=0.1)
+    existing = found.weights + found.optimizer + found.target + step.images.nbytes
+    assert found.peak - existing == pytest.approx(live.peak, rel=0.1)
 
 
-def test_bf16_weights_are_no_copies_under_fsdp2() -> None:
+def test_fsdp2_makes_no_bf16_copies_of_weights() -> None:
     step = Step("truncate", "bf16", "none")
     copies = activations(MODEL, step.tokens)
     without = activations(MODEL, step.tokens, casts=False)
@@ -109,13 +110,13 @@ def test_bf16_weights_are_no_copies_under_fsdp2() -> None:
 
 
 def test_selective_checkpointing_keeps_varlen_attention_as_it_keeps_the_runs() -> None:
-    """What it keeps of runs of equal lengths is counted above; CUDA's one kernel can't be, so the engine is asked."""
+    """The bytes for runs are counted above; CUDA's kernel doesn't run here, so check the list of kept operations."""
     varlen, dense = torch.ops.torch_attn._varlen_attn, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     assert varlen.default in _KEPT_OPERATIONS and dense.default in _KEPT_OPERATIONS
     tokens = Step("packed", "bf16", "none").tokens
     cuda, cpu = (activations(MODEL, tokens, checkpointing="selective", device=kind) for kind in ("cuda", "cpu"))
     assert (cuda.encoder, cuda.predictor) == (cpu.encoder, cpu.predictor)
-    copied = 2 * tokens.context * 96  # the outputs of runs, copied together
+    copied = 2 * tokens.context * 96  # the concatenated outputs of runs
     assert cpu.encoder_block - cuda.encoder_block == pytest.approx(copied)
     whole = [activations(MODEL, tokens, device=kind).encoder for kind in ("cuda", "cpu")]
     assert whole[1] - whole[0] == pytest.approx(4 * copied)
@@ -134,7 +135,7 @@ def test_tokens_are_those_of_the_masks(context: str) -> None:
     assert parts[0].packed == (context == "packed")
     mean = mean_tokens(parts)
     assert min(p.context for p in parts) <= mean.context <= max(p.context for p in parts)
-    large = micro_batches(config, draws, (12, 12), 64)[0]  # more than were drawn: scaled, and packed over groups
+    large = micro_batches(config, draws, (12, 12), 64)[0]  # more than were drawn: scaled up, and packed across groups
     assert large.context == pytest.approx(2 * sum(p.context for p in parts[:8])) and large.packed
 
 
@@ -165,7 +166,7 @@ def test_states_and_buffers_shrink_as_strategies_promise(strategy: str) -> None:
     sharded = {"ddp": set(), "zero1": {"optimizer"}, "zero2": {"optimizer", "gradients"}}
     for kind in ("weights", "gradients", "optimizer", "target"):
         shard = kind in sharded.get(strategy, {"weights", "gradients", "optimizer", "target"})
-        moments = 1.5 if kind == "optimizer" and strategy.startswith("zero") else 1.0  # and a master copy
+        moments = 1.5 if kind == "optimizer" and strategy.startswith("zero") else 1.0  # ZeRO adds a master copy
         whole = getattr(alone, kind) - (target_copy_bytes(MODEL, Spread(strategy="plain")) if kind == "target" else 0)
         copies = target_copy_bytes(MODEL, spread) if kind == "target" else 0
         assert getattr(found, kind) == pytest.approx(whole * moments / (4 if shard else 1) + copies), kind
@@ -173,7 +174,7 @@ def test_states_and_buffers_shrink_as_strategies_promise(strategy: str) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "replicated"), [("ddp", True), ("zero2", True), ("fsdp2", False)])
-def test_the_pool_of_a_graph_is_there_all_run(strategy: str, replicated: bool) -> None:
+def test_the_pool_of_a_graph_is_always_counted(strategy: str, replicated: bool) -> None:
     tokens, spread = Step("truncate", "bf16", "none").tokens, Spread(strategy=strategy, world=4)
     without, graphed = (footprint(MODEL, tokens, spread, cuda_graphs=graphs) for graphs in (False, True))
     pool = activations(MODEL, tokens).target_work + BATCH * 3 * 96 * 96 * 4 if replicated else 0.0
@@ -202,7 +203,7 @@ def test_bad_spreads_are_refused() -> None:
 
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 def test_the_peak_is_that_of_a_whole_training_step(mode: str) -> None:
-    """With optimiser, target update and meters, under the engine: the CPU's stand-in for the test on a GPU."""
+    """Includes optimiser, target update and meters, under the engine: the CPU version of the test on a GPU."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     engine = build_engine(world, EngineConfig(strategy="plain", checkpointing=mode), OptimizerConfig())
     module = build_jepa(MODEL, seed=0)
@@ -220,14 +221,13 @@ def test_the_peak_is_that_of_a_whole_training_step(mode: str) -> None:
     nothing, labels = torch.zeros(BATCH, dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.int64)
 
     def batch(number: int) -> Batch:
-        where = {"step": number, "epoch": 0, "position": 0}
         sizes, ids = np.ones((BATCH, 2), int), np.arange(BATCH)
-        return Batch(pixels=nothing, sizes=sizes, sample_ids=ids, labels=labels, **where)
+        return Batch(pixels=nothing, sizes=sizes, sample_ids=ids, labels=labels, step=number, epoch=0, position=0)
 
-    step(batch(0))  # makes the optimiser's states
+    step(batch(0))  # allocates the optimiser's states
     moments = [value for state in engine.optimizer.state.values() for value in state.values()]
-    there = [*module.parameters(), *engine.target_module.parameters(), *engine._local_shards()[0], *moments]
-    with LiveBytes(there) as live:
+    existing = [*module.parameters(), *engine.target_module.parameters(), *engine._local_shards()[0], *moments]
+    with LiveBytes(existing) as live:
         step(batch(1))
     tokens = micro_batches(masks, draw_masks(masks, MODEL.grid, batch_size=BATCH)[1:2], MODEL.grid, BATCH)[0]
     found = footprint(MODEL, tokens, Spread(strategy="plain"), checkpointing=mode, device="cpu")

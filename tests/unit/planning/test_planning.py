@@ -1,4 +1,4 @@
-"""Closed-form counts against the models themselves, on the meta device, and against published figures."""
+"""Compares closed-form counts with the models themselves, on the meta device, and with published figures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_parameter_counts_equal_the_built_model(model: ModelConfig) -> None:
 
 
 def _measure(model: ModelConfig, num_images: int, kept: int, predicted: int, num_context: int) -> dict[str, int]:
-    """FLOPs that torch counts in target forward, context and predictor, of a whole batch."""
+    """Returns the FLOPs that torch counts in target, context and predictor for a whole batch."""
     context = torch.zeros(num_context, num_images, kept, dtype=torch.int64)
     targets = torch.zeros(4, num_images, predicted, dtype=torch.int64)
     return step_flops(model, DenseMasks(context, targets), num_images=num_images)
@@ -96,7 +96,7 @@ def test_huge_flops_agree_with_torchs_counter() -> None:
 def test_flops_are_the_published_ones(
     model: ModelConfig, truncated: int, packed: int, tokens: int, published: tuple[int, ...]
 ) -> None:
-    """Mean token counts stand for the drawn ones, hence 2% for the parts."""
+    """The counts use mean numbers of tokens instead of drawn ones, so the parts agree only within 2 to 4%."""
     dense = train_flops(model, context_tokens=truncated, target_tokens_per_block=tokens)
     whole = train_flops(model, context_tokens=[packed] * 2, target_tokens_per_block=[tokens] * 2)
     target, context, predictor, total, packed_total = (figure * 1e9 for figure in published)
@@ -147,7 +147,7 @@ def test_packed_masks_cost_what_their_dense_equals_do() -> None:
 
 
 def test_lengths_that_dont_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 context lengths and 2 target lengths don't fit 1 context blocks per image"):
+    with pytest.raises(ValueError, match="3 context lengths and 2 target lengths don't match 1 context blocks per im"):
         train_flops(HUGE14, context_tokens=[1, 2, 3], target_tokens_per_block=[1, 2])
 
 
@@ -208,12 +208,12 @@ def test_unknown_strategy_is_refused() -> None:
     [
         (1, 80e9, "cuda", ("plain", False, 1)),
         (2, None, "cpu", ("ddp", False, 1)),
-        (8, 80e9, "cuda", ("ddp", False, 1)),  # 14.2 of 32 GB, the target's bf16 copies among them
+        (8, 80e9, "cuda", ("ddp", False, 1)),  # 14.2 of 32 GB, with the target's bf16 copies
         (8, 24e9, "cuda", ("fsdp2", False, 1)),  # 4.2 of 9.6 GB
         (16, 24e9, "cuda", ("fsdp2", False, 2)),  # the same, within each node
         (16, 10e9, "cuda", ("fsdp2", False, 1)),  # 3.4 of 4 GB over all 16
         (8, 6e9, "cuda", ("fsdp2", True, 1)),  # 1.6 of 2.4 GB
-        (8, 3e9, "cuda", ("fsdp2", True, 1)),  # doesn't fit; says so
+        (8, 3e9, "cuda", ("fsdp2", True, 1)),  # doesn't fit, and the reason says so
     ],
 )
 def test_the_strategy_follows_the_memory(
@@ -229,7 +229,7 @@ def test_the_reason_carries_the_numbers() -> None:
 
     assert reason(80e9) == "14.2 GB of replicated states are within 40% of 80 GB"
     assert reason(24e9).endswith("sharded over 8 processes, weights kept after forward, 4.2 GB are within it")
-    assert reason(3e9).endswith("1.6 GB are the least there is, but over it")
+    assert reason(3e9).endswith("1.6 GB are the least possible, but over it")
 
 
 def test_unknown_memory_is_refused() -> None:
@@ -242,7 +242,7 @@ def test_auto_is_replaced_in_the_engines_configuration() -> None:
     resolved, reason = resolve_engine(EngineConfig(accumulation=2), HUGE14, **where)
     assert resolved == EngineConfig(strategy="fsdp2", replicas=2, accumulation=2)
     assert reason.startswith("14.2 GB of replicated states are over 40% of 24 GB")
-    exact = EngineConfig(precision="fp32")  # without copies
+    exact = EngineConfig(precision="fp32")  # without bf16 copies
     assert resolve_engine(exact, HUGE14, **where)[1].startswith("13.0 GB of replicated states are over 40% of 24 GB")
     named = EngineConfig(strategy="ddp")
     assert resolve_engine(named, HUGE14, **where) == (named, "strategy ddp as configured")

@@ -1,4 +1,4 @@
-"""launch/tune.py from the command line to the file that pretraining takes, on a tiny model; and its refusals."""
+"""Tests launch/tune.py on a tiny model, from the command line to the file for pretraining, and what it refuses."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_from_the_command_line_to_a_file_that_pretraining_takes(tiny: Path, caps
 def test_memory_of_the_worst_step_disqualifies_and_nothing_is_written(
     tiny: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    data = ["data.reader=shards", "data.train=nowhere"]  # only the workers' measurement would need it
+    data = ["data.reader=shards", "data.train=nowhere"]  # only the measurement of workers would need data
     assert main(["--config", str(tiny), *QUICK, "--limit", "1", "--memory", "0.1", *data]) == 2
     said = capsys.readouterr()
     assert "failed: takes 0." in said.out and "GB with the longest masks" in said.out
-    assert said.err.startswith("error: no candidate ran, so nothing is written; the reasons stand above")
+    assert said.err.startswith("error: no candidate ran, so nothing is written; the reasons are listed above")
     assert not (tiny.parent / "run").exists()
 
 
@@ -87,7 +87,7 @@ def test_without_its_data_only_the_workers_are_not_measured(tiny: Path, tmp_path
         ({"worst": "mean"}, "--worst is 'mean'; choose one of possible, drawn"),
         ({"skip": ["compil"]}, "--skip is 'compil'; choose one of compile, attention, spreads, finals, workers"),
         ({"devices": ["cpu"], "processes": 2}, "--processes is 2 but --devices names 1; give one of them"),
-        ({"devices": ["cuda:0", "cuda:0"]}, "--devices names cuda:0 twice; a GPU can be one process's only"),
+        ({"devices": ["cuda:0", "cuda:0"]}, "--devices names cuda:0 twice; give each GPU to one process only"),
     ],
 )
 def test_flags_are_checked(flags: dict, message: str) -> None:
@@ -102,12 +102,12 @@ def test_mistakes_end_with_code_2(tiny: Path, capsys: pytest.CaptureFixture) -> 
     assert main(["--config", str(tiny), "--processes", "3"]) == 2
     assert "batch 4 is not divisible by 3 processes x accumulation 1; try 3" in capsys.readouterr().err
     assert main(["--config", str(tiny), "--devices", "tpu"]) == 2
-    assert "the machine can't be looked at: device 'tpu' isn't one" in capsys.readouterr().err
+    assert "can't detect the machine: device 'tpu' isn't one" in capsys.readouterr().err
 
 
 def test_a_launcher_that_has_started_processes_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in place.items():
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
         ConfigError, match="tuning starts its own processes, but torchrun or deepspeed has started 2; st"
@@ -153,7 +153,7 @@ def test_a_file_that_needs_its_overrides_gets_them(tmp_path: Path) -> None:
     write_overrides(tmp_path / "tuned.yaml", tmp_path / "half.yaml", settings, tuned, "")
 
 
-def test_a_place_that_cannot_be_written_is_told(tiny: Path, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_reported(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="can't be written .*; give another file with --to"):
         write_overrides(tmp_path / "file" / "tuned.yaml", tiny, {}, load_config(tiny), "")

@@ -1,4 +1,4 @@
-"""The search: its order, what it skips, who wins, and that it survives whatever a candidate does."""
+"""The search: its order, what it skips, which candidate wins, and that it survives any failure of a candidate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = Callable[[Candidate], Outcome]
 
 
 class Probe:
-    """Stands for child processes: answers at once, and remembers what it was asked."""
+    """Replaces child processes: answers at once, and records the candidates it was called with."""
 
     def __init__(self, answer: Answer) -> None:
         self.asked: list[Candidate] = []
@@ -39,7 +39,7 @@ def searched(answer: Answer, where: Space | None = None, **budget: Any) -> tuple
 
 
 def speed(**seconds: float) -> Answer:
-    """Returns steps of 1 s, longer or shorter by what a candidate is."""
+    """Returns a probe of 1 s steps, made longer or shorter by the given settings of a candidate."""
 
     def answer(candidate: Candidate) -> Outcome:
         engine = candidate.engine
@@ -50,7 +50,7 @@ def speed(**seconds: float) -> Answer:
     return answer
 
 
-def test_recomputing_is_not_tried_where_all_images_fit_at_once() -> None:
+def test_recomputing_is_not_tried_if_all_images_fit_at_once() -> None:
     search, probe, _ = searched(speed(micro_32=0.1, compiled=0.5, math=3.0))
     assert [(each.micro_batch, each.engine.checkpointing) for each in probe.asked[:2]] == [(64, "none"), (32, "none")]
     assert {each.engine.checkpointing for each in probe.asked} == {"none"}
@@ -61,7 +61,7 @@ def test_recomputing_is_not_tried_where_all_images_fit_at_once() -> None:
 
 def test_smaller_micro_batches_are_tried_while_they_are_faster() -> None:
     _, probe, _ = searched(speed(micro_64=0.5, micro_32=0.3, micro_16=0.2, micro_8=0.2))
-    assert [each.micro_batch for each in probe.asked[:4]] == [64, 32, 16, 8]  # 8 is no faster: stop
+    assert [each.micro_batch for each in probe.asked[:4]] == [64, 32, 16, 8]  # stops, because 8 is no faster
 
 
 def test_checkpointing_is_tried_for_what_does_not_fit_without() -> None:
@@ -88,7 +88,7 @@ def test_the_search_survives_every_failure(kind: str) -> None:
     search, probe, _ = searched(lambda candidate: failed(kind, "it was so"))
     assert search.winner is None and set(search.found.failed.values()) == {"it was so"}
     if kind in ("refused", "error"):
-        assert len(probe.asked) == 3  # once for each mode: a smaller micro-batch mends neither
+        assert len(probe.asked) == 3  # once per mode, because a smaller micro-batch can't fix these
 
 
 def test_the_worst_step_disqualifies_though_drawn_masks_ran() -> None:
@@ -151,7 +151,7 @@ def test_settings_that_do_not_go_together_are_left_out() -> None:
 def test_the_fastest_are_measured_again_in_reverse_order() -> None:
     search, probe, _ = searched(speed(micro_32=0.1, compiled=0.2, math=9.0))
     assert probe.asked[-3:] == [probe.asked[2], probe.asked[1], probe.asked[0]]
-    assert [len(each.step_s) for each in search.found.measured.values()] == [10, 10, 10, 5]  # math is far behind
+    assert [len(each.step_s) for each in search.found.measured.values()] == [10, 10, 10, 5]  # math is much slower
 
 
 def test_what_fails_the_second_time_does_not_win() -> None:
@@ -171,7 +171,7 @@ def test_the_budget_ends_the_search() -> None:
     search, probe, said = searched(speed(), candidates=1)
     assert len(probe.asked) == 1 and search.winner is not None
     assert "--limit 1 is reached" in search.found.left_out.values()
-    search, probe, said = searched(speed(), seconds=7.0)  # each takes 2 s, none is started for less than 5
+    search, probe, said = searched(speed(), seconds=7.0)  # each takes 2 s, and none starts with less than 5 s left
     assert probe.seconds == [7.0, 5.0]
     assert "--minutes 0.116667 are over" in search.found.left_out.values()
     assert said[-1].startswith("not measured once more: plain, 64") and said[-1].endswith("--minutes 0.116667 are over")
@@ -203,7 +203,7 @@ def test_rates_within_the_spread_are_ties_and_the_simplest_wins() -> None:
 
 def test_steps_are_compared_one_by_one_as_they_share_their_masks() -> None:
     compiled, simple, _ = candidates()
-    lengths = [1.0, 2.0, 3.0, 4.0, 5.0]  # far apart, yet each step 5% faster
+    lengths = [1.0, 2.0, 3.0, 4.0, 5.0]  # very different, but each step is 5% faster
     assert is_faster(measured(compiled, [0.95 * s for s in lengths]), measured(simple, lengths))
 
 

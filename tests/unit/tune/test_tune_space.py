@@ -1,4 +1,4 @@
-"""Which candidates there are, and which the plan leaves out."""
+"""The candidates of a configuration, and those that the plan rules out."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def test_only_how_the_step_is_computed_changes() -> None:
     assert dataclasses.replace(changed, engine=found.config.engine) == found.config
 
 
-def test_micro_batches_divide_the_share_and_fall_by_a_third_at_least() -> None:
+def test_micro_batches_divide_the_share_and_shrink_by_at_least_a_third() -> None:
     assert space(config(batch=64)).micro_batches() == [64, 32, 16, 8, 4, 2, 1]
     assert space(config(batch=72), machine(processes=2)).micro_batches() == [36, 18, 12, 6, 4, 2, 1]
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch 64 is not divisible by 3 processes x accumulation 1; try 63"):
         space(config(accumulation=5), machine(processes=3))
 
 
 def test_one_process_strategy_is_refused_for_several() -> None:
-    message = "engine.strategy is plain but 2 processes are asked for; set engine.strategy=auto, or tune with one"
+    message = "engine.strategy is plain but 2 processes are requested; set engine.strategy=auto, or tune with one"
     with pytest.raises(ConfigError, match=message):
         space(config(strategy="plain"), machine(processes=2))
 
@@ -48,7 +48,7 @@ def test_the_plan_leaves_out_what_cannot_fit() -> None:
     full = found.candidate(found.engine, 2048, checkpointing="full")
     assert found.needed(full) < 0.5 * found.needed(whole)
     shorter = space(settings, machine(kind="cuda", gigabytes=80), Lengths(context=60, target=30))
-    assert shorter.needed(whole) < 0.7 * found.needed(whole)  # it is the longest masks that count
+    assert shorter.needed(whole) < 0.7 * found.needed(whole)  # because the longest masks count
 
 
 def test_sharding_needs_less() -> None:
@@ -64,7 +64,7 @@ def test_sharding_needs_less() -> None:
     assert needs["fsdp2 reshard"] < needs["fsdp2"] < needs["ddp"] and needs["zero3"] < needs["zero1"]
 
 
-def test_settings_of_zero_and_of_the_compiler_go_with_them() -> None:
+def test_settings_of_zero_and_of_the_compiler_are_dropped_with_them() -> None:
     settings = {"precision": "bf16", "ds_config": f"{DS_CONFIGS}/zero2.json", "zero_communication": "bf16"}
     found = space(config(**settings), machine(kind="cuda", processes=8, gigabytes=80))
     spreads = dict(found.spreads(found.engine))
@@ -75,11 +75,11 @@ def test_settings_of_zero_and_of_the_compiler_go_with_them() -> None:
     assert found.candidate(compiled, 8, checkpointing="full").engine.compile_cache == "kernels"
 
 
-def test_one_process_has_nothing_to_spread_and_missing_files_are_told() -> None:
+def test_one_process_has_nothing_to_spread_and_missing_files_are_reported() -> None:
     assert list(space().spreads(EngineConfig())) == []
     bare = space(config(), machine(processes=2))
     bare._ds_configs = DS_CONFIGS / "nowhere"
-    assert dict(bare.spreads(bare.engine))["zero1"] == f"{DS_CONFIGS}/nowhere/zero1.json isn't there"
+    assert dict(bare.spreads(bare.engine))["zero1"] == f"{DS_CONFIGS}/nowhere/zero1.json doesn't exist"
 
 
 def test_attention_kernels_are_those_of_the_device() -> None:
@@ -91,13 +91,13 @@ def test_attention_kernels_are_those_of_the_device() -> None:
     assert [name for name, same in on_gpu.attentions("flash", "auto") if same is None] == ["cudnn", "efficient"]
 
 
-def test_a_deepspeed_file_that_says_no_stage_is_left_to_the_engine(tmp_path: object) -> None:
+def test_a_deepspeed_file_without_a_stage_is_left_to_the_engine(tmp_path: object) -> None:
     settings = config(strategy="deepspeed", ds_config=f"{tmp_path}/none.json")
     found = Space(settings, machine(gigabytes=1e-3), Lengths(context=10, target=5))
     assert found.planned_out(found.candidate(found.engine, 64)) is None
 
 
-def test_simpler_is_less_of_everything() -> None:
+def test_fewer_features_are_simpler() -> None:
     found = space(config(), machine(processes=2))
     plain = found.candidate(found.engine, 32)
     others = [

@@ -1,4 +1,4 @@
-"""The longest masks: no draw exceeds them, and what has their lengths trains."""
+"""The longest masks: no draw exceeds them, and masks of these lengths are valid."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_no_draw_exceeds_the_bound(grid: tuple, sampler: str, overlap: bool, sca
 
 
 @pytest.mark.parametrize("sampler", ["multiblock", "reference"])
-def test_the_bound_is_reached_where_one_target_is_drawn(sampler: str) -> None:
+def test_the_bound_is_reached_with_one_target(sampler: str) -> None:
     config = MaskConfig(
         sampler=sampler, context="packed", min_keep=0, num_target_blocks=1, group_size=1, context_scale=(0.85, 0.85)
     )
@@ -54,7 +54,7 @@ def test_drawn_lengths_are_below_possible_ones() -> None:
     assert drawn.context < possible.context and drawn.target <= possible.target
 
 
-def test_worst_masks_have_these_lengths_and_ask_for_as_much_as_they_can() -> None:
+def test_worst_masks_have_these_lengths_and_want_as_many_patches_as_possible() -> None:
     config = MaskConfig(num_context_blocks=2)
     masks = worst_masks(config, 196, Lengths(context=172, target=42), count=3, dense=True)
     assert isinstance(masks, DenseMasks)
@@ -69,12 +69,12 @@ def test_worst_masks_have_these_lengths_and_ask_for_as_much_as_they_can() -> Non
 
 
 @pytest.mark.parametrize(("context", "count"), list(itertools.product(["truncate", "packed"], [4, 8])))
-def test_a_probe_draws_as_training_until_its_worst_step(context: str, count: int) -> None:
+def test_a_probe_draws_as_in_training_until_its_worst_step(context: str, count: int) -> None:
     config = MaskConfig(min_keep=3, group_size=4, context=context)
     sampler = MaskSampler(config, (8, 8), seed=5)
     probe = ProbeMasks(sampler, MaskSampler(config, (8, 8), seed=0).longest(), worst_from=2)
     drawn, expected = probe(1, 0, count, 8), sampler(1, 0, count, 8)
     assert type(drawn) is type(expected) and drawn.mean_tokens() == expected.mean_tokens()
     worst = probe(2, 0, count, 8)
-    assert type(worst) is type(sampler(2, 0, count, 8))  # the same layout, so the same kernels
+    assert type(worst) is type(sampler(2, 0, count, 8))  # the same layout, and therefore the same kernels
     assert worst.mean_tokens() == (probe._lengths.context, probe._lengths.target)

@@ -1,4 +1,4 @@
-"""A configuration, machines and outcomes for the tests of the search; nothing is measured."""
+"""Makes configurations, machines and outcomes for the tests of the search, without measuring anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small image sets as they occur, for the tests of making shards."""
+"""Small but realistic image sets, for the tests of making shards."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ijepa_scale.data.shards.make import MakePlan, make_shards
 
 
 def pixels_of(seed: int, height: int = 12, width: int = 10) -> np.ndarray:
-    """Returns smooth pixels, other ones for each seed."""
+    """Returns smooth pixels that depend on the seed."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
     return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def encoded(seed: int, kind: str = "JPEG", size: tuple[int, int] = (12, 10)) -> bytes:
-    """Returns an image file of (height, width) pixels."""
+    """Returns an encoded image of (height, width) pixels."""
     stream = io.BytesIO()
     Image.fromarray(pixels_of(seed, *size)).save(stream, kind)
     return stream.getvalue()
@@ -44,7 +44,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def tar_of(folder: Path, path: Path, prefix: str = "") -> Path:
-    """Writes the files below a folder into a tar, not in their order."""
+    """Writes the files below a folder into a tar, in reverse order."""
     with tarfile.open(path, "w") as tar:
         for file in sorted(folder.rglob("*"), reverse=True):
             if file.is_file():
@@ -53,7 +53,7 @@ def tar_of(folder: Path, path: Path, prefix: str = "") -> Path:
 
 
 def tar_of_tars(folder: Path, path: Path) -> Path:
-    """Writes class folders as ImageNet comes: a member CLASS.tar per class, which holds its images flat."""
+    """Writes class folders in ImageNet's format: a member CLASS.tar for each class, with its images in no folder."""
     with tarfile.open(path, "w") as outer:
         for entry in sorted(folder.iterdir(), reverse=True):
             stream = io.BytesIO()
@@ -65,7 +65,7 @@ def tar_of_tars(folder: Path, path: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Returns the content of all files of a folder of shards; indices without the time that they note."""
+    """Returns the content of all files in a folder of shards, except the mtime that each index records."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.name.endswith(".idx.npz"):
@@ -80,7 +80,7 @@ PLAN = MakePlan(shard_bytes=2500)
 
 
 def damaged_folders(root: Path) -> Path:
-    """Writes 30 images of which two can't be decoded, and returns `root`."""
+    """Writes 30 images, two of which can't be decoded, and returns `root`."""
     class_folders(root)
     (root / "a" / "1.JPEG").write_bytes(b"no image at all")
     whole = (root / "c" / "2.JPEG").read_bytes()
@@ -89,5 +89,5 @@ def damaged_folders(root: Path) -> Path:
 
 
 def make(folder: Path, to: Path, **options):
-    """Makes small shards of class folders, of which a tenth may be bad."""
+    """Makes small shards from class folders, in which a tenth of the images may be bad."""
     return make_shards(FolderImages(folder), to, plan=PLAN, **{"max_bad_fraction": 0.1, **options})

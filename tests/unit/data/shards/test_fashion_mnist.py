@@ -23,7 +23,7 @@ def idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
-    """A folder of small IDX files, one of them compressed, taken for Fashion-MNIST."""
+    """Writes a folder of small IDX files, one of them compressed, that pass for Fashion-MNIST."""
     folder = tmp_path / "idx"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -79,7 +79,7 @@ def test_the_few_are_the_first_of_each_class(source, tmp_path, monkeypatch):
     assert all(np.array_equal(image, images[row]) for (image, _), row in zip(few, expected, strict=True))
 
 
-def test_shards_are_written_once_and_mended(source, tmp_path):
+def test_shards_are_written_once_and_repaired(source, tmp_path):
     to = write_fashion_mnist_shards(source, tmp_path / "shards", train_shards=2)
     first = to / "train/0000.tar"
     content, inode = first.read_bytes(), first.stat().st_ino
@@ -87,7 +87,7 @@ def test_shards_are_written_once_and_mended(source, tmp_path):
     assert first.stat().st_ino == inode  # untouched
     first.write_bytes(content[:-512])
     write_fashion_mnist_shards(source, to, train_shards=2)
-    assert first.read_bytes() == content  # the same bytes again
+    assert first.read_bytes() == content  # repaired
     (to / "manifest.json").write_text("{")
     write_fashion_mnist_shards(source, to, train_shards=2)
     assert first.stat().st_ino != inode
@@ -170,7 +170,7 @@ def test_read_idx_refuses_what_it_is_not():
     whole = idx(np.zeros((2, 3)))
     assert read_idx(whole, "x").shape == (2, 3)
     for content in (b"", whole[:-1], whole + b"0", b"\0\0\x0d\2" + whole[4:], whole[:5]):
-        with pytest.raises(DataError, match=r"x \(\d+ bytes\) is no IDX file of bytes, or is cut short; fetch it"):
+        with pytest.raises(DataError, match=r"x \(\d+ bytes\) isn't an IDX file of bytes, or is cut short; fetch it"):
             read_idx(content, "x")
 
 

@@ -1,4 +1,4 @@
-"""The commands on shards: sizes as text, what they print, and their exit codes."""
+"""The command line for shards: sizes as text, what the commands print, and their exit codes."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def command():
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three shards of ten images."""
+    """Writes three shards with ten images and returns their folder."""
     folder = tmp_path / "shards"
     classes = ["cat", "dog", "emu"]
     samples = [Sample(f"{n:04d}", encoded(n), n % 3 if n else 1) for n in range(10)]
@@ -49,9 +49,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["256", "", "MB", "-1MB", "1XB", "1e3MB", "MB256", "inf MB", "１MB"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(
-        DataError, match=f"size {text!r} has no known form; give a number with B, kB, .*TiB, like 256MB"
-    ):
+    with pytest.raises(DataError, match=f"size {text!r} can't be read; give a number with B, kB, .*TiB, like 256MB"):
         parse_bytes(text)
 
 
@@ -100,10 +98,10 @@ def test_make_from_a_tar_with_options(command, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--shard-size", "256"], "error: size '256' has no known form"),
-        (["--max-bad-fraction", "2"], "error: max-bad-fraction is 2; give a share from 0 to 1"),
+        (["--shard-size", "256"], "error: size '256' can't be read"),
+        (["--max-bad-fraction", "2"], "error: max-bad-fraction is 2; give a fraction from 0 to 1"),
         (["--workers", "-1"], "error: workers is -1; give 0 or more processes"),
-        (["--to", "{root}/shards"], "lies in --root .* and would become a class; name another folder"),
+        (["--to", "{root}/shards"], "is inside --root .* and would become a class; name another folder"),
         (["--from", "csv"], "error: .*/set can't be read .Is a directory.; give a CSV file"),
         (["--root", "{root}/no-such"], "error: folder .*no-such doesn't exist"),
     ],
@@ -124,7 +122,7 @@ def test_an_unknown_kind_of_source_is_refused(command, capsys):
     assert ended.value.code == 2 and "invalid choice: 'os.system'" in capsys.readouterr().err
 
 
-def test_control_c_says_how_to_go_on(command, tmp_path, capsys, monkeypatch):
+def test_control_c_says_how_to_continue(command, tmp_path, capsys, monkeypatch):
     def interrupt(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -140,12 +138,12 @@ def test_info(command, shards, capsys):
     assert rows["shards"].startswith("3 of ") and rows["shards"].endswith("in all")
     assert rows["images"].startswith("10 of ") and rows["images"].endswith("on average")
     assert rows["labels"] == "3, from 0 to 2"
-    assert rows["per"] == "label  3 at least, 3 in the median, 4 at most"
-    assert rows["classes"] == "3 names, cat, dog, emu" and rows["manifest"] == "fits in sizes and counts"
+    assert rows["per"] == "label  min 3, median 3, max 4"
+    assert rows["classes"] == "3 names, cat, dog, emu" and rows["manifest"] == "matches in sizes and counts"
     assert rows["problems"] == "none"
 
 
-def test_info_tells_what_does_not_fit(command, shards, tmp_path, capsys):
+def test_info_reports_what_does_not_match(command, shards, tmp_path, capsys):
     (shards / "classes.json").write_text('["cat"]')
     os.unlink(shards / "shard-000002.tar")
     with tarfile.open(shards / "shard-000001.tar", "w") as tar:
@@ -154,16 +152,16 @@ def test_info_tells_what_does_not_fit(command, shards, tmp_path, capsys):
     assert command(["info", str(shards)]) == 0
     out = capsys.readouterr().out
     for part in (
-        "1 names, cat; but there is a label 2", "another size or count than shard-000001.tar",
-        "lists 1 that are missing", "1 x no image", "; 1 images without", "no image (jpg",
+        "1 names, cat; but there is a label 2", "doesn't match shard-000001.tar",
+        "lists 1 missing shards", "1 x no image", "; 1 images without", "no image (jpg",
     ):  # fmt: skip
         assert part in out, part
     (shards / "manifest.json").write_text("{}")
     assert command(["info", str(shards)]) == 2
-    assert "manifest.json is no manifest of shards (KeyError: 'shards'); copy it again" in capsys.readouterr().err
+    assert "manifest.json isn't a manifest of shards (KeyError: 'shards'); copy it again" in capsys.readouterr().err
     (shards / "manifest.json").unlink()
     (shards / "making.jsonl").touch()
-    assert command(["info", str(shards)]) == 0 and "unfinished: start make again" in capsys.readouterr().out
+    assert command(["info", str(shards)]) == 0 and "unfinished: run make again" in capsys.readouterr().out
     write_shards([Sample("1", encoded(1))], tmp_path / "unlabelled")
     (tmp_path / "unlabelled" / "manifest.json").unlink()
     assert command(["info", str(tmp_path / "unlabelled")]) == 0
@@ -189,11 +187,11 @@ def test_verify_finds_nothing_in_good_shards(command, shards, capsys, workers):
     assert tree(shards) == before
     (shards / "manifest.json").unlink()
     assert command(["verify", str(shards), "--workers", "0"]) == 0
-    assert "images (no manifest.json: no hashes to hold them against) are good" in capsys.readouterr().out
+    assert "images (hashes unchecked: no manifest.json) are good" in capsys.readouterr().out
 
 
 def test_verify_names_each_damaged_shard_and_sample(command, shards, capsys):
-    """One flipped bit that still decodes, one image that doesn't, and an index of another shard."""
+    """The faults are a flipped bit that still decodes, an image that doesn't, and a wrong index."""
     first, second, third = sorted(shards.glob("*.tar"))
     index = index_tar(first)
     flip(first, int(index.offsets[2] + index.sizes[2]) - 30)
@@ -210,14 +208,14 @@ def test_verify_names_each_damaged_shard_and_sample(command, shards, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"bad: {first}: SHA-256 ") and "...; copy or make it again" in lines[0]
     assert lines[1].startswith(f"bad: {second}: SHA-256 ")
-    assert lines[2].startswith(f"bad: {second}:{index.keys[1]}: no decodable image")
-    assert lines[3] == f"bad: {index_path(third)}: lists other samples than the shard has; remove it"
+    assert lines[2].startswith(f"bad: {second}:{index.keys[1]}: not a decodable image")
+    assert lines[3] == f"bad: {index_path(third)}: doesn't match the samples in the shard; remove it"
     assert lines[4:] == ["3 shards, 10 images: 4 faults"]
 
 
-def flip(path, place):
+def flip(path, offset):
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
 
 
@@ -234,9 +232,9 @@ def test_verify_finds_what_is_missing_foreign_cut_or_mislabelled(command, shards
     out = capsys.readouterr().out
     for part in (
         f"bad: {third}: missing, though manifest.json lists it",
-        f"bad: {shards}: unfinished (making.jsonl is there); start make again with the same arguments",
+        f"bad: {shards}: unfinished (making.jsonl exists); run make again with the same arguments",
         f"bad: {shards}/foreign.tar: not in manifest.json; move it away, or make the set again",
-        f"bad: shard {shards}/no.tar is no readable tar",
+        f"bad: shard {shards}/no.tar isn't a readable tar",
         f"bad: {first}: {first.stat().st_size} bytes instead of ",
         "cut short or damaged after byte",
         ": label 2, but there are 2 class names",
@@ -254,16 +252,16 @@ def test_verify_counts_samples_against_a_manifest(command, shards, capsys):
     (shards / "classes.json").write_text("{}")
     assert command(["verify", str(shards), "--workers", "0"]) == 2
     out = capsys.readouterr().out
-    assert "manifest.json is no manifest of shards (TypeError" in out and out.endswith("1 faults\n")
+    assert "manifest.json isn't a manifest of shards (TypeError" in out and out.endswith("1 faults\n")
 
 
-def test_verify_tells_of_a_shard_that_has_gone(tmp_path):
+def test_verify_reports_a_shard_that_disappeared(tmp_path):
     assert [verdict.faults for verdict in verify_shards([tmp_path / "x.tar"])][1] == (
         f"{tmp_path}/x.tar can't be read (No such file or directory); check the disk",
     )
 
 
-def test_verify_bounds_what_it_names(command, tmp_path, capsys):
+def test_verify_limits_the_problems_it_names(command, tmp_path, capsys):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "a.jpg", encoded(1))
         for number in range(130):

@@ -1,4 +1,4 @@
-"""Making shards: each image once, the same bytes by however many processes; bad images; resizing."""
+"""Making shards: each image appears once, any number of processes writes the same bytes, bad images are left out."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder, tmp_path_factory):
-    """What an uninterrupted run writes."""
+    """Returns the files that an uninterrupted run writes."""
     to = tmp_path_factory.mktemp("expected")
     make(folder, to)
     return tree(to)
@@ -58,10 +58,10 @@ def test_the_number_of_workers_changes_no_byte(folder, expected, tmp_path, worke
     assert tree(tmp_path) == expected
 
 
-def test_shards_that_read_otherwise_than_written_are_told(folder, tmp_path):
+def test_shards_that_read_back_differently_are_reported(folder, tmp_path):
     row = make(folder, tmp_path).shards[0]
     with pytest.raises(
-        DataError, match=rf"reads as {row.samples} samples, 99 were written .no problems.; check the disk"
+        DataError, match=rf"reads as {row.samples} samples, but 99 were written .no problems.; check the disk"
     ):
         write_manifest(tmp_path, [replace(row, samples=99)], classes=None)
 
@@ -70,8 +70,8 @@ def test_bad_images_are_named_counted_and_limited(folder, tmp_path, caplog):
     with pytest.raises(DataError, match=r"2 of 30 images can't be used .2 x not decodable., over the allowed fraction"):
         make(folder, tmp_path / "to", max_bad_fraction=0.05)
     named = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-    assert len(named) == 2 and any("a/1.JPEG: no image of a known format" in text for text in named)
-    assert any("c/2.JPEG: no decodable image" in text for text in named)
+    assert len(named) == 2 and any("a/1.JPEG: not an image of a known format" in text for text in named)
+    assert any("c/2.JPEG: not a decodable image" in text for text in named)
     make(folder, tmp_path / "to", max_bad_fraction=2 / 30)  # the same folder, with a raised limit
     with pytest.raises(DataError, match="there are no samples to write"):
         nothing = tmp_path / "bad" / "a"
@@ -100,7 +100,7 @@ def test_files_that_cannot_be_used(tmp_path, caplog, monkeypatch):
         "large.jpg: 5000 bytes; give",
     ):
         assert part in text
-    assert "pipe.jpg: no regular file; replace or drop it" in text and "4000 x 3 pixels" in text
+    assert "pipe.jpg: not a regular file; replace or drop it" in text and "4000 x 3 pixels" in text
     if os.geteuid():
         (root / "a" / "1.JPEG").chmod(0)
         with pytest.raises(DataError, match="1.JPEG can't be read .Permission denied.; check its permissions"):
@@ -113,29 +113,29 @@ def test_an_unreadable_image_ends_the_run(folder, tmp_path, monkeypatch):
         make(folder, tmp_path)
 
 
-def test_a_full_disk_is_told_and_survived(folder, expected, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_survived(folder, expected, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(DataError, match=r"can't be written .No space left on device.; make room or mend"):
+        with pytest.raises(DataError, match=r"can't be written .No space left on device.; make room or fix"):
             make(folder, tmp_path)
     make(folder, tmp_path)
     assert tree(tmp_path) == expected
 
 
-def test_a_killed_worker_is_told(folder, tmp_path, monkeypatch):
+def test_a_killed_worker_is_reported(folder, tmp_path, monkeypatch):
     def loader(*_, **__):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
         yield
 
     monkeypatch.setattr("ijepa_scale.data.shards.make.ordered_loader", loader)
-    with pytest.raises(DataError, match="a worker process has ended .*Killed.*; start again with the same arguments"):
+    with pytest.raises(DataError, match="a worker process has ended .*Killed.*; run make again with the same argum"):
         make(folder, tmp_path)
 
 
-def test_resizing_touches_larger_images_only():
+def test_resizing_changes_only_larger_images():
     large, small = encoded(1, "JPEG", (60, 90)), encoded(2, "JPEG", (30, 90))
     assert prepare_image(small, 30) == small and prepare_image(large, None) == large
     stored = prepare_image(large, 30)
@@ -149,7 +149,7 @@ def test_resizing_touches_larger_images_only():
     stream = io.BytesIO()
     Image.fromarray(np.repeat(board[..., None], 3, 2).astype(np.uint8)).save(stream, "PNG")
     assert decode(prepare_image(stream.getvalue(), 20))[4:-4, 4:-4].std() < 10
-    with pytest.raises(SampleError, match="70000 x 1 pixels make no JPEG .*; drop it"):
+    with pytest.raises(SampleError, match="70000 x 1 pixels can't be stored as JPEG .*; drop it"):
         prepare_image(np.zeros((2, 140_000, 3), dtype=np.uint8), 1)
 
 
@@ -172,11 +172,11 @@ def test_pixels_make_a_set_too(tmp_path):
     ("plan", "message"),
     [
         ({"resize_shorter": 0}, "resize-shorter is 0; give a number of pixels, like 512"),
-        ({"prefix": "a/b"}, "prefix 'a/b' makes no file names"),
-        ({"prefix": ""}, "prefix '' makes no file names"),
-        ({"prefix": "x{1}"}, "makes no file names; give letters, like train"),
+        ({"prefix": "a/b"}, "prefix 'a/b' can't begin a file name"),
+        ({"prefix": ""}, "prefix '' can't begin a file name"),
+        ({"prefix": "x{1}"}, "can't begin a file name; give letters, like train"),
     ],
 )
-def test_plans_that_cannot_be(plan, message):
+def test_invalid_plans_are_refused(plan, message):
     with pytest.raises(DataError, match=message):
         MakePlan(**plan)

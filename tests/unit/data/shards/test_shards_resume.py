@@ -1,4 +1,4 @@
-"""Making shards again after being killed at any moment, byte by byte the same; and what is refused."""
+"""After a kill at any moment, make continues and writes the same bytes; mismatched sets are refused."""
 
 import contextlib
 import logging
@@ -28,14 +28,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder, tmp_path_factory):
-    """What an uninterrupted run writes."""
+    """Returns the files that an uninterrupted run writes."""
     to = tmp_path_factory.mktemp("expected")
     make(folder, to)
     return tree(to)
 
 
 def in_child(work):
-    """Returns the process id of a child that does `work` and ends."""
+    """Forks a child that calls `work` and exits; returns its process id."""
     child = os.fork()
     if not child:
         code = 1
@@ -52,7 +52,7 @@ def finished(to):
 
 
 def test_killed_at_each_step_to_the_disk(tmp_path):
-    """Kills the run in front of each sync, rename and removal in turn, and goes on from there."""
+    """Kills the run before each sync, rename and removal in turn, and continues from there."""
     folder = class_folders(tmp_path / "set", 7)
     (folder / "a" / "1.JPEG").write_bytes(b"no image at all")
     make(folder, tmp_path / "expected", max_bad_fraction=0.5)
@@ -80,9 +80,9 @@ def test_killed_at_each_step_to_the_disk(tmp_path):
         status = os.waitpid(in_child(lambda to=to, number=number: dying(to, number)), 0)[1]
         if not os.WIFSIGNALED(status):
             break
-        if not finished(to):  # else it was killed when all was done
+        if not finished(to):  # else it was killed when everything was done
             make(folder, to, max_bad_fraction=0.5)
-        assert tree(to) == expected, f"killed in front of step {number}"
+        assert tree(to) == expected, f"killed before step {number}"
     assert status == 0 and number > 20
 
 
@@ -101,7 +101,7 @@ def test_killed_at_random_moments(folder, expected, tmp_path):
     assert tree(tmp_path) == expected and kills
 
 
-def test_a_killed_command_leaves_no_process_and_goes_on(tmp_path):
+def test_a_killed_command_leaves_no_process_and_can_continue(tmp_path):
     root = class_folders(tmp_path / "set", 6)
     for number in range(60):
         (root / "a" / f"large{number}.jpg").write_bytes(encoded(number % 4, "JPEG", (1200, 1200)))
@@ -126,7 +126,7 @@ def test_a_killed_command_leaves_no_process_and_goes_on(tmp_path):
 
 
 def descendants(pid):
-    """Returns the processes below a process."""
+    """Returns the ids of all descendants of a process."""
     parents = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
@@ -138,8 +138,7 @@ def descendants(pid):
 
 
 def unfinished(folder, to):
-    """Leaves a set of some shards of which the rest is missing."""
-
+    """Makes some shards in `to`, is killed before the set is complete, and returns `to`."""
     before = len(list(to.glob("*.tar")))
 
     def stop(done, shards, left_out):
@@ -155,7 +154,7 @@ def test_a_line_cut_short_by_the_kill_is_dropped(folder, expected, tmp_path):
     to = unfinished(folder, tmp_path / "to")
     with (to / JOURNAL).open("ab") as file:
         file.write(b'{"shard": {"name": "sha')
-    unfinished(folder, to)  # killed once more, with another line behind
+    unfinished(folder, to)  # killed once more, after it has added a line
     make(folder, to)
     assert tree(to) == expected
 
@@ -163,7 +162,7 @@ def test_a_line_cut_short_by_the_kill_is_dropped(folder, expected, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"shard_bytes": 9000}, "begun with other arguments: shard size 2500, now 9000; give the same ones"),
+        ({"shard_bytes": 9000}, "started with other arguments: shard size 2500, now 9000; give the same ones"),
         (
             {"seed": 3, "prefix": "x"},
             "prefix 'shard', now 'x'; seed 0, now 3; give the same ones to finish it, or name",
@@ -203,7 +202,7 @@ def test_nothing_that_exists_is_overwritten(folder, expected, tmp_path):
         assert tree(tmp_path / name) == {name: b"mine"}
     to = unfinished(folder, tmp_path / "foreign")
     (to / "mine.tar").write_bytes(b"mine")
-    with pytest.raises(DataError, match="mine.tar isn't of the set being made there; move it away"):
+    with pytest.raises(DataError, match="mine.tar isn't part of the set being made there; move it away"):
         make(folder, to)
     (to / "mine.tar").unlink()
     next_name = f"shard-{len(list(to.glob('*.tar'))):06d}.tar"
@@ -223,10 +222,10 @@ def test_a_damaged_unfinished_set_is_refused(folder, tmp_path):
     shard = min(to.glob("*.tar"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-512])
-    with pytest.raises(DataError, match=rf"has {len(content) - 512} bytes, {len(content)} were written; put it back"):
+    with pytest.raises(DataError, match=rf"has {len(content) - 512} bytes, but {len(content)} were written; put it"):
         make(folder, to)
     shard.unlink()
-    with pytest.raises(DataError, match=f"shard-000000.tar has no bytes, {len(content)} were written"):
+    with pytest.raises(DataError, match=f"shard-000000.tar has no bytes, but {len(content)} were written"):
         make(folder, to)
     for line in (b"nonsense\n", b"[1]\n", b'{"shard": {}}\n', b'{"shard": 3, "next_place": 1, "left_out": {}}\n'):
         plan = (to / JOURNAL).read_bytes().splitlines(keepends=True)[0]

@@ -1,4 +1,4 @@
-"""Where the images of a set come from: class folders, tars, tars of tars, CSV lists, torchvision's data sets."""
+"""The sources of a set's images: class folders, tars, tars of tars, CSV lists, torchvision's data sets."""
 
 import io
 import os
@@ -23,7 +23,7 @@ from tests.unit.data.shards.image_sets import add, class_folders, encoded, pixel
 
 
 def made(source, to):
-    """The files that a source makes."""
+    """Returns the files made from a source."""
     make_shards(source, to, plan=MakePlan(shard_bytes=3000))
     return tree(to)
 
@@ -65,7 +65,7 @@ def test_splits_are_found_by_name(tmp_path):
         assert train.fingerprint != val.fingerprint and train.origin != val.origin
         with pytest.raises(DataError, match="test"):
             open_images(kind, str(root), split="test")
-    with pytest.raises(DataError, match="lie in its folder 'imagenet'; give --split imagenet if .* --split . if it"):
+    with pytest.raises(DataError, match="are in its folder 'imagenet'; give --split imagenet if .* --split . if it"):
         TarImages(wrapped)
     assert images_of(TarImages(wrapped, "imagenet/val")) == images_of(TarImages(tar, "val"))
     assert TarImages(wrapped, ".").classes == ["imagenet"]
@@ -87,7 +87,7 @@ def test_a_tar_may_be_pickled_after_reading(tmp_path):
 
 
 def hostile(path):
-    """Writes a tar with each kind of member that isn't used, and returns what is usable of it."""
+    """Writes a tar with two usable images and each kind of member that isn't used."""
     with tarfile.open(path, "w") as tar:
         add(tar, "a/1.jpg", encoded(1))
         for name in ("../up.jpg", "/abs.jpg", "a/../../b.jpg"):
@@ -110,7 +110,7 @@ def hostile(path):
             add(inner, "2.jpg", encoded(5))
             add(inner, "deeper.tar", encoded(5))
         add(tar, "b.tar", stream.getvalue())
-        add(tar, "a/1.jpg", encoded(6))  # tar's way of replacing a member
+        add(tar, "a/1.jpg", encoded(6))  # appending it again is tar's way of replacing a member
 
 
 def test_hostile_members_are_left_out_and_counted(tmp_path):
@@ -126,13 +126,13 @@ def test_hostile_members_are_left_out_and_counted(tmp_path):
     assert result.num_samples == 2 and result.left_out.total() == 9
 
 
-def test_tars_that_are_not_whole_or_no_tars(tmp_path, monkeypatch):
+def test_incomplete_tars_and_other_files_are_refused(tmp_path, monkeypatch):
     root = class_folders(tmp_path / "set", 9)
     path = tar_of_tars(root, tmp_path / "a.tar")
     content = path.read_bytes()
     cut = tmp_path / "cut.tar"
     cut.write_bytes(content[:9000])
-    with pytest.raises(DataError, match="cut.tar is cut short or damaged after byte .*; copy it again: a set made of"):
+    with pytest.raises(DataError, match="cut.tar is cut short or damaged after byte .*; copy it again: a set made"):
         TarImages(cut)
     with tarfile.open(tmp_path / "inner.tar", "w") as tar:
         add(tar, "n01.tar", content[: content.index(b"b.tar")][: -512 * 3])
@@ -145,11 +145,11 @@ def test_tars_that_are_not_whole_or_no_tars(tmp_path, monkeypatch):
         TarImages(tmp_path / "inner2.tar")
     (tmp_path / "text.tar").write_bytes(b"no tar" * 200)
     for name in ("text.tar", "missing.tar"):
-        with pytest.raises(DataError, match=f"{name} is no readable tar .*; give an uncompressed, whole one"):
+        with pytest.raises(DataError, match=f"{name} isn't a readable tar .*; give a complete, uncompressed one"):
             TarImages(tmp_path / name)
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         add(tar, "a/1.jpg", encoded(1))
-    with pytest.raises(DataError, match="packed.tar is no readable tar"):
+    with pytest.raises(DataError, match="packed.tar isn't a readable tar"):
         TarImages(tmp_path / "packed.tar")
     with tarfile.open(tmp_path / "flat.tar", "w") as tar:
         add(tar, "1.jpg", encoded(1))
@@ -163,7 +163,7 @@ def test_tars_that_are_not_whole_or_no_tars(tmp_path, monkeypatch):
 
 
 def test_an_inner_tar_ends_where_the_outer_one_says(tmp_path):
-    """Without its end mark an inner tar must not be read on into the next member."""
+    """An inner tar without its end mark must not be read beyond its end into the next member."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as inner:
         add(inner, "1.jpg", encoded(1))
@@ -175,7 +175,7 @@ def test_an_inner_tar_ends_where_the_outer_one_says(tmp_path):
         TarImages(tmp_path / "a.tar")
 
 
-def test_a_tar_that_changes_is_told(tmp_path):
+def test_a_tar_that_changes_is_reported(tmp_path):
     source = TarImages(tar_of(class_folders(tmp_path / "set", 5), tmp_path / "a.tar"))
     os.utime(tmp_path / "a.tar", ns=(5, 5))
     with pytest.raises(DataError, match="a.tar has changed since it was listed; start again in an empty folder"):
@@ -203,12 +203,12 @@ def test_numbers_in_a_list_stay_as_they_are(tmp_path):
         (b"path,label\n", "lists no images; add lines with path,label"),
         (b"path,label\na.jpg,1\nb.jpg\n", r"line 3: \['b.jpg'\] lacks a path or a label; add it"),
         (b"path,label\n,1\n", "line 2: .* lacks a path or a label"),
-        (b"path,label\na.jpg,1\nb.jpg,cat\n", "has labels '1' and 'cat'; give numbers throughout, or names throughout"),
+        (b"path,label\na.jpg,1\nb.jpg,cat\n", "has labels '1' and 'cat'; use either only numbers or only names"),
         (b"path,label\na.jpg,2147483648\n", "has the label 2147483648; labels are below 2147483648"),
         (b"path,label\na.jpg,1" + b"0" * 5000 + b"\n", "has the label 10000000000000000000; labels are below"),
-        (b'path,label\n"a.jpg,1\n', "is no CSV file .*; write it again as UTF-8"),
-        (b"path,label\n\xff\xfe.jpg,1\n", "is no CSV file .*; write it again as UTF-8"),
-        (b"path,label\na\0.jpg,1\n", "lacks a path or a label|is no CSV file"),
+        (b'path,label\n"a.jpg,1\n', "isn't a CSV file .*; save it as UTF-8"),
+        (b"path,label\n\xff\xfe.jpg,1\n", "isn't a CSV file .*; save it as UTF-8"),
+        (b"path,label\na\0.jpg,1\n", "lacks a path or a label|isn't a CSV file"),
         (None, "can't be read .No such file or directory.; give a CSV file with path,label"),
     ],
 )
@@ -220,7 +220,7 @@ def test_lists_with_mistakes(tmp_path, content, message):
 
 
 def fashion_mnist(root, count=6):
-    """Writes a small data set where torchvision's FashionMNIST lies."""
+    """Writes a small data set into the folder where torchvision expects FashionMNIST."""
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
@@ -256,7 +256,7 @@ def test_cifar_and_unlabelled_stl(tmp_path, monkeypatch):
     for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]:
         (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [3, 8]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # of the real files' hashes
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # knows the real hashes
     source = TorchvisionImages("CIFAR10", tmp_path)
     assert source.num_samples == 10 and source.label(1) == 8 and source.classes == list("abcdefghij")
     np.testing.assert_array_equal(decode(source.read(1)), images[1])
@@ -271,7 +271,7 @@ def test_cifar_and_unlabelled_stl(tmp_path, monkeypatch):
 
 
 def test_torchvision_sets_with_mistakes(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="data set 'os' isn't known here; choose MNIST, FashionMNIST, .*SVHN"):
+    with pytest.raises(DataError, match="data set 'os' is unknown; choose one of MNIST, FashionMNIST, .*SVHN"):
         TorchvisionImages("os", tmp_path)
     with pytest.raises(DataError, match="CIFAR10 has no split 'val'; choose train, test"):
         TorchvisionImages("CIFAR10", tmp_path, split="val")
@@ -288,7 +288,7 @@ def test_torchvision_sets_with_mistakes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, "SVHN", Missing)
     monkeypatch.setattr(torchvision.datasets, "KMNIST", Offline)
-    with pytest.raises(DataError, match="SVHN needs a package that isn't here .No module named 'scipy'.; install it"):
+    with pytest.raises(DataError, match="SVHN needs a package that isn't installed .No module .*'scipy'.; install it"):
         TorchvisionImages("SVHN", tmp_path)
     with pytest.raises(DataError, match=r"KMNIST can't be read from .* .no route to host.; check the connection"):
         TorchvisionImages("KMNIST", tmp_path, download=True)
