@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.masks import DenseMasks
 from ijepa_scale.masks.block_sizes import check
 
@@ -26,7 +26,7 @@ class LoopMasks:
         ConfigError: the configuration can't be satisfied on the grid.
     """
 
-    def __init__(self, config: MaskConfig, grid: tuple[int, int]) -> None:
+    def __init__(self, config: BlockMaskConfig, grid: tuple[int, int]) -> None:
         check(config, grid)  # or the loop might not end
         self.config, self.grid = config, grid
 

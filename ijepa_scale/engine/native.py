@@ -44,7 +44,9 @@ class PlainEngine(HoldsTarget):
         self._config = config
         self._optimizer_config = optimizer
         # torch's fused AdamW takes the flag on the device; for other kernels the host reads it before they run
-        self._watch = FiniteWatch(world, late=world.device.type == "cuda" and optimizer.impl in ("auto", "torch"))
+        self._watch = FiniteWatch(
+            world, late=world.device.type == "cuda" and getattr(optimizer, "impl", None) in ("auto", "torch")
+        )
         self._autocast = torch.autocast(
             world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
         )  # re-entered at each forward

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_scale.config.schema import EvaluateConfig
+from ijepa_scale.config.schema import KnnConfig
 from ijepa_scale.data.eval_reader import EvalReader, spread
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.data.sources.source import SampleSource
@@ -25,7 +25,7 @@ class OnlineKnn:
 
     def __init__(
         self,
-        config: EvaluateConfig,
+        config: KnnConfig,
         image_size: tuple[int, int],
         *,
         mean: tuple[float, ...],

@@ -1,6 +1,6 @@
 """Sizes of mask blocks: how they are drawn, which ones are possible, which configurations can't work.
 
-Knows the patch grid and `MaskConfig`; nothing of places, images or steps. A size is (height, width) in patches.
+Knows the patch grid and `BlockMaskConfig`; nothing of places, images or steps. A size is (height, width) in patches.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.config.schema import BlockMaskConfig
 from ijepa_scale.errors import ConfigError
 
 Size = tuple[int, int]
@@ -37,7 +37,7 @@ def multiblock_size(grid: Size, scale: Interval, aspect: Interval, draws: tuple[
     return _fitted_sides(grid, area, _between(aspect, draws[1]))
 
 
-def context_aspect(config: MaskConfig, grid: Size) -> Interval:
+def context_aspect(config: BlockMaskConfig, grid: Size) -> Interval:
     """Returns the aspect of context blocks as an interval of one value.
 
     It is 1 in the reference; `multiblock` takes the grid's own height / width, so that a context block
@@ -65,7 +65,7 @@ class PossibleSizes:
         return _areas(self.contexts)
 
 
-def possible_sizes(config: MaskConfig, grid: Size) -> PossibleSizes:
+def possible_sizes(config: BlockMaskConfig, grid: Size) -> PossibleSizes:
     """Returns the block sizes that can be drawn, found at every point where rounding changes one."""
     return PossibleSizes(
         targets=_sizes(config, grid, config.target_scale, config.target_aspect),
@@ -73,7 +73,7 @@ def possible_sizes(config: MaskConfig, grid: Size) -> PossibleSizes:
     )
 
 
-def check(config: MaskConfig, grid: Size) -> PossibleSizes:
+def check(config: BlockMaskConfig, grid: Size) -> PossibleSizes:
     """Returns the possible sizes of a configuration that can be satisfied.
 
     Raises:
@@ -112,7 +112,7 @@ def _fitted_sides(grid: Size, area: int, aspect: float) -> Size:
     return min(height, grid[0]), min(width, grid[1])
 
 
-def _sizes(config: MaskConfig, grid: Size, scale: Interval, aspect: Interval) -> frozenset[Size]:
+def _sizes(config: BlockMaskConfig, grid: Size, scale: Interval, aspect: Interval) -> frozenset[Size]:
     sides = _shorter_sides if config.sampler == "reference" else _fitted_sides
     patches = grid[0] * grid[1]
     found: set[Size] = set()
@@ -139,7 +139,7 @@ def _areas(sizes: frozenset[Size]) -> tuple[int, int]:
     return min(areas), max(areas)
 
 
-def _too_small(config: MaskConfig, grid: Size, kind: str, sizes: frozenset[Size]) -> str:
+def _too_small(config: BlockMaskConfig, grid: Size, kind: str, sizes: frozenset[Size]) -> str:
     low, high = _areas(sizes)
     scale = config.target_scale if kind == "target" else config.context_scale
     remedies = [f"raise masks.{kind}_scale or model.image_size"]
@@ -154,7 +154,7 @@ def _too_small(config: MaskConfig, grid: Size, kind: str, sizes: frozenset[Size]
     )
 
 
-def _swallowed(config: MaskConfig, grid: Size, sizes: PossibleSizes) -> list[str]:
+def _swallowed(config: BlockMaskConfig, grid: Size, sizes: PossibleSizes) -> list[str]:
     """Returns what is wrong where some target block leaves too little of some context block wherever they lie."""
     margin = 1 if config.sampler == "reference" else 0  # the last row and column are never used
     rows, columns = grid[0] - margin, grid[1] - margin

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ijepa_scale import rng
-from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.config.schema import BlockMaskConfig
 from ijepa_scale.masks.block_sizes import Size, context_aspect, multiblock_size
 from ijepa_scale.masks.group import GroupMasks, block_places, cut_by_key
 
@@ -18,7 +18,7 @@ from ijepa_scale.masks.group import GroupMasks, block_places, cut_by_key
 # number per target, then one per context block); "mask-cut" per image (one key per context block and patch).
 
 
-def block_sizes(config: MaskConfig, grid: Size, *, seed: int, step: int, group: int) -> tuple[Size, Size]:
+def block_sizes(config: BlockMaskConfig, grid: Size, *, seed: int, step: int, group: int) -> tuple[Size, Size]:
     """Returns the sizes of target and context blocks of a group."""
     scale, aspect, context_scale = rng.uniform(seed, "mask-size", step, np.array([group]), 3)[0].tolist()
     target = multiblock_size(grid, config.target_scale, config.target_aspect, (scale, aspect))
@@ -27,7 +27,7 @@ def block_sizes(config: MaskConfig, grid: Size, *, seed: int, step: int, group: 
 
 
 def sample_multiblock(
-    config: MaskConfig, grid: Size, *, seed: int, step: int, group: int, places: np.ndarray
+    config: BlockMaskConfig, grid: Size, *, seed: int, step: int, group: int, places: np.ndarray
 ) -> GroupMasks:
     """Returns the masks of the images at `places` (B,) int64 of the global batch, the whole of one group.
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.config.schema import BlockMaskConfig
 from ijepa_scale.masks.block_sizes import Size, context_aspect, reference_size
 from ijepa_scale.masks.group import GroupMasks, block_places, cut_first
 
 _PATIENCE = 20  # failed places after which one target fewer is taken out of the context
 
 
-def block_sizes(config: MaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
+def block_sizes(config: BlockMaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
     """Returns the sizes of target and context blocks at a step: a function of the step counter alone."""
     generator = torch.Generator().manual_seed(step)
     target_draw = torch.rand(1, generator=generator).item()  # host tensor: no synchronisation
@@ -29,7 +29,7 @@ def block_sizes(config: MaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
 
 
 def sample_reference(
-    config: MaskConfig, grid: Size, *, step: int, count: int, generator: torch.Generator
+    config: BlockMaskConfig, grid: Size, *, step: int, count: int, generator: torch.Generator
 ) -> GroupMasks:
     """Returns the masks of `count` images as the published collator draws them for one batch.
 
@@ -59,7 +59,7 @@ def _draw_block(size: Size, grid: Size, generator: torch.Generator) -> np.ndarra
 
 
 def _draw_context(
-    config: MaskConfig, size: Size, grid: Size, targets: np.ndarray, generator: torch.Generator
+    config: BlockMaskConfig, size: Size, grid: Size, targets: np.ndarray, generator: torch.Generator
 ) -> np.ndarray:
     """Returns (N,) bool: a context block without `targets` (M, T), or the first of them after failures."""
     failures = 0

@@ -12,7 +12,7 @@ from collections import OrderedDict
 import numpy as np
 
 from ijepa_scale import rng
-from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.config.schema import BlockMaskConfig, MaskConfig
 from ijepa_scale.masks.block_sizes import check
 from ijepa_scale.masks.group import GroupMasks
 from ijepa_scale.masks.multiblock import sample_multiblock
@@ -37,6 +37,7 @@ class MaskSampler:
         Raises:
             ConfigError: it can't, on this grid of (height, width) patches; with numbers and remedies.
         """
+        assert isinstance(config, BlockMaskConfig), f"no blocks in {config}"
         self.config = config
         self.grid = (int(grid[0]), int(grid[1]))
         self.seed = seed

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_kernels.target_loss import target_loss
-from ijepa_scale.config.schema import ObjectiveConfig
+from ijepa_scale.config.schema import RegressionConfig
 from ijepa_scale.masks.types import Masks, PackedMasks
 
 TARGET_NORM_EPS = 1e-5
@@ -36,7 +36,7 @@ def jepa_targets(features: Tensor, rows: Tensor, masks: Masks) -> Tensor:
     return chosen if isinstance(masks, PackedMasks) else chosen.view(-1, masks.targets.shape[2], chosen.shape[-1])
 
 
-def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: ObjectiveConfig) -> Tensor:
+def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: RegressionConfig) -> Tensor:
     """Returns the loss, an fp32 scalar: a mean over all elements, or with packed masks over `masks.weights`.
 
     `prediction` and `target` are (M * E * B, T, D), or (R, D) if packed. smooth_l1: quadratic below
@@ -62,7 +62,7 @@ def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: Objectiv
     return elements.mean()
 
 
-def fused_jepa_loss(prediction: Tensor, tokens: Tensor, rows: Tensor, masks: Masks, config: ObjectiveConfig) -> Tensor:
+def fused_jepa_loss(prediction: Tensor, tokens: Tensor, rows: Tensor, masks: Masks, config: RegressionConfig) -> Tensor:
     """Returns `jepa_loss` of the target encoder's tokens (B, U, D) in one pass over them; CUDA and Triton only.
 
     `rows` (R,) int64 says where the targets lie in the flattened (B * U). The norm and the gradient are part of the

@@ -41,7 +41,7 @@ from ijepa_scale.planning.flops import finetune_flops
 from ijepa_scale.schedules import FinetuneSchedule
 from ijepa_scale.train.loop import Evaluation, Loop, find_checkpoint
 from ijepa_scale.train.preflight import Preflight
-from ijepa_scale.train.setup import device_peak_flops, global_batch, plain_values
+from ijepa_scale.train.setup import device_peak_flops, global_batch
 
 EXPORT = "model.safetensors"
 # A checkpoint continues a run only where these sections are the same.
@@ -94,7 +94,7 @@ class FinetuneTask:
         data, model = config.data, config.model
         self.batch_size = global_batch(config, world.size)
         check_pairs(self.batch_size // (world.size * config.engine.accumulation), config.augment)
-        image_size = model.image_size
+        image_size = model.encoder.image_size
         height, width = (max(256, side) for side in image_size)  # of synthetic images
         source = training_source(data, (height, width))
         assert not isinstance(source, StreamSource)
@@ -148,11 +148,11 @@ class FinetuneTask:
             )
         return ClassifierCheck(
             source,
-            model.image_size,
+            model.encoder.image_size,
             model.num_classes,
             world=self.world,
             batch_size=config.batch_size,
-            crop_fraction=config.crop_of(model.image_size),
+            crop_fraction=config.crop_of(model.encoder.image_size),
             mean=self.config.augment.mean,
             std=self.config.augment.std,
             workers=config.workers,
@@ -171,7 +171,7 @@ class FinetuneTask:
             self.source,
             self.order,
             AugmentConfig(crop_scale=augment.crop_scale, crop_ratio=augment.crop_ratio),
-            self.config.model.image_size,
+            self.config.model.encoder.image_size,
             seed=self.config.seed,
             rank=self.world.rank,
             world=self.world.size,
@@ -211,9 +211,9 @@ class FinetuneTask:
 
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint must agree in to be continued."""
-        config = dataclasses.asdict(self.config)
+        config = self.config.values()
         return {
-            **{section: plain_values(config[section]) for section in IDENTITY},
+            **{section: config[section] for section in IDENTITY},
             "batch size of all processes": self.batch_size,
             "data": self.source.fingerprint,
             "data.window_shards": self.config.data.window_shards,
@@ -238,7 +238,7 @@ class FinetuneTask:
 
     def row(self, means: dict[str, float], done: int) -> Row:
         """Returns the row after `done` steps; what only pretraining has is left out."""
-        flops = finetune_flops(self.config.model.encoder, frozen_blocks=self.config.model.frozen_blocks)
+        flops = finetune_flops(self.config.model.pretrained, frozen_blocks=self.config.model.frozen_blocks)
         row = training_row(
             means,
             step=done,

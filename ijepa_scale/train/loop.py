@@ -16,6 +16,7 @@ import torch
 
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import CheckpointConfig, EngineConfig, LoggingConfig, to_yaml
+from ijepa_scale.config.earlier import stored
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sources.source import SampleSource
@@ -151,8 +152,9 @@ class Loop:
         kind = checkpoint.extra.get("kind", "pretrain")
         if kind != self.task.kind:
             raise CheckpointError(f"{path} is of a {kind} run, this is a {self.task.kind} run; give another folder")
-        _check_identity(path, checkpoint.extra["identity"], self.task.identity())
-        for line in _changes(checkpoint.extra["config"], json.loads(json.dumps(dataclasses.asdict(self.config)))):
+        before = {name: stored(checkpoint.extra[name], type(self.config)) for name in ("identity", "config")}
+        _check_identity(path, before["identity"], self.task.identity())
+        for line in _changes(before["config"], self.config.values()):
             logger.warning("changed since %s: %s", path.name, line)
         checkpoint.load(self.task.engine.pieces())
         self.task.engine.loaded(checkpoint.step)
@@ -272,7 +274,7 @@ class Loop:
         extra = {
             "kind": self.task.kind,
             "identity": self.task.identity(),
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.values(),
             "versions": self.provenance,
             **self.task.state(),
         }

@@ -85,9 +85,9 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint must agree in to be continued by this run."""
-        config = dataclasses.asdict(self.config)
+        config = self.config.values()
         return {
-            **{section: plain_values(config[section]) for section in IDENTITY},
+            **{section: config[section] for section in IDENTITY},
             "batch size of all processes": self.batch_size,
             "data": self.source.fingerprint,
             "data.window_shards": self.config.data.window_shards,
@@ -102,19 +102,12 @@ def device_peak_flops(world: World) -> float | None:
     return None if peak is None else peak * world.size
 
 
-def plain_values(value: Any) -> Any:
-    """Returns `value` as JSON would give it back: tuples as lists."""
-    if isinstance(value, dict):
-        return {key: plain_values(inner) for key, inner in value.items()}
-    return [plain_values(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
 def with_strategy(config: Config, launch: Launch, device: torch.device) -> Config:
     """Returns the configuration with `engine.strategy: auto` replaced, and logs the choice with its reason.
 
     A classifier counts as its encoder pretrained, with target and predictor: an upper bound.
     """
-    model = config.model if isinstance(config, PretrainConfig) else config.model.encoder
+    model = config.model if isinstance(config, PretrainConfig) else config.model.pretrained
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     engine, reason = resolve_engine(
         config.engine,
@@ -125,7 +118,7 @@ def with_strategy(config: Config, launch: Launch, device: torch.device) -> Confi
         device_memory_bytes=memory,
     )
     logger.info("engine.strategy is %s: %s", engine.strategy, reason)
-    return dataclasses.replace(config, engine=engine)
+    return config.replace(engine=engine)
 
 
 def global_batch(config: PretrainConfig | FinetuneConfig, processes: int) -> int:

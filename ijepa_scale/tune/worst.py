@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig, MaskConfig
 from ijepa_scale.masks import DenseMasks, Masks, MaskSampler, pack
 from ijepa_scale.masks.block_sizes import possible_sizes
 from ijepa_scale.planning.tokens import Tokens, draw_masks
@@ -38,6 +38,7 @@ def longest_possible(config: MaskConfig, grid: tuple[int, int]) -> Lengths:
     A context is longest where all its targets lie on one another and as far outside of it as they can. All images
     of a micro-batch at once will hardly come to that, so memory measured with it is an upper bound.
     """
+    assert isinstance(config, BlockMaskConfig), f"no blocks in {config}"
     sizes = possible_sizes(config, grid)
     margin = 1 if config.sampler == "reference" else 0  # the last row and column are never used
     rows, columns = grid[0] - margin, grid[1] - margin

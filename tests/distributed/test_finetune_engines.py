@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from ijepa_scale.checkpoint.store import Checkpoint, newest, save
 from ijepa_scale.config import EngineConfig
-from ijepa_scale.config.finetune import ClassifierConfig, FinetuneOptimizerConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneOptimizerConfig
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.world import World
 from ijepa_scale.models.classifier import build_classifier, drop_factors

@@ -11,7 +11,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ijepa_scale.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig, ModelConfig, RegressionConfig
 from ijepa_scale.engine import parallelize
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
@@ -68,7 +68,7 @@ def per_image(world: World) -> Result:
             features = normalise_targets(target(image))
         prediction = module(image, masks)
         index = packed.target_index.view(MASKS.num_target_blocks, -1)
-        losses.append(jepa_loss(prediction, features[0][index], masks, ObjectiveConfig()))
+        losses.append(jepa_loss(prediction, features[0][index], masks, RegressionConfig()))
         if place * world.size // BATCH == world.rank:
             predictions.append(prediction)
     torch.stack(losses).mean().backward()
@@ -80,7 +80,7 @@ def per_image(world: World) -> Result:
 
 def packed_batch(world: World, settings: EngineConfig) -> Result:
     """Returns the result of this process's images in one packed batch under an engine."""
-    engine, step = make(world, settings, OptimizerConfig(), MASKS)
+    engine, step = make(world, settings, AdamWConfig(), MASKS)
     (micro,) = engine.accumulate(part(0, world))
     images = images_of(micro)
     masks, wanted = step._masks(0, micro.position, len(micro), BATCH)
@@ -88,7 +88,7 @@ def packed_batch(world: World, settings: EngineConfig) -> Result:
     assert len(set(masks.context_layout.lengths)) > 1
     features = normalise_targets(engine.target(images, wanted=wanted.places))
     prediction = engine.model(images, masks)
-    loss = jepa_loss(prediction, jepa_targets(features, wanted.rows, masks), masks, ObjectiveConfig())
+    loss = jepa_loss(prediction, jepa_targets(features, wanted.rows, masks), masks, RegressionConfig())
     engine.backward(loss)
     return prediction.detach(), loss.detach(), full_gradients(engine)
 

@@ -18,7 +18,7 @@ from ijepa_scale.checkpoint.convert import to_ours, to_transformers
 from ijepa_scale.checkpoint.sources import WHICH_KEY, read_weights
 from ijepa_scale.checkpoint.weights import load_weights
 from ijepa_scale.config import ModelConfig
-from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError

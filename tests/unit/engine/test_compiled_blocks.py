@@ -12,7 +12,7 @@ import torch._dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from ijepa_scale import environment
-from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.parallelize import RECOMPILE_LIMIT, checkpoint_blocks, compile_blocks, set_compile_limits
 from ijepa_scale.models.classifier import build_classifier
 from ijepa_scale.models.layers import Block

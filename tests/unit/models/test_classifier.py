@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models import build_encoder

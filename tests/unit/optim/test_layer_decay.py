@@ -9,8 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.optim import param_groups_layer_decay
 
-from ijepa_scale.config import OptimizerConfig
-from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config import AdamWConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.parallelize import checkpoint_blocks
 from ijepa_scale.models.classifier import build_classifier
 from ijepa_scale.optim.adamw import build_optimizer, layer_decay_groups, set_hyper
@@ -90,9 +90,7 @@ def test_frozen_and_wrapped_blocks_keep_the_others_numbers() -> None:
 def test_the_schedule_leaves_the_scales_and_adam_uses_them() -> None:
     module = classifier()
     start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    optimizer = build_optimizer(
-        module, OptimizerConfig(), groups=functools.partial(layer_decay_groups, layer_decay=0.75)
-    )
+    optimizer = build_optimizer(module, AdamWConfig(), groups=functools.partial(layer_decay_groups, layer_decay=0.75))
     for lr in (0.5, 0.01):  # twice: a scale that is overwritten shows at the second
         set_hyper(optimizer.param_groups, Hyper(lr=lr, weight_decay=0.1))
         for group in optimizer.param_groups:

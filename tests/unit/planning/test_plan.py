@@ -10,7 +10,7 @@ import pytest
 
 from ijepa_scale.config import EngineConfig, ModelConfig, PretrainConfig, load_config
 from ijepa_scale.config.data import DataConfig
-from ijepa_scale.config.schema import MaskConfig, ScheduleConfig
+from ijepa_scale.config.schema import BlockMaskConfig, ScheduleConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.communication import LINK_SHARE, buffers, transfers
 from ijepa_scale.planning.devices import Cluster, devices, find_device, parse_gpus
@@ -289,7 +289,7 @@ def test_a_run_that_does_not_fit_gets_remedies_that_do() -> None:
     small = dataclasses.replace(
         config,
         model=ModelConfig(),
-        masks=MaskConfig(),
+        masks=BlockMaskConfig(),
         data=DataConfig(batch_size=8),
         engine=EngineConfig(strategy="ddp"),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ijepa_scale.config import MaskConfig, ModelConfig, load_config
+from ijepa_scale.config import BlockMaskConfig, ModelConfig, load_config
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.planning.flops import FlopCount, mask_flops
@@ -19,7 +19,7 @@ IMAGES = 2
 
 
 @functools.lru_cache(maxsize=32)
-def _counts(model: ModelConfig, masks_config: MaskConfig) -> tuple[dict[str, int], FlopCount]:
+def _counts(model: ModelConfig, masks_config: BlockMaskConfig) -> tuple[dict[str, int], FlopCount]:
     """Returns what torch counts and what the model says; once for configurations that only differ elsewhere.
 
     Torch counts models of one block and of two; a further block adds what the second did. That is exact, and is
@@ -48,6 +48,6 @@ def test_flops_of_every_configuration_agree_with_torchs_counter(path: Path, cont
 
 @pytest.mark.parametrize("context", ["truncate", "packed"])
 def test_blocks_cost_alike(context: str) -> None:
-    model, masks_config = ModelConfig(name="vit_small"), MaskConfig(context=context, group_size=IMAGES)
+    model, masks_config = ModelConfig(name="vit_small"), BlockMaskConfig(context=context, group_size=IMAGES)
     masks = MaskSampler(masks_config, model.grid, seed=0)(0, 0, IMAGES, IMAGES)
     assert step_flops(model, masks, num_images=IMAGES) == _counts(model, masks_config)[0]

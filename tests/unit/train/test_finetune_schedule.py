@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ijepa_scale.config.finetune import ClassifierConfig, FinetuneOptimizerConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneOptimizerConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.schedules import FinetuneSchedule, Hyper
 
