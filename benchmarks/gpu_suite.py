@@ -12,7 +12,6 @@ failed is named with its reason, and makes the exit code 1.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
@@ -47,7 +46,7 @@ def fp8_missing(device: str) -> str | None:
     """Returns why the fp8 target can't be measured."""
     if device == "cpu":
         return "the fp8 target needs a CUDA device"
-    if "target_precision" not in {field.name for field in dataclasses.fields(EngineConfig)}:
+    if "target_precision" not in EngineConfig.model_fields:
         return "EngineConfig has no target_precision"
     return None
 

@@ -70,6 +70,7 @@ OPTIMIZERS = Registry("optimizer", {})
 SOURCES = Registry("reader", {})
 SINKS = Registry("metrics sink", {})
 EVALUATORS = Registry("evaluator", {})
+PLUGINS: list[str] = []  # modules that a person named, in order: run.json tells them
 
 
 def load_plugin(module: str) -> None:
@@ -80,6 +81,7 @@ def load_plugin(module: str) -> None:
     """
     try:
         importlib.import_module(module)
+        PLUGINS.extend({module} - {*PLUGINS})
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
             raise

@@ -156,7 +156,7 @@ class FinetuneConfig(RunConfig):
     """A finetuning run."""
 
     folder: str = Field("runs/finetune", description="Folder of logs, checkpoints, results and the configuration.")
-    stop_after: Steps | None = Field(None, description="Stop at this step; the schedule stays that of the whole run.")
+    stop_after: Steps | None = Field(None, ge=0, description="Stop at this step; the schedule stays as it is.")
     model: ClassifierConfig = ClassifierConfig()
     data: DataConfig = DataConfig(batch_size=1024)
     augment: FinetuneAugmentConfig = FinetuneAugmentConfig()

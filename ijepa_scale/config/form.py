@@ -116,7 +116,7 @@ def _square(size: Any) -> Any:
     return (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
 
 
-def as_names(names: Any) -> Any:
+def _names(names: Any) -> Any:
     return () if names is None else (names,) if isinstance(names, str) else names
 
 
@@ -125,8 +125,8 @@ Positive = Annotated[float, Gt(0.0)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 Count = Annotated[int, Ge(1)]
 Images = Annotated[int, Ge(1), Unit("images")]
-Steps = Annotated[int, Ge(0), Unit("steps")]
-Epochs = Annotated[float, Gt(0.0), Unit("epochs")]
+Steps = Annotated[int, Unit("steps")]
+Epochs = Annotated[float, Unit("epochs")]
 Pixels = Annotated[int, Ge(1), Unit("pixels")]
 Shares = Annotated[tuple[float, float], AfterValidator(Within(0.0, 1.0))]
 CropScale = Annotated[tuple[float, float], AfterValidator(Within(1e-4, 1.0))]
@@ -140,3 +140,4 @@ ImageSize = Annotated[
 ]  # fmt: skip
 Interpolation = Literal["bilinear", "bicubic"]
 AdamWImplementation = Literal["auto", "torch", "apex", "deepspeed"]
+Kernels = Annotated[tuple[Literal["target_loss", "target_update"], ...], BeforeValidator(_names)]

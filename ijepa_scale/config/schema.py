@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from ijepa_scale.config.data import AugmentConfig, DataConfig
 from ijepa_scale.config.form import (
@@ -16,18 +16,17 @@ from ijepa_scale.config.form import (
     Epochs,
     Images,
     ImageSize,
+    Kernels,
     Pixels,
     Positive,
     Shares,
     Steps,
     Within,
-    as_names,
 )
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import EVALUATORS, OBJECTIVES, OPTIMIZERS, SAMPLERS, SINKS
 
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
-Triton = Annotated[tuple[Literal["target_loss", "target_update"], ...], BeforeValidator(as_names)]
 NO_GRAPH = (
     "a graph replays fixed addresses and weights are gathered elsewhere each time; set engine.cuda_graphs=false, "
     "or ddp or ZeRO-1/2"
@@ -174,7 +173,7 @@ class EngineConfig(Section, at="engine"):
     zero_communication: Literal["fp32", "bf16"] = Field(
         "fp32", description="What ZeRO gathers weights and reduces gradients in, under bf16."
     )
-    triton: Triton = Field((), description="Our kernels in place of PyTorch's, on CUDA.")
+    triton: Kernels = Field((), description="Our kernels in place of PyTorch's, on CUDA.")
     layer_norm: Literal["torch", "triton", "apex"] = Field(
         "torch", description="Kernel of layer norms; triton is ours."
     )

@@ -30,8 +30,9 @@ from ijepa_scale.errors import ConfigError
 from ijepa_scale.registry import Registry
 
 # Of two such settings of a section, giving one takes the other back.
-EXCLUSIVE = {"batch_size": "batch_size_per_process", "base_lr": "lr"}
-EXCLUSIVE |= {other: name for name, other in EXCLUSIVE.items()}
+EXCLUSIVE = {
+    "batch_size": "batch_size_per_process", "batch_size_per_process": "batch_size", "base_lr": "lr", "lr": "base_lr"
+}  # fmt: skip
 
 
 class Section(BaseModel):

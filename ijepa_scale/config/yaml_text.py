@@ -38,8 +38,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(list, lambda dumper, each: dumper.represent_sequence(_TAG + "seq", each, flow_style=True))
-# Quotes for a line break that PyYAML would write as it is and read back as a space.
-_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(_TAG + "str", text, '"' if "\x85" in text else None))
+_Dumper.add_representer(  # quotes for a line break that PyYAML would write as it is, and read back as a space
+    str, lambda dumper, text: dumper.represent_scalar(_TAG + "str", text, '"' if "\x85" in text else None)
+)
 
 
 def parse_yaml(text: str, origin: str) -> Any:

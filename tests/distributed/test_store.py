@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -154,7 +153,7 @@ def test_an_older_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> Non
 def test_the_trained_encoder_comes_out_of_a_checkpoint(tmp_path: Path) -> None:
     built, step = make(ALONE, EngineConfig(strategy="plain", precision="fp32"), AdamWConfig(), masks_config())
     step(part(0, ALONE))
-    extra = {"config": json.loads(json.dumps({"model": dataclasses.asdict(MODEL)}))}
+    extra = {"config": {"model": MODEL.values()}}
     store.save(tmp_path / "checkpoints", 1, built.pieces(), world=ALONE, extra=extra, keep=1)
     images = images_of(part(1, ALONE))
     target = load_encoder(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import pytest
@@ -141,7 +140,7 @@ def test_the_graphed_target_equals_the_eager_one_before_and_after_an_update(prec
 def test_training_with_a_graphed_target_stays_the_same(change: dict) -> None:
     plain = EngineConfig(strategy="plain", precision="bf16", **change)
     curves = []
-    for settings in (plain, dataclasses.replace(plain, cuda_graphs=True)):
+    for settings in (plain, plain.replace(cuda_graphs=True)):
         _, step = make(world(), settings, AdamWConfig(), masks_config())
         curves.append([float(step(part(index, world())).loss) for index in range(10)])
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= 1e-3

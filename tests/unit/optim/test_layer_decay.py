@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.optim import param_groups_layer_decay
 
-from ijepa_scale.config import AdamWConfig
+from ijepa_scale.config import AdamWConfig, EncoderConfig
 from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.parallelize import checkpoint_blocks
 from ijepa_scale.models.classifier import build_classifier
@@ -17,11 +17,11 @@ from ijepa_scale.optim.adamw import build_optimizer, layer_decay_groups, set_hyp
 from ijepa_scale.schedules import Hyper
 
 DEPTH = 11  # two digits: block 10 must not be taken for block 1
-SIZES = dict(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=DEPTH, heads=3, num_classes=5)
+SIZES = dict(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=DEPTH, heads=3)
 
 
 def classifier(**changes):
-    return build_classifier(ClassifierConfig(**{**SIZES, **changes}))
+    return build_classifier(ClassifierConfig(encoder=EncoderConfig(**SIZES), **{"num_classes": 5, **changes}))
 
 
 def by_name(module, groups) -> dict[str, tuple[float, bool]]:

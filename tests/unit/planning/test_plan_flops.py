@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def _counts(model: ModelConfig, masks_config: BlockMaskConfig) -> tuple[dict[str
     """
     masks = MaskSampler(masks_config, model.grid, seed=0)(0, 0, IMAGES, IMAGES)
     one, two = (
-        step_flops(dataclasses.replace(model, depth=n, predictor_depth=n), masks, num_images=IMAGES) for n in (1, 2)
+        step_flops(model.replace(depth=n, predictor_depth=n), masks, num_images=IMAGES) for n in (1, 2)
     )
     sizes = resolve(model)
     depths = {"target": sizes.depth, "context": sizes.depth, "predictor": sizes.predictor_depth}
@@ -39,7 +38,7 @@ def _counts(model: ModelConfig, masks_config: BlockMaskConfig) -> tuple[dict[str
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_flops_of_every_configuration_agree_with_torchs_counter(path: Path, context: str) -> None:
     config = load_config(path)
-    masks_config = dataclasses.replace(config.masks, context=context, group_size=IMAGES)
+    masks_config = config.masks.replace(context=context, group_size=IMAGES)
     measured, counted = _counts(config.model, masks_config)
     for part, flops in measured.items():
         assert getattr(counted, part) * IMAGES / flops == pytest.approx(1, abs=1e-3), part
