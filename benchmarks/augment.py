@@ -31,7 +31,7 @@ from ijepa_scale.augment.erasing import RandomErasing
 from ijepa_scale.augment.mae import FinetuneAugment
 from ijepa_scale.augment.mixing import Mixing
 from ijepa_scale.augment.rand_augment import OPERATIONS, Canvas, RandAugment
-from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
+from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.decode import CROP_DRAWS, decode_crop

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.masks import DenseMasks, MaskSampler
 
 PATIENCE = 20  # after this many failed draws, one target fewer is excluded from the context
@@ -25,7 +25,7 @@ class LoopMasks:
         ConfigError: the configuration can't be satisfied on the grid.
     """
 
-    def __init__(self, config: MaskConfig, grid: tuple[int, int]) -> None:
+    def __init__(self, config: BlockMaskConfig, grid: tuple[int, int]) -> None:
         MaskSampler(config, grid, seed=0)  # refuses what can't be drawn: the loop would never end
         self.config, self.grid = config, grid
 

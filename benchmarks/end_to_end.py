@@ -13,7 +13,6 @@ generates JPEGs.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import logging
 import tempfile
@@ -130,7 +129,7 @@ class Collate:
     """Stacks images and draws their masks image by image, as the published code does in its workers."""
 
     def __init__(self, config: PretrainConfig) -> None:
-        masks = dataclasses.replace(config.masks, sampler="reference", context="truncate")
+        masks = config.masks.replace(sampler="reference", context="truncate")
         self._masks, self._calls = LoopMasks(masks, config.model.grid), 0
 
     def __call__(self, samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, Any]:

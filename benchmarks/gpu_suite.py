@@ -12,7 +12,6 @@ and .png. Lists items that were skipped or failed with the reason, and then exit
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
@@ -47,7 +46,7 @@ def fp8_missing(device: str) -> str | None:
     """Returns why the fp8 target can't be measured; None if it can."""
     if device == "cpu":
         return "the fp8 target needs a CUDA device"
-    if "target_precision" not in {field.name for field in dataclasses.fields(EngineConfig)}:
+    if "target_precision" not in EngineConfig.model_fields:
         return "EngineConfig has no target_precision"
     return None
 

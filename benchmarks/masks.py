@@ -19,7 +19,7 @@ import torch
 from benchmarks.baseline_masks import LoopMasks
 from benchmarks.common import append, draw_bars, in_turns, percentiles, ratios, table
 from ijepa_scale import rng
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.masks import MaskSampler, Wanted
 
 GRIDS = {"224/14": (16, 16), "224/16": (14, 14)}
@@ -29,8 +29,8 @@ LOOP, PARTS = "loop", ("draw", "call", "call and wanted")
 
 def measure(grid: tuple[int, int], sampler: str, context: str, images: int, rounds: int) -> dict[str, list[float]]:
     """Returns the CPU seconds of the loop and of our parts, one value per round."""
-    config = MaskConfig(sampler=sampler, context=context, group_size=images)
-    loop = LoopMasks(MaskConfig(sampler="reference"), grid)
+    config = BlockMaskConfig(sampler=sampler, context=context, group_size=images)
+    loop = LoopMasks(BlockMaskConfig(sampler="reference"), grid)
     ours = {part: MaskSampler(config, grid, seed=0) for part in PARTS}
     generator = rng.generator(0, "benchmark")
 

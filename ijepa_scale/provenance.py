@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale import environment
+from ijepa_scale.registry import PLUGINS
 
 _PACKAGES = ("ijepa_scale", "torch", "torchvision", "deepspeed", "numpy", "simplejpeg", "webdataset")
 
 
 def provenance(*, device: str | None, processes: int) -> dict[str, Any]:
-    """Returns the versions of what computes, for `run.json` and checkpoints.
+    """Returns the versions of what computes, and the modules that were plugged in, for `run.json` and checkpoints.
 
     `device` is the accelerator's name; None stands for the host's processor.
     """
@@ -23,6 +24,7 @@ def provenance(*, device: str | None, processes: int) -> dict[str, Any]:
         "revision": environment.git_revision(str(Path(__file__).parent)),
         "device": device or platform.processor() or "cpu",
         "processes": processes,
+        "plugins": list(PLUGINS),
     }
 
 

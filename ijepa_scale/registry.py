@@ -98,6 +98,7 @@ SINKS = Registry(
     },
 )
 EVALUATORS = Registry("evaluator", {"knn": "ijepa_scale.evaluate.online:OnlineKnn"})
+PLUGINS: list[str] = []  # modules that a person named, in order: run.json records them
 
 
 def load_plugin(module: str) -> None:
@@ -108,6 +109,7 @@ def load_plugin(module: str) -> None:
     """
     try:
         importlib.import_module(module)
+        PLUGINS.extend({module} - {*PLUGINS})
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
             raise

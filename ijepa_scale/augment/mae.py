@@ -19,7 +19,7 @@ from ijepa_scale.augment.erasing import RandomErasing
 from ijepa_scale.augment.mixing import Mixing
 from ijepa_scale.augment.pipeline import change_rows, to_device
 from ijepa_scale.augment.rand_augment import RandAugment
-from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
+from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.data.batch import Batch
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ijepa_scale import rng
 from ijepa_scale.augment.pipeline import to_device
-from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
+from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.errors import ConfigError
 
 _MIX, _SWITCH, _TOP, _LEFT, _DRAWS = range(5)

@@ -79,6 +79,7 @@ def read_weights(source: str | Path, *, which: str = "target") -> Weights:
 
 def _from_checkpoint(checkpoint: Checkpoint, which: str) -> Weights:
     model = checkpoint.extra.get("config", {}).get("model", {})
+    model = model.get("encoder", model)  # of a classifier; earlier ones held the encoder's sizes themselves
     notes: tuple[str, ...] = ()
     classes = checkpoint.extra.get("classes")
     if "target.head.weight" in checkpoint.tensors:  # a finetuned classifier and its average
@@ -91,9 +92,7 @@ def _from_checkpoint(checkpoint: Checkpoint, which: str) -> Weights:
         tensors = checkpoint.full({"target": "target.", "context": "model.encoder."}[which])
     heads = None
     if model:
-        sizes = resolve(
-            ModelConfig(**{n: value for n, value in model.items() if n in ModelConfig.__dataclass_fields__})
-        )
+        sizes = resolve(ModelConfig(**{n: value for n, value in model.items() if n in ModelConfig.model_fields}))
         heads = sizes.heads
         tensors["pos_embed"] = sincos_2d(sizes.width, sizes.grid)[None]  # made from the grid, not stored
     return Weights(

@@ -1,36 +1,21 @@
 """The configuration of a run: schema, YAML files, translation of published files."""
 
+from ijepa_scale.config.data import AugmentConfig, DataConfig
 from ijepa_scale.config.files import Loaded, load_config, read_config, to_yaml
 from ijepa_scale.config.schema import (
-    AugmentConfig,
+    AdamWConfig,
+    BlockMaskConfig,
     CheckpointConfig,
-    DataConfig,
+    EncoderConfig,
     EngineConfig,
     EvaluateConfig,
+    KnnConfig,
     LoggingConfig,
     MaskConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
+    RegressionConfig,
     ScheduleConfig,
 )
-
-__all__ = [
-    "Loaded",
-    "load_config",
-    "read_config",
-    "to_yaml",
-    "AugmentConfig",
-    "CheckpointConfig",
-    "DataConfig",
-    "EngineConfig",
-    "EvaluateConfig",
-    "LoggingConfig",
-    "MaskConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "PretrainConfig",
-    "ScheduleConfig",
-]

@@ -2,76 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated
 
-from ijepa_scale.config.checks import at_least, choose, fraction, interval, numbers, raise_problems
+from annotated_types import Gt
+from pydantic import AfterValidator, Field
+
+from ijepa_scale.config.form import Colors, Count, CropScale, Fraction, Images, Interpolation, Spreads, Unit, Within
+from ijepa_scale.config.section import Section
+from ijepa_scale.registry import SOURCES
+
+_READERS = ("shards", "stream", "imagefolder", "synthetic")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section, at="data", registry=SOURCES, selector="reader", names=_READERS):
     """Where training images come from and how they are grouped."""
 
-    reader: str = "shards"  # shards (WebDataset tars) | stream (plain webdataset) | imagefolder | synthetic
-    train: str | None = None  # tar pattern (dir, glob, {000..127}, https:// s3:// gs:// hf://), or folder of classes
-    batch_size: int | None = None  # images per optimiser step, over all processes
-    batch_size_per_process: int | None = None  # instead of batch_size: images per process and optimiser step
-    workers: int = 2  # decoding processes per training process; 0: in the training process
-    prefetch: int = 2  # batches each worker prepares ahead
-    window_shards: int = 8  # shards whose samples are shuffled together
-    cache: str | None = None  # local folder of fetched remote shards, shared by the processes of a machine
-    cache_gb: float = 100.0  # GiB that the cache may take
-    stream_shuffle: int = 1000  # reader stream: encoded samples that each worker holds and draws from
-    allow_pipe: bool = False  # reader stream: `pipe:` addresses, which run shell commands
-    synthetic_samples: int = 1_281_167  # size of the synthetic set (IN1K's by default)
-    max_bad_fraction: float = 0.001  # share of undecodable samples over which training stops
+    reader: str = Field("shards", description="Shards are WebDataset tars; stream reads them with plain webdataset.")
+    train: str | None = Field(
+        None, description="Tar pattern (folder, glob, {000..127}, https://) or folder of classes."
+    )
+    batch_size: Images | None = Field(None, description="Images of an optimiser step, over all processes.")
+    batch_size_per_process: Images | None = Field(None, description="Instead of batch_size: those of each process.")
+    workers: int = Field(2, ge=0, description="Decoding processes per training process; 0 decodes in that itself.")
+    prefetch: Count = Field(2, description="Batches that each worker prepares ahead.")
+    window_shards: Count = Field(8, description="Shards whose samples are shuffled together.")
+    cache: str | None = Field(None, description="Folder of fetched remote shards, shared by a machine's processes.")
+    cache_gb: Annotated[float, Gt(0.0), Unit("GiB")] = Field(100.0, description="Size that the cache may reach.")
+    stream_shuffle: Count = Field(1000, description="Reader stream: samples that each worker holds and draws from.")
+    allow_pipe: bool = Field(False, description="Reader stream: allow `pipe:` addresses, which run shell commands.")
+    synthetic_samples: Images = Field(
+        1_281_167, description="Size of the synthetic set; that of ImageNet-1K by default."
+    )
+    max_bad_fraction: Fraction = Field(0.001, description="Share of undecodable samples above which training stops.")
 
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        choose(problems, "reader", self.reader, ("shards", "stream", "imagefolder", "synthetic"))
+    def problems(self) -> Iterator[str]:
+        """Yields it where the batch is given twice or not at all."""
         if (self.batch_size is None) == (self.batch_size_per_process is None):
-            problems.append(
+            yield (
                 f"batch_size is {self.batch_size} and batch_size_per_process {self.batch_size_per_process}; "
                 "give exactly one of them"
             )
-        at_least(problems, 1, batch_size=self.batch_size, batch_size_per_process=self.batch_size_per_process)
-        at_least(problems, 1, prefetch=self.prefetch, window_shards=self.window_shards)
-        at_least(problems, 1, synthetic_samples=self.synthetic_samples, stream_shuffle=self.stream_shuffle)
-        if not self.cache_gb > 0:
-            problems.append(f"cache_gb is {self.cache_gb}; give a number above 0")
-        at_least(problems, 0, workers=self.workers)
-        fraction(problems, max_bad_fraction=self.max_bad_fraction)
-        raise_problems("data", problems)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
+class CropConfig(Section, at="augment"):
+    """What both kinds of augmentation do: crops, resized as in PIL, and normalisation."""
+
+    crop_ratio: Annotated[tuple[float, float], AfterValidator(Within(1e-2, 1e2))] = Field(
+        (3 / 4, 4 / 3), description="Width of a crop divided by its height."
+    )
+    mean: Colors = Field((0.485, 0.456, 0.406), description="Mean of red, green and blue in [0, 1]; ImageNet's.")
+    std: Spreads = Field((0.229, 0.224, 0.225), description="Standard deviation of red, green and blue; ImageNet's.")
+
+
+class AugmentConfig(CropConfig):
     """Training augmentation, drawn per sample and run on the device. Probabilities are per image."""
 
-    crop_scale: Any = (0.3, 1.0)  # share of the image's area
-    crop_ratio: Any = (0.75, 1.3333333333333333)  # width / height
-    interpolation: str = "bilinear"  # bilinear | bicubic, both antialiased as in PIL
-    flip: float = 0.0  # probability of a horizontal flip
-    color_jitter: float = 0.0  # strength s: brightness, contrast, saturation 0.8 s, hue 0.2 s; 0: off
-    color_jitter_probability: float = 0.8
-    grayscale: float = 0.0  # probability
-    blur: float = 0.0  # probability of a Gaussian blur, sigma 0.1 to 2.0 pixels
-    solarize: float = 0.0  # probability of inverting the levels from 128 on
-    mean: Any = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
-    std: Any = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        choose(problems, "interpolation", self.interpolation, ("bilinear", "bicubic"))
-        object.__setattr__(self, "crop_scale", interval(problems, "crop_scale", self.crop_scale, 1e-4, 1.0))
-        object.__setattr__(self, "crop_ratio", interval(problems, "crop_ratio", self.crop_ratio, 1e-2, 1e2))
-        fraction(problems, flip=self.flip, grayscale=self.grayscale, blur=self.blur, solarize=self.solarize)
-        fraction(problems, color_jitter_probability=self.color_jitter_probability)
-        at_least(problems, 0, color_jitter=self.color_jitter)
-        if self.color_jitter > 1.25:
-            problems.append(f"color_jitter is {self.color_jitter}; give at most 1.25 (factors would turn negative)")
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, numbers(problems, name, getattr(self, name), 3))
-        if min(self.std) <= 0:
-            problems.append(f"std is {self.std}; give three numbers above 0")
-        raise_problems("augment", problems)
+    crop_scale: CropScale = Field((0.3, 1.0), description="Share of the image's area that a crop covers.")
+    interpolation: Interpolation = Field("bilinear", description="How crops are resized.")
+    flip: Fraction = Field(0.0, description="Probability of a horizontal flip.")
+    color_jitter: float = Field(0.0, ge=0, le=1.25, description="Strength s: factors to 0.8 s, hue 0.2 s; 0: off.")
+    color_jitter_probability: Fraction = Field(0.8, description="Probability of colour jitter.")
+    grayscale: Fraction = Field(0.0, description="Probability of a grey image.")
+    blur: Fraction = Field(0.0, description="Probability of a Gaussian blur, sigma 0.1 to 2 pixels.")
+    solarize: Fraction = Field(0.0, description="Probability of inverting the levels from 128 on.")

@@ -1,40 +1,149 @@
-"""A finetuning run: its sections put together. Knows no component."""
+"""What a finetuning run is made of, by the MAE recipe (arXiv 2111.06377, appendix A.1). Knows no component."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from typing import Literal
 
-from ijepa_scale.config.checks import at_least, choose, raise_problems
-from ijepa_scale.config.data import DataConfig
-from ijepa_scale.config.finetune import ClassifierConfig, FinetuneOptimizerConfig
-from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
-from ijepa_scale.config.schema import CheckpointConfig, EngineConfig, LoggingConfig
+from pydantic import Field
+
+from ijepa_scale.config.data import CropConfig, DataConfig
+from ijepa_scale.config.form import (
+    AdamWImplementation,
+    AtLeast0,
+    Betas,
+    Count,
+    CropScale,
+    Epochs,
+    Fraction,
+    Images,
+    Interpolation,
+    Positive,
+    Steps,
+)
+from ijepa_scale.config.rand_augment_notation import parse
+from ijepa_scale.config.schema import AdamWConfig, EncoderConfig, ModelConfig, RunConfig
+from ijepa_scale.config.section import Section
 from ijepa_scale.errors import ConfigError
 
+LR_BATCH = 256  # images that `base_lr` is for. Source: arXiv 2111.06377, appendix A.1
 _SMALL_IMAGE, _WHOLE_IMAGE = 64, 224  # pixels
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassifierEvaluationConfig:
+class ClassifierConfig(Section, at="model"):
+    """An encoder with a linear layer on its pooled tokens, and the weights it starts from."""
+
+    encoder: EncoderConfig = EncoderConfig()
+    num_classes: Count = Field(1000, description="Number of classes.")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="Drop path of the last block; linear from 0 at the first.")
+    representation: Literal["last", "last4"] = Field(
+        "last", description="Mean of the last block's tokens, or those of the last 4 side by side."
+    )
+    pool_norm: Literal["after", "before"] = Field(
+        "after", description="A new norm after the mean, or the encoder's trained norm before it."
+    )
+    frozen_blocks: int = Field(0, ge=0, description="First blocks that stay as loaded, the patch embedding with them.")
+    init: str | None = Field(
+        None, description="Run folder, checkpoint, .pth.tar, .safetensors or timm:NAME; null: random weights."
+    )
+    weights: Literal["target", "context"] = Field("target", description="Which encoder of the file.")
+    keep_head: bool = Field(False, description="Load the file's classification layer too, its classes being the same.")
+
+    def problems(self) -> Iterator[str]:
+        """Yields it where no head can be kept."""
+        if self.keep_head and self.init is None:
+            yield "keep_head is true but init is null; name the file whose head is kept, or set it to false"
+
+    @property
+    def pretrained(self) -> ModelConfig:
+        """The encoder with a predictor of the default size, as planning counts."""
+        return ModelConfig(**self.encoder.values())
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks whose tokens are pooled."""
+        return {"last": 1, "last4": 4}[self.representation]
+
+
+class FinetuneOptimizerConfig(Section, at="optimizer"):
+    """AdamW with a learning rate that falls from the head to the patches, its warm-up and cosine."""
+
+    impl: AdamWImplementation = Field("auto", description="Whose code it is.")
+    base_lr: AtLeast0 | None = Field(
+        None, description="Rate of 256 images, scaled by the batch; 1e-3 where lr is null."
+    )
+    lr: AtLeast0 | None = Field(None, description="Absolute learning rate, instead of base_lr.")
+    min_lr: AtLeast0 = Field(1e-6, description="Absolute rate that the cosine ends at, before layer-wise scaling.")
+    weight_decay: AtLeast0 = Field(0.05, description="Constant; none on 1-D parameters and position embeddings.")
+    layer_decay: float = Field(
+        0.75, gt=0, le=1, description="Rate of a block divided by the next one's; 1: all the same."
+    )
+    betas: Betas = Field((0.9, 0.999), description="Decay of the two moments.")
+    eps: AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
+    clip_norm: Positive | None = Field(None, description="Largest global norm of the gradient; null clips nothing.")
+    epochs: Epochs = Field(50.0, gt=0, description="Length of the run.")
+    warmup_epochs: Epochs = Field(5.0, ge=0, description="Length of the warm-up from 0, step by step.")
+    ema: float | None = Field(None, gt=0, lt=1, description="Momentum of averaged weights, which are then evaluated.")
+
+    def problems(self) -> Iterator[str]:
+        """Yields it where there are two rates, or the warm-up leaves nothing. Sets the default rate."""
+        if self.base_lr is None and self.lr is None:
+            object.__setattr__(self, "base_lr", 1e-3)
+        elif self.base_lr is not None and self.lr is not None:
+            yield f"base_lr is {self.base_lr} and lr is {self.lr}; give one of them"
+        if self.warmup_epochs >= self.epochs:
+            yield f"warmup_epochs {self.warmup_epochs} leaves nothing of the {self.epochs} epochs; give fewer"
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Returns the rate at the end of the warm-up, for `batch_size` images of all processes and micro-batches."""
+        if self.lr is not None:
+            return self.lr
+        assert self.base_lr is not None
+        return self.base_lr * batch_size / LR_BATCH
+
+    def adamw(self, batch_size: int) -> AdamWConfig:
+        """Returns what engines take: AdamW's settings; the schedule sets its rates at each step."""
+        return AdamWConfig(
+            impl=self.impl, lr=self.peak_lr(batch_size), betas=self.betas, eps=self.eps, clip_norm=self.clip_norm
+        )
+
+
+class FinetuneAugmentConfig(CropConfig):
+    """The MAE recipe's augmentation, drawn per sample and run on the device. Source: arXiv 2111.06377, appendix A.1."""
+
+    crop_scale: CropScale = Field((0.08, 1.0), description="Share of the image's area that a crop covers.")
+    interpolation: Interpolation = Field("bicubic", description="How crops are resized, and RandAugment's images.")
+    flip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
+    rand_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation; null: none.")
+    color_jitter: AtLeast0 = Field(
+        0.0, description="Brightness, contrast, saturation by 1 - s to 1 + s, RandAugment aside; 0: off."
+    )
+    random_erasing: Fraction = Field(0.25, description="Probability of random erasing.")
+    mixup: AtLeast0 = Field(0.8, description="Alpha of mixup's Beta distribution; 0: none.")
+    cutmix: AtLeast0 = Field(1.0, description="Alpha of CutMix's Beta distribution; 0: none.")
+    mix_probability: Fraction = Field(1.0, description="Probability that a pair is mixed at all.")
+    switch_probability: Fraction = Field(0.5, description="Probability of CutMix, where both are on.")
+    label_smoothing: Fraction = Field(0.1, description="Share of a label that is spread over all classes.")
+
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with the notation."""
+        try:
+            parse(self.rand_augment or "rand-inc1")
+        except ConfigError as error:
+            yield str(error).removeprefix("augment.")
+
+
+class ClassifierEvaluationConfig(Section, at="evaluate"):
     """Accuracy on held-out images, over all processes, each image once."""
 
-    data: str | None = None  # tar pattern or folder of class folders; null: no evaluation
-    reader: str = "shards"  # shards | imagefolder
-    every_epochs: float = 1.0  # epochs between evaluations; one is always made at the end
-    batch_size: int = 64  # images per process and forward pass
-    crop_fraction: float | None = None  # centre crop / resized side; null: 0.875, and 1 above 224 and up to 64 pixels
-    workers: int = 2  # decoding processes per training process
-
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        choose(problems, "reader", self.reader, ("shards", "imagefolder"))
-        at_least(problems, 1, batch_size=self.batch_size)
-        at_least(problems, 0, workers=self.workers)
-        if not self.every_epochs > 0:
-            problems.append(f"every_epochs is {self.every_epochs}; give a number above 0")
-        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
-            problems.append(f"crop_fraction is {self.crop_fraction}; give a number above 0 and at most 1, or null")
-        raise_problems("evaluate", problems)
+    data: str | None = Field(None, description="Tar pattern or folder of class folders; null: no evaluation.")
+    reader: Literal["shards", "imagefolder"] = Field("shards", description="How they are stored.")
+    every_epochs: Epochs = Field(1.0, gt=0, description="Epochs between evaluations; one is always made at the end.")
+    batch_size: Images = Field(64, description="Images of a process and forward pass.")
+    crop_fraction: float | None = Field(
+        None, gt=0, le=1, description="Centre crop / resized side; null: 0.875, and 1 above 224 and up to 64 pixels."
+    )
+    workers: int = Field(2, ge=0, description="Decoding processes per training process.")
 
     def crop_of(self, image_size: tuple[int, int]) -> float:
         """Returns the crop fraction for images of that size, pixels."""
@@ -43,33 +152,21 @@ class ClassifierEvaluationConfig:
         return 0.875 if _SMALL_IMAGE < max(image_size) <= _WHOLE_IMAGE else 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(RunConfig):
     """A finetuning run."""
 
-    folder: str = "runs/finetune"  # logs, checkpoints, results and the resolved config
-    seed: int = 0
-    resume: str = "auto"  # auto (the newest checkpoint in the folder, if any) | none | a checkpoint folder
-    stop_after: int | None = None  # stop at this step; the schedule stays that of the whole run
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=1024))
-    augment: FinetuneAugmentConfig = field(default_factory=FinetuneAugmentConfig)
-    optimizer: FinetuneOptimizerConfig = field(default_factory=FinetuneOptimizerConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluate: ClassifierEvaluationConfig = field(default_factory=ClassifierEvaluationConfig)
+    folder: str = Field("runs/finetune", description="Folder of logs, checkpoints, results and the configuration.")
+    stop_after: Steps | None = Field(None, ge=0, description="Stop at this step; the schedule stays as it is.")
+    model: ClassifierConfig = ClassifierConfig()
+    data: DataConfig = DataConfig(batch_size=1024)
+    augment: FinetuneAugmentConfig = FinetuneAugmentConfig()
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    evaluate: ClassifierEvaluationConfig = ClassifierEvaluationConfig()
 
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; give a number of at least 0")
-        if self.stop_after is not None and self.stop_after < 0:
-            raise ConfigError(f"stop_after is {self.stop_after}; give a step of at least 0, or null")
+    def problems(self) -> Iterator[str]:
+        """Yields what finetuning has no use for."""
         if self.engine.target_precision is not None:
-            raise ConfigError(
-                f"engine.target_precision is {self.engine.target_precision}; finetuning has no target: set it to null"
-            )
+            precision = self.engine.target_precision
+            yield f"engine.target_precision is {precision}; finetuning has no target: set it to null"
         if self.data.reader == "stream":
-            raise ConfigError(
-                "data.reader is stream; finetuning counts epochs and labels: use data.reader=shards or imagefolder"
-            )
+            yield ("data.reader is stream; finetuning counts epochs and labels: use data.reader=shards or imagefolder")

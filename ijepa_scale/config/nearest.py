@@ -28,20 +28,22 @@ def nearest_dotted(key: str, known: Collection[str]) -> str | None:
     A name that stands in another section wins, then a similar one in its own section, then anywhere.
     """
     section, _, leaf = key.rpartition(".")
-    by_leaf: dict[str, str] = {}
-    for each in known:
-        by_leaf.setdefault(each.rpartition(".")[2], each)
+    by_leaf = {each.rpartition(".")[2]: each for each in reversed(list(known))}
     own = nearest(section, {each.rpartition(".")[0] for each in known if "." in each}) if section else None
     siblings = {each.rpartition(".")[2]: each for each in known if own and each.rpartition(".")[0] == own}
-    if leaf in siblings:
-        return siblings[leaf]
-    if leaf in by_leaf:
-        return by_leaf[leaf]
-    for names in (siblings, by_leaf):
-        near = nearest(leaf, names)
-        if near:
-            return names[near]
-    return None
+    if leaf in siblings or leaf in by_leaf:
+        return siblings.get(leaf) or by_leaf[leaf]
+    return next((names[near] for names in (siblings, by_leaf) if (near := nearest(leaf, names))), None)
+
+
+def unknown(key: str, known: Collection[str]) -> str:
+    """Returns the complaint about an unknown dotted key, with the known one that was probably meant."""
+    sections = {each.rpartition(".")[0] for each in known} - {""}
+    near = nearest_dotted(key, known) if "." in key else nearest(key, sections) or nearest_dotted(key, known)
+    if near:
+        return f"{key}: unknown; did you mean {near}?"
+    siblings = [each for each in known if each.rpartition(".")[0] == key.rpartition(".")[0]]
+    return f"{key}: unknown; there are {', '.join(siblings or sorted({each.partition('.')[0] for each in known}))}"
 
 
 def _initials(name: str) -> str | None:

@@ -1,52 +1,55 @@
-"""What a run is made of: frozen dataclasses, one per component. Knows no component.
-
-Every field is checked when the dataclass is made, all problems of a section in one message; a
-component is handed its own section, never the root.
-"""
+"""What a pretraining run is made of: its sections, one per component. Knows no component."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, ClassVar, Literal
 
-from ijepa_scale.config.checks import at_least, choose, interval, numbers, raise_problems
+from pydantic import AfterValidator, Field
+
 from ijepa_scale.config.data import AugmentConfig, DataConfig
-from ijepa_scale.errors import ConfigError
-from ijepa_scale.registry import OBJECTIVES, SAMPLERS
+from ijepa_scale.config.form import (
+    AdamWImplementation,
+    AtLeast0,
+    Betas,
+    Count,
+    Epochs,
+    Images,
+    ImageSize,
+    Kernels,
+    Pixels,
+    Positive,
+    Shares,
+    Steps,
+    Within,
+)
+from ijepa_scale.config.section import Section
+from ijepa_scale.registry import EVALUATORS, OBJECTIVES, OPTIMIZERS, SAMPLERS, SINKS
+
+Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
+NO_GRAPH = (
+    "a graph replays fixed addresses and weights are gathered elsewhere each time; set engine.cuda_graphs=false, "
+    "or ddp or ZeRO-1/2"
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Encoder and predictor. A size left null is the named architecture's."""
+class EncoderConfig(Section, at="model.encoder"):
+    """The encoder. A size left null is the named architecture's."""
 
-    name: str = "vit_base"  # vit_tiny, vit_small, vit_base, vit_large, vit_huge, vit_giant
-    image_size: Any = 224  # pixels: one number, or [height, width]
-    patch_size: int = 16  # pixels
-    width: int | None = None  # encoder token width
-    depth: int | None = None  # encoder blocks
-    heads: int | None = None  # attention heads, encoder and predictor alike
-    mlp_ratio: float | None = None  # MLP width / token width
-    predictor_width: int = 384
-    predictor_depth: int | None = None
-    rescale_residual: bool = False  # divide attn.proj and mlp.fc2 by sqrt(2 * layer): published intent, not parity
+    name: str = Field("vit_base", description="Of vit_tiny, vit_small, vit_base, vit_large, vit_huge and vit_giant.")
+    image_size: ImageSize = Field((224, 224), description="Side of a square image, or [height, width].")
+    patch_size: Pixels = Field(16, description="Side of a patch; the sides of the image are multiples of it.")
+    width: Count | None = Field(None, description="Width of a token.")
+    depth: Count | None = Field(None, description="Number of blocks.")
+    heads: Count | None = Field(None, description="Number of attention heads; the predictor has as many.")
+    mlp_ratio: float | None = Field(None, description="Width of an MLP divided by that of a token.")
 
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        size = self.image_size
-        try:
-            pair = (int(size), int(size)) if isinstance(size, (int, float, str)) else tuple(int(s) for s in size)
-            if len(pair) != 2:
-                raise ValueError
-        except (TypeError, ValueError):
-            raise ConfigError(f"model.image_size is {size!r}; give pixels, or [height, width]") from None
-        object.__setattr__(self, "image_size", pair)
-        at_least(problems, 1, patch_size=self.patch_size, width=self.width, depth=self.depth, heads=self.heads)
-        at_least(problems, 1, predictor_width=self.predictor_width, predictor_depth=self.predictor_depth)
-        if self.patch_size >= 1 and any(s < self.patch_size or s % self.patch_size for s in pair):
-            near = tuple(max(1, round(s / self.patch_size)) * self.patch_size for s in pair)
-            problems.append(f"image_size {pair} is no multiple of patch_size {self.patch_size}; try {near}")
-        raise_problems("model", problems)
+    def problems(self) -> Iterator[str]:
+        """Yields it where patches don't fill the image."""
+        size, patch = self.image_size, self.patch_size
+        if any(side < patch or side % patch for side in size):
+            near = tuple(max(1, round(side / patch)) * patch for side in size)
+            yield f"image_size {size} is no multiple of patch_size {patch}; try {near}"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -54,251 +57,220 @@ class ModelConfig:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
-@dataclass(frozen=True, kw_only=True)
-class MaskConfig:
+class ModelConfig(EncoderConfig, at="model"):
+    """Encoder and predictor. A size left null is the named architecture's."""
+
+    predictor_width: Count = Field(384, description="Width of a token in the predictor.")
+    predictor_depth: Count | None = Field(None, description="Number of blocks of the predictor.")
+    rescale_residual: bool = Field(
+        False, description="Divide attn.proj and mlp.fc2 by sqrt(2 * layer), as published but not as released."
+    )
+
+
+class MaskConfig(Section, at="masks", registry=SAMPLERS, selector="sampler"):
+    """Context and target blocks of patches."""
+
+    sampler: str = Field(
+        "multiblock", description="Draw of the blocks; reference is the published one with its quirks."
+    )
+    context: Literal["truncate", "packed"] = Field(
+        "truncate",
+        description="Cut contexts to the shortest of their group, or keep every token in one packed sequence.",
+    )
+    num_context_blocks: Count = Field(1, description="Context blocks of an image.")
+    num_target_blocks: Count = Field(4, description="Target blocks of an image.")
+    min_keep: int = Field(10, ge=0, description="A block must keep more patches than this.")
+    group_size: Images = Field(128, description="Images that share block sizes and one cut, whatever the processes.")
+
+
+class BlockMaskConfig(MaskConfig, names=("multiblock", "reference")):
     """Context and target blocks. Scales are shares of the patch grid, aspects height / width."""
 
-    sampler: str = "multiblock"  # multiblock | reference (the published draw, quirks included)
-    context: str = "truncate"  # truncate: cut to the shortest of the group | packed: keep every token
-    num_context_blocks: int = 1
-    num_target_blocks: int = 4
-    context_scale: Any = (0.85, 1.0)
-    target_scale: Any = (0.15, 0.2)
-    target_aspect: Any = (0.75, 1.5)
-    min_keep: int = 10  # a block must keep more patches than this
-    allow_overlap: bool = False  # true: context keeps the patches of the targets
-    group_size: int = 128  # images that share one block size and one cut, whatever the processes
-
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        choose(problems, "sampler", self.sampler, SAMPLERS.names())
-        choose(problems, "context", self.context, ("truncate", "packed"))
-        for name in ("context_scale", "target_scale"):
-            object.__setattr__(self, name, interval(problems, name, getattr(self, name), 0.0, 1.0))
-        object.__setattr__(self, "target_aspect", interval(problems, "target_aspect", self.target_aspect, 1e-3, 1e3))
-        at_least(problems, 1, num_context_blocks=self.num_context_blocks, num_target_blocks=self.num_target_blocks)
-        at_least(problems, 1, group_size=self.group_size)
-        at_least(problems, 0, min_keep=self.min_keep)
-        raise_problems("masks", problems)
+    context_scale: Shares = Field((0.85, 1.0), description="Share of the grid that a context block covers.")
+    target_scale: Shares = Field((0.15, 0.2), description="Share of the grid that a target block covers.")
+    target_aspect: Annotated[tuple[float, float], AfterValidator(Within(1e-3, 1e3))] = Field(
+        (0.75, 1.5), description="Height of a target block divided by its width."
+    )
+    allow_overlap: bool = Field(False, description="Leave the patches of the targets in the context.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Section, at="objective", registry=OBJECTIVES, selector="loss"):
+    """What training minimises."""
+
+    loss: str = Field("smooth_l1", description="Distance of predicted from target features; the paper's text has l2.")
+
+
+class RegressionConfig(ObjectiveConfig, names=("smooth_l1", "l2")):
     """The distance between predicted and target features."""
 
-    loss: str = "smooth_l1"  # smooth_l1 (the released code) | l2 (the paper's text)
-    beta: float = 1.0  # where smooth L1 turns from quadratic to linear
-
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        choose(problems, "loss", self.loss, OBJECTIVES.names())
-        if not self.beta > 0:
-            problems.append(f"beta is {self.beta}; give a number above 0")
-        raise_problems("objective", problems)
+    beta: Positive = Field(1.0, description="Distance at which smooth L1 turns from quadratic to linear.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="name"):
+    """Optimiser and its rates. Learning rates are absolute, per optimiser step, whatever the batch."""
+
+    state_names: ClassVar[tuple[str, ...]] = ()  # of the tensors that it keeps for each parameter
+
+    name: str = Field("adamw", description="Optimiser.")
+    lr: AtLeast0 = Field(1e-3, description="Learning rate at the end of the warm-up.")
+    start_lr: AtLeast0 = Field(2e-4, description="Learning rate at the start of the warm-up.")
+    final_lr: AtLeast0 = Field(1e-6, description="Learning rate that the cosine ends at.")
+    weight_decay: AtLeast0 = Field(0.04, description="Weight decay at the start; none for biases and norms.")
+    final_weight_decay: AtLeast0 = Field(0.4, description="Weight decay at the end.")
+    clip_norm: Positive | None = Field(None, description="Largest global norm of the gradient; null clips nothing.")
+
+
+class AdamWConfig(OptimizerConfig, names=("adamw",)):
     """AdamW. Learning rates are absolute, per optimiser step; no batch-size scaling is applied."""
 
-    impl: str = "auto"  # auto | torch | apex | deepspeed
-    lr: float = 1e-3
-    start_lr: float = 2e-4
-    final_lr: float = 1e-6
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
-    betas: Any = (0.9, 0.999)
-    eps: float = 1e-8
-    clip_norm: float | None = None  # global gradient norm; null: no clipping
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        choose(problems, "impl", self.impl, ("auto", "torch", "apex", "deepspeed"))
-        at_least(problems, 0, lr=self.lr, start_lr=self.start_lr, final_lr=self.final_lr, eps=self.eps)
-        at_least(problems, 0, weight_decay=self.weight_decay, final_weight_decay=self.final_weight_decay)
-        num_problems = len(problems)
-        betas = numbers(problems, "betas", self.betas, 2)
-        object.__setattr__(self, "betas", betas)
-        if len(problems) == num_problems and not all(0 <= b < 1 for b in betas):
-            problems.append(f"betas is {betas}; give two numbers in [0, 1)")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            problems.append(f"clip_norm is {self.clip_norm}; give a number above 0, or null for no clipping")
-        raise_problems("optimizer", problems)
+    impl: AdamWImplementation = Field("auto", description="Whose code it is.")
+    betas: Betas = Field((0.9, 0.999), description="Decay of the two moments.")
+    eps: AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Section, at="schedule"):
     """How long, and along which curves."""
 
-    epochs: float = 300
-    warmup_epochs: float = 40
-    ipe_scale: float = 1.0  # stretches the curves beyond the run's end
-    momentum: Any = (0.996, 1.0)  # EMA of the target encoder, from the first to the last step
-    steps_per_epoch: int | None = None  # null: samples // batch
-    stop_after: int | None = None  # stop at this step; the curves stay those of the whole run
+    epochs: Epochs = Field(300.0, gt=0, description="Length of the run.")
+    warmup_epochs: Epochs = Field(40.0, ge=0, description="Length of the warm-up.")
+    ipe_scale: float = Field(1.0, ge=1, description="Stretches the curves beyond the end of the run.")
+    momentum: Shares = Field((0.996, 1.0), description="EMA of the target encoder, from the first to the last step.")
+    steps_per_epoch: Steps | None = Field(None, ge=1, description="Null: as many as the data has batches.")
+    stop_after: Steps | None = Field(
+        None, ge=0, description="Stop at this step; the curves stay those of the whole run."
+    )
 
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        object.__setattr__(self, "momentum", interval(problems, "momentum", self.momentum, 0.0, 1.0))
-        at_least(problems, 0, epochs=self.epochs, warmup_epochs=self.warmup_epochs, stop_after=self.stop_after)
-        at_least(problems, 1, steps_per_epoch=self.steps_per_epoch, ipe_scale=self.ipe_scale)
-        if not self.epochs > 0:
-            problems.append(f"epochs is {self.epochs}; give a number above 0")
+    def problems(self) -> Iterator[str]:
+        """Yields it where the warm-up is too long."""
         if self.warmup_epochs > self.epochs * self.ipe_scale:
-            problems.append(f"warmup_epochs {self.warmup_epochs} is longer than the {self.epochs} epochs of the run")
-        raise_problems("schedule", problems)
+            yield f"warmup_epochs {self.warmup_epochs} is longer than the {self.epochs} epochs of the run"
 
 
-TRITON = ("target_loss", "target_update")
-ATTENTION = ("auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4")
-NO_GRAPH = (
-    "a graph replays fixed addresses and weights are gathered elsewhere each time; set engine.cuda_graphs=false, "
-    "or ddp or ZeRO-1/2"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Section, at="engine"):
     """How the step is spread over processes and what it is computed in."""
 
-    strategy: str = "auto"  # auto | plain | ddp | fsdp2 | deepspeed
-    ds_config: str | None = None  # DeepSpeed JSON: stage, buckets and offload only
-    device: str = "auto"  # auto | cpu | cuda
-    precision: str = "bf16"  # bf16 (autocast, fp32 masters) | fp32
-    target_precision: str | None = None  # of the target's forward: null (as precision) | fp8 (Hopper and later)
-    accumulation: int = 1  # micro-batches per optimiser step
-    checkpointing: str = "none"  # none | full | selective (keeps matrix products, recomputes the rest)
-    compile: bool = False  # torch.compile, block by block
-    compile_cache: str | None = None  # folder of compiled kernels, kept over runs; null: in the user's cache folder
-    cuda_graphs: bool = False  # replay the target's forward as a CUDA graph; not where its weights are sharded
-    attention: str = "auto"  # kernel of dense attention: auto | flash | cudnn | efficient | math | fa3 | fa4
-    zero_communication: str = "fp32"  # under bf16, ZeRO gathers weights and reduces gradients in: fp32 | bf16
-    triton: Any = ()  # our kernels in place of PyTorch's, on CUDA: target_loss, target_update
-    layer_norm: str = "torch"  # kernel of layer norms: torch (fused by compile) | triton (ours) | apex
-    replicas: int = 1  # fsdp2: shard within groups of processes, replicate this many times (HSDP)
-    reshard_after_forward: bool = False  # fsdp2: free context and predictor weights between forward and backward
+    strategy: Literal["auto", "plain", "ddp", "fsdp2", "deepspeed"] = Field(
+        "auto", description="What spreads the step."
+    )
+    ds_config: str | None = Field(None, description="DeepSpeed's JSON: stage, buckets and offload only.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Kind of device.")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 is autocast over fp32 masters.")
+    target_precision: Literal["fp8"] | None = Field(
+        None, description="Of the target's forward: that of `precision`, or fp8 (Hopper and later)."
+    )
+    accumulation: Count = Field(1, description="Micro-batches of an optimiser step.")
+    checkpointing: Literal["none", "full", "selective"] = Field(
+        "none", description="Recompute activations: none, all, or all but matrix products."
+    )
+    compile: bool = Field(False, description="torch.compile, block by block.")
+    compile_cache: str | None = Field(None, description="Folder of compiled kernels; null: in the user's cache folder.")
+    cuda_graphs: bool = Field(
+        False, description="Replay the target's forward as a CUDA graph, weights being unsharded."
+    )
+    attention: Attention = Field("auto", description="Kernel of dense attention.")
+    zero_communication: Literal["fp32", "bf16"] = Field(
+        "fp32", description="What ZeRO gathers weights and reduces gradients in, under bf16."
+    )
+    triton: Kernels = Field((), description="Our kernels in place of PyTorch's, on CUDA.")
+    layer_norm: Literal["torch", "triton", "apex"] = Field(
+        "torch", description="Kernel of layer norms; triton is ours."
+    )
+    replicas: Count = Field(1, description="fsdp2: groups of processes that each hold everything (HSDP).")
+    reshard_after_forward: bool = Field(
+        False, description="fsdp2: free context and predictor weights between forward and backward."
+    )
 
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        choose(problems, "strategy", self.strategy, ("auto", "plain", "ddp", "fsdp2", "deepspeed"))
-        choose(problems, "device", self.device, ("auto", "cpu", "cuda"))
-        choose(problems, "precision", self.precision, ("bf16", "fp32"))
-        if self.target_precision not in (None, "fp8"):
-            problems.append(f"target_precision is {self.target_precision!r}; choose fp8, or null")
-        if self.target_precision == "fp8" and self.precision != "bf16":
-            problems.append(f"target_precision is fp8 but precision is {self.precision}; set precision=bf16 beside it")
-        choose(problems, "checkpointing", self.checkpointing, ("none", "full", "selective"))
-        choose(problems, "attention", self.attention, ATTENTION)
-        named = () if self.triton is None else (self.triton,) if isinstance(self.triton, str) else self.triton
-        if not isinstance(named, (list, tuple)):
-            problems.append(f"triton is {self.triton!r}; give a list of {', '.join(TRITON)}")
-            named = ()
-        object.__setattr__(self, "triton", tuple(named))
-        choose(problems, "layer_norm", self.layer_norm, ("torch", "triton", "apex"))
-        for name in self.triton:
-            choose(problems, "triton", name, TRITON)
-        choose(problems, "zero_communication", self.zero_communication, ("fp32", "bf16"))
-        at_least(problems, 1, accumulation=self.accumulation, replicas=self.replicas)
-        if self.strategy == "deepspeed" and self.ds_config is None:
-            problems.append("strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json")
-        if self.strategy not in ("auto", "deepspeed") and self.ds_config is not None:
-            problems.append(f"ds_config is {self.ds_config!r} but strategy is {self.strategy}; drop one of them")
-        if self.replicas > 1 and self.strategy != "fsdp2":
-            problems.append(f"replicas is {self.replicas} but strategy is {self.strategy}; HSDP needs fsdp2")
-        if self.cuda_graphs and self.strategy == "fsdp2":
-            problems.append(f"cuda_graphs is true but strategy is fsdp2: {NO_GRAPH}")
-        problems.extend(self._without_effect())
-        raise_problems("engine", problems)
-
-    def _without_effect(self) -> Iterator[str]:
-        """Yields the settings that ask for something and would change nothing."""
+    def problems(self) -> Iterator[str]:
+        """Yields the settings that contradict each other, and those that would change nothing."""
+        strategy, precision = self.strategy, self.precision
+        if self.target_precision == "fp8" and precision != "bf16":
+            yield f"target_precision is fp8 but precision is {precision}; set precision=bf16 beside it"
+        if strategy == "deepspeed" and self.ds_config is None:
+            yield "strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json"
+        if strategy not in ("auto", "deepspeed") and self.ds_config is not None:
+            yield f"ds_config is {self.ds_config!r} but strategy is {strategy}; drop one of them"
+        if self.replicas > 1 and strategy != "fsdp2":
+            yield f"replicas is {self.replicas} but strategy is {strategy}; HSDP needs fsdp2"
+        if self.cuda_graphs and strategy == "fsdp2":
+            yield f"cuda_graphs is true but strategy is fsdp2: {NO_GRAPH}"
         if self.zero_communication == "bf16":
-            if self.strategy != "deepspeed" and (self.strategy != "auto" or self.ds_config is None):
-                strategy = "auto without a ds_config" if self.strategy == "auto" else self.strategy
-                yield f"zero_communication is bf16 but strategy is {strategy}: only ZeRO reads it; set it to fp32"
-            if self.precision != "bf16":
-                yield f"zero_communication is bf16 but precision is {self.precision}; set one to the other's"
+            if strategy != "deepspeed" and (strategy != "auto" or self.ds_config is None):
+                said = "auto without a ds_config" if strategy == "auto" else strategy
+                yield f"zero_communication is bf16 but strategy is {said}: only ZeRO reads it; set it to fp32"
+            if precision != "bf16":
+                yield f"zero_communication is bf16 but precision is {precision}; set one to the other's"
         if self.compile_cache is not None and not self.compile:
             yield f"compile_cache is {self.compile_cache!r} but compile is false; set compile=true, or it to null"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
+class SinkConfig(Section, at="logging.sinks", registry=SINKS):
+    """Where a sink writes the rows."""
+
+
+class LoggingConfig(Section, at="logging"):
     """What is written while training."""
 
-    every: int = 10  # steps between rows of metrics.jsonl
-    tensorboard: bool = True
-    sinks: Any = None
-    progress: str = "auto"  # auto (a bar on a terminal, lines elsewhere) | bar | lines | none
-
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        at_least(problems, 1, every=self.every)
-        choose(problems, "progress", self.progress, ("auto", "bar", "lines", "none"))
-        raise_problems("logging", problems)
+    every: Steps = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
+    tensorboard: bool = Field(True, description="Write the rows for TensorBoard too.")
+    progress: Literal["auto", "bar", "lines", "none"] = Field(
+        "auto", description="On the terminal; auto is a bar there, and lines elsewhere."
+    )
+    sinks: dict[str, SinkConfig] = Field({}, description="Sinks that take the rows too, each with its own settings.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section, at="checkpoint"):
     """When the whole state is written, and how many are kept. One is always written at the end."""
 
-    every: int = 1000  # steps; 0: at the end only
-    keep: int = 2  # newest checkpoints kept
-
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        at_least(problems, 0, every=self.every)
-        at_least(problems, 1, keep=self.keep)
-        raise_problems("checkpoint", problems)
+    every: Steps = Field(1000, ge=0, description="Steps between checkpoints; 0: at the end only.")
+    keep: Count = Field(2, description="Newest checkpoints that are kept.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """The online k-nearest-neighbour check of the target encoder, beside the untrained one's figure."""
+class EvaluateConfig(Section, at="evaluate", registry=EVALUATORS, selector="evaluator"):
+    """The check of the target encoder while it trains."""
 
-    evaluator: str = "knn"
-    every: int = 0  # steps; 0: never
-    train: str | None = None  # labelled images that vote
-    test: str | None = None  # labelled held-out images
-    reader: str = "shards"  # shards | imagefolder
-    max_train: int = 10_000  # images taken from each, evenly spread
-    max_test: int = 2_000
-    neighbors: int = 20
-    temperature: float = 0.07  # of the votes' softmax
-    batch_size: int = 64  # images per process and forward pass
+    evaluator: str = Field("knn", description="What is measured.")
+    every: Steps = Field(0, ge=0, description="Steps between evaluations; 0: never.")
 
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        choose(problems, "reader", self.reader, ("shards", "imagefolder"))
-        at_least(problems, 0, every=self.every)
-        at_least(problems, 1, max_train=self.max_train, max_test=self.max_test, neighbors=self.neighbors)
-        at_least(problems, 1, batch_size=self.batch_size)
-        if not self.temperature > 0:
-            problems.append(f"temperature is {self.temperature}; give a number above 0")
+
+class KnnConfig(EvaluateConfig, names=("knn",)):
+    """The online k-nearest-neighbour check of the target encoder, with the untrained one's figure."""
+
+    train: str | None = Field(None, description="Labelled images that vote.")
+    test: str | None = Field(None, description="Labelled held-out images.")
+    reader: Literal["shards", "imagefolder"] = Field("shards", description="How they are stored.")
+    max_train: Images = Field(10_000, description="Images taken of those that vote, evenly spread.")
+    max_test: Images = Field(2_000, description="Images taken of those held out, evenly spread.")
+    neighbors: Count = Field(20, description="Neighbours that vote.")
+    temperature: Positive = Field(0.07, description="Temperature of the votes' softmax.")
+    batch_size: Images = Field(64, description="Images of a process and forward pass.")
+
+    def problems(self) -> Iterator[str]:
+        """Yields it where images are missing."""
         if self.every and (self.train is None or self.test is None):
-            problems.append(f"every is {self.every} but train is {self.train} and test is {self.test}; name both")
-        raise_problems("evaluate", problems)
+            yield f"every is {self.every} but train is {self.train} and test is {self.test}; name both"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class RunConfig(Section):
+    """What every run has."""
+
+    folder: str = Field("runs/pretrain", description="Folder of logs, checkpoints and the resolved configuration.")
+    seed: int = Field(0, ge=0, description="Decides weights, order, crops and masks.")
+    resume: str = Field("auto", description="The newest checkpoint of the folder (auto), none, or a checkpoint folder.")
+    engine: EngineConfig = EngineConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class PretrainConfig(RunConfig):
     """A pretraining run."""
 
-    folder: str = "runs/pretrain"  # logs, checkpoints and the resolved config
-    seed: int = 0
-    resume: str = "auto"  # auto (the newest checkpoint in the folder, if any) | none | a checkpoint folder
-    model: ModelConfig = field(default_factory=ModelConfig)
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=2048))
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; give a number of at least 0")
+    model: ModelConfig = ModelConfig()
+    masks: MaskConfig = BlockMaskConfig()
+    data: DataConfig = DataConfig(batch_size=2048)
+    augment: AugmentConfig = AugmentConfig()
+    objective: ObjectiveConfig = RegressionConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluate: EvaluateConfig = KnnConfig()

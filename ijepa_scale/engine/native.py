@@ -29,7 +29,7 @@ class NativeEngine(BaseEngine):
 
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
         # torch's fused AdamW takes the flag on the device; for other kernels the host reads it before they run
-        late = world.device.type == "cuda" and optimizer.impl in ("auto", "torch")
+        late = world.device.type == "cuda" and getattr(optimizer, "impl", None) in ("auto", "torch")
         super().__init__(world, config, optimizer, late=late)
 
     @override

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_scale.config.schema import EvaluateConfig
+from ijepa_scale.config.schema import KnnConfig
 from ijepa_scale.data.eval_reader import EvalReader, spread
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.data.sources.source import SampleSource
@@ -24,9 +24,9 @@ class OnlineKnn:
     of the images; the figure is the same on all processes, and for any number of them.
     """
 
-    Config = EvaluateConfig
+    Config = KnnConfig
 
-    def __init__(self, config: EvaluateConfig, images: ImageSettings, world: World) -> None:
+    def __init__(self, config: KnnConfig, images: ImageSettings, world: World) -> None:
         self._config, self._images, self._world = config, images, world
         self._train = _Split("evaluate.train", config.reader, config.train, config.max_train)
         self._test = _Split("evaluate.test", config.reader, config.test, config.max_test)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ijepa_scale.augment.eval_transform import EvalTransform
 from ijepa_scale.checkpoint.store import Checkpoint, newest
-from ijepa_scale.config.finetune import ClassifierConfig
-from ijepa_scale.config.finetune_run import ClassifierEvaluationConfig
+from ijepa_scale.config.earlier import stored
+from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.decode import decode
 from ijepa_scale.errors import CheckpointError, ConfigError, DataError, SampleError
 from ijepa_scale.models.classifier import Classifier, build_classifier
@@ -42,14 +42,13 @@ class ImageClassifier:
                 f"{self.checkpoint} is of a pretraining run, which names no classes; finetune it first: "
                 "launch/finetune.py --config C.yaml model.init=RUN"
             )
-        config = checkpoint.extra["config"]
-        self._config = ClassifierConfig(**config["model"])
+        config = FinetuneConfig(**stored(checkpoint.extra["config"], FinetuneConfig))
+        self._config = config.model
         self.classes = checkpoint.extra["classes"] or [str(number) for number in range(self._config.num_classes)]
         self._device = _usable(device)
-        augment = config["augment"]
-        crop_fraction = ClassifierEvaluationConfig(**config["evaluate"]).crop_of(self._config.image_size)
+        size, augment = config.model.encoder.image_size, config.augment
         self._transform = EvalTransform(
-            self._config.image_size, crop_fraction, mean=augment["mean"], std=augment["std"], device=self._device
+            size, config.evaluate.crop_of(size), mean=augment.mean, std=augment.std, device=self._device
         )
         prefix = "target." if "target.head.weight" in checkpoint.tensors else "model."  # averaged, where there are some
         self.module: Classifier = build_classifier(self._config)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.config.schema import BlockMaskConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks.draw import Lengths
 
@@ -57,7 +57,7 @@ class PossibleSizes:
         return _areas(self.contexts)
 
 
-def possible_sizes(config: MaskConfig, grid: Size, rule: BlockRule) -> PossibleSizes:
+def possible_sizes(config: BlockMaskConfig, grid: Size, rule: BlockRule) -> PossibleSizes:
     """Returns the block sizes that can be drawn, found at every point where rounding changes one."""
     aspect = rule.context_aspect(grid)
     return PossibleSizes(
@@ -66,7 +66,7 @@ def possible_sizes(config: MaskConfig, grid: Size, rule: BlockRule) -> PossibleS
     )
 
 
-def longest_blocks(config: MaskConfig, grid: Size, sizes: PossibleSizes, rule: BlockRule) -> Lengths:
+def longest_blocks(config: BlockMaskConfig, grid: Size, sizes: PossibleSizes, rule: BlockRule) -> Lengths:
     """Returns lengths that no draw of these sizes exceeds.
 
     A context is longest where all its targets overlap one another and reach as far out of it as they can. A
@@ -85,7 +85,7 @@ def longest_blocks(config: MaskConfig, grid: Size, sizes: PossibleSizes, rule: B
     return Lengths(context=most, target=sizes.target_tokens[1])
 
 
-def check(config: MaskConfig, grid: Size, rule: BlockRule) -> PossibleSizes:
+def check(config: BlockMaskConfig, grid: Size, rule: BlockRule) -> PossibleSizes:
     """Returns the possible sizes of a configuration that can be satisfied.
 
     Raises:
@@ -136,7 +136,7 @@ def _areas(sizes: frozenset[Size]) -> tuple[int, int]:
     return min(areas), max(areas)
 
 
-def _too_small(config: MaskConfig, grid: Size, rule: BlockRule, kind: str, sizes: frozenset[Size]) -> str:
+def _too_small(config: BlockMaskConfig, grid: Size, rule: BlockRule, kind: str, sizes: frozenset[Size]) -> str:
     low, high = _areas(sizes)
     scale = config.target_scale if kind == "target" else config.context_scale
     remedies = [f"raise masks.{kind}_scale or model.image_size"]
@@ -151,7 +151,7 @@ def _too_small(config: MaskConfig, grid: Size, rule: BlockRule, kind: str, sizes
     )
 
 
-def _swallowed(config: MaskConfig, grid: Size, sizes: PossibleSizes, rule: BlockRule) -> list[str]:
+def _swallowed(config: BlockMaskConfig, grid: Size, sizes: PossibleSizes, rule: BlockRule) -> list[str]:
     """Returns what is wrong where some target block leaves too little of some context block wherever they lie."""
     rows, columns = grid[0] - rule.unused, grid[1] - rule.unused
     kept, context, target = min(

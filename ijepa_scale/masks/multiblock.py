@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from ijepa_scale import rng
-from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.config.schema import BlockMaskConfig
 from ijepa_scale.masks.block_sizes import BlockRule, Size, check, context_size, longest_blocks, size_of
 from ijepa_scale.masks.draw import Lengths
 from ijepa_scale.masks.group import GroupMasks, block_patches, cut_by_key
@@ -39,9 +39,9 @@ RULE = BlockRule(sides=fitted_sides, unused=0, coupled=False, context_aspect=lam
 class MultiblockDraw:
     """The sampler `multiblock`."""
 
-    Config = MaskConfig
+    Config = BlockMaskConfig
 
-    def __init__(self, config: MaskConfig, grid: Size, *, seed: int) -> None:
+    def __init__(self, config: BlockMaskConfig, grid: Size, *, seed: int) -> None:
         self.sizes = check(config, grid, RULE)
         self._config, self._grid, self._seed = config, grid, seed
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+from pydantic import Field
 
 from ijepa_scale import rng
+from ijepa_scale.config.form import Fraction
 from ijepa_scale.config.schema import MaskConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks.draw import Lengths
 from ijepa_scale.masks.group import GroupMasks
 
 
-@dataclass(frozen=True, kw_only=True)
 class RandomMaskConfig(MaskConfig):
     """Each target is a random set of patches, and so is the context, without the targets."""
 
-    sampler: str = "random"
-    context_ratio: float = 0.4  # share of the image's patches that are context
-    target_ratio: float = 0.15  # share of the image's patches that each target holds
+    sampler: str = Field("random", description="Draw of the masks.")
+    context_ratio: Fraction = Field(0.4, description="Share of the grid that is context.")
+    target_ratio: Fraction = Field(0.15, description="Share of the grid that each target holds.")
 
 
 class RandomDraw:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ijepa_scale import rng
-from ijepa_scale.config.schema import MaskConfig
+from ijepa_scale.config.schema import BlockMaskConfig
 from ijepa_scale.masks.block_sizes import BlockRule, Size, check, context_size, longest_blocks, size_of
 from ijepa_scale.masks.draw import Lengths
 from ijepa_scale.masks.group import GroupMasks, block_patches, cut_first
@@ -42,9 +42,9 @@ class ReferenceDraw:
     published run had, whatever the seed. Corners come from a generator keyed by (seed, step, group).
     """
 
-    Config = MaskConfig
+    Config = BlockMaskConfig
 
-    def __init__(self, config: MaskConfig, grid: Size, *, seed: int) -> None:
+    def __init__(self, config: BlockMaskConfig, grid: Size, *, seed: int) -> None:
         self.sizes = check(config, grid, RULE)
         self._config, self._grid, self._seed = config, grid, seed
 
@@ -58,7 +58,7 @@ class ReferenceDraw:
         return sample_reference(self._config, self._grid, step=step, count=count, generator=generator)
 
 
-def block_sizes(config: MaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
+def block_sizes(config: BlockMaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
     """Returns the sizes of target and context blocks at a step: a function of the step counter alone."""
     generator = torch.Generator().manual_seed(step)
     target_draw = torch.rand(1, generator=generator).item()  # host tensor: no synchronisation
@@ -68,7 +68,7 @@ def block_sizes(config: MaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
 
 
 def sample_reference(
-    config: MaskConfig, grid: Size, *, step: int, count: int, generator: torch.Generator
+    config: BlockMaskConfig, grid: Size, *, step: int, count: int, generator: torch.Generator
 ) -> GroupMasks:
     """Returns the masks of `count` images as the published collator draws them for one batch.
 
@@ -98,7 +98,7 @@ def _draw_block(size: Size, grid: Size, generator: torch.Generator) -> np.ndarra
 
 
 def _draw_context(
-    config: MaskConfig, size: Size, grid: Size, targets: np.ndarray, generator: torch.Generator
+    config: BlockMaskConfig, size: Size, grid: Size, targets: np.ndarray, generator: torch.Generator
 ) -> np.ndarray:
     """Returns (N,) bool: a context block without `targets` (M, T), or the first of them after failures."""
     failures = 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from ijepa_scale.config.section import Section
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.metrics.sinks import is_number, kept_id
 
@@ -16,13 +18,12 @@ ID_FILE = "mlflow_id.txt"
 _LONGEST_PARAM = 500  # characters of a value; longer ones are cut
 
 
-@dataclass(frozen=True, kw_only=True)
-class MlflowConfig:
+class MlflowConfig(Section):
     """MLflow: where the run appears."""
 
-    uri: str | None = None  # tracking server; null: MLflow's own settings (MLFLOW_TRACKING_URI)
-    experiment: str = "ijepa_scale"
-    name: str | None = None  # of the run; null: that of the run's folder
+    uri: str | None = Field(None, description="Tracking server; null takes MLflow's settings (MLFLOW_TRACKING_URI).")
+    experiment: str = Field("ijepa_scale", description="Experiment of the run.")
+    name: str | None = Field(None, description="Name of the run; null takes that of its folder.")
 
 
 class MlflowSink:

@@ -166,7 +166,7 @@ def open_sinks(
     members: list[Sink] = [JsonlSink(folder / JSONL_NAME, drop_from)]
     if logging.tensorboard:
         members.append(TensorBoardSink(folder / TENSORBOARD_NAME, drop_from))
-    for name, config in (logging.sinks or {}).items():
+    for name, config in logging.sinks.items():
         members.append(SINKS.get(name)(config, folder, drop_from=drop_from, run=run))
     return Sinks(members)
 

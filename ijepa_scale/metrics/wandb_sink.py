@@ -5,24 +5,27 @@ from __future__ import annotations
 import importlib
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
+
+from ijepa_scale.config.section import Section
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.metrics.sinks import is_number, kept_id
 
 ID_FILE = "wandb_id.txt"
 
 
-@dataclass(frozen=True, kw_only=True)
-class WandbConfig:
+class WandbConfig(Section):
     """Weights & Biases: where the run appears."""
 
-    project: str = "ijepa_scale"
-    entity: str | None = None  # user or team; null: the account's default
-    name: str | None = None  # of the run; null: that of the run's folder
-    mode: str = "online"  # online | offline (written into the run's folder, sent later by `wandb sync`)
+    project: str = Field("ijepa_scale", description="Project of the run.")
+    entity: str | None = Field(None, description="User or team; null takes the account's default.")
+    name: str | None = Field(None, description="Name of the run; null takes that of its folder.")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="Offline writes into the run's folder; `wandb sync` sends it later."
+    )
 
 
 class WandbSink:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_scale import rng
-from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.init import initialise, initialise_head
 from ijepa_scale.models.layers import LayerNorm, Linear
@@ -99,17 +99,7 @@ def build_classifier(
     Raises:
         ConfigError: the name is unknown, sizes don't divide, or the config uses more blocks than there are.
     """
-    encoder = build_encoder(
-        config.name,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        seed=seed,
-        device=device,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-    )
+    encoder = build_encoder(**dict(config.encoder), seed=seed, device=device)
     depth = len(encoder.blocks)
     if config.frozen_blocks > depth:
         raise ConfigError(f"model.frozen_blocks is {config.frozen_blocks} of {depth} blocks; give at most {depth}")

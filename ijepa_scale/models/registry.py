@@ -44,7 +44,7 @@ def build_encoder(
     known = {size: size for size in _ENCODER_SIZES}
     config = ModelConfig(
         name=name,
-        image_size=image_size,
+        image_size=_sides(image_size),
         patch_size=patch_size,
         rescale_residual=rescale_residual,
         **_renamed("build_encoder", sizes, known),
@@ -72,7 +72,7 @@ def build_predictor(
     """
     config = ModelConfig(
         name=name,
-        image_size=image_size,
+        image_size=_sides(image_size),
         patch_size=patch_size,
         rescale_residual=rescale_residual,
         **_renamed("build_predictor", sizes, _PREDICTOR_SIZES),
@@ -134,6 +134,10 @@ def _materialise(
     model.load_state_dict(buffers, strict=False)
     initialise(model, generator, rescale_residual)
     return model.to(device)
+
+
+def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
 
 
 def _renamed(builder: str, sizes: dict[str, Any], known: dict[str, str]) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from ijepa_scale.config import ObjectiveConfig
@@ -13,11 +12,10 @@ from ijepa_scale.masks import Masks, Wanted
 from ijepa_scale.objectives.targets import check_shapes, mean_over_images, normalise_targets, select_targets
 
 
-@dataclass(frozen=True, kw_only=True)
 class CosineConfig(ObjectiveConfig):
     """One minus the cosine of the angle between prediction and normalised target, mean over the target tokens."""
 
-    loss: str = "cosine"
+    loss: str = Field("cosine", description="Distance of predicted from target features.")
 
 
 class Cosine:

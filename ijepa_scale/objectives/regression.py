@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_kernels.target_loss import target_loss
-from ijepa_scale.config import ObjectiveConfig
+from ijepa_scale.config import RegressionConfig
 from ijepa_scale.masks import Masks, PackedMasks, Wanted
 from ijepa_scale.objectives.targets import (
     TARGET_NORM_EPS,
@@ -23,9 +23,9 @@ from ijepa_scale.objectives.targets import (
 class Regression:
     """`smooth_l1`: quadratic below `beta`, linear above; `l2`: the squared error. A mean over all elements."""
 
-    Config = ObjectiveConfig
+    Config = RegressionConfig
 
-    def __init__(self, config: ObjectiveConfig, *, fused: bool = False) -> None:
+    def __init__(self, config: RegressionConfig, *, fused: bool = False) -> None:
         """`fused` takes one Triton kernel for norm, selection, loss and gradient; CUDA only."""
         self._config = config
         self._fused = fused

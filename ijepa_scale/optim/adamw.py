@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ijepa_scale.config import OptimizerConfig
+from ijepa_scale.config import AdamWConfig, OptimizerConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.schedules import Hyper
 
@@ -115,6 +115,7 @@ def build_optimizer(
     Raises:
         ConfigError: the chosen implementation isn't installed, or isn't NVIDIA's.
     """
+    assert isinstance(config, AdamWConfig), f"no AdamW in {config}"
     parts = groups(module)
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     if config.impl in ("auto", "torch"):

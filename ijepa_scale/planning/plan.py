@@ -189,7 +189,7 @@ def _spread(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, *, stage:
 def _alternatives(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets) -> Iterator[Spread]:
     """Yields every other way to spread the step."""
     changes: dict[str, Any] = {"strategy": "ddp", "replicas": 1, "ds_config": None, "zero_communication": "fp32"}
-    base = _spread(dataclasses.replace(engine, **changes), cluster, zero, stage=1)
+    base = _spread(engine.replace(**changes), cluster, zero, stage=1)
     if cluster.num_gpus == 1:
         return
     yield base

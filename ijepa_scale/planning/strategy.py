@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from ijepa_scale.config.schema import EngineConfig, ModelConfig
@@ -81,7 +80,7 @@ def resolve_engine(
     if engine.strategy != "auto":
         return engine, f"strategy {engine.strategy} as configured"
     if engine.ds_config is not None:
-        return dataclasses.replace(engine, strategy="deepspeed"), f"ds_config names {engine.ds_config}"
+        return engine.replace(strategy="deepspeed"), f"ds_config names {engine.ds_config}"
     choice = choose_strategy(
         model,
         world=world,
@@ -90,8 +89,7 @@ def resolve_engine(
         device_memory_bytes=device_memory_bytes,
         precision=engine.precision,
     )
-    resolved = dataclasses.replace(
-        engine,
+    resolved = engine.replace(
         strategy=choice.strategy,
         reshard_after_forward=choice.reshard_after_forward or engine.reshard_after_forward,
         replicas=choice.replicas,

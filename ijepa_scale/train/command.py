@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from ijepa_scale.config import read_config, to_yaml
+from ijepa_scale.config.manual import help_text
 from ijepa_scale.environment import Launch
+from ijepa_scale.registry import load_plugin
 from ijepa_scale.train import processes
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.setup import with_strategy
@@ -21,6 +23,11 @@ def launch(description: str, kind: type[Task]) -> None:
     """Reads flags and configuration, and trains in each process of the run, or prints the configuration and stops."""
     flags = _parse(description)
     with processes.user_errors(0):
+        for module in flags.plugin:
+            load_plugin(module)
+        if flags.help_config is not None:
+            print(help_text(kind.config_kind, flags.help_config))
+            return
         loaded = read_config(flags.config, flags.overrides, kind=kind.config_kind)
     if flags.print_config:
         print("\n".join([*(f"# {note}" for note in loaded.notes), to_yaml(loaded.config)]))
@@ -29,8 +36,10 @@ def launch(description: str, kind: type[Task]) -> None:
     processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
 
 
-def train_here(kind: type[Task], config: Any, launch: Launch, device: torch.device) -> None:
+def train_here(kind: type[Task], plugins: tuple[str, ...], config: Any, launch: Launch, device: torch.device) -> None:
     """Trains in this process, one of the run's, and prints the result where it is the main one."""
+    for module in plugins:  # a child process begins without them
+        load_plugin(module)
     level = logging.INFO if launch.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
     config = with_strategy(config, launch, device)
@@ -43,13 +52,23 @@ def train_here(kind: type[Task], config: Any, launch: Launch, device: torch.devi
 def _parse(description: str) -> argparse.Namespace:
     """Returns the command line's flags."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", "--fname", required=True, help="YAML file, ours or a published one")
+    parser.add_argument("--config", "--fname", help="YAML file, ours or a published one")
+    parser.add_argument("--help-config", nargs="?", const="", metavar="SECTION", help="explain the settings and stop")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module that registers components; can be repeated",
+    )
     parser.add_argument("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
     parser.add_argument("--processes", type=int, help="start that many processes on this host")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. optimizer.lr=1e-3 data.workers=8")
     flags = parser.parse_intermixed_args()
+    if flags.config is None and flags.help_config is None:
+        parser.error("--config is missing; name a YAML file, such as configs/demo.yaml")
     flags.overrides += [word for word in flags.devices or () if "=" in word]  # --devices takes all that follows
     flags.devices = [word for word in flags.devices or () if "=" not in word] or None
     return flags

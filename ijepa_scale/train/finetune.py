@@ -96,7 +96,11 @@ class FinetuneTask(Task):
         self.classes = class_names(source, model.num_classes)
         self._check = self._build_check()
         self.augment = FinetuneAugment(
-            config.augment, model.image_size, num_classes=model.num_classes, seed=config.seed, device=world.device
+            config.augment,
+            model.encoder.image_size,
+            num_classes=model.num_classes,
+            seed=config.seed,
+            device=world.device,
         )
         module = build_classifier(model, seed=config.seed)
         self.loaded: LoadReport | None = None
@@ -138,11 +142,11 @@ class FinetuneTask(Task):
             )
         return ClassifierCheck(
             source,
-            model.image_size,
+            model.encoder.image_size,
             model.num_classes,
             world=self.world,
             batch_size=config.batch_size,
-            crop_fraction=config.crop_of(model.image_size),
+            crop_fraction=config.crop_of(model.encoder.image_size),
             mean=self.config.augment.mean,
             std=self.config.augment.std,
             workers=config.workers,
@@ -179,7 +183,7 @@ class FinetuneTask(Task):
 
     def flops_per_image(self, means: dict[str, float]) -> float:
         """Returns the FLOPs of one training image."""
-        return finetune_flops(self.config.model.encoder, frozen_blocks=self.config.model.frozen_blocks)
+        return finetune_flops(self.config.model.pretrained, frozen_blocks=self.config.model.frozen_blocks)
 
     def evaluates(self, done: int) -> bool:
         """Returns whether an evaluation is due: each `evaluate.every_epochs` and at the end, not before the start."""

@@ -5,7 +5,6 @@ What is trained, and what is particular to a kind of training, is a `Task`; ther
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from itertools import count
@@ -16,6 +15,7 @@ import torch
 
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import CheckpointConfig, EngineConfig, LoggingConfig, to_yaml
+from ijepa_scale.config.earlier import stored
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.world import World
@@ -106,8 +106,9 @@ class Loop:
         kind = checkpoint.extra.get("kind", "pretrain")
         if kind != self.task.kind:
             raise CheckpointError(f"{path} is of a {kind} run, this is a {self.task.kind} run; give another folder")
-        _check_identity(path, checkpoint.extra["identity"], self.task.identity())
-        for line in _changes(checkpoint.extra["config"], json.loads(json.dumps(dataclasses.asdict(self.config)))):
+        before = {name: stored(checkpoint.extra[name], type(self.config)) for name in ("identity", "config")}
+        _check_identity(path, before["identity"], self.task.identity())
+        for line in _changes(before["config"], self.config.values()):
             logger.warning("changed since %s: %s", path.name, line)
         checkpoint.load(self.task.engine.pieces())
         self.task.engine.loaded(checkpoint.step)
@@ -148,7 +149,7 @@ class Loop:
             rank=self.world.rank,
             logging=self.config.logging,
             drop_from=self.start + 1 if self.start else 0,
-            run=dataclasses.asdict(self.config),
+            run=self.config.values(),
         ) as sinks:
             mode = self.config.logging.progress if self.world.is_main else "none"
             progress = Progress(last, mode=mode, first_step=self.start)
@@ -228,7 +229,7 @@ class Loop:
         extra = {
             "kind": self.task.kind,
             "identity": self.task.identity(),
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.values(),
             "versions": self.provenance,
             **self.task.state(),
         }

@@ -10,8 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ijepa_scale.checkpoint.weights import LoadReport
-from ijepa_scale.config.finetune import LR_BATCH
-from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.finetune_run import LR_BATCH, FinetuneConfig
 from ijepa_scale.engine.ds_config import load_ds_config
 from ijepa_scale.engine.world import World
 from ijepa_scale.evaluate.classification import chance_loss

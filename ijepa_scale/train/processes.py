@@ -15,6 +15,7 @@ from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.world import World, choose_device, start_world, stop_world
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError, UserError
+from ijepa_scale.registry import PLUGINS, load_plugin
 
 Main = Callable[[Any, Launch, torch.device], None]
 
@@ -50,20 +51,23 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
     port = environment.free_port()
     environment.default_threads(count)
     try:
-        multiprocessing.spawn(_child, (main, options, engine, devices, count, port), nprocs=count)
+        multiprocessing.spawn(_child, (PLUGINS, main, options, engine, devices or [None] * count, port), nprocs=count)
     except multiprocessing.ProcessExitedException as error:
         sys.exit(error.exit_code)
 
 
 def _child(
-    rank: int, main: Main, options: Any, engine: EngineConfig, devices: list[str] | None, count: int, port: int
+    rank: int, plugins: list[str], main: Main, options: Any, engine: EngineConfig, devices: list[str | None], port: int
 ) -> None:
+    count = len(devices)
     with user_errors(rank):
+        for module in plugins:
+            load_plugin(module)
         launch = Launch(
             rank=rank, world_size=count, local_rank=rank, local_world_size=count, address="127.0.0.1", port=port
         )
         _set_threads(launch)
-        main(options, launch, choose_device(engine, launch, devices[rank] if devices else None))
+        main(options, launch, choose_device(engine, launch, devices[rank]))
 
 
 def _set_threads(launch: Launch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ import torch
 
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.schema import EncoderConfig
 from ijepa_scale.data.sources.open import training_source
 from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
@@ -29,7 +29,7 @@ def with_strategy(config: Config, launch: Launch, device: torch.device) -> Confi
 
     A classifier counts as its encoder pretrained, with target and predictor: an upper bound.
     """
-    model = config.model if isinstance(config, PretrainConfig) else config.model.encoder
+    model = config.model if isinstance(config, PretrainConfig) else config.model.pretrained
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     engine, reason = resolve_engine(
         config.engine,
@@ -40,7 +40,12 @@ def with_strategy(config: Config, launch: Launch, device: torch.device) -> Confi
         device_memory_bytes=memory,
     )
     logger.info("engine.strategy is %s: %s", engine.strategy, reason)
-    return dataclasses.replace(config, engine=engine)
+    return config.replace(engine=engine)
+
+
+def encoder_of(config: PretrainConfig | FinetuneConfig) -> EncoderConfig:
+    """Returns the section of the encoder: pretraining's model section holds it, finetuning's nests it."""
+    return config.model if isinstance(config, PretrainConfig) else config.model.encoder
 
 
 def global_batch(config: PretrainConfig | FinetuneConfig, processes: int) -> int:
@@ -66,7 +71,7 @@ def open_training_source(config: PretrainConfig | FinetuneConfig, *, log: bool) 
     Raises:
         DataError: data that can't be read, or of which more than `data.max_bad_fraction` can't be used.
     """
-    height, width = (max(_SYNTHETIC_SIDE, side) for side in config.model.image_size)
+    height, width = (max(_SYNTHETIC_SIDE, side) for side in encoder_of(config).image_size)
     source = training_source(config.data, (height, width))
     if not isinstance(source, StreamSource):
         check_problems(source.problems(), source.num_samples, config.data.max_bad_fraction, log=log)

@@ -24,6 +24,7 @@ from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.row import Row, training_row
 from ijepa_scale.planning.hardware import peak_flops
 from ijepa_scale.schedules import Hyper
+from ijepa_scale.train.setup import encoder_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class Task:
             self.source,
             self.order,
             self.config.augment,  # its crops: the rest is done on the device
-            self.config.model.image_size,
+            encoder_of(self.config).image_size,
             seed=self.config.seed,
             rank=self.world.rank,
             world=self.world.size,
@@ -95,9 +96,9 @@ class Task:
 
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint must agree in to be continued, as JSON gives it back."""
-        config = dataclasses.asdict(self.config)
+        config = self.config.values()
         return {
-            **{section: plain_values(config[section]) for section in self.identity_sections},
+            **{section: config[section] for section in self.identity_sections},
             "batch size of all processes": self.batch_size,
             "data": self.source.fingerprint,
             "data.window_shards": self.config.data.window_shards,
@@ -155,10 +156,3 @@ class Task:
     def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> Result:
         """Returns the result of the run."""
         return Result(steps=steps, loss=loss, checkpoint=checkpoint)
-
-
-def plain_values(value: Any) -> Any:
-    """Returns `value` as JSON would give it back: tuples as lists."""
-    if isinstance(value, dict):
-        return {key: plain_values(inner) for key, inner in value.items()}
-    return [plain_values(inner) for inner in value] if isinstance(value, (list, tuple)) else value

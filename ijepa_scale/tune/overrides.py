@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from ijepa_scale.config import PretrainConfig, load_config, read_config
 from ijepa_scale.config.files import known_keys
-from ijepa_scale.config.yaml_text import write_yaml
+from ijepa_scale.config.yaml_text import nest, write_yaml
 from ijepa_scale.errors import ConfigError
 
 # written even if the configuration has the same values, so that a later change of it doesn't undo the tuning
@@ -25,7 +25,7 @@ def overrides_of(path: Path, tuned: PretrainConfig, *, also: tuple[str, ...] = (
     except ConfigError:  # it isn't valid without the settings of the command line
         before = {}
     always = {*TUNED, *also}
-    return {key: after[key] for key in known_keys(PretrainConfig) if key in always or before.get(key) != after[key]}
+    return {key: after[key] for key in after if key in always or before.get(key) != after[key]}
 
 
 def write_overrides(path: Path, base: Path, settings: Mapping[str, Any], tuned: PretrainConfig, notes: str) -> None:
@@ -34,10 +34,7 @@ def write_overrides(path: Path, base: Path, settings: Mapping[str, Any], tuned: 
     Raises:
         ConfigError: the file can't be written.
     """
-    nested: dict[str, Any] = {"base": os.path.relpath(base.resolve(), path.resolve().parent)}
-    for key, value in settings.items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
+    nested = {"base": os.path.relpath(base.resolve(), path.resolve().parent), **nest(settings)}
     comments = "".join(f"# {line}\n" for line in notes.splitlines())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,12 +56,5 @@ def _plain(value: Any) -> str:
 
 
 def _flat(config: PretrainConfig) -> dict[str, Any]:
-    """Returns the settings of a configuration by dotted name."""
-    values = dataclasses.asdict(config)
-    found = {}
-    for key in known_keys(PretrainConfig):
-        inner: Any = values
-        for part in key.split("."):
-            inner = inner[part]
-        found[key] = inner
-    return found
+    """Returns the dotted settings of a configuration."""
+    return {key: reduce(lambda inner, part: inner[part], key.split("."), config.values()) for key in known_keys(config)}

@@ -148,8 +148,8 @@ def _synthetic(config: PretrainConfig, processes: int) -> PretrainConfig:
     """Returns the configuration with its data replaced by synthetic images, made in this process."""
     data = config.data
     samples = max(data.synthetic_samples, global_batch(config, processes))
-    data = dataclasses.replace(data, reader="synthetic", train=None, workers=0, synthetic_samples=samples)
-    return dataclasses.replace(config, data=data)
+    data = data.replace(reader="synthetic", train=None, workers=0, synthetic_samples=samples)
+    return config.replace(data=data)
 
 
 def _batches(run: PretrainTask, job: StepJob) -> Generator[Batch, None, None]:

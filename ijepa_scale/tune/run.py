@@ -12,7 +12,6 @@ import numpy as np
 
 from ijepa_scale import environment
 from ijepa_scale.config import PretrainConfig, read_config
-from ijepa_scale.config.checks import at_least, choose
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.tune import worst
 from ijepa_scale.tune.children import Children, Outcome
@@ -51,11 +50,14 @@ class Options:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        at_least(problems, 1, processes=self.processes, limit=self.limit, warmup=self.warmup)
-        at_least(problems, 3, steps=self.steps)
-        choose(problems, "worst", self.worst, worst.KINDS)
-        for name in self.skip or ():
-            choose(problems, "skip", name, STAGES)
+        for name, low in {"processes": 1, "limit": 1, "warmup": 1, "steps": 3}.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                problems.append(f"{name} is {value}; give at least {low}")
+        words = [("worst", self.worst, worst.KINDS), *(("skip", stage, STAGES) for stage in self.skip or ())]
+        for name, word, choices in words:
+            if word not in choices:
+                problems.append(f"{name} is {word!r}; choose one of {', '.join(choices)}")
         for name in ("minutes", "candidate_minutes", "memory"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -156,7 +158,7 @@ class _Tuning:
         tuned = space.config_of(best.candidate)
         wait: dict[str, float] = {}
         if workers.chosen is not None:
-            tuned = dataclasses.replace(tuned, data=dataclasses.replace(tuned.data, workers=workers.chosen))
+            tuned = tuned.replace(data=tuned.data.replace(workers=workers.chosen))
             self._with_loader(best, tuned, wait)
         self._say("\n" + found_text(space, found, best, wait) + "\n\n" + workers_text(workers))
         also = ("data.workers",) if workers.chosen is not None else ()
@@ -196,8 +198,8 @@ class _Tuning:
             return Workers(reason="data.train isn't set")
 
         def measure(count: int) -> Outcome:
-            data = dataclasses.replace(config.data, workers=count)
-            job = LoaderJob(config=dataclasses.replace(config, data=data), seconds=_LOADER_S)
+            data = config.data.replace(workers=count)
+            job = LoaderJob(config=config.replace(data=data), seconds=_LOADER_S)
             return self._children.run(
                 measure_loader,
                 job,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,8 +93,8 @@ class Space:
         Raises:
             ConfigError: it doesn't, or the configuration names the strategy for a single process but there are more.
         """
-        accumulation_1 = dataclasses.replace(config.engine, accumulation=1)
-        self.batch_size = global_batch(dataclasses.replace(config, engine=accumulation_1), machine.processes)
+        accumulation_1 = config.engine.replace(accumulation=1)
+        self.batch_size = global_batch(config.replace(engine=accumulation_1), machine.processes)
         self.share = self.batch_size // machine.processes
         self.config, self.machine, self.worst = config, machine, worst
         self._ds_configs = ds_configs
@@ -123,12 +122,12 @@ class Space:
         if changes.get("strategy", "deepspeed") != "deepspeed":
             changes["zero_communication"] = "fp32"  # other values are refused without DeepSpeed
         if changes.get("compile") is False:
-            changes["compile_cache"] = None  # refused without compilation
-        return Candidate(dataclasses.replace(engine, accumulation=accumulation, **changes), micro_batch)
+            changes["compile_cache"] = None  # likewise
+        return Candidate(engine.replace(accumulation=accumulation, **changes), micro_batch)
 
     def config_of(self, candidate: Candidate) -> PretrainConfig:
-        """Returns the configuration with the candidate's engine."""
-        return dataclasses.replace(self.config, engine=candidate.engine)
+        """Returns the configuration as the candidate computes it."""
+        return self.config.replace(engine=candidate.engine)
 
     def micro_batches(self) -> list[int]:
         """Returns the micro-batches to try, the largest first, each at most two thirds of the previous one."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine import parallelize
 from ijepa_scale.engine.world import World
 from tests.distributed.harness import run
@@ -60,7 +60,7 @@ def count_graphs(world: World, engine: dict, cases: list[tuple[str, str]]) -> li
         backend = CountingBackend()
         parallelize.compile_blocks = functools.partial(compiled, backend=backend)  # type: ignore[assignment, arg-type]
         settings = EngineConfig(**engine, precision="fp32", compile=True, checkpointing=checkpointing)
-        _, step = make(world, settings, OptimizerConfig(), masks_config(**MASKS[masks]))
+        _, step = make(world, settings, AdamWConfig(), masks_config(**MASKS[masks]))
         lengths = set()
         for index in range(STEPS):
             batch = part(index, world)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
 from ijepa_scale.masks import Masks
@@ -27,7 +27,7 @@ TRAINED, TARGET = 3 + 2, 3  # blocks
 
 
 def an_engine(world: World, engine: dict, **changes: Any) -> tuple[Engine, Any]:
-    return make(world, EngineConfig(**engine, precision="fp32", **changes), OptimizerConfig(), masks_config())
+    return make(world, EngineConfig(**engine, precision="fp32", **changes), AdamWConfig(), masks_config())
 
 
 def inputs(world: World, step: Any) -> tuple[Tensor, Masks]:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.engine.world import World
@@ -103,7 +103,7 @@ def test_bf16_training_stays_with_one_process(name: str) -> None:
 
 def travels_in(world: World, engine: dict) -> list[dict[str, str]]:
     """Returns in which dtype each of the model's and the target's weights is sent."""
-    built, _ = make(world, EngineConfig(**engine, precision="bf16"), OptimizerConfig(), masks_config())
+    built, _ = make(world, EngineConfig(**engine, precision="bf16"), AdamWConfig(), masks_config())
     parts = (built.module, built.target_module)  # type: ignore[attr-defined]
     return [{n: str(getattr(p, "comm_dtype", p.dtype)) for n, p in part.named_parameters()} for part in parts]
 
@@ -179,7 +179,7 @@ def spoiled_step(world: World, engine: dict, accumulation: int, late: bool = Fal
     `late` stops the step on the device, as on a GPU: the next step, which is a good one, raises.
     """
     settings = EngineConfig(**engine, precision="fp32", accumulation=accumulation)
-    built, step = make(world, settings, OptimizerConfig(), masks_config())
+    built, step = make(world, settings, AdamWConfig(), masks_config())
     if late:
         built._watch = FiniteWatch(world, late=True)  # type: ignore[attr-defined]
     for index in range(2):
@@ -213,7 +213,7 @@ def test_a_step_stopped_on_the_device_moves_nothing(name: str) -> None:
 
 def spoiled_gradient(world: World, engine: dict) -> tuple[str, bool]:
     """Returns what an infinite gradient under a finite loss raised, and whether any state moved."""
-    built, step = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
+    built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
     step(part(0, world))
     before = full_state(world, built)
     backward = built.backward
@@ -238,7 +238,7 @@ def test_infinite_gradient_under_a_finite_loss_moves_nothing(name: str) -> None:
 
 def target_follows(world: World, engine: dict) -> tuple[float, float, bool]:
     """Returns how much the target's output moves when the encoder does and when it follows, and if that was exact."""
-    built, _ = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
+    built, _ = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
     images = images_of(part(0, world))
     start = built.target(images).clone()
     for piece in built.pieces():
@@ -265,7 +265,7 @@ def test_the_targets_output_follows_its_update(name: str) -> None:
 
 def sharded_elements(world: World, engine: dict) -> tuple[int, int, int]:
     """Returns the elements of the target's local shards, of its pieces here, and of the full target."""
-    built, step = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
+    built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
     step(part(0, world))
     pieces = [p for p in built.pieces() if p.name.startswith("target.")]
     full = sum(math.prod(p.shape) for p in pieces)
@@ -281,7 +281,7 @@ def test_sharded_engines_hold_a_part_of_the_target(name: str) -> None:
 
 def plain_on_two(world: World) -> str:
     try:
-        make(world, EngineConfig(strategy="plain"), OptimizerConfig(), masks_config())
+        make(world, EngineConfig(strategy="plain"), AdamWConfig(), masks_config())
     except ConfigError as error:
         return str(error)
     return ""
@@ -289,7 +289,7 @@ def plain_on_two(world: World) -> str:
 
 def apex_on_fsdp2(world: World) -> str:
     try:
-        make(world, EngineConfig(strategy="fsdp2"), OptimizerConfig(impl="apex"), masks_config())
+        make(world, EngineConfig(strategy="fsdp2"), AdamWConfig(impl="apex"), masks_config())
     except ConfigError as error:
         return str(error)
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import signal
@@ -25,7 +24,10 @@ from tests.distributed.training import full_state
 
 CONFIG = """
 folder: {folder}
-model: {{name: vit_tiny, image_size: 32, patch_size: 4, width: 48, depth: 3, heads: 3, num_classes: 2, drop_path: 0.2}}
+model:
+  encoder: {{name: vit_tiny, image_size: 32, patch_size: 4, width: 48, depth: 3, heads: 3}}
+  num_classes: 2
+  drop_path: 0.2
 data: {{train: {data}, batch_size: {batch}, workers: 0}}
 augment: {{crop_scale: [0.3, 1.0]}}
 optimizer: {{epochs: {epochs}, warmup_epochs: 1, lr: 1e-3, layer_decay: 0.7, ema: 0.9}}
@@ -56,7 +58,7 @@ def write_config(path: Path, data: Path, batch: int = 8, epochs: int = 3) -> Pat
 def train(world: World, path: str, engine: dict[str, Any], steps: int, state: bool = True) -> dict[str, Any]:
     """Returns the losses of some steps and the full state after them, or the shapes that this process has parts of."""
     config = load_config(path, kind=FinetuneConfig)
-    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, **engine), stop_after=steps)
+    config = config.replace(engine=config.engine.replace(**engine), stop_after=steps)
     task = FinetuneTask(config, world, starting=True)
     found = [float(world.mean(task.step(batch).loss.clone())) for batch in task.loader(0)]
     assert len(found) == steps

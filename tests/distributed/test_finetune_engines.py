@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ijepa_scale.checkpoint.store import Checkpoint, newest, save
-from ijepa_scale.config import EngineConfig
-from ijepa_scale.config.finetune import ClassifierConfig, FinetuneOptimizerConfig
+from ijepa_scale.config import EncoderConfig, EngineConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneOptimizerConfig
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.world import World
 from ijepa_scale.models.classifier import build_classifier, drop_factors
@@ -24,7 +24,9 @@ from tests.distributed.training import BATCH, full_state, images_of, part
 
 STEPS = 8
 MODEL = ClassifierConfig(
-    name="vit_tiny", image_size=32, patch_size=4, width=48, depth=3, heads=3, num_classes=4, drop_path=0.4
+    encoder=EncoderConfig(name="vit_tiny", image_size=(32, 32), patch_size=4, width=48, depth=3, heads=3),
+    num_classes=4,
+    drop_path=0.4,
 )
 OPTIMIZER = FinetuneOptimizerConfig(lr=2e-3, layer_decay=0.5, epochs=10, warmup_epochs=0.5)
 SCHEDULE = FinetuneSchedule(
@@ -34,8 +36,7 @@ SCHEDULE = FinetuneSchedule(
 
 def curve(world: World, engine: dict, frozen: int = 0, steps: int = STEPS, resume: str | None = None) -> dict[str, Any]:
     """Returns global losses, gradient norms and the state of a finetuning that goes on from `resume`."""
-    config = MODEL if not frozen else ClassifierConfig(**{**vars(MODEL), "frozen_blocks": frozen})
-    module = build_classifier(config, seed=1)
+    module = build_classifier(MODEL.replace(frozen_blocks=frozen), seed=1)
     built = build_engine(world, EngineConfig(**{"precision": "fp32", **engine}), OPTIMIZER.adamw(BATCH))
     built.prepare(module, groups=functools.partial(layer_decay_groups, layer_decay=OPTIMIZER.layer_decay))
     first = 0

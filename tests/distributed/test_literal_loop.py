@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_scale.config import EngineConfig, MaskConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, RegressionConfig
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
 from ijepa_scale.masks import DenseMasks, MaskSampler, Wanted
@@ -31,7 +31,7 @@ STEEP = Schedule(
     weight_decay=0.2, final_weight_decay=2.0, momentum=(0.5, 0.9),
 )  # fmt: skip
 # eps as large as small gradients: those that are 0 but for rounding (of the keys' biases) then move nothing
-OPTIMIZER = OptimizerConfig(betas=(0.8, 0.95), eps=1e-5)
+OPTIMIZER = AdamWConfig(betas=(0.8, 0.95), eps=1e-5)
 TOLERANCE, MOMENT_TOLERANCE = 1e-6, 1e-7  # 2e-7 and 3e-8 were found: sums in another order
 CASES: dict[
     str, tuple[dict[str, Any], dict[str, Any], float | None, int]
@@ -53,7 +53,7 @@ def places_of(sampler: MaskSampler, step: int, place: int) -> tuple[list[Tensor]
     return contexts, list(masks.target_index.split(list(masks.target_layout.lengths)))[:: len(contexts)]
 
 
-def distance(prediction: Tensor, target: Tensor, objective: ObjectiveConfig) -> Tensor:
+def distance(prediction: Tensor, target: Tensor, objective: RegressionConfig) -> Tensor:
     difference = (prediction - target).abs()
     if objective.loss == "l2":
         return difference.square().mean()
@@ -61,7 +61,7 @@ def distance(prediction: Tensor, target: Tensor, objective: ObjectiveConfig) -> 
     return torch.where(difference < objective.beta, quadratic, difference - 0.5 * objective.beta).mean()
 
 
-def literal(masks: MaskConfig, objective: ObjectiveConfig, clip: float | None) -> dict[str, Any]:
+def literal(masks: BlockMaskConfig, objective: RegressionConfig, clip: float | None) -> dict[str, Any]:
     """Returns the losses, the gradient norms and the final state of the loop."""
     jepa = build_jepa(MODEL, seed=3)
     target = copy.deepcopy(jepa.encoder)
@@ -120,7 +120,7 @@ def literal(masks: MaskConfig, objective: ObjectiveConfig, clip: float | None) -
 @pytest.mark.parametrize("name", CASES)
 def test_the_real_step_equals_the_literal_loop(name: str) -> None:
     changes, distances, clip, accumulation = CASES[name]
-    masks, objective = masks_config(**changes), ObjectiveConfig(**distances)
+    masks, objective = masks_config(**changes), RegressionConfig(**distances)
     expected = literal(masks, objective, clip)
     assert expected["losses"][-1] < 0.5 * expected["losses"][0]  # the comparison is of a training that moves
     assert clip is None or min(expected["norms"]) > clip  # it does clip

@@ -11,7 +11,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ijepa_scale.config import EngineConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig, ModelConfig, RegressionConfig
 from ijepa_scale.engine import parallelize
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
@@ -69,7 +69,7 @@ def per_image(world: World) -> Result:
             features = normalise_targets(target(image))
         prediction = module(image, masks)
         index = packed.target_index.view(MASKS.num_target_blocks, -1)
-        losses.append(Regression(ObjectiveConfig()).compare(prediction, features[0][index], masks))
+        losses.append(Regression(RegressionConfig()).compare(prediction, features[0][index], masks))
         if place * world.size // BATCH == world.rank:
             predictions.append(prediction)
     torch.stack(losses).mean().backward()
@@ -81,7 +81,7 @@ def per_image(world: World) -> Result:
 
 def packed_batch(world: World, settings: EngineConfig) -> Result:
     """Returns the result of this process's images in one packed batch under an engine."""
-    engine, step = make(world, settings, OptimizerConfig(), MASKS)
+    engine, step = make(world, settings, AdamWConfig(), MASKS)
     (micro,) = engine.accumulate(part(0, world))
     images = images_of(micro)
     masks, wanted = step.masks(0, micro.position, len(micro), BATCH)
@@ -89,7 +89,7 @@ def packed_batch(world: World, settings: EngineConfig) -> Result:
     assert len(set(masks.context_layout.lengths)) > 1
     features = normalise_targets(engine.target(images, wanted=wanted.places))
     prediction = engine.model(images, masks)
-    loss = Regression(ObjectiveConfig()).compare(prediction, select_targets(features, wanted.rows, masks), masks)
+    loss = Regression(RegressionConfig()).compare(prediction, select_targets(features, wanted.rows, masks), masks)
     engine.backward(loss)
     return prediction.detach(), loss.detach(), full_gradients(engine)
 

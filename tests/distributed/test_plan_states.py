@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.world import World
 from ijepa_scale.planning.footprint import target_copy_bytes
 from ijepa_scale.planning.memory import state_bytes
@@ -32,7 +32,7 @@ def states(world: World, strategy: str) -> dict[str, int]:
     engine = {"strategy": "deepspeed", "ds_config": f"ds_configs/{strategy}.json"} if zero else {"strategy": strategy}
     if strategy == "fsdp2":
         engine["reshard_after_forward"] = True
-    built, step = make(world, EngineConfig(**engine, precision="bf16"), OptimizerConfig(), masks_config())
+    built, step = make(world, EngineConfig(**engine, precision="bf16"), AdamWConfig(), masks_config())
     step(part(0, world))
     gc.collect()
     module, target = list(built.module.parameters()), list(built.target_module.parameters())

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ijepa_kernels.fp8_linear import FP8, quantise_rows
 from ijepa_scale.checkpoint import store
-from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
@@ -37,7 +37,7 @@ def parts_of(built: Engine) -> dict[str, nn.Module]:
 
 def dtypes_of(world: World, engine: dict) -> dict[str, dict[str, set[str]]]:
     """Returns, of training, evaluation and target, the dtypes of the products and of what passes between blocks."""
-    built, step = make(world, EngineConfig(**engine), OptimizerConfig(), masks_config())
+    built, step = make(world, EngineConfig(**engine), AdamWConfig(), masks_config())
     found: dict[str, dict[str, set[str]]] = {}
     phase = ""
 
@@ -74,7 +74,7 @@ def test_products_run_in_the_engines_precision_and_the_stream_in_fp32(name: str)
 
 def reductions(world: World, engine: dict) -> list[tuple[str, str, str, bool]]:
     """Returns, of each module that FSDP2 wraps, its dtypes of weights and reduction, wanted and real, and its casts."""
-    built, step = make(world, EngineConfig(**engine), OptimizerConfig(), masks_config())
+    built, step = make(world, EngineConfig(**engine), AdamWConfig(), masks_config())
     step(part(0, world))
     found = []
     for root in parts_of(built).values():
@@ -111,15 +111,15 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 def go_on_from_a_checkpoint(world: World, engine: dict, folder: str) -> tuple[list[float], list[float], list[float]]:
     """Returns the losses after the save: uninterrupted, of a fresh engine that has loaded, of one that hasn't."""
     settings = EngineConfig(**engine, precision="bf16")
-    built, step = make(world, settings, OptimizerConfig(), masks_config())
+    built, step = make(world, settings, AdamWConfig(), masks_config())
     for index in range(SAVED):
         step(part(index, world))
     path = store.save(Path(folder), SAVED, built.pieces(), world=world, extra={}, keep=1)
-    fresh, fresh_step = make(world, settings, OptimizerConfig(), masks_config(), seed=11)
+    fresh, fresh_step = make(world, settings, AdamWConfig(), masks_config(), seed=11)
     fresh.target(images_of(part(0, world)))  # gathers weights that loading makes stale
     store.Checkpoint(path).load(fresh.pieces())
     fresh.loaded(SAVED)
-    _, other_step = make(world, settings, OptimizerConfig(), masks_config(), seed=11)
+    _, other_step = make(world, settings, AdamWConfig(), masks_config(), seed=11)
     steps = range(SAVED, LAST)
     whole, loaded, other = ([float(s(part(i, world)).loss) for i in steps] for s in (step, fresh_step, other_step))
     states = full_state(world, built), full_state(world, fresh)
@@ -139,7 +139,7 @@ def test_losses_after_loading_are_those_of_the_uninterrupted_run(name: str, tmp_
 
 def refusal(world: World, engine: dict) -> str:
     try:
-        make(world, EngineConfig(**engine, precision="bf16", target_precision="fp8"), OptimizerConfig(), masks_config())
+        make(world, EngineConfig(**engine, precision="bf16", target_precision="fp8"), AdamWConfig(), masks_config())
     except ConfigError as error:
         return str(error)
     return ""
@@ -172,7 +172,7 @@ def follow(world: World, engine: dict, steps: int) -> list[tuple[int, int, int]]
 
     Raises where one isn't the rounding of the value as it is now.
     """
-    built, step = make(world, EngineConfig(**engine, precision="bf16"), OptimizerConfig(), masks_config())
+    built, step = make(world, EngineConfig(**engine, precision="bf16"), AdamWConfig(), masks_config())
     before: dict[str, Tensor] = {}
     found = []
     for index in range(steps):
@@ -203,7 +203,7 @@ def test_what_the_target_computes_with_follows_its_values(name: str) -> None:
 
 def output_after_steps(world: World, engine: dict) -> tuple[float, float]:
     """Returns how far the target's output is, after steps, from what it was, and from that of its values alone."""
-    built, step = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(lr=1e-2), masks_config())
+    built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(lr=1e-2), masks_config())
     images = images_of(part(9, world))
     before = built.target(images).clone()
     for index in range(3):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from ijepa_scale.checkpoint import store
 from ijepa_scale.checkpoint.encoder import load_encoder
-from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError
@@ -25,14 +24,14 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("c
 
 
 def write(world: World, engine: dict, folder: str) -> None:
-    built, step = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
+    built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
     for index in range(HALF):
         step(part(index, world))
     store.save(Path(folder), HALF, built.pieces(), world=world, extra={"note": 1}, keep=2)
 
 
 def go_on(world: World, engine: dict, folder: str) -> tuple[list[float], dict]:
-    built, step = make(world, EngineConfig(**engine, precision="fp32"), OptimizerConfig(), masks_config())
+    built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
     path = store.newest(Path(folder))
     assert path is not None
     checkpoint = store.Checkpoint(path)
@@ -152,9 +151,9 @@ def test_an_older_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> Non
 
 
 def test_the_trained_encoder_comes_out_of_a_checkpoint(tmp_path: Path) -> None:
-    built, step = make(ALONE, EngineConfig(strategy="plain", precision="fp32"), OptimizerConfig(), masks_config())
+    built, step = make(ALONE, EngineConfig(strategy="plain", precision="fp32"), AdamWConfig(), masks_config())
     step(part(0, ALONE))
-    extra = {"config": json.loads(json.dumps({"model": dataclasses.asdict(MODEL)}))}
+    extra = {"config": {"model": MODEL.values()}}
     store.save(tmp_path / "checkpoints", 1, built.pieces(), world=ALONE, extra=extra, keep=1)
     images = images_of(part(1, ALONE))
     target = load_encoder(tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, ModelConfig, RegressionConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import Engine
@@ -29,8 +29,8 @@ SCHEDULE = Schedule(
 )  # fmt: skip
 
 
-def masks_config(**changes: Any) -> MaskConfig:
-    return MaskConfig(**{"min_keep": 3, "group_size": BATCH, **changes})
+def masks_config(**changes: Any) -> BlockMaskConfig:
+    return BlockMaskConfig(**{"min_keep": 3, "group_size": BATCH, **changes})
 
 
 def images_of(batch: Batch) -> torch.Tensor:
@@ -61,10 +61,10 @@ def part(step: int, world: World, *, spoil: tuple[int, int] | None = None) -> Ba
 def make(
     world: World,
     engine: EngineConfig,
-    optimizer: OptimizerConfig,
-    masks: MaskConfig,
+    optimizer: AdamWConfig,
+    masks: BlockMaskConfig,
     *,
-    objective: ObjectiveConfig | None = None,
+    objective: RegressionConfig | None = None,
     schedule: Schedule = SCHEDULE,
     seed: int = 3,
 ) -> tuple[Engine, TrainStep]:
@@ -78,7 +78,7 @@ def make(
         augment=images_of,
         masks=MaskSampler(masks, MODEL.grid, seed=5),
         schedule=schedule,
-        objective=build_objective(objective or ObjectiveConfig(), triton=engine.triton),
+        objective=build_objective(objective or RegressionConfig(), triton=engine.triton),
         batch_size=BATCH,
         meters=Meters(world.device),
     )
@@ -99,7 +99,7 @@ def full_state(world: World, engine: Engine) -> dict[str, torch.Tensor]:
 def curve(world: World, engine: dict, optimizer: dict, masks: dict, steps: int, state: bool = True) -> dict:
     """Returns the global losses and gradient norms of `steps` steps, and the state after them."""
     torch.manual_seed(0)
-    built, step = make(world, EngineConfig(**engine), OptimizerConfig(**optimizer), masks_config(**masks))
+    built, step = make(world, EngineConfig(**engine), AdamWConfig(**optimizer), masks_config(**masks))
     losses, norms = [], []
     for index in range(steps):
         info = step(part(index, world))

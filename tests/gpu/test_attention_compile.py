@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import pytest
@@ -14,7 +13,7 @@ from torch.nn import attention as torch_attention
 from ijepa_kernels.attention import SequenceLayout, attention
 from ijepa_kernels.attention.backend import HeadShape, backend_for, choose_backend, force_backend, packed_problem
 from ijepa_kernels.attention.reference import attention_reference
-from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine import parallelize
 from ijepa_scale.engine.graphs import GraphedTarget
 from ijepa_scale.engine.world import World
@@ -116,7 +115,7 @@ def test_two_graphs_per_role_in_bf16(monkeypatch: pytest.MonkeyPatch, checkpoint
     compiled = functools.partial(parallelize.compile_blocks, backend=backend)  # type: ignore[arg-type]
     monkeypatch.setattr(parallelize, "compile_blocks", compiled)
     settings = EngineConfig(strategy="plain", compile=True, checkpointing=checkpointing)
-    _, step = make(world(), settings, OptimizerConfig(), masks_config(**MASKS[masks]))
+    _, step = make(world(), settings, AdamWConfig(), masks_config(**MASKS[masks]))
     for index in range(12):
         step(part(index, world()))
     assert BATCH > 1 and max(backend.graphs.values()) <= 2, backend.graphs
@@ -141,7 +140,7 @@ def test_the_graphed_target_equals_the_eager_one_before_and_after_an_update(prec
 def test_training_with_a_graphed_target_stays_the_same(change: dict) -> None:
     plain = EngineConfig(strategy="plain", precision="bf16", **change)
     curves = []
-    for settings in (plain, dataclasses.replace(plain, cuda_graphs=True)):
-        _, step = make(world(), settings, OptimizerConfig(), masks_config())
+    for settings in (plain, plain.replace(cuda_graphs=True)):
+        _, step = make(world(), settings, AdamWConfig(), masks_config())
         curves.append([float(step(part(index, world())).loss) for index in range(10)])
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= 1e-3

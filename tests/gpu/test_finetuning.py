@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ijepa_scale.augment.mae import FinetuneAugment
-from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
+from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.data.batch import Batch
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, ModelConfig, RegressionConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.world import World
@@ -42,14 +42,14 @@ def _batch(step: int) -> Batch:
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_the_peak_is_within_a_tenth(checkpointing: str, context: str) -> None:
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cuda:0"))
-    masks = MaskConfig(context=context, group_size=BATCH)
+    masks = BlockMaskConfig(context=context, group_size=BATCH)
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     module = build_jepa(MODEL, seed=0)
     target = build_target(module)
     settings = EngineConfig(strategy="plain", precision="bf16", checkpointing=checkpointing)
-    engine = build_engine(world, settings, OptimizerConfig())
+    engine = build_engine(world, settings, AdamWConfig())
     engine.prepare(module, target)
     generator = torch.Generator(device="cuda").manual_seed(0)
     train_step = TrainStep(
@@ -57,7 +57,7 @@ def test_the_peak_is_within_a_tenth(checkpointing: str, context: str) -> None:
         augment=lambda micro: torch.randn(BATCH, 3, 224, 224, device="cuda", generator=generator),
         masks=MaskSampler(masks, MODEL.grid, seed=0),
         schedule=SCHEDULE,
-        objective=build_objective(ObjectiveConfig()),
+        objective=build_objective(RegressionConfig()),
         batch_size=BATCH,
         meters=Meters(world.device),
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ijepa_scale.checkpoint import store
-from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.world import World
 from tests.distributed.harness import run
 from tests.distributed.training import curve, full_state, make, masks_config, part
@@ -23,7 +23,7 @@ def world(kind: str) -> World:
 
 def losses(kind: str, **engine: object) -> list[float]:
     settings = EngineConfig(**{"strategy": "plain", "precision": "fp32", **engine})
-    _, step = make(world(kind), settings, OptimizerConfig(), masks_config())
+    _, step = make(world(kind), settings, AdamWConfig(), masks_config())
     return [float(step(part(index, world(kind))).loss) for index in range(STEPS)]
 
 
@@ -49,7 +49,7 @@ def test_bf16_stays_with_fp32(change: dict) -> None:
 
 def steps_without_waiting(world: World, engine: dict, masks: dict) -> list[float]:
     """Returns the losses of steps during which nothing may make the host wait."""
-    _, step = make(world, EngineConfig(**engine, precision="bf16"), OptimizerConfig(), masks_config(**masks))
+    _, step = make(world, EngineConfig(**engine, precision="bf16"), AdamWConfig(), masks_config(**masks))
     batches = [part(index, world).to(world.device) for index in range(6)]
     found = [step(batch).loss for batch in batches[:3]]  # compiled kernels, optimiser states
     torch.cuda.set_sync_debug_mode("error")
@@ -91,12 +91,12 @@ def test_wrapped_engines_on_one_gpu(strategy: str) -> None:
 
 def test_checkpoint_round_trip(tmp_path: Path) -> None:
     settings = EngineConfig(strategy="plain", precision="bf16")
-    built, step = make(world("cuda:0"), settings, OptimizerConfig(), masks_config())
+    built, step = make(world("cuda:0"), settings, AdamWConfig(), masks_config())
     for index in range(3):
         step(part(index, world("cuda:0")))
     path = store.save(tmp_path, 3, built.pieces(), world=world("cuda:0"), extra={}, keep=1)
     expected = step(part(3, world("cuda:0"))).loss
-    other, again = make(world("cuda:0"), settings, OptimizerConfig(), masks_config())
+    other, again = make(world("cuda:0"), settings, AdamWConfig(), masks_config())
     store.Checkpoint(path).load(other.pieces())
     other.loaded(3)
     assert torch.equal(again(part(3, world("cuda:0"))).loss, expected)

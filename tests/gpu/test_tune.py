@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -30,7 +28,7 @@ def test_an_impossible_micro_batch_is_survived() -> None:
     children = Children()
     outcome = measure(children, CONFIG)
     assert outcome.kind == "memory" and outcome.reason.startswith("out of memory (in the first steps)")
-    small = dataclasses.replace(CONFIG, model=ModelConfig(name="vit_small"), data=DataConfig(
+    small = CONFIG.replace(model=ModelConfig(name="vit_small"), data=DataConfig(
         reader="synthetic", batch_size=16, synthetic_samples=64
     ))  # fmt: skip
     found = measure(children, small)

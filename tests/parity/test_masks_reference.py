@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ijepa_scale import rng
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.masks import DenseMasks, MaskSampler
 from ijepa_scale.masks.block_sizes import size_of
 from ijepa_scale.masks.reference import RULE, sample_reference
@@ -34,7 +34,7 @@ def literal_block(height: int, width: int, size: tuple[int, int]) -> list[int]:
     return [row * width + column for row in range(top, top + h) for column in range(left, left + w)]
 
 
-def literal_batch(config: MaskConfig, grid: tuple[int, int], step: int, count: int):
+def literal_batch(config: BlockMaskConfig, grid: tuple[int, int], step: int, count: int):
     """Context lists [block][image] and target lists [block][image], drawn as the specification's prose says."""
     generator = torch.Generator()
     generator.manual_seed(step)
@@ -74,16 +74,16 @@ def literal_batch(config: MaskConfig, grid: tuple[int, int], step: int, count: i
 
 
 CASES = {
-    "224/14": (MaskConfig(sampler="reference"), (16, 16)),
-    "224/16": (MaskConfig(sampler="reference"), (14, 14)),
-    "448/16": (MaskConfig(sampler="reference"), (28, 28)),
-    "wide grid": (MaskConfig(sampler="reference", min_keep=5), (8, 20)),
-    "two contexts": (MaskConfig(sampler="reference", num_context_blocks=2, context_scale=(0.3, 0.6)), (16, 16)),
-    "overlap": (MaskConfig(sampler="reference", allow_overlap=True), (14, 14)),
-    "packed": (MaskConfig(sampler="reference", context="packed"), (14, 14)),
+    "224/14": (BlockMaskConfig(sampler="reference"), (16, 16)),
+    "224/16": (BlockMaskConfig(sampler="reference"), (14, 14)),
+    "448/16": (BlockMaskConfig(sampler="reference"), (28, 28)),
+    "wide grid": (BlockMaskConfig(sampler="reference", min_keep=5), (8, 20)),
+    "two contexts": (BlockMaskConfig(sampler="reference", num_context_blocks=2, context_scale=(0.3, 0.6)), (16, 16)),
+    "overlap": (BlockMaskConfig(sampler="reference", allow_overlap=True), (14, 14)),
+    "packed": (BlockMaskConfig(sampler="reference", context="packed"), (14, 14)),
     # Large targets and small contexts on a small grid: redraws, and targets left in.
     "crowded": (
-        MaskConfig(sampler="reference", min_keep=11, context_scale=(0.4, 0.6), target_scale=(0.3, 0.4)),
+        BlockMaskConfig(sampler="reference", min_keep=11, context_scale=(0.4, 0.6), target_scale=(0.3, 0.4)),
         (8, 8),
     ),
 }
@@ -115,7 +115,7 @@ def test_crowded_case_reaches_the_redraws_that_spare_targets() -> None:
 
 
 def test_a_carried_generator_gives_the_stream_of_consecutive_batches() -> None:
-    config = MaskConfig(sampler="reference")
+    config = BlockMaskConfig(sampler="reference")
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -127,7 +127,7 @@ def test_a_carried_generator_gives_the_stream_of_consecutive_batches() -> None:
 
 
 def test_sampler_gives_each_group_the_sizes_of_the_step_and_its_own_generator() -> None:
-    config = MaskConfig(sampler="reference", group_size=8)
+    config = BlockMaskConfig(sampler="reference", group_size=8)
     sampler = MaskSampler(config, (14, 14), seed=5)
     for group in range(2):
         masks = sampler(3, group * 8, 8, 16)
@@ -161,7 +161,7 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("grid", "count", "before", "after", "target", "steps", "tolerance"), PUBLISHED)
 def test_token_counts_equal_the_measured_table(grid, count, before, after, target, steps, tolerance) -> None:
-    sampler = MaskSampler(MaskConfig(sampler="reference", context="packed", group_size=count), grid, seed=0)
+    sampler = MaskSampler(BlockMaskConfig(sampler="reference", context="packed", group_size=count), grid, seed=0)
     packs = [sampler(step, 0, count, count) for step in range(steps)]
     lengths = np.array([pack.context_layout.lengths for pack in packs])
     sizes = [len(pack.target_rows) // (4 * count) for pack in packs]
@@ -178,7 +178,7 @@ def test_the_cut_removes_the_bottom_and_the_last_row_and_column_stay_empty() -> 
     steps = 20
     for step in range(steps):
         for context, result in (("packed", share), ("truncate", cut_share)):
-            config = MaskConfig(sampler="reference", context=context)
+            config = BlockMaskConfig(sampler="reference", context=context)
             generator = torch.Generator().manual_seed(step)
             masks = sample_reference(config, (16, 16), step=step, count=128, generator=generator)
             result += masks.context[0].reshape(-1, 16, 16).mean(axis=0) / steps

@@ -17,6 +17,7 @@ MAX_FILE_LINES, MAX_LAUNCH_LINES, MAX_STEP_LINES, MAX_FUNCTION_LINES = 400, 60, 
 IMPORT_TIME_CALLS = {
     "compile", "frozenset", "dict", "fromkeys", "tuple", "list", "range", "slice", "split", "array",  # constants
     "timedelta", "uint32", "uint64", "namedtuple", "cast",
+    "field_validator", "model_validator",  # of pydantic
     "dataclass", "field", "getLogger", "lru_cache", "no_grad", "jit",  # say what a class or function is
     "custom_op", "register_autograd", "add_implicit_resolver", "add_representer",  # on things of the same file
 }  # fmt: skip

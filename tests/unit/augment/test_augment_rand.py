@@ -21,7 +21,7 @@ from ijepa_scale.augment.rand_augment import (
     solarize_addend,
     solarize_threshold,
 )  # fmt: skip
-from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
+from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.errors import ConfigError
 

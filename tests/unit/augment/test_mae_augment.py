@@ -18,7 +18,7 @@ from ijepa_scale import rng
 from ijepa_scale.augment.erasing import RandomErasing
 from ijepa_scale.augment.mae import FinetuneAugment
 from ijepa_scale.augment.mixing import Mixing, check_pairs
-from ijepa_scale.config.finetune_augment import FinetuneAugmentConfig
+from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.errors import ConfigError
 

@@ -16,7 +16,7 @@ from benchmarks.scaling import WireBytes, engine_settings, planned_bytes
 from benchmarks.step import Measured, disagrees, report, row_of
 from benchmarks.suite import Item, exit_code, judge, plan, run_items, summary
 from benchmarks.synthetic import Baseline, Draws, Ours, configured, images_for, start
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks.reference import sample_reference
 
@@ -59,11 +59,11 @@ def test_flops_of_a_step_follow_its_masks():
 
 
 CASES = {
-    "published": (MaskConfig(sampler="reference"), (16, 16)),
-    "two contexts": (MaskConfig(sampler="reference", num_context_blocks=2, context_scale=(0.3, 0.6)), (14, 14)),
-    "overlap": (MaskConfig(sampler="reference", allow_overlap=True), (14, 14)),
+    "published": (BlockMaskConfig(sampler="reference"), (16, 16)),
+    "two contexts": (BlockMaskConfig(sampler="reference", num_context_blocks=2, context_scale=(0.3, 0.6)), (14, 14)),
+    "overlap": (BlockMaskConfig(sampler="reference", allow_overlap=True), (14, 14)),
     "crowded": (
-        MaskConfig(sampler="reference", min_keep=11, context_scale=(0.4, 0.6), target_scale=(0.3, 0.4)),
+        BlockMaskConfig(sampler="reference", min_keep=11, context_scale=(0.4, 0.6), target_scale=(0.3, 0.4)),
         (8, 8),
     ),
 }
@@ -81,7 +81,7 @@ def test_loop_draws_the_numbers_of_the_reference_sampler(name):
 
 def test_loop_refuses_what_it_would_never_find():
     with pytest.raises(ConfigError, match="masks.min_keep is 10, but target blocks on a grid of 4x4"):
-        LoopMasks(MaskConfig(sampler="reference"), (4, 4))
+        LoopMasks(BlockMaskConfig(sampler="reference"), (4, 4))
 
 
 def test_turns_alternate_and_the_first_round_warms_up():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -17,8 +16,8 @@ from ijepa_scale.checkpoint import store
 from ijepa_scale.checkpoint.convert import to_ours, to_transformers
 from ijepa_scale.checkpoint.sources import WHICH_KEY, read_weights
 from ijepa_scale.checkpoint.weights import load_weights
-from ijepa_scale.config import ModelConfig
-from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config import EncoderConfig, ModelConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError
@@ -40,8 +39,13 @@ def encoder(seed: int = 0, **changes):
     return model
 
 
+def classifier_config(**changes) -> ClassifierConfig:
+    sizes = {name: changes.pop(name, size) for name, size in SIZES.items()}
+    return ClassifierConfig(encoder=EncoderConfig(**sizes), **{"num_classes": 5, **changes})
+
+
 def classifier(**changes):
-    return build_classifier(ClassifierConfig(**{**SIZES, "num_classes": 5, **changes}), seed=9)
+    return build_classifier(classifier_config(**changes), seed=9)
 
 
 CONTEXT, TARGET = encoder(1).state_dict(), encoder(2).state_dict()
@@ -72,7 +76,7 @@ def run_folder(path: Path, model: dict, tensors: dict) -> Path:
 
 def pretraining(path: Path) -> Path:
     both = {f"target.{n}": t for n, t in TARGET.items()} | {f"model.encoder.{n}": t for n, t in CONTEXT.items()}
-    return run_folder(path, dataclasses.asdict(ModelConfig(**SIZES)), both)
+    return run_folder(path, ModelConfig(**SIZES).values(), both)
 
 
 @pytest.mark.parametrize("make", [published, pretraining], ids=["published", "run folder"])
@@ -208,7 +212,7 @@ def finetuned(path: Path, **changes) -> tuple[Path, dict]:
     model = classifier(**changes)
     with torch.no_grad():
         model.head.bias += 1.0
-    config = dataclasses.asdict(ClassifierConfig(**{**SIZES, "num_classes": 5, **changes}))
+    config = classifier_config(**changes).values()
     return run_folder(path, config, {f"model.{n}": t for n, t in model.state_dict().items()}), model.state_dict()
 
 

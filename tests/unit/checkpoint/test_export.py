@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -43,7 +41,7 @@ def saved(folder: Path, step: int = 20, **changes) -> tuple[store.Checkpoint, di
         if name.startswith("encoder."):
             state["target." + name.removeprefix("encoder.")] = random(parameter.shape, 10 * place + 5)
     pieces = [Piece(name=n, tensor=t.flatten(), start=0, shape=tuple(t.shape)) for n, t in state.items()]
-    config = json.loads(json.dumps(dataclasses.asdict(PretrainConfig(model=MODEL))))
+    config = PretrainConfig(model=MODEL).values()
     extra = {"config": config, "identity": {"batch size of all processes": 12}, **changes}
     return store.Checkpoint(store.save(folder / "checkpoints", step, pieces, world=ALONE, extra=extra, keep=1)), state
 

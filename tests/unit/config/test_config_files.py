@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from ijepa_scale.config import PretrainConfig, load_config, read_config, to_yaml
 from ijepa_scale.config.files import known_keys
 from ijepa_scale.config.nearest import nearest, nearest_dotted
+from ijepa_scale.config.section import Section
 from ijepa_scale.config.yaml_text import parse_yaml
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import MaskSampler
@@ -64,7 +64,7 @@ def test_every_yaml_loads_and_builds(path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_yaml_begins_with_what_it_is_and_its_command(path: Path) -> None:
     header = path.read_text().split("\n\n", 1)[0]
-    assert header.startswith("# ") and "launch/pretrain.py --fname configs/" + path.name in header
+    assert header.startswith("# ") and "launch/pretrain.py --config configs/" + path.name in header
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_yaml_of_a_config_loads_to_an_equal_one(path: Path, tmp_path: Path) -> N
 @settings(max_examples=30, deadline=None)
 @given(lr=st.floats(0, 10), folder=st.text(min_size=1, max_size=20).filter(lambda text: "${" not in text))
 def test_any_number_and_text_survives_the_round_trip(tmp_path_factory, lr: float, folder: str) -> None:  # noqa: ANN001
-    config = dataclasses.replace(PretrainConfig(), folder=folder)
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr))
+    config = PretrainConfig(folder=folder)
+    config = config.replace(optimizer=config.optimizer.replace(lr=lr))
     path = tmp_path_factory.mktemp("round") / "c.yaml"
     path.write_text(to_yaml(config), encoding="utf-8", newline="")
     assert load_config(path) == config
@@ -207,7 +207,7 @@ def test_all_unknown_keys_come_in_one_message(tmp_path: Path) -> None:
         ("folder=null", "folder is None; give text"),
         ("model=3", "model is 3; it is a section, set model.<name> instead"),
         ("folder=${oc.env:HOME}", "folder is '${oc.env:HOME}'; interpolations aren't read, write the value itself"),
-        ("optimizer.betas=3", "optimizer.betas is 3; give 2 numbers"),
+        ("optimizer.betas=3", "optimizer.betas is 3; give 2 numbers, each from 0 to below 1"),
         ("augment.mean=null", "augment.mean is None; give 3 numbers"),
         ("engine.strategy=horovod", "engine.strategy is 'horovod'; choose one of auto, plain, ddp, fsdp2, deepspeed"),
         ("engine.target_precision='null'", "engine.target_precision is 'null'; choose fp8, or null"),
@@ -249,10 +249,10 @@ def test_problems_of_several_sections_come_together(tmp_path: Path) -> None:
     path = write(tmp_path, "c.yaml", "model: {patch_size: 0}\noptimizer: {eps: -1, betas: [2, 0]}\nseed: -1")
     lines = refusal(path, "data.workers=-1")
     assert f"{path}: model.patch_size is 0; give at least 1" in lines
-    assert f"{path}: optimizer.eps is -1.0; give at least 0" in lines
-    assert f"{path}: optimizer.betas is (2.0, 0.0); give two numbers in [0, 1)" in lines
+    assert f"{path}: optimizer.eps is -1; give at least 0" in lines
+    assert f"{path}: optimizer.betas is [2, 0]; give 2 numbers, each from 0 to below 1" in lines
     assert "command line: data.workers is -1; give at least 0" in lines
-    assert refusal(write(tmp_path, "d.yaml", "seed: -1"))[0].endswith("seed is -1; give a number of at least 0")
+    assert refusal(write(tmp_path, "d.yaml", "seed: -1"))[0].endswith("seed is -1; give at least 0")
 
 
 def test_an_override_without_value_is_refused(empty: Path) -> None:
@@ -297,8 +297,7 @@ def test_an_empty_section_sets_nothing(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_configuration_can_be_read(empty: Path) -> None:
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Probe:
+    class Probe(Section):
         lr: float = 1.0
         name: str | None = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -32,8 +31,8 @@ def test_every_recipe_builds(path):
     module = build_classifier(config.model, device="meta")
     groups = layer_decay_groups(module, layer_decay=config.optimizer.layer_decay)
     count = sum(parameter.numel() for group in groups for parameter in group["params"])
-    if config.model.width is None:
-        assert count == pytest.approx(PARAMETERS[config.model.name], rel=0.005)
+    if config.model.encoder.width is None:
+        assert count == pytest.approx(PARAMETERS[config.model.encoder.name], rel=0.005)
     if config.engine.ds_config is not None:
         assert load_ds_config(ROOT / config.engine.ds_config)["zero_optimization"]["stage"] == 2
 
@@ -100,11 +99,11 @@ def test_centre_crops(size, fraction):
     ("override", "text"),
     [
         ("optimizer.layer_decay=1.5", "optimizer.layer_decay is 1.5; give a number above 0 and at most 1"),
-        ("optimizer.ema=1.0", "optimizer.ema is 1.0; give a momentum above 0 and below 1, or null for none"),
-        ("evaluate.every_epochs=0", "evaluate.every_epochs is 0.0; give a number above 0"),
-        ("evaluate.crop_fraction=1.5", "evaluate.crop_fraction is 1.5; give a number above 0 and at most 1"),
-        ("seed=-1", "seed is -1; give a number of at least 0"),
-        ("stop_after=-1", "stop_after is -1; give a step of at least 0, or null"),
+        ("optimizer.ema=1.0", "optimizer.ema is 1.0; give a number above 0 and below 1, or null"),
+        ("evaluate.every_epochs=0", "evaluate.every_epochs is 0; give a number above 0"),
+        ("evaluate.crop_fraction=1.5", "evaluate.crop_fraction is 1.5; give a number above 0 and at most 1, or null"),
+        ("seed=-1", "seed is -1; give at least 0"),
+        ("stop_after=-1", "stop_after is -1; give at least 0, or null"),
         ("data.reader=stream", "data.reader is stream; finetuning counts epochs and labels"),
         ("engine.target_precision=fp8", "engine.target_precision is fp8; finetuning has no target: set it to null"),
         ("model.drop_pat=0.1", "model.drop_pat: unknown; did you mean model.drop_path?"),
@@ -158,7 +157,8 @@ def write(tmp_path: Path, content: dict) -> Path:
 def test_the_forks_file_is_translated(tmp_path):
     loaded = read_config(write(tmp_path, forked()), kind=FinetuneConfig, num_processes=8)
     config: FinetuneConfig = loaded.config
-    assert (config.model.name, config.model.patch_size, config.model.image_size) == ("vit_huge", 14, (224, 224))
+    encoder = config.model.encoder
+    assert (encoder.name, encoder.patch_size, encoder.image_size) == ("vit_huge", 14, (224, 224))
     assert (config.model.drop_path, config.model.num_classes) == (0.25, 1000)
     assert config.model.init == "logs/h14/IN1K-vit.h.14-300e.pth.tar" and config.model.weights == "target"
     assert (config.data.batch_size, config.data.batch_size_per_process) == (None, 16)
@@ -166,7 +166,7 @@ def test_the_forks_file_is_translated(tmp_path):
     assert config.data.reader == config.evaluate.reader == "imagefolder"
     augment = config.augment
     assert (augment.mixup, augment.cutmix, augment.random_erasing, augment.flip) == (0.8, 1.0, 0.25, 0.5)
-    optimizer = dataclasses.asdict(config.optimizer)
+    optimizer = config.optimizer.values()
     expected = {"lr": 1e-3, "base_lr": None, "min_lr": 1e-6, "epochs": 50, "warmup_epochs": 5, "layer_decay": 1.0}
     assert {name: optimizer[name] for name in expected} == expected
     text = "\n".join(loaded.notes)

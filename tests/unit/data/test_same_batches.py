@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ijepa_scale.augment import Augment
-from ijepa_scale.config import AugmentConfig, MaskConfig
+from ijepa_scale.config import AugmentConfig, BlockMaskConfig
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.open import build_source
@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("shards") / "data")
 
 
-def seen(data: Path, world: int, accumulation: int, masks: MaskConfig) -> tuple[np.ndarray, torch.Tensor, list]:
+def seen(data: Path, world: int, accumulation: int, masks: BlockMaskConfig) -> tuple[np.ndarray, torch.Tensor, list]:
     """Returns the sample ids, (steps, batch), the augmented images, and each image's context and target patches."""
     ids, images, patches = [], [], []
     for rank in range(world):
@@ -60,7 +60,7 @@ def of_image(masks: DenseMasks | PackedMasks, image: int) -> tuple[list[int], li
 )
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (1, 2), (4, 2), (8, 1)])
 def test_division_changes_nothing(data: Path, world: int, accumulation: int, masks: dict) -> None:
-    config = MaskConfig(**{"min_keep": 3, "group_size": 8, **masks})
+    config = BlockMaskConfig(**{"min_keep": 3, "group_size": 8, **masks})
     ids, images, patches = seen(data, 1, 1, config)
     other_ids, other_images, other_patches = seen(data, world, accumulation, config)
     assert len(ids) == BATCH * STEPS and len(set(ids[:48].tolist())) == 48

@@ -12,7 +12,8 @@ import torch._dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from ijepa_scale import environment
-from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config import EncoderConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.parallelize import RECOMPILE_LIMIT, checkpoint_blocks, compile_blocks, set_compile_limits
 from ijepa_scale.models.classifier import build_classifier
 from ijepa_scale.models.layers import Block
@@ -49,9 +50,11 @@ def test_finetuning_with_drop_path_and_frozen_blocks_stays_below_the_limit(check
 
     set_compile_limits()
     config = ClassifierConfig(
-        name="vit_tiny", image_size=32, patch_size=8, width=24, depth=6, heads=2, num_classes=3, drop_path=0.2,
+        encoder=EncoderConfig(name="vit_tiny", image_size=(32, 32), patch_size=8, width=24, depth=6, heads=2),
+        num_classes=3,
+        drop_path=0.2,
         frozen_blocks=2,
-    )  # fmt: skip
+    )
     classifier, average = build_classifier(config), build_classifier(config).requires_grad_(False).eval()
     checkpoint_blocks(classifier, checkpointing)
     for part in (classifier, average):

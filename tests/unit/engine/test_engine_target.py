@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from ijepa_scale.config import EngineConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.target import ReplicatedTarget, check_fp8
 from ijepa_scale.engine.target_update import TargetUpdate
@@ -101,7 +101,7 @@ def test_kernels_of_triton_are_refused_on_the_cpu() -> None:
     config = EngineConfig(strategy="plain", triton=["target_loss"])
     assert config.triton == ("target_loss",)
     with pytest.raises(ConfigError, match=r"triton names target_loss but the device is cpu; .* set engine.triton=\[\]"):
-        build_engine(WORLD, config, OptimizerConfig())
+        build_engine(WORLD, config, AdamWConfig())
     with pytest.raises(ConfigError, match="engine.triton is 'crop'; choose one of target_loss, target_update"):
         EngineConfig(triton="crop")
 
@@ -109,13 +109,13 @@ def test_kernels_of_triton_are_refused_on_the_cpu() -> None:
 def test_fp8_is_refused_where_weights_are_sharded_or_not_bf16() -> None:
     with pytest.raises(ConfigError, match="target_precision is fp8 but precision is fp32; set precision=bf16"):
         EngineConfig(target_precision="fp8", precision="fp32")
-    engine = build_engine(WORLD, EngineConfig(strategy="fsdp2", target_precision="fp8"), OptimizerConfig())
+    engine = build_engine(WORLD, EngineConfig(strategy="fsdp2", target_precision="fp8"), AdamWConfig())
     jepa = small_jepa()
     with pytest.raises(ConfigError, match="target_precision is fp8 but strategy is fsdp2: weights that are sharded"):
         engine.prepare(jepa, build_target(jepa))
     zero = build_engine(
         WORLD, EngineConfig(strategy="deepspeed", ds_config="ds_configs/zero3.json", target_precision="fp8"),
-        OptimizerConfig(),
+        AdamWConfig(),
     )  # fmt: skip
     with pytest.raises(ConfigError, match="target_precision is fp8 but the ZeRO stage is 3: weights that are sharded"):
         zero.prepare(jepa, build_target(jepa))

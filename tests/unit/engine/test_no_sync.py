@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_scale import masks
-from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, ModelConfig, RegressionConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.finite import FiniteWatch
@@ -74,16 +74,16 @@ def _reads_the_host(caller) -> bool:
 
 
 def a_step(late: bool, **engine) -> tuple[TrainStep, Batch]:
-    built = build_engine(WORLD, EngineConfig(strategy="plain", precision="bf16", **engine), OptimizerConfig())
+    built = build_engine(WORLD, EngineConfig(strategy="plain", precision="bf16", **engine), AdamWConfig())
     module = build_jepa(MODEL, seed=0)
     built.prepare(module, build_target(module))
     built._watch = FiniteWatch(WORLD, late=late)
     step = TrainStep(
         built,
         augment=lambda batch: batch.pixels.view(-1, 3, 32, 32).float(),
-        masks=MaskSampler(MaskConfig(min_keep=3, group_size=4, context="packed"), MODEL.grid, seed=0),
+        masks=MaskSampler(BlockMaskConfig(min_keep=3, group_size=4, context="packed"), MODEL.grid, seed=0),
         schedule=lambda step: Hyper(lr=1e-3, weight_decay=0.1, momentum=0.99),
-        objective=build_objective(ObjectiveConfig(), triton=built.triton),
+        objective=build_objective(RegressionConfig(), triton=built.triton),
         batch_size=4,
         meters=Meters("cpu"),
     )

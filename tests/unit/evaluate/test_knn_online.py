@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_scale.config.schema import EvaluateConfig
+from ijepa_scale.config.schema import KnnConfig
 from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.engine.world import World
@@ -76,7 +76,7 @@ def test_features_of_several_processes_equal_those_of_one(tmp_path):
 
 
 def test_accuracy_of_an_encoder_that_sees_and_of_one_that_does_not(tmp_path):
-    config = EvaluateConfig(
+    config = KnnConfig(
         train=write_shard(tmp_path / "train", "train", 30), test=write_shard(tmp_path / "test", "test", 12),
         max_train=24, batch_size=5, neighbors=3,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def test_accuracy_of_an_encoder_that_sees_and_of_one_that_does_not(tmp_path):
 
 
 def test_unlabelled_images_are_refused_before_the_start(tmp_path):
-    config = EvaluateConfig(
+    config = KnnConfig(
         train=write_shard(tmp_path / "train", "train", 6),
         test=write_shard(tmp_path / "test", "test", 6, labelled=False),
     )

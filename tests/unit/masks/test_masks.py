@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ijepa_scale import rng
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.masks import DenseMasks, MaskSampler, PackedMasks, as_grid, pack, reference
 from ijepa_scale.masks.block_sizes import possible_sizes, size_of
 from ijepa_scale.masks.group import block_patches, cut_by_key
@@ -45,7 +45,7 @@ def rows_of(lists: Lists, start: int, stop: int) -> Lists:
 
 
 CONFIGS = st.builds(
-    MaskConfig,
+    BlockMaskConfig,
     sampler=st.sampled_from(["multiblock", "reference"]),
     context=st.sampled_from(["truncate", "packed"]),
     num_context_blocks=st.integers(1, 2),
@@ -112,7 +112,7 @@ def test_masks_are_blocks_in_range_ascending_and_of_one_size_per_group(config, g
 @pytest.mark.parametrize("context", ["truncate", "packed"])
 @pytest.mark.parametrize("grid", [(16, 16), (14, 14), (28, 28), (10, 24)])
 def test_context_and_targets_are_disjoint(name, context, grid) -> None:
-    config = MaskConfig(sampler=name, context=context, group_size=32, num_context_blocks=2)
+    config = BlockMaskConfig(sampler=name, context=context, group_size=32, num_context_blocks=2)
     sampler = MaskSampler(config, grid, seed=1)
     for step in range(5):
         contexts, targets = lists_of(sampler(step, 0, 48, 48), grid[0] * grid[1], 4)
@@ -123,7 +123,7 @@ def test_context_and_targets_are_disjoint(name, context, grid) -> None:
 
 @pytest.mark.parametrize("name", ["multiblock", "reference"])
 def test_allow_overlap_takes_nothing_out(name) -> None:
-    config = MaskConfig(sampler=name, allow_overlap=True, group_size=8)
+    config = BlockMaskConfig(sampler=name, allow_overlap=True, group_size=8)
     sampler = MaskSampler(config, (14, 14), seed=0)
     masks = sampler(0, 0, 8, 8)
     height_times_width = masks.context.shape[2]
@@ -132,7 +132,7 @@ def test_allow_overlap_takes_nothing_out(name) -> None:
 
 
 def test_the_same_call_gives_the_same_masks_and_seed_and_step_change_them() -> None:
-    config = MaskConfig(context="packed")
+    config = BlockMaskConfig(context="packed")
 
     def places(seed, step):
         return MaskSampler(config, (14, 14), seed=seed)(step, 0, 8, 8).target_index.tolist()
@@ -144,7 +144,10 @@ def test_the_same_call_gives_the_same_masks_and_seed_and_step_change_them() -> N
 
 @pytest.mark.parametrize("name", ["multiblock", "reference"])
 def test_a_sampler_remembers_nothing_that_shows(name) -> None:
-    config, calls = MaskConfig(sampler=name, group_size=4), [(0, 0), (1, 0), (0, 4), (7, 8), (0, 0), (1, 4), (0, 0)]
+    config, calls = (
+        BlockMaskConfig(sampler=name, group_size=4),
+        [(0, 0), (1, 0), (0, 4), (7, 8), (0, 0), (1, 4), (0, 0)],
+    )
     used = MaskSampler(config, (14, 14), seed=0)
     for step, first in calls:
         masks, fresh = used(step, first, 2, 12), MaskSampler(config, (14, 14), seed=0)(step, first, 2, 12)
@@ -155,7 +158,7 @@ def test_a_sampler_remembers_nothing_that_shows(name) -> None:
 
 def test_global_generators_are_neither_read_nor_moved() -> None:
     for name in ("multiblock", "reference"):
-        sampler = MaskSampler(MaskConfig(sampler=name), (14, 14), seed=0)
+        sampler = MaskSampler(BlockMaskConfig(sampler=name), (14, 14), seed=0)
         torch.manual_seed(0)
         np.random.seed(0)
         before = torch.get_rng_state(), np.random.get_state()[1].tolist()
@@ -165,21 +168,21 @@ def test_global_generators_are_neither_read_nor_moved() -> None:
 
 
 def test_groups_of_a_step_have_their_own_sizes_in_multiblock() -> None:
-    sampler = MaskSampler(MaskConfig(group_size=4), (16, 16), seed=0)
+    sampler = MaskSampler(BlockMaskConfig(group_size=4), (16, 16), seed=0)
     sizes = {sampler(0, group * 4, 4, 80).targets.shape[2] for group in range(20)}
     assert len(sizes) > 3
 
 
 def test_the_cut_reaches_over_the_whole_last_incomplete_group() -> None:
-    sampler = MaskSampler(MaskConfig(group_size=8, context="truncate"), (14, 14), seed=0)
-    whole = MaskSampler(MaskConfig(group_size=8, context="packed"), (14, 14), seed=0)
+    sampler = MaskSampler(BlockMaskConfig(group_size=8, context="truncate"), (14, 14), seed=0)
+    whole = MaskSampler(BlockMaskConfig(group_size=8, context="packed"), (14, 14), seed=0)
     for batch in (11, 16):
         lengths = whole(0, 8, batch - 8, batch).context_layout.lengths
         assert sampler(0, 8, 1, batch).context.shape[2] == min(lengths)
 
 
 def test_multiblock_reaches_every_patch_and_truncation_keeps_the_whole_image() -> None:
-    config = MaskConfig(group_size=128)
+    config = BlockMaskConfig(group_size=128)
     context, target, bottom = np.zeros((16, 16)), np.zeros((16, 16)), []
     for step in range(40):
         masks = MaskSampler(config, (16, 16), seed=0)(step, 0, 128, 128)
@@ -194,7 +197,7 @@ def test_multiblock_reaches_every_patch_and_truncation_keeps_the_whole_image() -
 
 
 def test_multiblock_draws_scale_and_aspect_independently() -> None:
-    config, grid = MaskConfig(), (28, 28)
+    config, grid = BlockMaskConfig(), (28, 28)
     draw = MultiblockDraw(config, grid, seed=0)
     sizes = np.array([draw.block_sizes(step, group=0)[0] for step in range(400)])
     area, aspect = sizes.prod(axis=1), sizes[:, 0] / sizes[:, 1]
@@ -204,9 +207,9 @@ def test_multiblock_draws_scale_and_aspect_independently() -> None:
 
 def test_a_context_block_of_scale_one_is_the_whole_image_on_any_grid() -> None:
     for grid in ((16, 16), (8, 20), (24, 10)):
-        config = MaskConfig(context_scale=(1.0, 1.0), min_keep=3)
+        config = BlockMaskConfig(context_scale=(1.0, 1.0), min_keep=3)
         assert possible_sizes(config, grid, RULE).contexts == {grid}
-    half = MaskConfig(context_scale=(0.5, 0.5), min_keep=3)
+    half = BlockMaskConfig(context_scale=(0.5, 0.5), min_keep=3)
     assert possible_sizes(half, (8, 20), RULE).contexts == {(6, 14)}  # 80 patches in the grid's own shape
 
 
@@ -219,7 +222,7 @@ def test_a_side_cut_by_the_grid_lengthens_the_other() -> None:
 @pytest.mark.parametrize("grid", [(16, 16), (9, 13)])
 @pytest.mark.parametrize("name", ["multiblock", "reference"])
 def test_possible_sizes_are_those_that_are_drawn(grid, name) -> None:
-    config = MaskConfig(sampler=name, min_keep=0, target_scale=(0.1, 0.4), context_scale=(0.3, 1.0))
+    config = BlockMaskConfig(sampler=name, min_keep=0, target_scale=(0.1, 0.4), context_scale=(0.3, 1.0))
     if name == "multiblock":
         draw = MultiblockDraw(config, grid, seed=0)
         sizes, drawn = draw.sizes, [draw.block_sizes(step, group=0) for step in range(3000)]
@@ -271,12 +274,12 @@ def literal_multiblock(config, grid, *, seed, step, group, places):
 
 
 LITERAL = {
-    "default": (MaskConfig(), (16, 16)),
-    "packed": (MaskConfig(context="packed"), (14, 14)),
-    "wide grid": (MaskConfig(min_keep=5), (8, 20)),
-    "two contexts": (MaskConfig(num_context_blocks=2, context_scale=(0.3, 0.6)), (14, 14)),
-    "overlap": (MaskConfig(allow_overlap=True), (14, 14)),
-    "crowded": (MaskConfig(min_keep=12, context_scale=(0.3, 0.5), target_scale=(0.25, 0.35)), (8, 8)),
+    "default": (BlockMaskConfig(), (16, 16)),
+    "packed": (BlockMaskConfig(context="packed"), (14, 14)),
+    "wide grid": (BlockMaskConfig(min_keep=5), (8, 20)),
+    "two contexts": (BlockMaskConfig(num_context_blocks=2, context_scale=(0.3, 0.6)), (14, 14)),
+    "overlap": (BlockMaskConfig(allow_overlap=True), (14, 14)),
+    "crowded": (BlockMaskConfig(min_keep=12, context_scale=(0.3, 0.5), target_scale=(0.25, 0.35)), (8, 8)),
 }
 
 
@@ -317,7 +320,7 @@ def test_block_patches_are_row_major() -> None:
 
 @pytest.mark.parametrize("context", ["truncate", "packed"])
 def test_pictures_show_context_and_targets(context) -> None:
-    config, grid = MaskConfig(min_keep=3, context=context, num_context_blocks=2), (7, 11)
+    config, grid = BlockMaskConfig(min_keep=3, context=context, num_context_blocks=2), (7, 11)
     masks = MaskSampler(config, grid, seed=0)(0, 0, 3, 3)
     contexts, targets = lists_of(masks, 77, 4)
     for image in range(3):

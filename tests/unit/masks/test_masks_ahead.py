@@ -7,13 +7,13 @@ import threading
 import pytest
 import torch
 
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.masks import DenseMasks, MasksAhead, MaskSampler, Wanted
 from ijepa_scale.masks.types import target_index
 
 
 def sampler(**changes) -> MaskSampler:
-    return MaskSampler(MaskConfig(**{"group_size": 4, **changes}), (14, 14), seed=3)
+    return MaskSampler(BlockMaskConfig(**{"group_size": 4, **changes}), (14, 14), seed=3)
 
 
 @pytest.mark.parametrize("context", ["truncate", "packed"])

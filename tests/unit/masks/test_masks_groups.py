@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ijepa_scale import rng
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.masks import DenseMasks, MaskSampler
 from ijepa_scale.masks.multiblock import MultiblockDraw
 from ijepa_scale.masks.reference import sample_reference
@@ -14,7 +14,7 @@ from ijepa_scale.masks.reference import sample_reference
 GRID, SIZE, BATCH = (14, 14), 4, 12
 
 
-def drawn(config: MaskConfig, step: int, group: int, seed: int) -> DenseMasks:
+def drawn(config: BlockMaskConfig, step: int, group: int, seed: int) -> DenseMasks:
     """Returns what the draw function itself gives for one whole group."""
     if config.sampler == "reference":
         generator = rng.generator(seed, "mask-reference", step, group)
@@ -29,7 +29,7 @@ def equal(ours: DenseMasks, theirs: DenseMasks) -> bool:
 @pytest.mark.parametrize("name", ["multiblock", "reference"])
 @pytest.mark.parametrize(("step", "group", "seed"), [(0, 0, 0), (0, 1, 0), (0, 2, 0), (5, 1, 0), (0, 1, 3), (5, 2, 3)])
 def test_a_group_is_its_own_draw(name: str, step: int, group: int, seed: int) -> None:
-    config = MaskConfig(sampler=name, group_size=SIZE)
+    config = BlockMaskConfig(sampler=name, group_size=SIZE)
     sampler = MaskSampler(config, GRID, seed=seed)
     masks = sampler(step, group * SIZE, SIZE, BATCH)
     assert equal(masks, drawn(config, step, group, seed))
@@ -41,7 +41,7 @@ def test_a_group_is_its_own_draw(name: str, step: int, group: int, seed: int) ->
 @pytest.mark.parametrize("name", ["multiblock", "reference"])
 def test_groups_draw_their_places_independently(name: str) -> None:
     """Equal sizes leave only the places to differ: no group repeats another's, in any step."""
-    config = MaskConfig(sampler=name, group_size=SIZE, context="packed")
+    config = BlockMaskConfig(sampler=name, group_size=SIZE, context="packed")
     corners = []
     for step in range(4):
         masks = MaskSampler(config, GRID, seed=0)(step, 0, BATCH, BATCH)
@@ -51,6 +51,6 @@ def test_groups_draw_their_places_independently(name: str) -> None:
 
 
 def test_a_part_of_a_group_is_a_part_of_its_draw() -> None:
-    config = MaskConfig(group_size=SIZE)
+    config = BlockMaskConfig(group_size=SIZE)
     masks, whole = MaskSampler(config, GRID, seed=0)(2, 5, 2, BATCH), drawn(config, 2, 1, 0)
     assert equal(masks, DenseMasks(whole.context[:, 1:3], whole.targets[:, 1:3]))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.masks import DenseMasks, MaskSampler, PackedMasks, pack
 from ijepa_scale.masks.group import GroupMasks
 from ijepa_scale.masks.packing import pack_groups, pack_indices
@@ -77,14 +77,14 @@ def test_lists_of_any_lengths_become_the_sequences_that_are_documented(case) -> 
 
 @pytest.mark.parametrize("num_contexts", [1, 2])
 def test_dense_masks_pack_to_the_same_tokens(num_contexts) -> None:
-    config = MaskConfig(num_context_blocks=num_contexts, group_size=5)
+    config = BlockMaskConfig(num_context_blocks=num_contexts, group_size=5)
     dense = MaskSampler(config, (14, 14), seed=0)(2, 0, 5, 5)
     assert isinstance(dense, DenseMasks)
     check_by_brute_force(pack(dense, 196), dense.context.tolist(), dense.targets.tolist(), 196)
 
 
 def test_groups_of_unlike_target_sizes_pack_in_the_order_of_their_images() -> None:
-    sampler = MaskSampler(MaskConfig(group_size=3), (14, 14), seed=0)
+    sampler = MaskSampler(BlockMaskConfig(group_size=3), (14, 14), seed=0)
     parts = [sampler(4, start, min(3, 8 - start), 8) for start in (0, 3, 6)]
     assert len({part.targets.shape[2] for part in parts}) == 3
     contexts = [[row for part in parts for row in part.context[0].tolist()]]
@@ -93,7 +93,7 @@ def test_groups_of_unlike_target_sizes_pack_in_the_order_of_their_images() -> No
 
 
 def test_weighted_mean_over_a_mixed_pack_is_the_mean_of_the_groups_means_weighted_by_images() -> None:
-    sampler = MaskSampler(MaskConfig(group_size=3), (14, 14), seed=0)
+    sampler = MaskSampler(BlockMaskConfig(group_size=3), (14, 14), seed=0)
     loss = torch.rand(8, 196, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # per image and patch
     mixed = sampler(4, 0, 8, 8)
     packed = (loss.flatten()[mixed.target_index] * mixed.weights).sum()
@@ -119,6 +119,6 @@ def test_one_image_with_one_target_by_hand() -> None:
 
 @pytest.mark.parametrize("context", ["truncate", "packed"])
 def test_masks_move_to_a_device_whole(context) -> None:
-    masks = MaskSampler(MaskConfig(context=context), (14, 14), seed=0)(0, 0, 2, 2).map(lambda x: x.to("meta"))
+    masks = MaskSampler(BlockMaskConfig(context=context), (14, 14), seed=0)(0, 0, 2, 2).map(lambda x: x.to("meta"))
     tensors = [value for value in vars(masks).values() if isinstance(value, torch.Tensor)]
     assert tensors and all(tensor.device.type == "meta" for tensor in tensors)

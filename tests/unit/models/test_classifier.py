@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
-from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config import EncoderConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.parallelize import blocks, checkpoint_blocks
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models import build_encoder
 from ijepa_scale.models.classifier import build_classifier, drop_factors, drop_rates
 
 CONFIG = ClassifierConfig(
-    name="vit_tiny", image_size=(16, 32), patch_size=8, width=24, depth=4, heads=3, num_classes=5, drop_path=0.6
+    encoder=EncoderConfig(name="vit_tiny", image_size=(16, 32), patch_size=8, width=24, depth=4, heads=3),
+    num_classes=5,
+    drop_path=0.6,
 )
 SIZES = {"width": 24, "depth": 4, "heads": 3}
 
@@ -25,7 +26,7 @@ def images(count: int = 6) -> torch.Tensor:
 
 
 def changed(**changes):
-    return dataclasses.replace(CONFIG, **changes)
+    return CONFIG.replace(**changes)
 
 
 def lively(config: ClassifierConfig = CONFIG):
@@ -202,4 +203,4 @@ def test_what_cannot_be_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="model.frozen_blocks is 5 of 4 blocks; give at most 4"):
         build_classifier(changed(frozen_blocks=5))
     with pytest.raises(ConfigError, match="model.representation is last4 but there are 3 blocks; choose last, or more"):
-        build_classifier(changed(depth=3, representation="last4"))
+        build_classifier(changed(encoder=CONFIG.encoder.replace(depth=3), representation="last4"))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ijepa_kernels.target_loss import target_loss
-from ijepa_scale.config.schema import ObjectiveConfig
+from ijepa_scale.config.schema import RegressionConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import Wanted
 from ijepa_scale.masks.types import target_index
@@ -75,9 +75,9 @@ def test_targets_carry_no_gradient_and_are_fp32_under_autocast():
     ("config", "expected"),
     [
         # errors 0.5, 2, 0, 1
-        (ObjectiveConfig(), (0.125 + 1.5 + 0.0 + 0.5) / 4),
-        (ObjectiveConfig(beta=2.0), (0.0625 + 1.0 + 0.0 + 0.25) / 4),
-        (ObjectiveConfig(loss="l2"), (0.25 + 4.0 + 0.0 + 1.0) / 4),
+        (RegressionConfig(), (0.125 + 1.5 + 0.0 + 0.5) / 4),
+        (RegressionConfig(beta=2.0), (0.0625 + 1.0 + 0.0 + 0.25) / 4),
+        (RegressionConfig(loss="l2"), (0.25 + 4.0 + 0.0 + 1.0) / 4),
     ],
 )
 def test_dense_loss_by_hand(config, expected):
@@ -95,7 +95,7 @@ def test_packed_loss_weighs_images_alike():
             rows = slice(start, start + len(places))
             means.append((prediction[rows] - target[rows]).square().mean())
             start += len(places)
-    got = loss_of(prediction, target, masks, ObjectiveConfig(loss="l2"))
+    got = loss_of(prediction, target, masks, RegressionConfig(loss="l2"))
     torch.testing.assert_close(got, torch.stack(means).mean())
 
 
@@ -104,20 +104,20 @@ def test_packed_loss_of_equal_lengths_is_the_dense_one():
     packed = pack_by_hand(masks.context.tolist(), masks.targets.tolist())
     generator = torch.Generator().manual_seed(3)
     prediction, target = (torch.randn(12, 3, 8, generator=generator) for _ in range(2))
-    dense = loss_of(prediction, target, masks, ObjectiveConfig())
+    dense = loss_of(prediction, target, masks, RegressionConfig())
     torch.testing.assert_close(
-        loss_of(prediction.flatten(0, 1), target.flatten(0, 1), packed, ObjectiveConfig()), dense
+        loss_of(prediction.flatten(0, 1), target.flatten(0, 1), packed, RegressionConfig()), dense
     )
 
 
 def test_the_loss_is_fp32_whatever_the_prediction():
     prediction = torch.full((2, 1, 4), 1.0, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = loss_of(prediction, torch.full((2, 1, 4), 1.001), random_masks(1, 1, 2), ObjectiveConfig(loss="l2"))
+        loss = loss_of(prediction, torch.full((2, 1, 4), 1.001), random_masks(1, 1, 2), RegressionConfig(loss="l2"))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(1e-6, rel=1e-3)
 
 
-@pytest.mark.parametrize("config", [ObjectiveConfig(beta=0.5), ObjectiveConfig(loss="l2")])
+@pytest.mark.parametrize("config", [RegressionConfig(beta=0.5), RegressionConfig(loss="l2")])
 def test_the_loss_of_low_precision_on_both_sides_is_that_of_their_fp32_values(config):
     generator = torch.Generator().manual_seed(2)
     both = [torch.randn(2, 3, 8, generator=generator).bfloat16() for _ in range(2)]
@@ -132,7 +132,7 @@ def test_no_part_of_the_target_side_lets_gradients_through():
 
 
 @pytest.mark.parametrize("masks", [random_masks(2, 4, 3), pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS)], ids=type)
-@pytest.mark.parametrize("config", [ObjectiveConfig(), ObjectiveConfig(beta=0.5), ObjectiveConfig(loss="l2")])
+@pytest.mark.parametrize("config", [RegressionConfig(), RegressionConfig(beta=0.5), RegressionConfig(loss="l2")])
 def test_the_fused_loss_is_asked_for_the_same_number(masks, config, monkeypatch):
     """Its kernel needs CUDA: here its reference stands for it, and what it is handed is tested."""
 
@@ -153,7 +153,7 @@ def test_the_fused_loss_is_asked_for_the_same_number(masks, config, monkeypatch)
 
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"prediction \(2, 4\) and target \(3, 4\) differ in shape; take both from"):
-        loss_of(torch.zeros(2, 4), torch.zeros(3, 4), random_masks(1, 1, 2), ObjectiveConfig())
+        loss_of(torch.zeros(2, 4), torch.zeros(3, 4), random_masks(1, 1, 2), RegressionConfig())
 
 
 @pytest.mark.parametrize("masks", [random_masks(2, 4, 3), pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS)], ids=type)

@@ -9,19 +9,19 @@ import torch
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.optim import param_groups_layer_decay
 
-from ijepa_scale.config import OptimizerConfig
-from ijepa_scale.config.finetune import ClassifierConfig
+from ijepa_scale.config import AdamWConfig, EncoderConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.parallelize import checkpoint_blocks
 from ijepa_scale.models.classifier import build_classifier
 from ijepa_scale.optim.adamw import build_optimizer, layer_decay_groups, set_hyper
 from ijepa_scale.schedules import Hyper
 
 DEPTH = 11  # two digits: block 10 must not be taken for block 1
-SIZES = dict(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=DEPTH, heads=3, num_classes=5)
+SIZES = dict(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=DEPTH, heads=3)
 
 
 def classifier(**changes):
-    return build_classifier(ClassifierConfig(**{**SIZES, **changes}))
+    return build_classifier(ClassifierConfig(encoder=EncoderConfig(**SIZES), **{"num_classes": 5, **changes}))
 
 
 def by_name(module, groups) -> dict[str, tuple[float, bool]]:
@@ -90,9 +90,7 @@ def test_frozen_and_wrapped_blocks_keep_the_others_numbers() -> None:
 def test_the_schedule_leaves_the_scales_and_adam_uses_them() -> None:
     module = classifier()
     start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    optimizer = build_optimizer(
-        module, OptimizerConfig(), groups=functools.partial(layer_decay_groups, layer_decay=0.75)
-    )
+    optimizer = build_optimizer(module, AdamWConfig(), groups=functools.partial(layer_decay_groups, layer_decay=0.75))
     for lr in (0.5, 0.01):  # twice: a scale that is overwritten shows at the second
         set_hyper(optimizer.param_groups, Hyper(lr=lr, weight_decay=0.1))
         for group in optimizer.param_groups:

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from ijepa_scale.config import ModelConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, ModelConfig
 from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.registry import build_jepa
@@ -39,7 +39,7 @@ def test_hyper_spares_the_groups_without_decay() -> None:
 
 def test_adam_follows_its_definition_and_set_step_moves_its_clock() -> None:
     module = build_jepa(MODEL, seed=0)
-    optimizer = build_optimizer(module, OptimizerConfig())
+    optimizer = build_optimizer(module, AdamWConfig())
     set_hyper(optimizer.param_groups, Hyper(lr=0.01, weight_decay=0.1, momentum=1.0))
     parameter = module.encoder.blocks[0].mlp.fc1.weight
     before = parameter.detach().clone()
@@ -55,7 +55,7 @@ def test_adam_follows_its_definition_and_set_step_moves_its_clock() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="apex is installed")
 def test_missing_apex_is_named() -> None:
     with pytest.raises(ConfigError, match="NVIDIA's apex with its CUDA extensions isn't installed"):
-        build_optimizer(build_jepa(MODEL, seed=0), OptimizerConfig(impl="apex"))
+        build_optimizer(build_jepa(MODEL, seed=0), AdamWConfig(impl="apex"))
 
 
 def test_target_update() -> None:

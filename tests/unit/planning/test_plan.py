@@ -10,7 +10,7 @@ import pytest
 
 from ijepa_scale.config import EngineConfig, ModelConfig, PretrainConfig, load_config
 from ijepa_scale.config.data import DataConfig
-from ijepa_scale.config.schema import MaskConfig, ScheduleConfig
+from ijepa_scale.config.schema import BlockMaskConfig, ScheduleConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.communication import LINK_SHARE, buffers, transfers
 from ijepa_scale.planning.devices import Cluster, devices, find_device, parse_gpus
@@ -188,13 +188,13 @@ def test_a_plan_holds_the_published_figures() -> None:
 def test_where_the_number_of_images_comes_from() -> None:
     config, cluster = published(), Cluster(A100, 8)
     assert plan(config, cluster, num_images=20480).steps == 3000
-    steps = dataclasses.replace(config, schedule=ScheduleConfig(steps_per_epoch=7, epochs=50))
+    steps = config.replace(schedule=ScheduleConfig(steps_per_epoch=7, epochs=50))
     assert (plan(steps, cluster).steps, plan(steps, cluster).num_images) == (350, 7 * 2048)
     with pytest.raises(ConfigError, match="--images is 20480 but schedule.steps_per_epoch is 7, .*; drop --images"):
         plan(steps, cluster, num_images=20480)
-    stopped = dataclasses.replace(config, schedule=ScheduleConfig(stop_after=5))
+    stopped = config.replace(schedule=ScheduleConfig(stop_after=5))
     assert plan(stopped, cluster).steps == 5
-    synthetic = dataclasses.replace(config, data=DataConfig(reader="synthetic", batch_size=64, synthetic_samples=6400))
+    synthetic = config.replace(data=DataConfig(reader="synthetic", batch_size=64, synthetic_samples=6400))
     assert plan(synthetic, cluster).steps == 30000
 
 
@@ -286,10 +286,9 @@ def test_a_run_that_does_not_fit_gets_remedies_that_do() -> None:
     parts = int(found.advice[0].split("=")[1].split(":")[0])
     again = plan(published("in1k_vith16-448_ep300", f"engine.accumulation={parts}"), Cluster(A100, 8))
     assert again.chosen.fits and not again.advice and again.chosen.largest_micro_batch >= again.micro_batch
-    small = dataclasses.replace(
-        config,
+    small = config.replace(
         model=ModelConfig(),
-        masks=MaskConfig(),
+        masks=BlockMaskConfig(),
         data=DataConfig(batch_size=8),
         engine=EngineConfig(strategy="ddp"),
     )

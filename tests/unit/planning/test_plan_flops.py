@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 
 import pytest
 
-from ijepa_scale.config import MaskConfig, ModelConfig, load_config
+from ijepa_scale.config import BlockMaskConfig, ModelConfig, load_config
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.planning.flops import FlopCount, mask_flops
@@ -19,16 +18,14 @@ IMAGES = 2
 
 
 @functools.lru_cache(maxsize=32)
-def _counts(model: ModelConfig, masks_config: MaskConfig) -> tuple[dict[str, int], FlopCount]:
+def _counts(model: ModelConfig, masks_config: BlockMaskConfig) -> tuple[dict[str, int], FlopCount]:
     """Returns the FLOPs that torch counts and those of the FLOP model; cached for configurations that share them.
 
     Torch counts models of one block and of two; each further block adds as much as the second. That is exact, as the
     test on a whole model below checks.
     """
     masks = MaskSampler(masks_config, model.grid, seed=0)(0, 0, IMAGES, IMAGES)
-    one, two = (
-        step_flops(dataclasses.replace(model, depth=n, predictor_depth=n), masks, num_images=IMAGES) for n in (1, 2)
-    )
+    one, two = (step_flops(model.replace(depth=n, predictor_depth=n), masks, num_images=IMAGES) for n in (1, 2))
     sizes = resolve(model)
     depths = {"target": sizes.depth, "context": sizes.depth, "predictor": sizes.predictor_depth}
     measured = {part: one[part] + (depth - 1) * (two[part] - one[part]) for part, depth in depths.items()}
@@ -39,7 +36,7 @@ def _counts(model: ModelConfig, masks_config: MaskConfig) -> tuple[dict[str, int
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_flops_of_every_configuration_agree_with_torchs_counter(path: Path, context: str) -> None:
     config = load_config(path)
-    masks_config = dataclasses.replace(config.masks, context=context, group_size=IMAGES)
+    masks_config = config.masks.replace(context=context, group_size=IMAGES)
     measured, counted = _counts(config.model, masks_config)
     for part, flops in measured.items():
         assert getattr(counted, part) * IMAGES / flops == pytest.approx(1, abs=1e-3), part
@@ -48,6 +45,6 @@ def test_flops_of_every_configuration_agree_with_torchs_counter(path: Path, cont
 
 @pytest.mark.parametrize("context", ["truncate", "packed"])
 def test_blocks_cost_alike(context: str) -> None:
-    model, masks_config = ModelConfig(name="vit_small"), MaskConfig(context=context, group_size=IMAGES)
+    model, masks_config = ModelConfig(name="vit_small"), BlockMaskConfig(context=context, group_size=IMAGES)
     masks = MaskSampler(masks_config, model.grid, seed=0)(0, 0, IMAGES, IMAGES)
     assert step_flops(model, masks, num_images=IMAGES) == _counts(model, masks_config)[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, ModelConfig, RegressionConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.parallelize import _KEPT_OPERATIONS, checkpoint_blocks
@@ -46,7 +46,7 @@ class Step:
     """The forward of one training step on the CPU, with its masks."""
 
     def __init__(self, context: str, precision: str, checkpointing: str) -> None:
-        self.masks_config = MaskConfig(context=context, group_size=BATCH)
+        self.masks_config = BlockMaskConfig(context=context, group_size=BATCH)
         self.module = build_jepa(MODEL, seed=0)
         self.target = build_target(self.module)
         checkpoint_blocks(self.module, checkpointing)
@@ -71,7 +71,7 @@ class Step:
         with self.autocast():
             prediction = self.module(self.images, self.masks)
         target = select_targets(features, self.wanted.rows, self.masks)
-        return Regression(ObjectiveConfig()).compare(prediction, target, self.masks), features, prediction
+        return Regression(RegressionConfig()).compare(prediction, target, self.masks), features, prediction
 
 
 @pytest.mark.parametrize(("context", "precision", "mode"), CASES)
@@ -124,7 +124,7 @@ def test_selective_checkpointing_keeps_varlen_attention_as_it_keeps_the_runs() -
 
 @pytest.mark.parametrize("context", ["truncate", "packed"])
 def test_tokens_are_those_of_the_masks(context: str) -> None:
-    config = MaskConfig(context=context, group_size=8, num_context_blocks=2)
+    config = BlockMaskConfig(context=context, group_size=8, num_context_blocks=2)
     draws = draw_masks(config, (12, 12), batch_size=32)
     parts = micro_batches(config, draws, (12, 12), 4)
     first = MaskSampler(config, (12, 12), seed=0)(0, 0, 4, 32)
@@ -140,7 +140,7 @@ def test_tokens_are_those_of_the_masks(context: str) -> None:
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
-    model, masks, device = ModelConfig(name="vit_large"), MaskConfig(), find_device("rtx-4090")
+    model, masks, device = ModelConfig(name="vit_large"), BlockMaskConfig(), find_device("rtx-4090")
     spread = Spread(strategy="ddp", world=8)
     size = largest_micro_batch(model, masks, spread, checkpointing="none", device=device, batch_size=2048)
     assert 1 < size < 256
@@ -191,7 +191,7 @@ def test_accumulation_keeps_gradients() -> None:
 
 def test_impossible_masks_are_refused() -> None:
     with pytest.raises(ConfigError, match="masks.min_keep is 200, but target blocks on a grid of 14x14 patches"):
-        usual_tokens(MaskConfig(min_keep=200), (14, 14), micro_batch=1, batch_size=8)
+        usual_tokens(BlockMaskConfig(min_keep=200), (14, 14), micro_batch=1, batch_size=8)
 
 
 def test_bad_spreads_are_refused() -> None:
@@ -205,16 +205,16 @@ def test_bad_spreads_are_refused() -> None:
 def test_the_peak_is_that_of_a_whole_training_step(mode: str) -> None:
     """Includes optimiser, target update and meters, under the engine: the CPU version of the test on a GPU."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    engine = build_engine(world, EngineConfig(strategy="plain", checkpointing=mode), OptimizerConfig())
+    engine = build_engine(world, EngineConfig(strategy="plain", checkpointing=mode), AdamWConfig())
     module = build_jepa(MODEL, seed=0)
     engine.prepare(module, build_target(module))
-    masks = MaskConfig(group_size=BATCH)
+    masks = BlockMaskConfig(group_size=BATCH)
     step = TrainStep(
         engine,
         augment=lambda micro: torch.zeros(len(micro), 3, 96, 96),
         masks=MaskSampler(masks, MODEL.grid, seed=0),
         schedule=SCHEDULE,
-        objective=build_objective(ObjectiveConfig()),
+        objective=build_objective(RegressionConfig()),
         batch_size=BATCH,
         meters=Meters(world.device),
     )

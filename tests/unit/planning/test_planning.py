@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ijepa_scale.config import EngineConfig, MaskConfig, ModelConfig
+from ijepa_scale.config import BlockMaskConfig, EngineConfig, ModelConfig
 from ijepa_scale.config.architectures import ARCHITECTURES, resolve
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import DenseMasks, MaskSampler
@@ -136,7 +136,7 @@ def test_flops_of_masks_are_those_of_their_lengths() -> None:
 
 def test_packed_masks_cost_what_their_dense_equals_do() -> None:
     model = ModelConfig(name="vit_tiny")
-    sampler = MaskSampler(MaskConfig(context="packed", group_size=4), model.grid, seed=0)
+    sampler = MaskSampler(BlockMaskConfig(context="packed", group_size=4), model.grid, seed=0)
     masks = sampler(0, 0, 4, 4)
     targets = len(masks.target_rows) // 16
     counted = mask_flops(model, masks, num_images=4)

@@ -32,7 +32,10 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("c
 COLORS = {"blue": (30, 40, 220), "green": (20, 200, 60), "red": (220, 30, 30)}
 CONFIG = """
 folder: {folder}
-model: {{name: vit_tiny, image_size: 16, patch_size: 4, width: 24, depth: 2, heads: 2, num_classes: 3, drop_path: 0.1}}
+model:
+  encoder: {{name: vit_tiny, image_size: 16, patch_size: 4, width: 24, depth: 2, heads: 2}}
+  num_classes: 3
+  drop_path: 0.1
 data: {{train: {data}, batch_size: 6, workers: 0}}
 augment: {{crop_scale: [0.5, 1.0], rand_augment: null, random_erasing: 0.0}}
 optimizer: {{epochs: 10, warmup_epochs: 1, lr: 3e-3, layer_decay: 0.9}}
@@ -221,7 +224,7 @@ def test_a_kept_head_means_the_datas_classes(finished, data, tmp_path, source):
 def test_the_preflight_counts_what_is_not_trained(data, tmp_path):
     sizes = []
     for frozen, ema in ((0, "null"), (2, "null"), (2, "0.9")):
-        changes = ("model.width=192", f"model.frozen_blocks={frozen}", f"optimizer.ema={ema}")
+        changes = ("model.encoder.width=192", f"model.frozen_blocks={frozen}", f"optimizer.ema={ema}")
         task = FinetuneTask(configure(tmp_path, data, *changes), ALONE, starting=True)
         whole = sum(parameter.numel() for parameter in task.engine.module.parameters())
         trained = sum(parameter.numel() for parameter in task.engine.module.parameters() if parameter.requires_grad)

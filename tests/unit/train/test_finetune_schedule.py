@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ijepa_scale.config.finetune import ClassifierConfig, FinetuneOptimizerConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneOptimizerConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.schedules import FinetuneSchedule, Hyper
 
@@ -51,13 +51,13 @@ def test_the_rate_grows_with_the_batch_unless_it_is_absolute() -> None:
 
 
 OPTIMIZER = {
-    "layer_decay is 1.2; give a number above 0 and at most 1, which is no decay: above 1": {"layer_decay": 1.2},
+    "layer_decay is 1.2; give a number above 0 and at most 1": {"layer_decay": 1.2},
     "layer_decay is 0.0; give a number above 0": {"layer_decay": 0.0},
     "base_lr is 0.1 and lr is 0.2; give one of them": {"base_lr": 0.1, "lr": 0.2},
     "impl is 'sgd'; choose one of auto": {"impl": "sgd"},
     "min_lr is -1; give at least 0": {"min_lr": -1},
     "weight_decay is -1; give at least 0": {"weight_decay": -1},
-    "betas is (0.9, 1.0); give two numbers in [0, 1)": {"betas": (0.9, 1.0)},
+    "betas is (0.9, 1.0); give 2 numbers, each from 0 to below 1": {"betas": (0.9, 1.0)},
     "betas is 3; give 2 numbers": {"betas": 3},
     "clip_norm is 0; give a number above 0, or null": {"clip_norm": 0},
     "epochs is 0; give a number above 0": {"epochs": 0},
@@ -65,16 +65,16 @@ OPTIMIZER = {
 }
 CLASSIFIER = {
     "num_classes is 0; give at least 1": {"num_classes": 0},
-    "drop_path is 1.0; give a rate of at least 0 and below 1": {"drop_path": 1.0},
-    "drop_path is -0.1; give a rate": {"drop_path": -0.1},
+    "drop_path is 1.0; give a number from 0 to below 1": {"drop_path": 1.0},
+    "drop_path is -0.1; give a number from 0 to below 1": {"drop_path": -0.1},
     "representation is 'mean'; choose one of last, last4": {"representation": "mean"},
     "pool_norm is 'none'; choose one of after, before": {"pool_norm": "none"},
     "frozen_blocks is -1; give at least 0": {"frozen_blocks": -1},
     "weights is 'ema'; choose one of target, context": {"weights": "ema"},
     "keep_head is true but init is null; name the file whose head is kept": {"keep_head": True},
-    "image_size (100, 224) is no multiple of patch_size 16; try (96, 224)": {"image_size": (100, 224)},
-    "image_size is 'big'; give pixels": {"image_size": "big"},
-    "depth is 0; give at least 1": {"depth": 0},
+    "encoder.image_size (100, 224) is no multiple of patch_size 16": {"encoder": {"image_size": (100, 224)}},
+    "encoder.image_size is 'big'; give pixels, or [height, width]": {"encoder": {"image_size": "big"}},
+    "encoder.depth is 0; give at least 1, or null": {"encoder": {"depth": 0}},
 }
 
 
@@ -94,5 +94,5 @@ def test_classifier_refuses(text: str) -> None:
 
 def test_problems_are_told_together() -> None:
     with pytest.raises(ConfigError) as error:
-        ClassifierConfig(image_size=100, num_classes=0)
+        ClassifierConfig(encoder={"image_size": 100}, num_classes=0)
     assert len(str(error.value).splitlines()) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -43,9 +42,9 @@ def test_from_the_command_line_to_a_file_that_pretraining_takes(tiny: Path, caps
     tuned = load_config(written)
     assert tuned.engine.strategy == "plain" and 8 // tuned.engine.accumulation in (4, 8)
     assert f"winner     plain, {8 // tuned.engine.accumulation} images x {tuned.engine.accumulation}" in said
-    engine = dataclasses.replace(tuned.engine, strategy="auto", accumulation=1)
+    engine = tuned.engine.replace(strategy="auto", accumulation=1)
     base = load_config(tiny, ["data.batch_size=8"])
-    assert dataclasses.replace(tuned, engine=engine, data=base.data) == base  # the training is the same
+    assert tuned.replace(engine=engine, data=base.data) == base  # the training is the same
     assert tuned.data.workers in (1, 2, 4, 8, 16, 32, 64)
     assert "<- winner" in said and " ms  plain, " in said  # the data wait of the winner
     assert "written    " in said and "engine.compile=false" in said
@@ -128,8 +127,8 @@ def test_ctrl_c_shows_what_was_found(
 
 def test_only_what_differs_is_written_over_the_base(tiny: Path, tmp_path: Path) -> None:
     before = load_config(tiny)
-    engine = dataclasses.replace(before.engine, strategy="ddp", accumulation=2)
-    tuned = dataclasses.replace(before, engine=engine, data=dataclasses.replace(before.data, batch_size=16))
+    engine = before.engine.replace(strategy="ddp", accumulation=2)
+    tuned = before.replace(engine=engine, data=before.data.replace(batch_size=16))
     settings = overrides_of(tiny, tuned)
     assert settings == {
         "data.batch_size": 16,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from ijepa_scale.config import EngineConfig
@@ -16,10 +14,8 @@ from tests.unit.tune.tune_stubs import DS_CONFIGS, config, machine, space
 def test_only_how_the_step_is_computed_changes() -> None:
     found = space()
     changed = found.config_of(found.candidate(found.engine, 8, checkpointing="full", compile=True))
-    assert changed.engine == dataclasses.replace(
-        found.engine, accumulation=8, checkpointing="full", compile=True, strategy="plain"
-    )
-    assert dataclasses.replace(changed, engine=found.config.engine) == found.config
+    assert changed.engine == found.engine.replace(accumulation=8, checkpointing="full", compile=True, strategy="plain")
+    assert changed.replace(engine=found.config.engine) == found.config
 
 
 def test_micro_batches_divide_the_share_and_shrink_by_at_least_a_third() -> None:

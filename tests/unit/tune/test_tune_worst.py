@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from ijepa_scale.config import MaskConfig
+from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.masks import DenseMasks, MaskSampler, PackedMasks, Wanted
 from ijepa_scale.tune.worst import (
     Lengths,
@@ -25,7 +25,7 @@ GRIDS = [(8, 8), (6, 9), (14, 14)]
 @pytest.mark.parametrize("overlap", [False, True], ids=["apart", "overlap"])
 @pytest.mark.parametrize("scale", [(0.15, 0.2), (0.3, 0.5)], ids=["small", "large"])
 def test_no_draw_exceeds_the_bound(grid: tuple, sampler: str, overlap: bool, scale: tuple) -> None:
-    config = MaskConfig(
+    config = BlockMaskConfig(
         sampler=sampler, context="packed", min_keep=2, allow_overlap=overlap, group_size=4, target_scale=scale
     )
     bound, draw = MaskSampler(config, grid, seed=0).longest(), MaskSampler(config, grid, seed=1)
@@ -38,7 +38,7 @@ def test_no_draw_exceeds_the_bound(grid: tuple, sampler: str, overlap: bool, sca
 
 @pytest.mark.parametrize("sampler", ["multiblock", "reference"])
 def test_the_bound_is_reached_with_one_target(sampler: str) -> None:
-    config = MaskConfig(
+    config = BlockMaskConfig(
         sampler=sampler, context="packed", min_keep=0, num_target_blocks=1, group_size=1, context_scale=(0.85, 0.85)
     )
     draw = MaskSampler(config, (6, 6), seed=0)
@@ -47,7 +47,7 @@ def test_the_bound_is_reached_with_one_target(sampler: str) -> None:
 
 
 def test_drawn_lengths_are_below_possible_ones() -> None:
-    config = MaskConfig(group_size=16)
+    config = BlockMaskConfig(group_size=16)
     drawn = longest("drawn", config, (14, 14), batch_size=64, seed=0)
     assert drawn == longest_drawn(config, (14, 14), 64, 0)
     possible = longest("possible", config, (14, 14), batch_size=64, seed=0)
@@ -55,7 +55,7 @@ def test_drawn_lengths_are_below_possible_ones() -> None:
 
 
 def test_worst_masks_have_these_lengths_and_want_as_many_patches_as_possible() -> None:
-    config = MaskConfig(num_context_blocks=2)
+    config = BlockMaskConfig(num_context_blocks=2)
     masks = worst_masks(config, 196, Lengths(context=172, target=42), count=3, dense=True)
     assert isinstance(masks, DenseMasks)
     assert masks.context.shape == (2, 3, 172) and masks.targets.shape == (4, 3, 42)
@@ -70,7 +70,7 @@ def test_worst_masks_have_these_lengths_and_want_as_many_patches_as_possible() -
 
 @pytest.mark.parametrize(("context", "count"), list(itertools.product(["truncate", "packed"], [4, 8])))
 def test_a_probe_draws_as_in_training_until_its_worst_step(context: str, count: int) -> None:
-    config = MaskConfig(min_keep=3, group_size=4, context=context)
+    config = BlockMaskConfig(min_keep=3, group_size=4, context=context)
     sampler = MaskSampler(config, (8, 8), seed=5)
     probe = ProbeMasks(sampler, MaskSampler(config, (8, 8), seed=0).longest(), worst_from=2)
     drawn, expected = probe(1, 0, count, 8), sampler(1, 0, count, 8)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.config import DataConfig, EngineConfig, MaskConfig, ModelConfig, PretrainConfig
+from ijepa_scale.config import BlockMaskConfig, DataConfig, EngineConfig, ModelConfig, PretrainConfig
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.masks.draw import Lengths
 from ijepa_scale.tune.children import Outcome
@@ -20,7 +20,7 @@ DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
 def config(*, batch: int = 64, model: str = "vit_tiny", **engine: Any) -> PretrainConfig:
     return PretrainConfig(
         model=ModelConfig(name=model),
-        masks=MaskConfig(group_size=16),
+        masks=BlockMaskConfig(group_size=16),
         data=DataConfig(batch_size=batch),
         engine=EngineConfig(**engine),
     )

@@ -1,0 +1,210 @@
+"""What a section of a configuration is: a frozen pydantic model, read strictly, whose errors say what to give.
+
+A section whose class names a registry is read as the section of the component chosen in it. Knows no component.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from types import NoneType
+from typing import Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from typing_extensions import Self
+
+from ijepa_scale.config.form import Form
+from ijepa_scale.config.nearest import unknown
+from ijepa_scale.config.yaml_text import flat
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.registry import Registry
+
+# Of two such settings of a section, giving one takes the other back.
+EXCLUSIVE = {
+    "batch_size": "batch_size_per_process", "batch_size_per_process": "batch_size", "base_lr": "lr", "lr": "base_lr"
+}  # fmt: skip
+
+
+class Section(BaseModel):
+    """Settings that belong together.
+
+    Class arguments: `at` is where the section stands in a file. `registry` holds the components that may stand there,
+    and `selector` is the field that names one: its class's `Config`, a subclass of this section, then reads the
+    section. `names` are the package's own components that the class is the `Config` of.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    at: ClassVar[str] = ""
+    registry: ClassVar[Registry | None] = None
+    selector: ClassVar[str] = ""
+    built_in: ClassVar[dict[str, type[Section]]] = {}
+
+    def __init_subclass__(
+        cls, *, at: str = "", registry: Registry | None = None, selector: str = "", names: tuple[str, ...] = ()
+    ) -> None:
+        super().__init_subclass__()
+        cls.at = at or cls.at
+        if registry is not None:
+            cls.registry, cls.selector, cls.built_in = registry, selector, {}
+        cls.built_in.update(dict.fromkeys(names, cls))
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(dict.fromkeys(explain(type(self), values, error)))) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # pydantic reads sections inside by itself
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns the section with these fields changed, checked as a new one is."""
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+    def values(self) -> dict[str, Any]:
+        """Returns the settings as plain values, as JSON gives them back."""
+        return {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong among fields that are right by themselves; each begins with the name of one."""
+        yield from ()
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Returns the names of the components that may stand here."""
+        return tuple(dict.fromkeys((*cls.built_in, *(cls.registry.names() if cls.registry else ()))))
+
+    @classmethod
+    def member(cls, name: str) -> type[Section]:
+        """Returns the section of a component; this class where none has that name.
+
+        Raises:
+            ConfigError: the component's `Config` is no subclass of this class.
+        """
+        if name in cls.built_in or name not in cls.names():
+            return cls.built_in.get(name, cls)
+        assert cls.registry is not None
+        config = getattr(cls.registry.get(name), "Config", cls)
+        if not issubclass(config, cls):
+            raise ConfigError(f"{cls.selector or name} is {name!r}, whose Config must be a subclass of {cls.__name__}")
+        return config
+
+    @classmethod
+    def chosen(cls, values: Any) -> type[Section]:
+        """Returns the class that reads these values of the section."""
+        if isinstance(values, Section) or not cls.selector:
+            return type(values) if isinstance(values, Section) else cls
+        default = cls.model_fields[cls.selector].default
+        return cls.member(str(values.get(cls.selector, default) if isinstance(values, Mapping) else default))
+
+    @classmethod
+    def _require(cls, name: str) -> None:
+        """Refuses a component that isn't there."""
+        if name not in cls.names():
+            there = f"choose one of {', '.join(cls.names())}, or n" if cls.names() else "n"
+            raise ValueError(f"{there}ame the module that registers it with --plugin")
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _read(cls, value: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
+        """Reads a field as files and overrides give it: lists for tuples, mappings or nothing for sections."""
+        field = cls.model_fields[str(info.field_name)]
+        declared, many = nested(field)
+        if declared is None:
+            if isinstance(value, str) and "${" in value:
+                raise ValueError("interpolations aren't read, write the value itself")
+            if info.field_name == cls.selector and isinstance(value, str):
+                cls._require(value)
+            return handler(tuple(value) if isinstance(value, list) else value)
+        if not isinstance(value, (Mapping, NoneType)):
+            return handler(value)
+        given = dict(value or {})
+        if many:
+            for name in given:
+                declared._require(name)
+            kinds = {name: declared.member(name) for name in given}
+            fields: dict[str, Any] = {name: (kind, kind()) for name, kind in kinds.items()}
+            return dict(create_model("Several", __base__=Section, **fields).model_validate(given))
+        chosen = given.get(declared.selector)
+        if isinstance(chosen, str) and chosen not in declared.names():
+            return handler({declared.selector: chosen})  # says so, and nothing about the other keys
+        default = field.get_default(call_default_factory=True)
+        ours = {name: getattr(default, name) for name in default.model_fields_set}
+        ours = {name: own for name, own in ours.items() if given.get(EXCLUSIVE.get(name, "")) is None}
+        return declared.chosen(given).model_validate({**ours, **given})
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        problems = "\n".join(self.problems())
+        if problems:
+            raise ValueError(problems)
+        return self
+
+
+def nested(field: FieldInfo) -> tuple[type[Section] | None, bool]:
+    """Returns the section that a field holds, if any, and whether it holds several by their names."""
+    many = typing.get_origin(field.annotation) is dict
+    hint = typing.get_args(field.annotation)[1] if many else field.annotation
+    if typing.get_origin(hint) is None and isinstance(hint, type) and issubclass(hint, Section):
+        return hint, many
+    return None, False
+
+
+def settings(kind: type[Section], values: Any = None, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yields the dotted names of all settings with their fields, in order; `values` choose among the sections."""
+    for name, field in kind.model_fields.items():
+        declared, many = nested(field)
+        value = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
+        if declared is None or many:
+            yield f"{prefix}{name}", field
+        if declared is not None and many:
+            for key, each in (value or {}).items():
+                yield from settings(declared.member(key), each, f"{prefix}{name}.{key}.")
+        elif declared is not None:
+            yield from settings(declared.chosen(value), value, f"{prefix}{name}.")
+
+
+def explain(kind: type[Section], values: Any, error: ValidationError) -> Iterator[str]:
+    """Yields what pydantic found wrong with `values`, a line each, beginning with the dotted name of a setting."""
+    at = kind.at.split(".") if kind.at else []
+    known = dict(settings(kind, values, "".join(f"{part}." for part in at)))
+    for each in error.errors(include_url=False):
+        places = list(accumulate([*at, *map(str, each["loc"])], "{}.{}".format))
+        key, leaf = places[-1] if places else "", [place for place in places if place in known][-1:]
+        if each["type"] in ("extra_forbidden", "invalid_key"):
+            yield from (unknown(name, known) for name in flat({key: each["input"]}))
+        elif leaf:
+            value = each["input"] if each["type"] == "literal_error" else _at(values, leaf[0].split(".")[len(at) :])
+            said = (
+                str(each["ctx"]["error"])
+                if each["type"] == "value_error"
+                else Form(known[leaf[0]]).remedy(each["type"])
+            )
+            yield f"{leaf[0]} is {value!r}; {said}"
+        elif each["type"] == "value_error":
+            yield from (f"{key}.{line}".removeprefix(".") for line in str(each["ctx"]["error"]).splitlines())
+        else:
+            yield f"{key} is {each['input']!r}; it is a section, set {key}.<name> instead"
+
+
+def _at(values: Any, path: list[str]) -> Any:
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.values()
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
