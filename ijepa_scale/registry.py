@@ -66,7 +66,13 @@ class Registry:
 
 OBJECTIVES = Registry("objective", {})
 SAMPLERS = Registry("mask sampler", {})
-OPTIMIZERS = Registry("optimizer", {})
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": "ijepa_scale.optim.adamw:AdamW",
+        "lars": "ijepa_scale.optim.lars:Lars",
+    },
+)
 SOURCES = Registry("reader", {})
 SINKS = Registry("metrics sink", {})
 EVALUATORS = Registry("evaluator", {})

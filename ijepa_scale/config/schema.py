@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ijepa_scale.config.checks import at_least, choose, interval, numbers, raise_problems
 from ijepa_scale.config.data import AugmentConfig, DataConfig
@@ -100,6 +100,12 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW. Learning rates are absolute, per optimiser step; no batch-size scaling is applied."""
 
+    # The table of per-parameter states: engines, checkpoints, the planner and exports read it.
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)  # of ZeRO, under which it can run
+    zero_reason: ClassVar[str] = ""  # why not under the others
+
+    name: str = "adamw"  # one of registry.OPTIMIZERS
     impl: str = "auto"  # auto | torch | apex | deepspeed
     lr: float = 1e-3
     start_lr: float = 2e-4
@@ -123,6 +129,15 @@ class OptimizerConfig:
         if self.clip_norm is not None and not self.clip_norm > 0:
             problems.append(f"clip_norm is {self.clip_norm}; give a number above 0, or null for no clipping")
         raise_problems("optimizer", problems)
+
+    def refusal(self, zero_stage: int) -> str | None:
+        """Returns why it can't run under this stage of ZeRO, with the remedy; None where it can."""
+        if zero_stage in self.zero_stages:
+            return None
+        return (
+            f"optimizer.name is {self.name} but the ZeRO stage is {zero_stage}: {self.zero_reason}; set "
+            "engine.strategy=fsdp2 or ddp, or optimizer.name=adamw"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ Cheap: thousands of settings a second, once masks have been drawn. `spread.Sprea
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ijepa_scale.config.architectures import IMAGE_CHANNELS, resolve
 from ijepa_scale.config.schema import MaskConfig, ModelConfig
@@ -67,15 +67,8 @@ def footprint(
     of the images; where the target is sharded there is no graph, and nothing is counted.
     """
     counts = count_parameters(model)
-    held = spread_states(
-        counts.trainable,
-        counts.target,
-        spread.strategy,
-        world=spread.world,
-        replicas=spread.replicas,
-        reshard_after_forward=True,  # what stays gathered counts as a buffer, in its own precision
-        offload_optimizer=spread.zero.offload_optimizer,
-    )
+    resharded = replace(spread, reshard_after_forward=True)  # what stays gathered counts as a buffer
+    held = spread_states(counts.trainable, counts.target, resharded)
     work = activations(
         model,
         tokens,

@@ -35,7 +35,7 @@ from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.row import Row, training_row
 from ijepa_scale.models.classifier import build_classifier, drop_factors
 from ijepa_scale.objectives.jepa import soft_cross_entropy
-from ijepa_scale.optim.adamw import layer_decay_groups
+from ijepa_scale.optim.groups import layer_decay_groups
 from ijepa_scale.planning.flops import finetune_flops
 from ijepa_scale.schedules import FinetuneSchedule
 from ijepa_scale.train.loop import Evaluation, Loop, find_checkpoint
