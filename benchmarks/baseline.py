@@ -20,7 +20,7 @@ from ijepa_scale.config import ModelConfig
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.masks import DenseMasks
 from ijepa_scale.models import build_jepa
-from ijepa_scale.optim.adamw import parameter_groups
+from ijepa_scale.optim.groups import parameter_groups
 
 
 class Attention(nn.Module):

@@ -20,7 +20,7 @@ from ijepa_scale import rng
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.models.jepa import JEPA
-from ijepa_scale.optim.adamw import set_hyper
+from ijepa_scale.optim.groups import set_hyper
 
 ALONE, WHOLE, NORMS = "optimiser and target", "all after backward", "norms, one by one"
 

@@ -80,7 +80,13 @@ SAMPLERS = Registry(
         "random": "ijepa_scale.masks.random_patches:RandomDraw",
     },
 )
-OPTIMIZERS = Registry("optimizer", {})
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": "ijepa_scale.optim.adamw:AdamW",
+        "lars": "ijepa_scale.optim.lars:Lars",
+    },
+)
 SOURCES = Registry(
     "reader",
     {

@@ -20,6 +20,7 @@ from ijepa_scale.config.architectures import resolve
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.pos_embed import sincos_2d
 from ijepa_scale.models.registry import build_jepa
+from ijepa_scale.optim.adamw import AdamW
 from ijepa_scale.schedules import Schedule
 
 # A gradient scaler that has done nothing: the published code, which trains in bf16, loads one all the same.
@@ -57,7 +58,8 @@ def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoc
     resumes at the begin of an epoch.
 
     Raises:
-        CheckpointError: the checkpoint is no pretraining's, lies inside an epoch, or its batch doesn't split.
+        CheckpointError: the checkpoint is no pretraining's, of another optimiser than AdamW, lies inside an epoch, or
+            its batch doesn't split.
 
     Source: the project's specification of the file, section 5.
     """
@@ -65,6 +67,11 @@ def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoc
     if not {"model", "optimizer", "schedule"} <= config.keys() or "target.norm.weight" not in checkpoint.tensors:
         raise CheckpointError(
             f"{checkpoint.path} is no checkpoint of a pretraining; give one that has a target encoder"
+        )
+    if (optimizer_name := config["optimizer"].get("name", "adamw")) != "adamw":
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with optimizer.name={optimizer_name}, and the published file holds AdamW's "
+            "states; export the encoder as .safetensors, or give a checkpoint of optimizer.name=adamw"
         )
     epoch, inside = divmod(checkpoint.step, steps_per_epoch)
     if inside:
@@ -79,18 +86,17 @@ def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoc
         )
     hyper = _schedule(config, steps_per_epoch)(max(0, checkpoint.step - 1))
     model = ModelConfig(**config["model"])
-    trained, moments = (
-        checkpoint.full("model."),
-        [checkpoint.full(f"optimizer.{m}.") for m in ("exp_avg", "exp_avg_sq")],
-    )
+    trained = checkpoint.full("model.")
+    states = {state: checkpoint.full(f"optimizer.{state}.") for state in AdamW.Config.state_names}
     names = _published_order(model)
     positions = _positions(model)
     optimizer = _optimizer(names, {**trained, **positions}, config["optimizer"], (hyper.lr, hyper.weight_decay))
     parameters = dict(zip(_grouped(names), (p for g in optimizer.param_groups for p in g["params"]), strict=True))
     for name in trained:
         optimizer.state[parameters[name]] = {
-            "step": torch.tensor(float(checkpoint.step)), "exp_avg": moments[0][name], "exp_avg_sq": moments[1][name],
-        }  # fmt: skip
+            "step": torch.tensor(float(checkpoint.step)),
+            **{state: tensors[name] for state, tensors in states.items()},
+        }
     target = {**checkpoint.full("target."), "pos_embed": positions["encoder.pos_embed"]}
     content: dict[str, Any] = {
         **{part: _part(f"{part}.", names, {**trained, **positions}) for part in ("encoder", "predictor")},

@@ -109,7 +109,10 @@ class RegressionConfig(ObjectiveConfig, names=("smooth_l1", "l2")):
 class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="name"):
     """Optimiser and its rates. Learning rates are absolute, per optimiser step, whatever the batch."""
 
-    state_names: ClassVar[tuple[str, ...]] = ()  # of the tensors that it keeps for each parameter
+    # The table of per-parameter states: engines, checkpoints, the planner and exports read it.
+    state_names: ClassVar[tuple[str, ...]] = ()
+    zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)  # of ZeRO, under which it can run
+    zero_reason: ClassVar[str] = ""  # why not under the others
 
     name: str = Field("adamw", description="Optimiser.")
     lr: AtLeast0 = Field(1e-3, description="Learning rate at the end of the warm-up.")
@@ -118,6 +121,15 @@ class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="na
     weight_decay: AtLeast0 = Field(0.04, description="Weight decay at the start; none for biases and norms.")
     final_weight_decay: AtLeast0 = Field(0.4, description="Weight decay at the end.")
     clip_norm: Positive | None = Field(None, description="Largest global norm of the gradient; null clips nothing.")
+
+    def refusal(self, zero_stage: int) -> str | None:
+        """Returns why it can't run under this stage of ZeRO, with the remedy; None where it can."""
+        if zero_stage in self.zero_stages:
+            return None
+        return (
+            f"optimizer.name is {self.name} but the ZeRO stage is {zero_stage}: {self.zero_reason}; set "
+            "engine.strategy=fsdp2 or ddp, or optimizer.name=adamw"
+        )
 
 
 class AdamWConfig(OptimizerConfig, names=("adamw",)):

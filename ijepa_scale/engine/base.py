@@ -24,7 +24,7 @@ from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
 from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.optim.adamw import GroupFunction, clean_name, parameter_groups
+from ijepa_scale.optim.groups import GroupFunction, clean_name, parameter_groups
 
 
 class BaseEngine(Engine):

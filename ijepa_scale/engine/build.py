@@ -21,11 +21,6 @@ _ENGINES: dict[str, Callable[[World, EngineConfig, OptimizerConfig], Engine]] = 
 
 def build_engine(world: World, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
     """Returns the engine of `config.strategy`, which has been resolved: it isn't `auto` any more."""
-    if config.strategy == "fsdp2" and getattr(optimizer, "impl", None) in ("apex", "deepspeed"):
-        raise ConfigError(
-            f"optimizer.impl is {getattr(optimizer, 'impl', None)}, whose kernels can't take fsdp2's sharded tensors; "
-            "set it to torch"
-        )
     if config.triton and world.device.type != "cuda":
         raise ConfigError(
             f"engine.triton names {', '.join(config.triton)} but the device is {world.device.type}; Triton's kernels "

@@ -20,7 +20,8 @@ from ijepa_scale.engine.parallelize import blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.optim.adamw import GroupFunction, build_optimizer, set_hyper, set_step
+from ijepa_scale.optim.groups import GroupFunction, set_hyper
+from ijepa_scale.optim.kind import build_optimizer, optimizer_kind
 from ijepa_scale.schedules import Hyper
 
 
@@ -28,15 +29,18 @@ class NativeEngine(BaseEngine):
     """What the engines of this module share: PyTorch's autograd, clipping and optimiser."""
 
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
-        # torch's fused AdamW takes the flag on the device; for other kernels the host reads it before they run
-        late = world.device.type == "cuda" and getattr(optimizer, "impl", None) in ("auto", "torch")
+        self._kind = optimizer_kind(optimizer, config.strategy)
+        # where the optimiser takes no flag on the device, the host reads it before the optimiser runs
+        late = world.device.type == "cuda" and self._kind.stopped_on_device(optimizer)
         super().__init__(world, config, optimizer, late=late)
 
     @override
     def _distribute(self, groups: GroupFunction) -> None:
         compile_parts(self._config, self.module, self.target_module)
         self._wrap()
-        self.optimizer = build_optimizer(self.module, self._optimizer_config, groups=groups)
+        self.optimizer = build_optimizer(
+            self.module, self._optimizer_config, groups=groups, strategy=self._config.strategy
+        )
         self._shards = ([], []) if self.target_module is None else super()._local_shards()
 
     def _wrap(self) -> None:
@@ -78,7 +82,7 @@ class NativeEngine(BaseEngine):
             nn.utils.clip_grads_with_norm_(parameters, self._optimizer_config.clip_norm, norm, foreach=True)
         set_hyper(self.optimizer.param_groups, hyper)
         if stopped is not None:
-            self.optimizer.found_inf = stopped  # type: ignore[attr-defined]  # the fused kernel's way to be stopped
+            self.optimizer.found_inf = stopped  # type: ignore[attr-defined]  # fused kernels' way to be stopped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(loss=loss, grad_norm=norm, stopped=stopped)
@@ -92,15 +96,13 @@ class NativeEngine(BaseEngine):
         yield self._piece(f"model.{name}", parameter)
         state = self.optimizer.state[parameter]
         if not state:  # before the first step: made here, so that loading has somewhere to write
-            state["step"] = torch.zeros((), device=self.world.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        for key in ("exp_avg", "exp_avg_sq"):
+            state.update(self._kind.new_state(parameter))
+        for key in self._optimizer_config.state_names:
             yield self._piece(f"optimizer.{key}.{name}", state[key])
 
     @override
     def loaded(self, optimizer_step: int) -> None:
-        set_step(self.optimizer, optimizer_step)
+        self._kind.set_step(self.optimizer, optimizer_step)
         if self._replicated:
             self._replicated.loaded()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.world import World
-from ijepa_scale.optim.adamw import GroupFunction, parameter_groups
+from ijepa_scale.optim.groups import GroupFunction, parameter_groups
 from ijepa_scale.schedules import Hyper
 
 

@@ -29,10 +29,9 @@ from ijepa_scale.engine.parallelize import blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
-from ijepa_scale.optim.adamw import GroupFunction, build_optimizer, set_hyper, set_step
+from ijepa_scale.optim.groups import GroupFunction, set_hyper
+from ijepa_scale.optim.kind import build_optimizer, optimizer_kind
 from ijepa_scale.schedules import Hyper
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -77,6 +76,7 @@ class ZeroEngine(BaseEngine):
         environment.export_accelerator(world.device.type)  # checking the file imports deepspeed, which picks one
         self._plan = load_ds_config(config.ds_config)
         self._stage = int(self._plan["zero_optimization"]["stage"])
+        self._kind = optimizer_kind(optimizer, f"zero{self._stage}")
 
     @property
     @override
@@ -102,7 +102,9 @@ class ZeroEngine(BaseEngine):
                 deepspeed.utils.set_z3_leaf_modules(part, [type(block) for block in blocks(part)[:1]])
             _ask_for_input_gradients(self.module)
         offload = "offload_optimizer" in self._plan["zero_optimization"]
-        optimizer = build_optimizer(self.module, self._optimizer_config, groups=groups, offload=offload)
+        optimizer = build_optimizer(
+            self.module, self._optimizer_config, groups=groups, strategy=f"zero{self._stage}", offload=offload
+        )
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -169,7 +171,7 @@ class ZeroEngine(BaseEngine):
 
     @override
     def loaded(self, optimizer_step: int) -> None:
-        set_step(self.zero.optimizer, optimizer_step)
+        self._kind.set_step(self.zero.optimizer, optimizer_step)
         # then the working copies of the weights, in line with the masters
         if self._stage < 3:
             self.zero.update_lp_params()
@@ -202,7 +204,8 @@ class ZeroEngine(BaseEngine):
             start = mapping.lp_fragment_address.start
         master = self._masters()[group]
         state = self._state(master)
-        for kind, flat in {"model": master, **{f"optimizer.{key}": state[key] for key in _MOMENTS}}.items():
+        states = {f"optimizer.{key}": state[key] for key in self._optimizer_config.state_names}
+        for kind, flat in {"model": master, **states}.items():
             part = flat.detach()[offset : offset + length]
             yield Piece(name=f"{kind}.{name}", tensor=part, start=start, shape=shape)
 
@@ -210,9 +213,7 @@ class ZeroEngine(BaseEngine):
         """Returns the optimiser's state of a master, made where no step has been taken: loading needs a place."""
         state = self.zero.optimizer.state[master]
         if not state:
-            state["step"] = torch.zeros((), device=master.device)
-            for key in _MOMENTS:
-                state[key] = torch.zeros_like(master)
+            state.update(self._kind.new_state(master))
         return state
 
     def _start(self, parameter: Any) -> int:

@@ -29,10 +29,12 @@ def initialise(module: nn.Module, generator: torch.Generator, rescale_residual: 
     for layer in module.modules():
         own = dict(layer.named_parameters(recurse=False))
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            own = {name: own[name] for name in ("weight", "bias") if name in own}
             _normal(layer.weight, generator)
             if layer.bias is not None:
                 layer.bias.zero_()
         elif isinstance(layer, nn.LayerNorm):
+            own = {name: own[name] for name in ("weight", "bias") if name in own}
             layer.weight.fill_(1.0)
             layer.bias.zero_()
         elif set(own) == {"mask_token"}:

@@ -20,6 +20,7 @@ from ijepa_scale.models.vit import VisionTransformer
 
 _Model = TypeVar("_Model", VisionTransformer, Predictor)
 _ENCODER_SIZES = ("width", "depth", "heads", "mlp_ratio")
+_POSITIONS = ("pos_embed", "predictor_pos_embed")  # the fixed embeddings: the only buffers
 _PREDICTOR_SIZES = {"width": "predictor_width", "depth": "predictor_depth", "encoder_width": "width", "heads": "heads"}
 
 
@@ -85,8 +86,17 @@ def build_jepa(model: ModelConfig, seed: int, device: torch.device | str | None 
 
     Raises:
         ConfigError: the name is unknown, or sizes don't divide; one message lists all problems.
+        ValueError: a parameter or a buffer is neither the encoder's nor the predictor's, or nothing fills it.
     """
-    return JEPA(_encoder(model, seed, device), _predictor(model, seed, device))
+    jepa = JEPA(_encoder(model, seed, device), _predictor(model, seed, device))
+    tensors = [name for named in (jepa.named_parameters(), jepa.named_buffers()) for name, _ in named]
+    strangers = [name for name in tensors if not name.startswith(("encoder.", "predictor."))]
+    if strangers:
+        raise ValueError(
+            f"{', '.join(strangers)} of {type(jepa).__name__} are neither the encoder's nor the predictor's, so "
+            "nothing initialises or trains them; put them into one of these"
+        )
+    return jepa
 
 
 def build_target(jepa: JEPA) -> VisionTransformer:
@@ -126,6 +136,12 @@ def _materialise(
     model: _Model, generator: torch.Generator, rescale_residual: bool, device: torch.device | str | None
 ) -> _Model:
     """Gives a model from the meta device weights drawn on the CPU, moves it to `device` and returns it."""
+    unknown = [name for name, _ in model.named_buffers() if name not in _POSITIONS]
+    if unknown:
+        raise ValueError(
+            f"no values are known for the buffers {', '.join(unknown)} of {type(model).__name__}; fixed embeddings are "
+            f"called {' and '.join(_POSITIONS)}: add others to models/registry.py"
+        )
     device = torch.device("cpu" if device is None else device)
     if device.type == "meta":
         return model.to("meta")

@@ -7,7 +7,7 @@ is spread over processes, `tokens.Tokens` the tokens of a micro-batch.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ijepa_scale.config.architectures import IMAGE_CHANNELS, resolve
 from ijepa_scale.config.schema import MaskConfig, ModelConfig
@@ -67,15 +67,8 @@ def footprint(
     and a copy of the images. A sharded target has no graph, so nothing is counted for it.
     """
     counts = count_parameters(model)
-    held = spread_states(
-        counts.trainable,
-        counts.target,
-        spread.strategy,
-        world=spread.world,
-        replicas=spread.replicas,
-        reshard_after_forward=True,  # gathered weights count as a buffer, in their own precision
-        offload_optimizer=spread.zero.offload_optimizer,
-    )
+    resharded = replace(spread, reshard_after_forward=True)  # what stays gathered counts as a buffer
+    held = spread_states(counts.trainable, counts.target, resharded)
     work = activations(
         model,
         tokens,

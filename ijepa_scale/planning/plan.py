@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ijepa_scale.config.schema import EngineConfig, PretrainConfig
+from ijepa_scale.config.schema import EngineConfig, OptimizerConfig, PretrainConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.activations import Activations, activations
 from ijepa_scale.planning.devices import Cluster
@@ -100,8 +100,11 @@ def plan(
     flops = FlopCount(**{part: sum(getattr(count, part) for count in counts) / len(counts) for part in parts})
     engine, reason = _resolved(config, cluster)
     buckets = ZeroBuckets() if zero is None else ZeroBuckets.of(zero)
-    mine = _spread(engine, cluster, buckets, stage=3 if zero is None else int(zero["stage"]))
-    spreads = list(dict.fromkeys([mine, *_alternatives(engine, cluster, buckets)]))
+    stage, optimizer = 3 if zero is None else int(zero["stage"]), config.optimizer
+    mine = _spread(engine, cluster, buckets, stage=stage, optimizer=optimizer)
+    if mine.stage and (refusal := optimizer.refusal(mine.stage)) is not None:
+        raise ConfigError(refusal)
+    spreads = list(dict.fromkeys([mine, *_alternatives(engine, cluster, buckets, optimizer)]))
     strategies = tuple(
         _planned(config, cluster, spread, tokens=(mean, largest), flops=flops, mfu=mfu) for spread in spreads
     )
@@ -160,6 +163,7 @@ def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, s
         processes_per_node=cluster.local_gpus,
         device="cuda",
         device_memory_bytes=cluster.device.memory_bytes,
+        optimizer_states=config.optimizer.state_names,
     )
     if engine.strategy == "plain" and cluster.num_gpus > 1:
         raise ConfigError(
@@ -172,7 +176,9 @@ def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, s
     return engine, reason
 
 
-def _spread(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, *, stage: int) -> Spread:
+def _spread(
+    engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, *, stage: int, optimizer: OptimizerConfig
+) -> Spread:
     return Spread(
         strategy=f"zero{stage}" if engine.strategy == "deepspeed" else engine.strategy,
         world=cluster.num_gpus,
@@ -182,14 +188,17 @@ def _spread(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, *, stage:
         precision=engine.precision,
         communication=engine.zero_communication,
         accumulation=engine.accumulation,
+        optimizer_states=optimizer.state_names,
         zero=zero if engine.strategy == "deepspeed" else ZeroBuckets(),
     )
 
 
-def _alternatives(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets) -> Iterator[Spread]:
-    """Yields every other way to spread the step."""
+def _alternatives(
+    engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, optimizer: OptimizerConfig
+) -> Iterator[Spread]:
+    """Yields every other way to spread the step that the optimiser can run under."""
     changes: dict[str, Any] = {"strategy": "ddp", "replicas": 1, "ds_config": None, "zero_communication": "fp32"}
-    base = _spread(engine.replace(**changes), cluster, zero, stage=1)
+    base = _spread(engine.replace(**changes), cluster, zero, stage=1, optimizer=optimizer)
     if cluster.num_gpus == 1:
         return
     yield base
@@ -197,7 +206,7 @@ def _alternatives(engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets) -> 
     for reshard in (False, True):
         for groups in replicas:
             yield dataclasses.replace(base, strategy="fsdp2", replicas=groups, reshard_after_forward=reshard)
-    for stage in (1, 2, 3):
+    for stage in optimizer.zero_stages:
         yield dataclasses.replace(base, strategy=f"zero{stage}", communication=engine.zero_communication)
 
 

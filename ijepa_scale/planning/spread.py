@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ijepa_scale.planning.memory import STRATEGIES
+from ijepa_scale.config.schema import AdamWConfig
+
+STRATEGIES = ("plain", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class ZeroBuckets:
 class Spread:
     """A strategy, its processes, and the settings that change its memory and communication."""
 
-    strategy: str  # one of planning.memory.STRATEGIES
+    strategy: str  # one of STRATEGIES
     world: int = 1
     local: int = 8  # processes per node, at most
     replicas: int = 1  # fsdp2: groups of processes that each hold all states (HSDP)
@@ -47,6 +49,7 @@ class Spread:
     precision: str = "bf16"
     communication: str = "fp32"  # zero with bf16 precision: the dtype of gathers and reductions
     accumulation: int = 1
+    optimizer_states: tuple[str, ...] = AdamWConfig.state_names  # fp32, one of each for each weight
     zero: ZeroBuckets = field(default_factory=ZeroBuckets)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ijepa_scale.config.schema import EngineConfig, ModelConfig
+from ijepa_scale.config.schema import AdamWConfig, EngineConfig, ModelConfig
 from ijepa_scale.planning.footprint import target_copy_bytes
 from ijepa_scale.planning.memory import state_bytes
 from ijepa_scale.planning.spread import Spread
@@ -30,12 +30,13 @@ def choose_strategy(
     device: str,
     device_memory_bytes: float | None,
     precision: str = "bf16",
+    optimizer_states: tuple[str, ...] = AdamWConfig.state_names,
 ) -> Choice:
     """Returns the fastest engine whose states take at most 40% of a device's memory, and the reason.
 
     `device` is "cpu" or "cuda"; `device_memory_bytes` is ignored on the CPU and for one process. Replicated states
-    include the target's bf16 copies if `precision` is bf16. If sharding within each node is enough, shards don't
-    span nodes, so that only gradients cross the network.
+    include the target's bf16 copies if `precision` is bf16, and `optimizer_states` for each weight. If sharding within
+    each node is enough, shards don't span nodes, so that only gradients cross the network.
     """
     if world == 1:
         return Choice(strategy="plain", reason="one process")
@@ -45,13 +46,21 @@ def choose_strategy(
         raise ValueError(f"device_memory_bytes is {device_memory_bytes}; give the bytes of one {device} device")
     room = STATES_SHARE * device_memory_bytes
     limit = f"{STATES_SHARE:.0%} of {device_memory_bytes / 1e9:.0f} GB"
-    replicated = state_bytes(model, "ddp").total + target_copy_bytes(model, Spread(strategy="ddp", precision=precision))
+    copies = target_copy_bytes(model, Spread(strategy="ddp", precision=precision))
+    replicated = state_bytes(model, "ddp", optimizer_states=optimizer_states).total + copies
     if replicated <= room:
         return Choice(strategy="ddp", reason=f"{replicated / 1e9:.1f} GB of replicated states are within {limit}")
     nodes = world // processes_per_node if world % processes_per_node == 0 and processes_per_node > 1 else 1
     for reshard in (False, True):
         for replicas in dict.fromkeys((nodes, 1)):
-            sharded = state_bytes(model, "fsdp2", world=world, replicas=replicas, reshard_after_forward=reshard).total
+            sharded = state_bytes(
+                model,
+                "fsdp2",
+                world=world,
+                replicas=replicas,
+                reshard_after_forward=reshard,
+                optimizer_states=optimizer_states,
+            ).total
             if sharded <= room or (reshard and replicas == 1):
                 verdict = "are within" if sharded <= room else "are the least possible, but over"
                 reason = (
@@ -71,6 +80,7 @@ def resolve_engine(
     processes_per_node: int,
     device: str,
     device_memory_bytes: float | None,
+    optimizer_states: tuple[str, ...] = AdamWConfig.state_names,
 ) -> tuple[EngineConfig, str]:
     """Returns the engine's configuration with `strategy: auto` replaced, and the reason for the log.
 
@@ -88,6 +98,7 @@ def resolve_engine(
         device=device,
         device_memory_bytes=device_memory_bytes,
         precision=engine.precision,
+        optimizer_states=optimizer_states,
     )
     resolved = engine.replace(
         strategy=choice.strategy,

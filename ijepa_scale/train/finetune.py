@@ -32,7 +32,7 @@ from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.row import Row
 from ijepa_scale.models.classifier import build_classifier, drop_factors
 from ijepa_scale.objectives.cross_entropy import soft_cross_entropy
-from ijepa_scale.optim.adamw import layer_decay_groups
+from ijepa_scale.optim.groups import layer_decay_groups
 from ijepa_scale.planning.flops import finetune_flops
 from ijepa_scale.schedules import FinetuneSchedule
 from ijepa_scale.train.finetune_step import FinetuneStep

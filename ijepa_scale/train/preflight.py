@@ -16,6 +16,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.evaluate.classification import chance_loss
 from ijepa_scale.metrics.classifier_plots import draw_labelled
 from ijepa_scale.planning.memory import spread_states
+from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.schedules import FinetuneSchedule
 
 logger = logging.getLogger(__name__)
@@ -87,15 +88,14 @@ class Preflight:
         if engine.ds_config is not None:
             zero = load_ds_config(engine.ds_config)["zero_optimization"]
             strategy, offload = f"zero{zero['stage']}", "offload_optimizer" in zero
-        states = spread_states(
-            trained,
-            kept,
-            strategy,
+        spread = Spread(
+            strategy=strategy,
             world=world.size,
             replicas=engine.replicas,
             reshard_after_forward=engine.reshard_after_forward,
-            offload_optimizer=offload,
+            zero=ZeroBuckets(offload_optimizer=offload),
         )
+        states = spread_states(trained, kept, spread)
         kinds = {
             "weights": states.weights,
             "gradients": states.gradients,

@@ -30,6 +30,7 @@ def with_strategy(config: Config, launch: Launch, device: torch.device) -> Confi
     A classifier counts as its encoder pretrained, with target and predictor: an upper bound.
     """
     model = config.model if isinstance(config, PretrainConfig) else config.model.pretrained
+    optimizer = config.optimizer if isinstance(config, PretrainConfig) else config.optimizer.adamw(1)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     engine, reason = resolve_engine(
         config.engine,
@@ -38,6 +39,7 @@ def with_strategy(config: Config, launch: Launch, device: torch.device) -> Confi
         processes_per_node=launch.local_world_size,
         device=device.type,
         device_memory_bytes=memory,
+        optimizer_states=optimizer.state_names,
     )
     logger.info("engine.strategy is %s: %s", engine.strategy, reason)
     return config.replace(engine=engine)

@@ -105,6 +105,7 @@ class Space:
             processes_per_node=machine.processes,
             device=machine.kind,
             device_memory_bytes=machine.memory_bytes,
+            optimizer_states=config.optimizer.state_names,
         )
         if self.engine.strategy == "plain" and machine.processes > 1:
             raise ConfigError(
@@ -151,6 +152,7 @@ class Space:
             precision=engine.precision,
             communication=engine.zero_communication,
             accumulation=engine.accumulation,
+            optimizer_states=self.config.optimizer.state_names,
             zero=ZeroBuckets.of(_zero_section(engine)) if engine.strategy == "deepspeed" else ZeroBuckets(),
         )
         plan = footprint(

@@ -16,7 +16,7 @@ from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneOptimizerC
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.world import World
 from ijepa_scale.models.classifier import build_classifier, drop_factors
-from ijepa_scale.optim.adamw import layer_decay_groups
+from ijepa_scale.optim.groups import layer_decay_groups
 from ijepa_scale.schedules import FinetuneSchedule
 from tests.distributed.harness import run
 from tests.distributed.test_engines import ENGINES, loss_difference, worst

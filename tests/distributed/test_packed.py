@@ -22,7 +22,7 @@ from ijepa_scale.models.layers import Attention
 from ijepa_scale.models.registry import build_jepa, build_target
 from ijepa_scale.objectives.regression import Regression
 from ijepa_scale.objectives.targets import normalise_targets, select_targets
-from ijepa_scale.optim.adamw import clean_name
+from ijepa_scale.optim.groups import clean_name
 from tests.distributed import training
 from tests.distributed.harness import run
 from tests.distributed.training import BATCH, MODEL, images_of, make, masks_config, part

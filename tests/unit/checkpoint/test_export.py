@@ -20,6 +20,7 @@ from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.registry import build_jepa
+from ijepa_scale.optim.lars import LarsConfig
 from launch import export
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -112,6 +113,9 @@ def test_what_the_published_code_cannot_resume_is_refused(tmp_path: Path) -> Non
         export_published(checkpoint, tmp_path / "out", steps_per_epoch=10, processes=5)
     with pytest.raises(CheckpointError, match="is no checkpoint of a pretraining; give one that has a target encoder"):
         export_published(saved(tmp_path / "b", config={})[0], tmp_path / "out", steps_per_epoch=10)
+    config = PretrainConfig(model=MODEL, optimizer=LarsConfig()).values()
+    with pytest.raises(CheckpointError, match=r"optimizer.name=lars, and the published file holds AdamW's states; exp"):
+        export_published(saved(tmp_path / "c", config=config)[0], tmp_path / "out", steps_per_epoch=10)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,8 +12,9 @@ from ijepa_scale.config.finetune_run import ClassifierEvaluationConfig, Finetune
 from ijepa_scale.engine.ds_config import load_ds_config
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.classifier import build_classifier
-from ijepa_scale.optim.adamw import layer_decay_groups
+from ijepa_scale.optim.groups import layer_decay_groups
 from ijepa_scale.planning.memory import spread_states
+from ijepa_scale.planning.spread import Spread
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
@@ -43,7 +44,7 @@ def test_giant_is_planned_for_eight_processes():
     assert len(module.encoder.blocks) == 40 and module.encoder.width == 1408
     groups = layer_decay_groups(module, layer_decay=config.optimizer.layer_decay)
     trained = sum(parameter.numel() for group in groups for parameter in group["params"])
-    states = spread_states(trained, 0, "zero2", world=8)
+    states = spread_states(trained, 0, Spread(strategy="zero2", world=8))
     # fp32: whole weights; gradients, masters and two moments shared out
     assert states.total == pytest.approx(4 * trained * (1 + (1 + 3) / 8)) == pytest.approx(6.1e9, rel=0.01)
 

@@ -23,6 +23,7 @@ from ijepa_scale.masks import MaskSampler
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models.registry import build_jepa, build_target
 from ijepa_scale.objectives.protocol import build_objective
+from ijepa_scale.optim.lars import LarsConfig
 from ijepa_scale.schedules import Hyper
 from ijepa_scale.train.step import TrainStep
 
@@ -73,8 +74,9 @@ def _reads_the_host(caller) -> bool:
     return drawing or caller.f_code is FiniteWatch.settle.__code__
 
 
-def a_step(late: bool, **engine) -> tuple[TrainStep, Batch]:
-    built = build_engine(WORLD, EngineConfig(strategy="plain", precision="bf16", **engine), AdamWConfig())
+def a_step(late: bool, optimizer=None, **engine) -> tuple[TrainStep, Batch]:
+    settings = EngineConfig(strategy="plain", precision="bf16", **engine)
+    built = build_engine(WORLD, settings, optimizer or AdamWConfig())
     module = build_jepa(MODEL, seed=0)
     built.prepare(module, build_target(module))
     built._watch = FiniteWatch(WORLD, late=late)
@@ -93,7 +95,10 @@ def a_step(late: bool, **engine) -> tuple[TrainStep, Batch]:
     return step, Batch(pixels=pixels, sizes=sizes, sample_ids=np.arange(4), labels=labels, step=0, epoch=0, position=0)
 
 
-@pytest.mark.parametrize("engine", [{}, {"accumulation": 2}, {"checkpointing": "full"}, {"target_precision": "fp8"}])
+@pytest.mark.parametrize(
+    "engine",
+    [{}, {"accumulation": 2}, {"checkpointing": "full"}, {"target_precision": "fp8"}, {"optimizer": LarsConfig()}],
+)
 def test_a_step_waits_for_nothing(engine) -> None:
     step, batch = a_step(late=True, **engine)
     step(batch)  # the optimiser makes its states, the masks of the next step are drawn

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ijepa_scale.models import build_encoder, build_predictor
+from ijepa_scale.config import ModelConfig
+from ijepa_scale.models import build_encoder, build_predictor, registry
 from ijepa_scale.models.init import initialise
 
 SIZES = {"image_size": 32, "patch_size": 8}
@@ -77,3 +78,52 @@ def test_a_parameter_of_no_known_layer_is_refused():
 
     with pytest.raises(ValueError, match="no initialisation is known for 1.gamma; add it to models/init.py"):
         initialise(nn.Sequential(nn.Linear(2, 2), Scale()), torch.Generator())
+
+
+@pytest.mark.parametrize(("layer", "name"), [(nn.Linear(2, 2), "0.gamma"), (nn.LayerNorm(2), "0.gamma")])
+def test_a_parameter_that_a_known_layer_does_not_have_is_refused(layer, name):
+    layer.gamma = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=f"no initialisation is known for {name}; add it to models/init.py"):
+        initialise(nn.Sequential(layer), torch.Generator())
+
+
+def grown(kind, grow):
+    """Returns the class with something more in it."""
+
+    class Grown(kind):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            grow(self)
+
+    return Grown
+
+
+@pytest.mark.parametrize(
+    ("kind", "grow", "message"),
+    [
+        (
+            "VisionTransformer",
+            lambda module: module.register_parameter("cls_token", nn.Parameter(torch.zeros(1, 1, 8))),
+            "no initialisation is known for cls_token; add it to models/init.py",
+        ),
+        (
+            "Predictor",
+            lambda module: module.register_buffer("mean", torch.zeros(8)),
+            "no values are known for the buffers mean of Grown; .* add others to models/registry.py",
+        ),
+        (
+            "JEPA",
+            lambda module: module.register_parameter("scale", nn.Parameter(torch.zeros(8))),
+            "scale of Grown are neither the encoder's nor the predictor's, so nothing initialises or trains them; put",
+        ),
+        (
+            "JEPA",
+            lambda module: module.register_buffer("centre", torch.zeros(8)),
+            "centre of Grown are neither the encoder's nor the predictor's",
+        ),
+    ],
+)
+def test_the_builder_refuses_what_nobody_claims(kind, grow, message, monkeypatch):
+    monkeypatch.setattr(registry, kind, grown(getattr(registry, kind), grow))
+    with pytest.raises(ValueError, match=message):
+        registry.build_jepa(ModelConfig(name="vit_tiny", depth=1, predictor_depth=1, **SIZES), seed=0)

@@ -13,7 +13,8 @@ from ijepa_scale.config import AdamWConfig, EncoderConfig
 from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.engine.parallelize import checkpoint_blocks
 from ijepa_scale.models.classifier import build_classifier
-from ijepa_scale.optim.adamw import build_optimizer, layer_decay_groups, set_hyper
+from ijepa_scale.optim.groups import layer_decay_groups, set_hyper
+from ijepa_scale.optim.kind import build_optimizer
 from ijepa_scale.schedules import Hyper
 
 DEPTH = 11  # two digits: block 10 must not be taken for block 1
@@ -90,7 +91,12 @@ def test_frozen_and_wrapped_blocks_keep_the_others_numbers() -> None:
 def test_the_schedule_leaves_the_scales_and_adam_uses_them() -> None:
     module = classifier()
     start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    optimizer = build_optimizer(module, AdamWConfig(), groups=functools.partial(layer_decay_groups, layer_decay=0.75))
+    optimizer = build_optimizer(
+        module,
+        AdamWConfig(),
+        groups=functools.partial(layer_decay_groups, layer_decay=0.75),
+        strategy="plain",
+    )
     for lr in (0.5, 0.01):  # twice: a scale that is overwritten shows at the second
         set_hyper(optimizer.param_groups, Hyper(lr=lr, weight_decay=0.1))
         for group in optimizer.param_groups:
@@ -102,6 +108,18 @@ def test_the_schedule_leaves_the_scales_and_adam_uses_them() -> None:
         lr = 0.01 * expected_scale(name, 0.75)
         decayed = start[name] * (1 - lr * 0.1) if parameter.ndim > 1 else start[name]
         torch.testing.assert_close(parameter.detach(), decayed - lr, atol=2e-7, rtol=1e-6)
+
+
+def test_a_parameter_of_no_known_layer_is_refused() -> None:
+    module = classifier()
+    module.encoder.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 24))
+    with pytest.raises(ValueError, match=r"no parameter group holds encoder\.cls_token, so it would never train"):
+        layer_decay_groups(module, layer_decay=0.75)
+    module.encoder.cls_token.requires_grad_(False)
+    assert layer_decay_groups(module, layer_decay=0.75)
+    module.head.bias = module.encoder.norm.bias = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"hold encoder\.norm\.bias = head\.bias more than once"):
+        layer_decay_groups(module, layer_decay=0.75)
 
 
 def test_what_has_no_layers_is_refused() -> None:

@@ -9,7 +9,10 @@ from ijepa_scale.config import AdamWConfig, ModelConfig
 from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.registry import build_jepa
-from ijepa_scale.optim.adamw import build_optimizer, parameter_groups, set_hyper, set_step
+from ijepa_scale.optim.adamw import AdamW
+from ijepa_scale.optim.groups import check_groups, parameter_groups, set_hyper
+from ijepa_scale.optim.kind import OptimizerKind, build_optimizer, optimizer_kind
+from ijepa_scale.registry import OPTIMIZERS
 from ijepa_scale.schedules import Hyper
 
 MODEL = ModelConfig(
@@ -31,6 +34,46 @@ def test_the_four_published_groups() -> None:
     assert any(names[id(p)] == "predictor.mask_token" for p in groups[1]["params"])  # 3-D: it decays
 
 
+def test_a_parameter_without_a_group_is_refused() -> None:
+    module = build_jepa(MODEL, seed=0)
+    module.register = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"no parameter group holds register, so it would never .* or freeze it"):
+        parameter_groups(module)
+    with pytest.raises(ValueError, match="no parameter group holds .*register"):
+        build_optimizer(module, AdamWConfig(), groups=lambda module: [], strategy="plain")
+    module.register.requires_grad_(False)
+    assert sum(len(group["params"]) for group in parameter_groups(module)) == len(list(module.parameters())) - 1
+
+
+def test_a_parameter_in_two_groups_is_refused() -> None:
+    module = build_jepa(MODEL, seed=0)
+    groups = parameter_groups(module)
+    assert check_groups(module, groups) is groups
+    with pytest.raises(ValueError, match=r"hold encoder\.norm\.weight more than once, so it would move twice a step"):
+        check_groups(module, [*groups, {"params": [module.encoder.norm.weight], "decay": True}])
+    module.predictor.predictor_proj.bias = module.encoder.norm.bias
+    with pytest.raises(ValueError, match=r"hold encoder\.norm\.bias = predictor\.predictor_proj\.bias more than once"):
+        parameter_groups(module)
+
+
+def test_optimizers_are_found_by_name_with_their_section() -> None:
+    for name in OPTIMIZERS.names():
+        kind = OPTIMIZERS.get(name)
+        assert issubclass(kind, OptimizerKind) and kind.Config().name == name
+        assert optimizer_kind(kind.Config(), "ddp") is kind
+        state = kind.new_state(torch.ones(2, 3))
+        assert all(torch.equal(state[key], torch.zeros(2, 3)) for key in kind.Config.state_names)
+    with pytest.raises(ConfigError, match="optimizer 'sgd' is unknown; choose one of adamw, lars"):
+        optimizer_kind(AdamWConfig(name="sgd"), "plain")
+    with pytest.raises(ConfigError, match="name is lars but its section is a AdamWConfig; make it a LarsConfig"):
+        optimizer_kind(AdamWConfig(name="lars"), "plain")
+
+
+def test_who_obeys_the_device() -> None:
+    assert AdamW.stopped_on_device(AdamWConfig(impl="torch"))
+    assert not any(AdamW.stopped_on_device(AdamWConfig(impl=impl)) for impl in ("apex", "deepspeed"))
+
+
 def test_hyper_spares_the_groups_without_decay() -> None:
     groups = parameter_groups(build_jepa(MODEL, seed=0))
     set_hyper(groups, Hyper(lr=0.5, weight_decay=0.25, momentum=1.0))
@@ -39,7 +82,7 @@ def test_hyper_spares_the_groups_without_decay() -> None:
 
 def test_adam_follows_its_definition_and_set_step_moves_its_clock() -> None:
     module = build_jepa(MODEL, seed=0)
-    optimizer = build_optimizer(module, AdamWConfig())
+    optimizer = build_optimizer(module, AdamWConfig(), groups=parameter_groups, strategy="plain")
     set_hyper(optimizer.param_groups, Hyper(lr=0.01, weight_decay=0.1, momentum=1.0))
     parameter = module.encoder.blocks[0].mlp.fc1.weight
     before = parameter.detach().clone()
@@ -48,14 +91,14 @@ def test_adam_follows_its_definition_and_set_step_moves_its_clock() -> None:
     optimizer.step()
     step = gradient / (gradient.abs() + 1e-8)  # the first step's moments, bias-corrected
     assert torch.allclose(parameter, before * (1 - 0.01 * 0.1) - 0.01 * step, atol=1e-6)
-    set_step(optimizer, 41)
+    AdamW.set_step(optimizer, 41)
     assert optimizer.state[parameter]["step"] == 41
 
 
 @pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="apex is installed")
 def test_missing_apex_is_named() -> None:
     with pytest.raises(ConfigError, match="NVIDIA's apex with its CUDA extensions isn't installed"):
-        build_optimizer(build_jepa(MODEL, seed=0), AdamWConfig(impl="apex"))
+        build_optimizer(build_jepa(MODEL, seed=0), AdamWConfig(impl="apex"), groups=parameter_groups, strategy="plain")
 
 
 def test_target_update() -> None:

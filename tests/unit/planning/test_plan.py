@@ -12,6 +12,7 @@ from ijepa_scale.config import EngineConfig, ModelConfig, PretrainConfig, load_c
 from ijepa_scale.config.data import DataConfig
 from ijepa_scale.config.schema import BlockMaskConfig, ScheduleConfig
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.optim.lars import LarsConfig
 from ijepa_scale.planning.communication import LINK_SHARE, buffers, transfers
 from ijepa_scale.planning.devices import Cluster, devices, find_device, parse_gpus
 from ijepa_scale.planning.flops import FlopCount
@@ -183,6 +184,24 @@ def test_a_plan_holds_the_published_figures() -> None:
     assert found.days == pytest.approx(187500 * 2048 / found.chosen.time.images_per_s / 86400)
     giant = plan(published("in22k_vitg16_ep44"), Cluster(A100, 16))
     assert giant.num_images == IMAGENET_22K and giant.steps == 44 * (IMAGENET_22K // 2048)
+
+
+def test_a_plan_names_only_what_the_optimizer_can_run_under() -> None:
+    config, cluster = published(), Cluster(A100, 8)
+    lars = dataclasses.replace(config, optimizer=LarsConfig())
+    by_adamw, by_lars = (
+        {each.spread.strategy: each.footprint.optimizer for each in plan(each_config, cluster).candidates}
+        for each_config in (config, lars)
+    )
+    assert {"zero1", "zero2", "zero3"} == by_adamw.keys() - by_lars.keys() and by_lars
+    assert all(2 * by_lars[name] == by_adamw[name] for name in by_lars)
+    zero = dataclasses.replace(
+        lars, engine=dataclasses.replace(lars.engine, strategy="deepspeed", ds_config="ds_configs/zero1.json")
+    )
+    with pytest.raises(
+        ConfigError, match="optimizer.name is lars but the ZeRO stage is 1: LARS needs the norm of each"
+    ):
+        plan(zero, cluster, zero={"stage": 1})
 
 
 def test_where_the_number_of_images_comes_from() -> None:

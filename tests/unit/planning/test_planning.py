@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ijepa_scale.config import BlockMaskConfig, EngineConfig, ModelConfig
+from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, ModelConfig
 from ijepa_scale.config.architectures import ARCHITECTURES, resolve
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import DenseMasks, MaskSampler
 from ijepa_scale.models import build_jepa
+from ijepa_scale.optim.lars import LarsConfig
 from ijepa_scale.planning.flops import encoder_forward_flops, mask_flops, train_flops
 from ijepa_scale.planning.hardware import peak_flops
 from ijepa_scale.planning.memory import state_bytes
@@ -196,6 +197,19 @@ def test_sharded_states_shrink() -> None:
     assert offloaded.optimizer == 0 and offloaded.weights == state_bytes(HUGE14, "zero2", world=8).weights
     node = state_bytes(HUGE14, "fsdp2", world=16, replicas=2)
     assert node == state_bytes(HUGE14, "fsdp2", world=8)
+
+
+def test_the_optimizers_states_are_counted() -> None:
+    trained = 4 * count_parameters(HUGE14).trainable
+    for strategy, masters in (("ddp", 0), ("fsdp2", 0), ("zero1", 1), ("zero3", 1)):
+        lars, adamw = (
+            state_bytes(HUGE14, strategy, world=8, optimizer_states=config.state_names)
+            for config in (LarsConfig, AdamWConfig)
+        )
+        shards = 1 if strategy == "ddp" else 8
+        assert lars.optimizer == (1 + masters) * trained / shards
+        assert adamw.optimizer == (2 + masters) * trained / shards == state_bytes(HUGE14, strategy, world=8).optimizer
+        assert (lars.weights, lars.gradients, lars.target) == (adamw.weights, adamw.gradients, adamw.target)
 
 
 def test_unknown_strategy_is_refused() -> None:
