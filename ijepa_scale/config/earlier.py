@@ -7,7 +7,7 @@ from typing import Any
 
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.config.schema import EncoderConfig
-from ijepa_scale.config.section import Section
+from ijepa_scale.config.section import Section, nested
 from ijepa_scale.config.yaml_text import flat, nest
 
 _NAMES: dict[type, dict[str, str]] = {
@@ -28,6 +28,9 @@ def stored(content: Mapping[str, Any], kind: type[Section]) -> dict[str, Any]:
 
     A setting that it doesn't know has its default. Keys that are no settings stay as they are.
     """
-    settings = {name: value for name, value in content.items() if name in kind.model_fields}
-    today = kind(**renamed(settings, kind, [])).values()
-    return {name: today.get(name, value) for name, value in content.items()}
+    fields = {name: field for name, field in kind.model_fields.items() if name in content}
+    ours = {
+        name: content[name] for name, field in fields.items() if not nested(field)[0] or isinstance(content[name], dict)
+    }
+    today = kind(**renamed(ours, kind, [])).values()
+    return {name: today[name] if name in ours else value for name, value in content.items()}

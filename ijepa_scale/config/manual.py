@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 
 from ijepa_scale.config.finetune_run import FinetuneConfig
@@ -19,17 +18,16 @@ from ijepa_scale.config.form import Form
 from ijepa_scale.config.nearest import nearest
 from ijepa_scale.config.schema import PretrainConfig, SinkConfig
 from ijepa_scale.config.section import Section, nested
-from ijepa_scale.config.yaml_text import write_yaml
 from ijepa_scale.errors import ConfigError
 
-_KINDS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 _INTRODUCTION = """# Settings
 
-Written by `make docs` from the schema, `ijepa_scale/config/`. A file holds what differs from the defaults, or from the
-file that its `base` names; `section.key=value` on the command line goes before both. `--print-config` prints what a run
-takes, `--help-config masks` this page's part on a section. The first line of each file in `configs/` names its JSON
-Schema, so that an editor completes and checks it.
+`make docs` writes this page from the schema in `ijepa_scale/config/`. A file holds what differs from the defaults, or
+from the file that its `base` names; `section.key=value` on the command line goes before both. `--print-config` prints
+what a run takes, and `--help-config masks` this page's part on a section. The first line of each file in `configs/` names
+its JSON Schema, with which an editor completes and checks it.
 """
+_HEAD = ["| setting | takes | default | bounds | unit | meaning |", "|---|---|---|---|---|---|"]
 
 
 class Row(NamedTuple):
@@ -48,30 +46,27 @@ class Block(NamedTuple):
 
     title: str
     text: str
-    rows: list[Row]
+    rows: tuple[Row, ...]
 
 
 def blocks(kind: type[Section], defaults: Section | None = None, at: str = "") -> Iterator[Block]:
-    """Yields the sections of a configuration class, choices among them included, in order."""
-    defaults = defaults or kind()
-    inside = {name: declared for name, field in kind.model_fields.items() if (declared := nested(field)[0])}
-    plain = {name: field for name, field in kind.model_fields.items() if name not in inside or nested(field)[1]}
-    yield Block(
-        at,
-        _text(kind),
-        [_row(f"{at}.{name}".strip("."), each, getattr(defaults, name)) for name, each in plain.items()],
-    )
-    for member, names in _members(kind).items():
-        own = {name: field for name, field in member.model_fields.items() if name not in kind.model_fields}
-        rows = [_row(f"{at}.{name}", field, field.get_default()) for name, field in own.items()]
-        if rows and kind.selector:
+    """Yields the sections of a configuration class, choices among them included."""
+    defaults, prefix = defaults or kind(), f"{at}." if at else ""
+    inside = {name: nested(field) for name, field in kind.model_fields.items() if nested(field)[0]}
+    leaves = [name for name in kind.model_fields if not inside.get(name, (None, True))[0] or inside[name][1]]
+    yield Block(at, _text(kind), tuple(_row(kind, name, prefix, getattr(defaults, name)) for name in leaves))
+    for member, names in _members(kind).items() if kind.selector else ():
+        own = [name for name in member.model_fields if name not in kind.model_fields]
+        rows = tuple(_row(member, name, prefix, member.model_fields[name].get_default()) for name in own)
+        if rows:
             yield Block(f"{at}, {kind.selector} {' or '.join(names)}", _text(member), rows)
-    for name, declared in inside.items():
-        if nested(kind.model_fields[name])[1]:
+    for name, (declared, many) in inside.items():
+        assert declared is not None
+        if many:
             for each in declared.names():
-                yield from blocks(declared.member(each), None, f"{at}.{name}.{each}")
+                yield from blocks(declared.member(each), None, f"{prefix}{name}.{each}")
         else:
-            yield from blocks(declared, getattr(defaults, name), f"{at}.{name}".strip("."))
+            yield from blocks(declared, getattr(defaults, name), f"{prefix}{name}")
 
 
 def _members(kind: type[Section]) -> dict[type[Section], list[str]]:
@@ -86,57 +81,58 @@ def _text(kind: type[Section]) -> str:
     return " ".join((kind.__doc__ or "").split())
 
 
-def _row(setting: str, field: FieldInfo, default: Any) -> Row:
-    form = Form(field)
-    shown = write_yaml(list(default) if isinstance(default, tuple) else default).removesuffix("...\n").strip()
-    return Row(setting, form.words + " or null" * form.nullable, shown, form.bounds, form.unit, field.description or "")
+def _row(kind: type[Section], name: str, prefix: str, default: Any) -> Row:
+    field, form = kind.model_fields[name], Form(kind.model_fields[name])
+    takes = (
+        f"one of {', '.join(kind.names())}" if name == kind.selector else f"{form.words}{' or null' * form.nullable}"
+    )
+    return Row(f"{prefix}{name}", takes, _shown(default), form.bounds, form.unit, field.description or "")
 
 
-def help_text(kind: type[Section], section: str | None = None) -> str:
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def help_text(kind: type[Section], section: str = "") -> str:
     """Returns the settings of a section, or of all, for a terminal of 80 columns.
 
     Raises:
         ConfigError: there is no such section.
     """
-    found = list(blocks(kind))
-    names = [block.title for block in found if block.title and "," not in block.title]
-    if section and section not in names:
-        near = nearest(section, names)
-        raise ConfigError(
-            f"--help-config {section}: no such section; "
-            + (f"did you mean {near}?" if near else f"there are {', '.join(names)}")
+    found = {block: block.title.partition(",")[0] for block in blocks(kind)}
+    if section and section not in found.values():
+        near = nearest(section, {*found.values()} - {""})
+        there = (
+            f"did you mean {near}?" if near else f"there are {', '.join(dict.fromkeys(filter(None, found.values())))}"
         )
-    lines = []
-    for block in found:
-        if section and not f"{block.title.replace(',', '.')}.".startswith(f"{section}."):
-            continue
-        lines += ["", *textwrap.wrap(f"{block.title}: {block.text}" if block.title else block.text, 80)]
+        raise ConfigError(f"--help-config {section}: no such section; {there}")
+    lines: list[str] = []
+    for block in (block for block, name in found.items() if not section or f"{name}.".startswith(f"{section}.")):
+        lines += ["", *textwrap.wrap(": ".join(filter(None, (block.title, block.text))), 80)]
         for row in block.rows:
-            facts = filter(None, (row.takes, row.bounds, row.unit, f"default {row.default}"))
-            lines += textwrap.wrap(
-                f"{row.setting}  ({', '.join(facts)})", 80, initial_indent="  ", subsequent_indent="      "
-            )
-            lines += textwrap.wrap(row.meaning, 80, initial_indent="      ", subsequent_indent="      ")
+            facts = ", ".join(filter(None, (row.takes, row.bounds, row.unit, f"default {row.default}")))
+            lines += textwrap.wrap(f"{row.setting}  ({facts})", 80, initial_indent="  ", subsequent_indent=" " * 6)
+            lines += textwrap.wrap(row.meaning, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:])
 
 
 def markdown() -> str:
     """Returns docs/configuration.md."""
     lines, known = [_INTRODUCTION], set()
-    for title, kind in (("Pretraining", PretrainConfig), ("Finetuning", FinetuneConfig)):
-        lines += [
-            f"## {title}",
-            "",
-            f"`launch/{title.lower().removesuffix('ing').replace('pretrain', 'pretrain')}.py`.",
-            "",
-        ]
+    for title, script, kind in (
+        ("Pretraining", "pretrain", PretrainConfig),
+        ("Finetuning", "finetune", FinetuneConfig),
+    ):
+        lines += [f"## {title}", "", f"For `launch/{script}.py`.", ""]
         for block in blocks(kind):
-            lines += [f"### {block.title or 'Top level'}", "", block.text, ""]
-            if (block.title, *block.rows) in known:
-                lines[-2:] = ["As in pretraining.", ""]
+            lines += [f"### {title}: {block.title or 'the run'}", ""]
+            if block in known:
+                lines += ["As in pretraining.", ""]
                 continue
-            known.add((block.title, *block.rows))
-            lines += ["| setting | takes | default | bounds | unit | meaning |", "|---|---|---|---|---|---|"]
+            known.add(block)
+            lines += [block.text, "", *_HEAD]
             lines += [
                 f"| `{row.setting}` | {row.takes} | `{row.default}` | {' | '.join(row[3:])} |" for row in block.rows
             ]
@@ -146,48 +142,37 @@ def markdown() -> str:
 
 def json_schema(kind: type[Section]) -> dict[str, Any]:
     """Returns the JSON Schema of a configuration file."""
-    selectable = {
-        name: declared
-        for name, field in kind.model_fields.items()
-        if (declared := nested(field)[0]) and declared.selector
-    }
-    members = {declared: _members(declared) for declared in selectable.values()}
-    classes = [kind, *(member for each in members.values() for member in each)]
-    _, schema = models_json_schema([(each, "validation") for each in dict.fromkeys(classes)])
-    definitions = _without_titles(schema["$defs"])
+    inside = {name: nested(field)[0] for name, field in kind.model_fields.items()}
+    selectable = {name: (each, _members(each)) for name, each in inside.items() if each and each.selector}
+    classes = dict.fromkeys([kind, *(member for _, members in selectable.values() for member in members)])
+    definitions = _untitled(models_json_schema([(each, "validation") for each in classes])[1]["$defs"])
     definitions[SinkConfig.__name__] = {"type": "object"}  # each sink has its own
     root = definitions.pop(kind.__name__)
     root["properties"]["base"] = {"type": "string", "description": "File that this one is laid over, relative to it."}
-    for each in root["properties"].values():
-        if "$ref" in each:
-            each.pop("default", None)
-    for name, declared in selectable.items():
-        for member, names in members[declared].items():
+    for name, (declared, members) in selectable.items():
+        for member, names in members.items():
             definitions[member.__name__]["properties"][declared.selector]["enum"] = names
-        other = {
-            "required": [declared.selector],
-            "properties": {declared.selector: {"not": {"enum": list(declared.names())}}},
-        }
-        known = [{"$ref": f"#/$defs/{member.__name__}"} for member in members[declared]]
-        root["properties"][name] = {"anyOf": [*known, other]}  # other: a plugin's
+        plugged = {declared.selector: {"not": {"enum": list(declared.names())}}}
+        known = [{"$ref": f"#/$defs/{member.__name__}"} for member in members]
+        root["properties"][name] = {"anyOf": [*known, {"required": [declared.selector], "properties": plugged}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
 
 
-def _without_titles(schema: Any) -> Any:
+def _untitled(schema: Any) -> Any:
+    """Returns a schema without titles, which repeat names, and without the defaults of whole sections."""
     if isinstance(schema, dict):
-        return {key: _without_titles(value) for key, value in schema.items() if key != "title"}
-    return [_without_titles(each) for each in schema] if isinstance(schema, list) else schema
+        kept = {key: value for key, value in schema.items() if key != "title"}
+        return {key: _untitled(value) for key, value in kept.items() if not (key == "default" and "$ref" in schema)}
+    return [_untitled(each) for each in schema] if isinstance(schema, list) else schema
 
 
 def generated() -> dict[str, str]:
     """Returns the text of each generated file."""
-    schemas = {
-        f"configs/schema/{name}.json": json.dumps(json_schema(kind), indent=1) + "\n" for name, kind in _KINDS.items()
-    }
-    return {"docs/configuration.md": markdown(), **schemas}
+    kinds = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    schemas = {f"configs/schema/{name}.json": json.dumps(json_schema(kind), indent=1) for name, kind in kinds.items()}
+    return {"docs/configuration.md": markdown(), **{path: f"{text}\n" for path, text in schemas.items()}}
 
 
 if __name__ == "__main__":
     for path, text in generated().items():
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8")

@@ -95,7 +95,7 @@ class Section(BaseModel):
         assert cls.registry is not None
         config = getattr(cls.registry.get(name), "Config", cls)
         if not issubclass(config, cls):
-            raise ConfigError(f"{cls.selector or name} is {name!r}, whose Config must be a subclass of {cls.__name__}")
+            raise ConfigError(f"{cls.at}.{cls.selector} is {name!r}, whose Config must be a subclass of {cls.__name__}")
         return config
 
     @classmethod
