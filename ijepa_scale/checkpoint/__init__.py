@@ -1,1 +1,1 @@
-"""Saving and resuming."""
+"""Saves and loads checkpoints, and converts weights from and to other programs."""

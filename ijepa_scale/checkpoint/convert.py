@@ -1,7 +1,7 @@
-"""Names of an encoder's tensors elsewhere, and here. Pure functions of dictionaries, knows no file.
+"""Converts the names of an encoder's tensors from and to those of other programs. Knows nothing of files.
 
-Ours are the published ones, which timm shares: pos_embed, patch_embed.proj, blocks.N.{norm1, attn.qkv,
-attn.proj, norm2, mlp.fc1, mlp.fc2}, norm; a classifier adds fc_norm and head.
+This package uses the published names, like timm: pos_embed, patch_embed.proj, blocks.N.{norm1, attn.qkv, attn.proj,
+norm2, mlp.fc1, mlp.fc2}, norm; a classifier adds fc_norm and head.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from ijepa_scale.errors import CheckpointError
 
 NAMINGS = ("published", "transformers")
-_WRAPPERS = ("module.", "_orig_mod.")  # data parallelism's and torch.compile's
+_WRAPPERS = ("module.", "_orig_mod.")  # prefixes of data parallelism and torch.compile
 
-# Source: transformers.IJepaModel and IJepaForImageClassification (4.47 to 4.57), which the hub's files follow.
+# Source: transformers.IJepaModel and IJepaForImageClassification (4.47 to 4.57); files on the hub use the same names.
 _OUTER = {
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
@@ -31,17 +31,18 @@ _INNER = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-_SPLIT = ("query", "key", "value")  # of attn.qkv, in this order
+_SPLIT = ("query", "key", "value")  # the parts of attn.qkv, in this order
 _BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def to_ours(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], str]:
-    """Returns the tensors under our names, and the naming they came in, one of NAMINGS (published is timm's too).
+    """Returns the tensors under the names of this package, and the naming of the source, one of NAMINGS.
 
-    What has no name here keeps its own, so that nothing is lost without being told. `origin` is for messages.
+    Tensors that this package doesn't know keep their names, so that nothing gets lost silently. `origin` is for
+    messages.
 
     Raises:
-        CheckpointError: no encoder is known whose tensors have such names, or q, k and v aren't complete.
+        CheckpointError: no known encoder has tensors with these names, or q, k and v are incomplete.
     """
     plain = {_unwrapped(name): tensor for name, tensor in tensors.items()}
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in plain):
@@ -51,7 +52,7 @@ def to_ours(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tenso
     if "patch_embed.proj.weight" not in plain:
         shown = ", ".join(list(plain)[:3]) or "nothing"
         raise CheckpointError(
-            f"{origin} holds {shown}{' ...' if len(plain) > 3 else ''}, which is no encoder known here; give one with "
+            f"{origin} holds {shown}{' ...' if len(plain) > 3 else ''}, which isn't a known encoder; give one with "
             "the published names (patch_embed.proj.weight ...), timm's, or those of transformers' IJepaModel"
         )
     return plain, "published"
@@ -78,7 +79,7 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             named[f"encoder.layer.{block[1]}.{_INNER[block[2]]}.{kind}"] = tensor
         else:
             raise CheckpointError(
-                f"{name} has no name in transformers' IJepaModel, whose only norm lies before the pooling; give the "
+                f"{name} has no name in transformers' IJepaModel, whose only norm comes before pooling; use the "
                 "published naming, or a run with model.pool_norm=before"
             )
     return named
@@ -106,7 +107,7 @@ def _from_transformers(tensors: Mapping[str, Tensor], origin: str) -> dict[str, 
     for name, parts in thirds.items():
         if len(parts) < len(_SPLIT):
             lacking = ", ".join(part for part in _SPLIT if part not in parts)
-            raise CheckpointError(f"{origin} lacks {lacking} of {name}; the file isn't whole: fetch it again")
+            raise CheckpointError(f"{origin} lacks {lacking} of {name}; the file is incomplete: copy it again")
         named[name] = torch.cat([parts[part] for part in _SPLIT])
     return named
 

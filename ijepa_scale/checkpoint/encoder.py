@@ -1,4 +1,4 @@
-"""A trained encoder out of a checkpoint."""
+"""Loads a trained encoder from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ijepa_scale.models.vit import VisionTransformer
 def load_encoder(path: str | Path, *, which: str = "target") -> VisionTransformer:
     """Returns the encoder of a run folder's newest checkpoint, or of one checkpoint: fp32, on the CPU, in eval mode.
 
-    `which` is target (what the paper evaluates) or context. Any engine's checkpoint will do.
+    `which` is target (which the paper evaluates) or context. The checkpoint may come from any engine.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or `which` is another word.
+        CheckpointError: there is no checkpoint, it is damaged, or `which` is unknown.
     """
     prefixes = {"target": "target.", "context": "model.encoder."}
     if which not in prefixes:
@@ -27,6 +27,6 @@ def load_encoder(path: str | Path, *, which: str = "target") -> VisionTransforme
     encoder = build_jepa(ModelConfig(**checkpoint.extra["config"]["model"]), seed=0).encoder
     weights = checkpoint.full(prefixes[which])
     missing, unexpected = encoder.load_state_dict(weights, strict=False)
-    if missing != ["pos_embed"] or unexpected:  # made from the grid, not stored
-        raise CheckpointError(f"{checkpoint.path}: missing {missing}, unexpected {unexpected}; use a fitting version")
+    if missing != ["pos_embed"] or unexpected:  # pos_embed is computed from the grid, not stored
+        raise CheckpointError(f"{checkpoint.path}: missing {missing}, unexpected {unexpected}; use a matching version")
     return encoder.eval()

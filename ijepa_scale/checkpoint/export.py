@@ -23,7 +23,7 @@ from ijepa_scale.models.registry import build_jepa
 from ijepa_scale.optim.adamw import AdamW
 from ijepa_scale.schedules import Schedule
 
-# A gradient scaler that has done nothing: the published code, which trains in bf16, loads one all the same.
+# The state of an unused gradient scaler: the published code loads one even though it trains in bf16.
 _SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
 
 
@@ -32,42 +32,40 @@ def export_safetensors(
 ) -> Path:
     """Writes the target or context encoder of `source` (see `read_weights`) and returns the file's path.
 
-    `naming` is published, which timm shares, or transformers. The file says which encoder it holds; of a finetuned
-    run the head comes along, and its class names in the metadata.
+    `naming` is published (timm uses the same names) or transformers. The file's metadata says which encoder it
+    holds. For a finetuned run, the file also holds the head, and the metadata its class names.
 
     Raises:
-        CheckpointError: the source can't be read, a tensor has no name in that naming, or `path` another suffix.
+        CheckpointError: the source can't be read, a tensor has no name in that naming, or `path` has another suffix.
     """
     if naming not in NAMINGS:
         raise CheckpointError(f"naming is {naming!r}; choose one of {', '.join(NAMINGS)}")
     if Path(path).suffix != ".safetensors":
-        raise CheckpointError(f"{path} isn't named .safetensors, which is how readers know what it is; rename it")
+        raise CheckpointError(f"{path} doesn't end in .safetensors, by which readers know the format; rename it")
     weights = read_weights(source, which=which)
     tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
     metadata = {"format": "pt", **({} if weights.which == "only" else {WHICH_KEY: weights.which})}
     if weights.classes is not None:
         metadata[CLASSES_KEY] = json.dumps(weights.classes)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return _in_one_go(Path(path), lambda beside: save_file(whole, beside, metadata=metadata))
+    return _write_atomically(Path(path), lambda temporary: save_file(whole, temporary, metadata=metadata))
 
 
 def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoch: int, processes: int = 1) -> Path:
-    """Writes a pretraining checkpoint as the published code's `.pth.tar`, which can resume from it.
+    """Writes a pretraining checkpoint as a `.pth.tar` from which the published code can resume.
 
-    `processes` is how many the other run will have: its file names the images of each. The published code
-    resumes at the begin of an epoch.
+    `processes` is the number of processes of the resumed run, because the file stores the batch size of each. The
+    published code resumes only at the start of an epoch.
 
     Raises:
-        CheckpointError: the checkpoint is no pretraining's, of another optimiser than AdamW, lies inside an epoch, or
-            its batch doesn't split.
+        CheckpointError: the checkpoint isn't from pretraining, is of another optimiser than AdamW or inside an epoch,
+            or its batch doesn't divide.
 
     Source: the project's specification of the file, section 5.
     """
     config = checkpoint.extra.get("config", {})
     if not {"model", "optimizer", "schedule"} <= config.keys() or "target.norm.weight" not in checkpoint.tensors:
-        raise CheckpointError(
-            f"{checkpoint.path} is no checkpoint of a pretraining; give one that has a target encoder"
-        )
+        raise CheckpointError(f"{checkpoint.path} isn't a pretraining checkpoint; give one that has a target encoder")
     if (optimizer_name := config["optimizer"].get("name", "adamw")) != "adamw":
         raise CheckpointError(
             f"{checkpoint.path} was trained with optimizer.name={optimizer_name}, and the published file holds AdamW's "
@@ -77,12 +75,13 @@ def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoc
     if inside:
         raise CheckpointError(
             f"{checkpoint.path} is {inside} steps into epoch {epoch + 1} of {steps_per_epoch} steps; the published "
-            f"code resumes at epochs only: give a checkpoint of step {max(1, epoch) * steps_per_epoch}, for instance"
+            f"code resumes only at full epochs: give, for example, a checkpoint of step "
+            f"{max(1, epoch) * steps_per_epoch}"
         )
     batch, rest = divmod(int(checkpoint.extra["identity"]["batch size of all processes"]), processes)
     if rest:
         raise CheckpointError(
-            f"batch {batch * processes + rest} doesn't split over {processes} processes; give a divisor"
+            f"batch {batch * processes + rest} is not divisible by {processes} processes; give a divisor"
         )
     hyper = _schedule(config, steps_per_epoch)(max(0, checkpoint.step - 1))
     model = ModelConfig(**config["model"])
@@ -109,14 +108,14 @@ def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoc
         "world_size": processes,
         "lr": hyper.lr,
     }
-    return _in_one_go(Path(path), lambda beside: torch.save(content, beside))
+    return _write_atomically(Path(path), lambda temporary: torch.save(content, temporary))
 
 
 def _published_order(model: ModelConfig) -> list[str]:
-    """Returns the names of encoder and predictor in the order of the published modules, fixed embeddings included."""
+    """Returns the names of encoder and predictor in the order of the published modules, with fixed embeddings."""
     names = [name for name, _ in build_jepa(model, seed=0, device="meta").named_parameters()]
-    place = names.index("predictor.mask_token") + 1
-    return ["encoder.pos_embed", *names[:place], "predictor.predictor_pos_embed", *names[place:]]
+    index = names.index("predictor.mask_token") + 1
+    return ["encoder.pos_embed", *names[:index], "predictor.predictor_pos_embed", *names[index:]]
 
 
 def _positions(model: ModelConfig) -> dict[str, Tensor]:
@@ -128,8 +127,8 @@ def _positions(model: ModelConfig) -> dict[str, Tensor]:
 
 
 def _groups(names: Iterable[str]) -> list[list[str]]:
-    """Returns the four published groups; fixed embeddings are among the weights."""
-    # by name alone: norms and biases are the 1-D parameters of both modules
+    """Returns the names in the four parameter groups of the published code; fixed embeddings count as weights."""
+    # names suffice: norms and biases are the 1-D parameters of both modules
     small = [name for name in names if name.endswith(".bias") or "norm" in name]
     return [
         [name for name in names if name.startswith(f"{part}.") and (name in small) == one_dimensional]
@@ -145,7 +144,7 @@ def _grouped(names: Iterable[str]) -> list[str]:
 def _optimizer(
     names: list[str], tensors: dict[str, Tensor], config: dict[str, Any], rates: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Returns an AdamW over the four groups, so that numbers and settings are those that PyTorch gives them."""
+    """Returns an AdamW over the four groups, so that PyTorch itself numbers the parameters and fills in settings."""
     lr, weight_decay = rates
     groups: list[dict[str, Any]] = []
     for index, group in enumerate(_groups(names)):
@@ -169,10 +168,10 @@ def _schedule(config: dict[str, Any], steps_per_epoch: int) -> Schedule:
     )
 
 
-def _in_one_go(path: Path, write: Callable[[Path], object]) -> Path:
-    """Writes beside `path` and renames: a file with its final name is whole."""
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
+    """Writes a temporary file next to `path` and renames it, so that a file with its final name is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".unfinished-{path.name}")
-    write(beside)
-    os.replace(beside, path)
+    temporary = path.with_name(f".unfinished-{path.name}")
+    write(temporary)
+    os.replace(temporary, path)
     return path

@@ -1,8 +1,8 @@
-"""Reads an encoder's weights from wherever they are, under our names. Fits them into nothing.
+"""Reads an encoder's weights from any supported source, under the names of this package.
 
-Sources: a run folder or checkpoint of ours (pretraining or finetuning, any engine), a published
-`.pth.tar`, `.safetensors`, a folder that transformers saved, or timm's registry. Only plain tensors are
-read: a file that would have to run code to be loaded is refused.
+Sources are a run folder or checkpoint of this package (pretraining or finetuning, any engine), a published `.pth.tar`,
+`.safetensors`, a folder saved by transformers, or timm's registry. Only plain tensors are read; a file that would run
+code when loaded is refused. Knows nothing of the model that the weights are loaded into.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from ijepa_scale.models.pos_embed import sincos_2d
 
 TIMM = "timm:"
 WHICH_KEY = "ijepa_scale.weights"  # in a safetensors file's metadata: target or context
-CLASSES_KEY = "ijepa_scale.classes"  # likewise: a JSON list of class names
+CLASSES_KEY = "ijepa_scale.classes"  # in the same metadata: a JSON list of class names
 _PUBLISHED = {"target": "target_encoder", "context": "encoder"}
-_INSIDE = ("state_dict", "model")  # where other programs keep the only model of a file
+_INSIDE = ("state_dict", "model")  # keys under which other programs store a file's only model
 _SUFFIXES = (".safetensors", ".tar", ".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """An encoder's tensors under our names, perhaps with a classifier's `fc_norm` and `head`."""
+    """An encoder's tensors under the names of this package, possibly with a classifier's `fc_norm` and `head`."""
 
     tensors: dict[str, Tensor]
     origin: str  # for messages
-    which: str  # target | context | only (the file holds one and doesn't say which)
-    heads: int | None = None  # attention heads, where the source says so: shapes don't
+    which: str  # target | context | only (the source holds one encoder and doesn't say which)
+    heads: int | None = None  # attention heads, if the source states them; the shapes don't
     notes: tuple[str, ...] = ()
-    classes: tuple[str, ...] | None = None  # names of a finetuned head's classes
+    classes: tuple[str, ...] | None = None  # class names of a finetuned head
 
 
 def read_weights(source: str | Path, *, which: str = "target") -> Weights:
     """Returns the target or context encoder of `source`, on the CPU, in its stored dtype.
 
-    `timm:NAME` lets timm fetch pretrained weights over the network; everything else is on disk.
+    For `timm:NAME`, timm downloads pretrained weights; all other sources are read from disk.
 
     Raises:
-        CheckpointError: no such file, a damaged or unknown one, or it doesn't hold the encoder asked for.
+        CheckpointError: the source doesn't exist, is damaged or unknown, or doesn't hold the requested encoder.
     """
     if which not in _PUBLISHED:
         raise CheckpointError(f"weights is {which!r}; choose target or context")
@@ -82,11 +82,11 @@ def _from_checkpoint(checkpoint: Checkpoint, which: str) -> Weights:
     model = model.get("encoder", model)  # of a classifier; earlier ones held the encoder's sizes themselves
     notes: tuple[str, ...] = ()
     classes = checkpoint.extra.get("classes")
-    if "target.head.weight" in checkpoint.tensors:  # a finetuned classifier and its average
+    if "target.head.weight" in checkpoint.tensors:  # a finetuned classifier, and the average of its weights
         tensors, _ = to_ours(checkpoint.full({"target": "target.", "context": "model."}[which]), str(checkpoint.path))
-    elif "model.head.weight" in checkpoint.tensors:  # a finetuned classifier: one encoder
+    elif "model.head.weight" in checkpoint.tensors:  # a finetuned classifier with a single encoder
         tensors, _ = to_ours(checkpoint.full("model."), str(checkpoint.path))
-        notes = (f"a finetuned classifier, which has one encoder: {which} weights can't be told apart",)
+        notes = (f"a finetuned classifier, which has one encoder: there are no separate {which} weights",)
         which = "only"
     else:
         tensors = checkpoint.full({"target": "target.", "context": "model.encoder."}[which])
@@ -94,7 +94,7 @@ def _from_checkpoint(checkpoint: Checkpoint, which: str) -> Weights:
     if model:
         sizes = resolve(ModelConfig(**{n: value for n, value in model.items() if n in ModelConfig.model_fields}))
         heads = sizes.heads
-        tensors["pos_embed"] = sincos_2d(sizes.width, sizes.grid)[None]  # made from the grid, not stored
+        tensors["pos_embed"] = sincos_2d(sizes.width, sizes.grid)[None]  # computed from the grid, not stored
     return Weights(
         tensors=tensors,
         origin=str(checkpoint.path),
@@ -107,21 +107,21 @@ def _from_checkpoint(checkpoint: Checkpoint, which: str) -> Weights:
 
 def _from_torch_file(path: Path, which: str) -> Weights:
     try:
-        # mapped: a published file holds four encoders' worth of optimiser states that aren't needed
+        # memory-mapped, because a published file also holds optimiser states of the size of four encoders
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} isn't a file of tensors and plain values, and is refused: loading anything else could run code "
-            f"({_briefly(error)}); convert it to .safetensors where it was made"
+            f"({_briefly(error)}); convert it to .safetensors with the program that wrote it"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read as a PyTorch file ({_briefly(error)}); fetch it again") from error
+        raise CheckpointError(f"{path} can't be read as a PyTorch file ({_briefly(error)}); copy it again") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
     found = [name for name, key in _PUBLISHED.items() if isinstance(content.get(key), Mapping)]
     if found and which not in found:
         raise CheckpointError(
-            f"{path} holds only the {found[0]} encoder, and {which} is asked for; set model.weights={found[0]}"
+            f"{path} holds only the {found[0]} encoder, but {which} is requested; set model.weights={found[0]}"
         )
     if found:
         key = _PUBLISHED[which]
@@ -136,31 +136,31 @@ def _from_safetensors(path: Path, which: str) -> Weights:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
-        said, named = metadata.get(WHICH_KEY), metadata.get(CLASSES_KEY)
+        stored, named = metadata.get(WHICH_KEY), metadata.get(CLASSES_KEY)
         classes = None if named is None else tuple(str(name) for name in json.loads(named))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} can't be read as safetensors ({_briefly(error)}); fetch it again") from error
-    if said in _PUBLISHED and said != which:
+        raise CheckpointError(f"{path} can't be read as safetensors ({_briefly(error)}); copy it again") from error
+    if stored in _PUBLISHED and stored != which:
         raise CheckpointError(
-            f"{path} holds only the {said} encoder, and {which} is asked for; set model.weights={said}"
+            f"{path} holds only the {stored} encoder, but {which} is requested; set model.weights={stored}"
         )
-    if said == which:
+    if stored == which:
         return Weights(tensors=to_ours(tensors, str(path))[0], origin=str(path), which=which, classes=classes)
     return dataclasses.replace(_the_only_one(tensors, str(path), which), classes=classes)
 
 
 def _from_timm(name: str, which: str) -> Weights:
-    import timm  # seconds, and only needed here
+    import timm  # takes seconds, and is only needed here
 
     known = timm.is_model(name.partition(".")[0])
     if not known or not getattr(timm.get_pretrained_cfg(name), "has_weights", False):
-        there = ", ".join(timm.list_models("*ijepa*", pretrained=True))
-        raise CheckpointError(f"timm {timm.__version__} has no weights of {name!r}; those of I-JEPA are {there}")
+        available = ", ".join(timm.list_models("*ijepa*", pretrained=True))
+        raise CheckpointError(f"timm {timm.__version__} has no weights of {name!r}; those of I-JEPA are {available}")
     try:
         model = timm.create_model(name, pretrained=True)
     except (RuntimeError, OSError) as error:  # no network, no such weights
         raise CheckpointError(
-            f"timm can't bring the weights of {name} ({error}); download them where there is a network, give the file"
+            f"timm can't download the weights of {name} ({error}); download them on another machine and give the file"
         ) from error
     blocks: Any = model.blocks if hasattr(model, "blocks") else ()
     heads = next((block.attn.num_heads for block in blocks if hasattr(block, "attn")), None)
@@ -169,11 +169,11 @@ def _from_timm(name: str, which: str) -> Weights:
 
 
 def _the_only_one(tensors: Mapping[str, Tensor], origin: str, which: str) -> Weights:
-    """Returns the encoder of a source that holds one, with a note where it may not be the one asked for."""
+    """Returns the encoder of a source that holds only one, with a note that it may not be the requested one."""
     ours, naming = to_ours(tensors, origin)
-    note = f"holds one encoder and doesn't say which; {which} was asked for"
+    note = f"holds one encoder and doesn't say which; {which} was requested"
     if naming == "transformers" or origin.startswith(TIMM):
-        note += ". timm's and transformers' converters take the context encoder; the paper evaluates the target"
+        note += ". timm's and transformers' converters use the context encoder; the paper evaluates the target"
     return Weights(tensors=ours, origin=origin, which="only", notes=(note,))
 
 

@@ -1,10 +1,10 @@
 """Checkpoints on disk: atomic, hashed, readable by any engine on any number of processes.
 
-A checkpoint is a folder `step-00001000` of one safetensors file per writing process and a
-`manifest.json`. The manifest says which elements of which tensor lie in which file, so a reader asks
-for the elements it needs and never for a process count. Nothing in it is executable.
+A checkpoint is a folder `step-00001000` with one safetensors file per writing process and a `manifest.json`. The
+manifest says which elements of which tensor are stored in which file, so a reader asks for the elements it needs,
+whatever the number of processes. Nothing in it is executable.
 
-It is written beside its final name and renamed when complete: a folder with its final name is whole.
+It is written under a temporary name and renamed when complete, so a folder with its final name is complete.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _UNFINISHED = ".unfinished-"
 def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extra: dict[str, Any], keep: int) -> Path:
     """Writes `folder/step-XXXXXXXX` from all processes' pieces and returns its path.
 
-    Communicates; every process calls it. `folder` is on a file system that all processes see.
-    Afterwards the `keep` newest checkpoints are left.
+    Communicates, so every process must call it. `folder` must be on a file system that all processes share. Removes
+    all but the `keep` newest checkpoints.
     """
     final = folder / f"step-{step:08d}"
     unfinished = folder / f"{_UNFINISHED}{final.name}"
@@ -66,7 +66,7 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
         (unfinished / _MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
         _flush(unfinished / _MANIFEST)
         _flush(unfinished)
-        if final.exists():  # the same step, written again
+        if final.exists():  # the same step was saved before
             _remove(final)
         os.replace(unfinished, final)
         _flush(folder)
@@ -85,13 +85,13 @@ def _manifest(step: int, entries: list[dict[str, Any]], extra: dict[str, Any]) -
 
 
 def newest(folder: Path) -> Path | None:
-    """Returns the complete checkpoint of the highest step in `folder`, or None where there is none."""
+    """Returns the complete checkpoint of the highest step in `folder`, or None if there is none."""
     complete = sorted(path for path in folder.glob("step-*") if (path / _MANIFEST).is_file())
     return complete[-1] if complete else None
 
 
 class Checkpoint:
-    """A checkpoint opened for reading. Files are verified against their hashes when first read."""
+    """A checkpoint opened for reading. Each file is checked against its hash when it is first read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,10 +103,10 @@ class Checkpoint:
         self._open: dict[int, Any] = {}
 
     def load(self, pieces: Iterable[Piece]) -> None:
-        """Fills the pieces' tensors, whichever engine and number of processes wrote the checkpoint.
+        """Fills the pieces' tensors, from a checkpoint of any engine and number of processes.
 
         Raises:
-            CheckpointError: tensors are missing or of another shape, or a file is damaged.
+            CheckpointError: tensors are missing or have another shape, or a file is damaged.
         """
         wanted = list(pieces)
         self._check_names(wanted)
@@ -120,12 +120,12 @@ class Checkpoint:
                     filled += high - low
             if filled != piece.tensor.numel():
                 raise CheckpointError(
-                    f"{self.path}: {piece.name} holds {filled} of the {piece.tensor.numel()} elements from "
-                    f"{piece.start} on; a process's file is missing from the manifest: use an older checkpoint"
+                    f"{self.path}: {piece.name} has only {filled} of the {piece.tensor.numel()} elements from "
+                    f"{piece.start} on; the manifest lacks the file of a process: use an older checkpoint"
                 )
 
     def full(self, prefix: str) -> dict[str, Tensor]:
-        """Returns the full fp32 tensors whose names begin with `prefix`, which is cut off the names."""
+        """Returns the full fp32 tensors whose names begin with `prefix`, by name without the prefix."""
         names = [name for name in self.tensors if name.startswith(prefix)]
         shapes = {name: tuple(self.tensors[name]["shape"]) for name in names}
         flat = {name: torch.empty(torch.Size(shapes[name]).numel()) for name in names}
@@ -145,8 +145,8 @@ class Checkpoint:
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
-                f"{self.path} is not of this model: {'; '.join(problems[:5])}{more}; "
-                "give the config it was trained with, or another folder"
+                f"{self.path} doesn't match this model: {'; '.join(problems[:5])}{more}; "
+                "use the configuration it was trained with, or another folder"
             )
 
     def _file(self, index: int) -> Any:
@@ -176,7 +176,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not intact:
         raise CheckpointError(f"{file} is damaged; remove {path} to resume from an older checkpoint")
     if body["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {body['format']}, this version reads {FORMAT}; use a fitting version")
+        raise CheckpointError(
+            f"{path} has format {body['format']}, but this version reads {FORMAT}; use a matching version"
+        )
     for entry in body["files"]:
         if Path(entry["name"]).name != entry["name"]:
             raise CheckpointError(f"{file} names a file outside its folder: {entry['name']!r}; do not trust it")
@@ -184,7 +186,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint; its name goes first, so that a kill in between leaves no half of it under that name."""
+    """Renames a checkpoint and then removes it, so that a kill leaves no incomplete one under its name."""
     hidden = path.with_name(f"{_UNFINISHED}removed-{path.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(path, hidden)
@@ -192,7 +194,7 @@ def _remove(path: Path) -> None:
 
 
 def _prune(folder: Path, keep: int, written: Path) -> None:
-    """Leaves the `keep` newest checkpoints, and the one just written even where others are of later steps."""
+    """Removes all but the `keep` newest checkpoints, and keeps `written` even if others have later steps."""
     for path in sorted(p for p in folder.glob("step-*") if (p / _MANIFEST).is_file())[:-keep]:
         if path != written:
             _remove(path)

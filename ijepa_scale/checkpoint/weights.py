@@ -1,7 +1,7 @@
-"""Fits weights into an encoder or classifier, and tells what fitted.
+"""Loads weights into an encoder or classifier, and reports what was loaded.
 
-Strict: every tensor of the source has a place or a reason to be left out, every parameter of the model
-has a source or a reason to be new. Anything else is refused before the model has changed.
+Loading is strict: each tensor of the source is either loaded or left out for a known reason, and each parameter of the
+model is either loaded or new for a known reason. Anything else is refused before the model changes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _CLASSIFIERS_OWN = ("fc_norm.", "head.")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What `load_weights` did. Names are the source's, in our naming: an encoder's without prefix."""
+    """The result of `load_weights`. Tensors have the names of this package; an encoder's have no prefix."""
 
     origin: str
     which: str  # target | context | only
     loaded: tuple[str, ...]
-    missing: tuple[str, ...]  # parameters that stay as they were initialised
+    missing: tuple[str, ...]  # parameters that keep their initial values
     unexpected: tuple[str, ...]  # tensors that were left out
-    reshaped: tuple[str, ...]  # what was made anew for another size, in words
-    share: float  # of the model's parameters, counted in elements, that were loaded
+    reshaped: tuple[str, ...]  # descriptions of what was recomputed for another size
+    share: float  # the share of the model's parameters, counted in elements, that was loaded
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
@@ -61,14 +61,14 @@ def load_weights(
     keep_head: bool = False,
     classes: Sequence[str] | None = None,
 ) -> LoadReport:
-    """Fills an encoder or a classifier with the weights of `source` (see `read_weights`), and returns what was done.
+    """Loads the weights of `source` (see `read_weights`) into an encoder or a classifier; returns a report.
 
-    The module is whole (not sharded yet); it changes only where everything fits. A classifier's head is
-    left new unless `keep_head`, whose classes must be `classes` in this order, where both are known. The position
-    embedding is always that of the module's own grid.
+    The module mustn't be sharded yet, and changes only if everything matches. A classifier's head is loaded only with
+    `keep_head`; its classes must then be `classes`, in this order, if both are known. The position embedding is always
+    computed for the module's grid.
 
     Raises:
-        CheckpointError: the source can't be read, or doesn't fit; all problems in one message.
+        CheckpointError: the source can't be read or doesn't match; the message lists all problems.
     """
     report = fit(module, read_weights(source, which=which), keep_head=keep_head, classes=classes)
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report.text())
@@ -82,7 +82,7 @@ def fit(
     keep_head: bool = False,
     classes: Sequence[str] | None = None,
 ) -> LoadReport:
-    """Fills the module with weights that have been read; see `load_weights`."""
+    """Loads weights that have been read into the module; see `load_weights`."""
     own = {_plain(name, module): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     found = dict(weights.tensors)
     encoder = module.encoder if isinstance(module, Classifier) else module
@@ -100,7 +100,7 @@ def fit(
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
-            f"{weights.origin} doesn't fit, and nothing was loaded: {'; '.join(problems[:_SHOWN])}{more}"
+            f"{weights.origin} doesn't match the model, and nothing was loaded: {'; '.join(problems[:_SHOWN])}{more}"
         )
     with torch.no_grad():
         for name in loaded:
@@ -124,13 +124,13 @@ def _plain(name: str, module: VisionTransformer | Classifier) -> str:
 
 
 def _positions(found: Tensor | None, encoder: VisionTransformer) -> tuple[list[str], list[str]]:
-    """Returns (problems, what was made anew): a fixed embedding is computed for the module's grid, not interpolated."""
+    """Returns the problems and what is recomputed: a fixed embedding is computed for the grid, not interpolated."""
     if found is None:
         return [], []
     flat = found.reshape(-1, found.shape[-1]).float()
     if flat.shape[-1] != encoder.width:
         return [f"pos_embed is {flat.shape[-1]} wide, the model {encoder.width}"], []
-    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 1e-2  # stored in half precision
+    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 1e-2  # for half precision
     rows, columns = encoder.grid
     count = len(flat)
     grids = [(count // w, w) for w in range(1, count + 1) if count % w == 0]
@@ -138,17 +138,17 @@ def _positions(found: Tensor | None, encoder: VisionTransformer) -> tuple[list[s
         if torch.allclose(flat, sincos_2d(encoder.width, grid), rtol=0, atol=tolerance):
             if grid == (rows, columns):
                 return [], []
-            return [], [f"pos_embed, {grid[0]} x {grid[1]} patches -> {rows} x {columns}, computed anew"]
+            return [], [f"pos_embed, {grid[0]} x {grid[1]} patches -> {rows} x {columns}, recomputed"]
     return [
-        f"pos_embed of {count} places is no fixed sine-cosine embedding of any grid, and this package trains none: "
-        "the file is of another model"
+        f"pos_embed of {count} patches isn't a fixed sine-cosine embedding of any grid, and this package doesn't "
+        "support trained ones: the file belongs to another model"
     ], []
 
 
 def _size_problems(
     own: dict[str, Tensor], found: dict[str, Tensor], weights: Weights, encoder: VisionTransformer
 ) -> list[str]:
-    """Returns which of the model's sizes are others: said once, not for each tensor."""
+    """Returns the sizes in which the models differ, each once and not for each tensor."""
     problems = []
     patches = found.get("patch_embed.proj.weight")
     if patches is not None and patches.ndim == 4:
@@ -173,12 +173,12 @@ def _size_problems(
 def _name_problems(
     module: VisionTransformer | Classifier, missing: list[str], unexpected: list[str], keep_head: bool
 ) -> list[str]:
-    """Returns what is missing or unexpected without a reason."""
+    """Returns the names that are missing or unexpected without a known reason."""
     new: tuple[str, ...] = ()
     left_out: tuple[str, ...] = _CLASSIFIERS_OWN
     if isinstance(module, Classifier):
         new = () if keep_head else _CLASSIFIERS_OWN
-        # the norm of the other place: the encoder's, which pooling before the norm has no use for
+        # with a norm after pooling (fc_norm), the encoder's final norm isn't used
         left_out = ("head.", "norm.") if "fc_norm.weight" in dict(module.named_parameters()) else ("head.",)
     problems = []
     lacking = [name for name in missing if not name.startswith(new)]
@@ -188,7 +188,7 @@ def _name_problems(
         if "norm.weight" in lacking and "fc_norm.weight" in unexpected:
             hint = " (it was finetuned with model.pool_norm=after, which has no norm before pooling)"
         elif "fc_norm.weight" in lacking:
-            hint = " (model.keep_head needs the norm that the head was trained behind; set model.pool_norm=before)"
+            hint = " (model.keep_head needs the norm that the head was trained with; set model.pool_norm=before)"
         elif "head.weight" in lacking:
             hint = " (set model.keep_head=false for a new head)"
         problems.append(f"missing: {_listed(lacking)}{hint}")
@@ -202,7 +202,7 @@ def _shape_problems(own: dict[str, Tensor], found: dict[str, Tensor], loaded: li
     for name in loaded:
         theirs, ours = tuple(found[name].shape), tuple(own[name].shape)
         if theirs == ours or (name == "head.bias" and found["head.weight"].shape != own["head.weight"].shape):
-            continue  # the other number of classes is told once
+            continue  # another number of classes is reported once, for head.weight
         if name == "head.weight" and theirs[1:] == ours[1:]:
             problems.append(
                 f"its head has {theirs[0]} classes, the model's {ours[0]}; set model.num_classes={theirs[0]}, or "
@@ -214,7 +214,7 @@ def _shape_problems(own: dict[str, Tensor], found: dict[str, Tensor], loaded: li
 
 
 def _class_problems(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> list[str]:
-    """Returns whether a head's rows mean other classes than the data's labels; equal numbers of them are given."""
+    """Returns a problem if the head's classes differ from the data's; their numbers are checked elsewhere."""
     if theirs is None or ours is None or len(theirs) != len(ours):
         return []
     apart = [number for number, names in enumerate(zip(theirs, ours, strict=True)) if names[0] != names[1]]

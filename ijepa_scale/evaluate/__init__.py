@@ -1,1 +1,1 @@
-"""How good the features are."""
+"""Evaluates features and classifiers."""

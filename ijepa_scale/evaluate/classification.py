@@ -1,4 +1,7 @@
-"""Top-1 and top-5 of a classifier over a labelled set: each image counted once, whatever the processes."""
+"""Top-1 and top-5 accuracy of a classifier on a labelled set.
+
+Each image counts once, whatever the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ Classify = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> logits (B, C)
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """What a pass over the set found, the same on every process."""
+    """The result of an evaluation, the same on every process."""
 
     top1: float  # 0 to 1
-    top5: float  # the true class is among the 5 likeliest (of fewer classes: among all)
+    top5: float  # 0 to 1: the true class is among the 5 likeliest, or among all if there are fewer
     loss: float  # mean cross-entropy, nats
     labels: np.ndarray  # (N,) int64, in the order of the set
     predictions: np.ndarray  # (N,) int64
@@ -37,10 +40,10 @@ class Accuracy:
 
 
 class ClassifierCheck:
-    """Evaluates on all images of a source; their share per process is padded, and the padding not counted.
+    """Evaluates on all images of a source. Pads the share of each process, but doesn't count the padding.
 
     Raises:
-        DataError: an image without label, or with one outside the classes.
+        DataError: an image has no label, or one outside the classes.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class ClassifierCheck:
         self.labels = check_labels(source, num_classes, "evaluate.data")
 
     def run(self, classify: Classify) -> Accuracy:
-        """Returns what `classify` gets right. Synchronises and communicates: all processes call it together."""
+        """Returns the accuracy of `classify`. Synchronises and communicates, so all processes must call it."""
         world, total = self._world, self._source.num_samples
         ids = local_ids(np.arange(total), world.rank, world.size)
         reader = EvalReader(self._source, self._image_size, ids=ids, **self._options, **self._normalisation)  # type: ignore[arg-type]
@@ -73,7 +76,7 @@ class ClassifierCheck:
             losses = F.cross_entropy(logits, labels, reduction="none")
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             parts.append(torch.stack([losses, best[:, 0], (best == labels[:, None]).any(dim=1)], dim=1).double())
-        rows = world.gather(torch.cat(parts)).flatten(0, 1)[:total].cpu().numpy()  # host sync: once an evaluation
+        rows = world.gather(torch.cat(parts)).flatten(0, 1)[:total].cpu().numpy()  # host sync: once per evaluation
         predictions = rows[:, 1].astype(np.int64)
         return Accuracy(
             top1=float((predictions == self.labels).mean()),
@@ -97,11 +100,11 @@ def check_labels(source: SampleSource, num_classes: int, name: str) -> np.ndarra
         found = "no label" if labels[first] < 0 else f"label {labels[first]}"
         raise DataError(
             f"{name}: {len(wrong)} of {len(labels)} images have no label from 0 to {num_classes - 1} (the first is "
-            f"{source.name(first)} with {found}); mend the labels, or set model.num_classes"
+            f"{source.name(first)} with {found}); fix the labels, or set model.num_classes"
         )
     return labels
 
 
 def chance_loss(num_classes: int) -> float:
-    """Returns the cross-entropy of a classifier that knows nothing, nats."""
+    """Returns the cross-entropy of guessing at random, in nats."""
     return math.log(num_classes)

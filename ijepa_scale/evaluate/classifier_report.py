@@ -1,4 +1,4 @@
-"""The results of a finetuning run as files: figures, per-class table, pictures."""
+"""Writes the results of a finetuning run: figures, a table of classes, and plots."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CONFUSION, CURVES = "confusion.png", "curves.png"
 
 
 def class_names(source: SampleSource, num_classes: int) -> list[str] | None:
-    """Returns the names of the classes, where the data has them.
+    """Returns the names of the classes, or None if the data has none.
 
     Raises:
-        DataError: there are more names than `num_classes`, or fewer.
+        DataError: the number of names isn't `num_classes`.
     """
     names = source.classes
     if names is not None and len(names) != num_classes:
@@ -35,7 +35,7 @@ def class_names(source: SampleSource, num_classes: int) -> list[str] | None:
 
 
 def class_table(counts: np.ndarray, classes: list[str] | None) -> list[dict[str, object]]:
-    """Returns a row per class of a confusion matrix (true, predicted): its figures, and what it is taken for."""
+    """Returns a row for each class of a confusion matrix (true, predicted): figures and the most common mistake."""
     rows: list[dict[str, object]] = []
     for number, line in enumerate(counts):
         others = line.copy()
@@ -58,7 +58,7 @@ def class_table(counts: np.ndarray, classes: list[str] | None) -> list[dict[str,
 def write_report(
     folder: Path, accuracy: Accuracy | None, step: int, num_classes: int, classes: list[str] | None
 ) -> None:
-    """Writes curves.png, and of the last evaluation, after `step` steps, results.json, classes.csv, confusion.png."""
+    """Writes curves.png, and for an evaluation after `step` steps results.json, classes.csv and confusion.png."""
     draw_training(folder / JSONL_NAME, folder / CURVES)
     if accuracy is None:
         return

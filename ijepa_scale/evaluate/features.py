@@ -1,4 +1,4 @@
-"""One feature per image from an encoder's patch tokens."""
+"""Computes one feature per image from an encoder's patch tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from ijepa_scale.data.eval_reader import EvalBatch
 
 Forward = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> tokens (B, N, D)
-Gather = Callable[[Tensor], Tensor]  # (...) -> (processes, ...), equal shapes on all of them
+Gather = Callable[[Tensor], Tensor]  # (...) -> (processes, ...); all processes pass equal shapes
 
 
 def local_ids(ids: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """Returns this process's consecutive part of `ids`, as long on every process: the last id fills up.
+    """Returns this process's consecutive part of `ids`, padded with the last id to the same length on every process.
 
-    Sharded encoders communicate in their forward pass, so all processes must make equally many.
+    Sharded encoders communicate in forward, so all processes must run it equally often.
     """
     per_process = -(-len(ids) // world)
-    filled = np.concatenate([ids, np.repeat(ids[-1:], per_process * world - len(ids))])
-    return filled[rank * per_process : (rank + 1) * per_process]
+    padded = np.concatenate([ids, np.repeat(ids[-1:], per_process * world - len(ids))])
+    return padded[rank * per_process : (rank + 1) * per_process]
 
 
 def extract_features(forward: Forward, batches: Iterable[EvalBatch], device: torch.device) -> Tensor:
@@ -32,5 +32,5 @@ def extract_features(forward: Forward, batches: Iterable[EvalBatch], device: tor
 
 
 def gather_features(features: Tensor, gather: Gather, total: int) -> Tensor:
-    """Returns the features of all `total` images in the order of their ids, on every process. Communicates."""
+    """Returns the features of all `total` images, in the order of their ids, on every process. Communicates."""
     return gather(features).flatten(0, 1)[:total]

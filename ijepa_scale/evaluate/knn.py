@@ -1,4 +1,4 @@
-"""The weighted k-nearest-neighbour classifier on frozen features. Tensors in, a number out."""
+"""The weighted k-nearest-neighbour classifier on frozen features. Knows nothing of models or data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn.functional import normalize, one_hot
 
 from ijepa_scale.errors import DataError
 
-_CHUNK_ELEMENTS = 2**25  # similarities held at once: 128 MiB of float32
+_CHUNK_ELEMENTS = 2**25  # similarities computed at once: 128 MiB of float32
 
 
 def knn_predict(
@@ -20,21 +20,23 @@ def knn_predict(
     temperature: float,
     num_classes: int,
 ) -> Tensor:
-    """Returns the predicted classes (Q,) int64 of the test features (Q, D), the same on every call.
+    """Returns the predicted classes (Q,) int64 of the test features (Q, D). Deterministic. Synchronises.
 
-    Each of the `neighbors` training features (N, D) nearest by cosine votes for its label (N,) with
-    weight exp(similarity / temperature); of classes with equal votes the lowest wins. Source: Wu et al.,
-    "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018, section 3.4.
+    Each of the `neighbors` training features (N, D) with the highest cosine similarity votes for its label (N,) with
+    weight exp(similarity / temperature); if several classes tie, the lowest wins.
+
+    Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018,
+    section 3.4.
 
     Raises:
-        DataError: there is no training feature, or a label is outside the classes.
+        DataError: there are no training features, or a label is outside the classes.
     """
     if not len(train_features):
         raise DataError("0 training features; kNN needs at least 1 labelled training image")
     low, high = int(train_labels.min()), int(train_labels.max())  # host sync
     if low < 0 or high >= num_classes:
         raise DataError(
-            f"labels are from {low} to {high}; kNN needs them from 0 to {num_classes - 1}: label the images"
+            f"labels are from {low} to {high}; kNN needs labels from 0 to {num_classes - 1}: label all images"
         )
     bank = normalize(train_features.float(), dim=1).T
     votes_of = one_hot(train_labels.to(bank.device), num_classes).float()
@@ -42,7 +44,8 @@ def knn_predict(
     for chunk in test_features.split(max(1, _CHUNK_ELEMENTS // len(train_features))):
         similarity = normalize(chunk.float(), dim=1) @ bank
         nearest, index = similarity.topk(min(neighbors, len(train_features)), dim=1)
-        weights = ((nearest - nearest[:, :1]) / temperature).exp()  # relative to the nearest: no overflow, never all 0
+        # relative to the nearest, so that weights don't overflow and are never all 0
+        weights = ((nearest - nearest[:, :1]) / temperature).exp()
         predictions.append(torch.einsum("qk,qkc->qc", weights, votes_of[index]).argmax(dim=1))
     return torch.cat(predictions) if predictions else train_labels.new_empty(0)
 
@@ -57,10 +60,10 @@ def knn_accuracy(
     temperature: float,
     num_classes: int,
 ) -> float:
-    """Returns the share, 0 to 1, of test features whose label `knn_predict` gets right. Synchronises.
+    """Returns the share, 0 to 1, of test features whose label `knn_predict` predicts correctly. Synchronises.
 
     Raises:
-        DataError: as `knn_predict`, or there is no test feature.
+        DataError: see `knn_predict`; or there are no test features.
     """
     if not len(test_features):
         raise DataError("0 test features; kNN needs at least 1 labelled test image")

@@ -1,4 +1,4 @@
-"""Classes of single images, from a finetuned run. One process, any device."""
+"""Predicts the classes of single images with a finetuned run, in one process on any device."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ijepa_scale.models.classifier import Classifier, build_classifier
 
 @dataclass(frozen=True)
 class Guess:
-    """A class and how likely it is."""
+    """A class and its probability."""
 
     name: str
     probability: float
 
 
 class ImageClassifier:
-    """A finetuned classifier: the best checkpoint of a run folder, its newest, or the checkpoint given.
+    """A finetuned classifier from a checkpoint, or from the best (else newest) checkpoint of a run folder.
 
     Raises:
-        CheckpointError: there is none, or it is no classifier's.
-        ConfigError: `device` isn't there.
+        CheckpointError: there is none, or it isn't a classifier's.
+        ConfigError: `device` doesn't exist.
     """
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
@@ -39,7 +39,7 @@ class ImageClassifier:
         checkpoint = Checkpoint(self.checkpoint)
         if checkpoint.extra.get("kind", "pretrain") != "finetune":
             raise CheckpointError(
-                f"{self.checkpoint} is of a pretraining run, which names no classes; finetune it first: "
+                f"{self.checkpoint} is from a pretraining run, which has no classes; finetune it first: "
                 "launch/finetune.py --config C.yaml model.init=RUN"
             )
         config = FinetuneConfig(**stored(checkpoint.extra["config"], FinetuneConfig))
@@ -50,17 +50,17 @@ class ImageClassifier:
         self._transform = EvalTransform(
             size, config.evaluate.crop_of(size), mean=augment.mean, std=augment.std, device=self._device
         )
-        prefix = "target." if "target.head.weight" in checkpoint.tensors else "model."  # averaged, where there are some
+        prefix = "target." if "target.head.weight" in checkpoint.tensors else "model."  # averaged weights, if any
         self.module: Classifier = build_classifier(self._config)
         missing, unexpected = self.module.load_state_dict(checkpoint.full(prefix), strict=False)
-        if missing != ["encoder.pos_embed"] or unexpected:  # made from the grid, not stored
+        if missing != ["encoder.pos_embed"] or unexpected:  # pos_embed is computed from the grid, not stored
             raise CheckpointError(
-                f"{self.checkpoint}: missing {missing}, unexpected {unexpected}; use a fitting version"
+                f"{self.checkpoint}: missing {missing}, unexpected {unexpected}; use a matching version"
             )
         self.module.eval().to(self._device)
 
     def load(self, path: str | Path) -> Tensor:
-        """Returns (3, h, w) float32: the image resized, centre-cropped and normalised as in evaluation.
+        """Returns an image, (3, h, w) float32, resized, centre-cropped and normalised as in evaluation.
 
         Raises:
             DataError: it can't be read or decoded.
@@ -75,7 +75,7 @@ class ImageClassifier:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, top: int = 5) -> list[list[Guess]]:
-        """Returns the `top` likeliest classes of each of the images (B, 3, h, w), the likeliest first. Synchronises."""
+        """Returns the `top` likeliest classes of each image (B, 3, h, w), the likeliest first. Synchronises."""
         shares, order = self.module(images.to(self._device)).softmax(dim=-1).topk(min(top, len(self.classes)))
         return [
             [Guess(self.classes[number], share) for share, number in zip(row, numbers, strict=True)]
@@ -84,7 +84,7 @@ class ImageClassifier:
 
 
 def _usable(device: torch.device | str) -> torch.device:
-    """Returns the device, which is there."""
+    """Returns the device after checking that it exists."""
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

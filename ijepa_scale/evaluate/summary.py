@@ -1,4 +1,4 @@
-"""What a pretraining run came to, read from its rows."""
+"""Summarises a pretraining run from its metrics file."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ijepa_scale.metrics.sinks import JSONL_NAME, read_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The ends of a run's curves. kNN accuracies are from 0 to 1, None where they weren't measured."""
+    """The first and last values of a run's curves. kNN accuracies are from 0 to 1, None if they weren't measured."""
 
     steps: int
     first_loss: float
     last_loss: float
     knn: float | None
     knn_untrained: float | None
-    training_s: float  # evaluation and checkpoints left out
+    training_s: float  # without evaluation and checkpoints
 
     def lines(self) -> list[str]:
-        """Returns the summary as text, one finding a line."""
+        """Returns the summary as lines of text."""
         lines = [f"loss      {self.first_loss:.4f} -> {self.last_loss:.4f} after {self.steps} steps"]
         if self.knn is not None and self.knn_untrained is not None:
             gain = 100 * (self.knn - self.knn_untrained)
@@ -61,7 +61,7 @@ def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def _training_s(rows: Sequence[dict[str, Any]]) -> float:
-    """Returns the seconds that the steps took: each row's step time counts for the steps since the row before."""
+    """Returns the seconds that the steps took; each row's step time stands for all steps since the previous row."""
     steps = [0, *(row["step"] for row in rows)]
     pairs = zip(rows, steps, strict=False)
     return sum((row["step"] - before) * (row.get("step_ms") or 0.0) for row, before in pairs) / 1e3

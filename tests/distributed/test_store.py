@@ -121,7 +121,7 @@ def test_other_formats_and_outside_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="names a file outside its folder"):
         store.Checkpoint(path)
     reseal(path, format=99)
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="has format 99, but this version reads 1"):
         store.Checkpoint(path)
 
 
@@ -136,7 +136,7 @@ def test_another_model_is_refused_by_tensor(tmp_path: Path) -> None:
 def test_a_gap_is_named(tmp_path: Path) -> None:
     half = [Piece(name="a", tensor=torch.ones(3), start=0, shape=(2, 3))]
     path = store.save(tmp_path, 1, half, world=ALONE, extra={}, keep=2)
-    with pytest.raises(CheckpointError, match="a holds 3 of the 6 elements from 0 on"):
+    with pytest.raises(CheckpointError, match="a has only 3 of the 6 elements from 0 on"):
         store.Checkpoint(path).load(pieces(0))
 
 

@@ -1,4 +1,4 @@
-"""Weights from everywhere: each naming read back to the last bit, each misfit refused by name before anything moves."""
+"""Weights from all sources: each naming is read back exactly, and each mismatch is refused before the model changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZES = dict(name="vit_tiny", image_size=(32, 32), patch_size=8, width=24, depth
 
 
 def encoder(seed: int = 0, **changes):
-    """An encoder none of whose biases and norms is trivial."""
+    """Returns an encoder whose biases and norms are all non-trivial."""
     model = build_encoder(**{**SIZES, **changes}, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def pretraining(path: Path) -> Path:
 
 @pytest.mark.parametrize("make", [published, pretraining], ids=["published", "run folder"])
 @pytest.mark.parametrize("which, expected", [("target", TARGET), ("context", CONTEXT)])
-def test_the_encoder_asked_for_comes_out(tmp_path: Path, make, which: str, expected: dict) -> None:
+def test_the_requested_encoder_is_loaded(tmp_path: Path, make, which: str, expected: dict) -> None:
     source, model = make(tmp_path / "start.pth.tar"), encoder()
     report = load_weights(model, source, which=which)
     assert equal(model, expected)
@@ -89,12 +89,12 @@ def test_the_encoder_asked_for_comes_out(tmp_path: Path, make, which: str, expec
     assert len(report.loaded) == len(CONTEXT) - 1 and report.which == which  # the position embedding isn't trained
     assert f"loaded the {which} encoder, 28 tensors, 100.0% of the model's weights" in report.text()
     load_weights(other := encoder(), source)
-    assert equal(other, TARGET)  # the target unless told otherwise
+    assert equal(other, TARGET)  # the target is the default
 
 
 def test_a_file_with_one_encoder_says_so(tmp_path: Path) -> None:
     source = published(tmp_path / "one.pth.tar", target_encoder=None)
-    text = "holds only the context encoder, and target is asked for; set model.weights=context"
+    text = "holds only the context encoder, but target is requested; set model.weights=context"
     with pytest.raises(CheckpointError, match=text):
         load_weights(encoder(), source)
     load_weights(model := encoder(), source, which="context")
@@ -125,7 +125,7 @@ def test_timms_names(tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixtu
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(images), twin.forward_features(images), atol=1e-5, rtol=1e-5)
     assert report.which == "only" and report.share == 1.0
-    assert "holds one encoder and doesn't say which; target was asked for" in caplog.text
+    assert "holds one encoder and doesn't say which; target was requested" in caplog.text
 
 
 def test_a_timm_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +134,10 @@ def test_a_timm_name(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "timm:vit_huge_patch14_gap_224.in1k_ijepa"
     report = load_weights(model := encoder(), name)
     assert torch.equal(model.blocks[1].attn.qkv.weight, twin.blocks[1].attn.qkv.weight)
-    assert "converters take the context encoder; the paper evaluates the target" in report.notes[0]
+    assert "converters use the context encoder; the paper evaluates the target" in report.notes[0]
     with pytest.raises(CheckpointError, match="it has 3 attention heads, the model 2; set model.name or model.heads"):
         load_weights(encoder(heads=2), name)
-    for unknown in ("vit_huger", "vit_small_patch16_18x2_224"):  # no such model; one without weights
+    for unknown in ("vit_huger", "vit_small_patch16_18x2_224"):  # an unknown model, and one without weights
         with pytest.raises(CheckpointError, match=f"has no weights of '{unknown}'; those of I-JEPA are vit_giant"):
             read_weights(f"timm:{unknown}")
 
@@ -145,11 +145,11 @@ def test_a_timm_name(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(CheckpointError, match=r"timm can't bring the weights of .* \(no network\); download them"):
+    with pytest.raises(CheckpointError, match=r"timm can't download the weights of .* \(no network\); download them"):
         read_weights(name)
 
 
-TRANSFORMERS = [  # of one block, as IJepaModel lists them
+TRANSFORMERS = [  # IJepaModel's names for an encoder with one block
     "embeddings.position_embeddings",
     *(f"embeddings.patch_embeddings.projection.{kind}" for kind in ("weight", "bias")),
     *(
@@ -172,40 +172,41 @@ def test_transformers_names(tmp_path: Path, prefix: str) -> None:
     assert torch.equal(torch.cat([theirs[name] for name in names]), TARGET["blocks.1.attn.qkv.bias"])
     assert torch.equal(theirs["encoder.layer.1.output.dense.weight"], TARGET["blocks.1.mlp.fc2.weight"])
     save_file({f"{prefix}{n}": t for n, t in theirs.items()}, tmp_path / "model.safetensors")
-    report = load_weights(model := encoder(), tmp_path)  # the folder that save_pretrained writes
+    report = load_weights(model := encoder(), tmp_path)  # a folder as save_pretrained writes it
     assert equal(model, TARGET)
-    assert "transformers' converters take the context encoder" in report.notes[0]
+    assert "transformers' converters use the context encoder" in report.notes[0]
 
 
 def test_incomplete_and_foreign_names() -> None:
     theirs = to_transformers(TARGET)
     del theirs["encoder.layer.1.attention.attention.key.bias"]
-    with pytest.raises(CheckpointError, match="f lacks key of blocks.1.attn.qkv.bias; the file isn't whole"):
+    with pytest.raises(CheckpointError, match="f lacks key of blocks.1.attn.qkv.bias; the file is incomplete"):
         to_ours(theirs, "f")
     assert to_ours({**to_transformers(TARGET), "pooler.dense.bias": torch.zeros(1)}, "f")[0].keys() - TARGET.keys() == {
         "pooler.dense.bias"
     }
-    with pytest.raises(CheckpointError, match="f holds conv1.weight, fc.bias, a ..., which is no encoder known here"):
+    with pytest.raises(CheckpointError, match="f holds conv1.weight, fc.bias, a ..., which isn't a known encoder"):
         to_ours(dict.fromkeys(["conv1.weight", "fc.bias", "a", "b"], torch.zeros(1)), "f")
-    with pytest.raises(CheckpointError, match="f holds nothing, which is no encoder"):
+    with pytest.raises(CheckpointError, match="f holds nothing, which isn't a known encoder"):
         to_ours({}, "f")
     with pytest.raises(CheckpointError, match="fc_norm.weight has no name in transformers' .* published naming"):
         to_transformers({"fc_norm.weight": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("place", ["after", "before"])
-def test_a_classifier_takes_the_encoder_and_tells_the_rest(tmp_path: Path, place: str) -> None:
-    model, source = classifier(pool_norm=place), published(tmp_path / "start.pth.tar")
-    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+@pytest.mark.parametrize("pool_norm", ["after", "before"])
+def test_a_classifier_loads_the_encoder_and_reports_the_rest(tmp_path: Path, pool_norm: str) -> None:
+    model, source = classifier(pool_norm=pool_norm), published(tmp_path / "start.pth.tar")
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = load_weights(model, source)
     found = model.state_dict()
-    new = {"head.weight", "head.bias"} | ({"fc_norm.weight", "fc_norm.bias"} if place == "after" else set())
-    assert set(report.missing) == new and all(torch.equal(found[name], fresh[name]) for name in new)
+    new = {"head.weight", "head.bias"} | ({"fc_norm.weight", "fc_norm.bias"} if pool_norm == "after" else set())
+    assert set(report.missing) == new and all(torch.equal(found[name], initial[name]) for name in new)
     assert all(torch.equal(tensor, TARGET[n.removeprefix("encoder.")]) for n, tensor in found.items() if n not in new)
-    assert report.unexpected == (("norm.weight", "norm.bias") if place == "after" else ())
+    assert report.unexpected == (("norm.weight", "norm.bias") if pool_norm == "after" else ())
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert report.share == pytest.approx(1 - sum(fresh[name].numel() for name in new) / total)
-    assert "  new: " in report.text() and ("left out: norm.weight, norm.bias" in report.text()) == (place == "after")
+    assert report.share == pytest.approx(1 - sum(initial[name].numel() for name in new) / total)
+    text = report.text()
+    assert "  new: " in text and ("left out: norm.weight, norm.bias" in text) == (pool_norm == "after")
 
 
 def finetuned(path: Path, **changes) -> tuple[Path, dict]:
@@ -237,7 +238,7 @@ def test_a_finetuned_classifier_starts_another(tmp_path: Path) -> None:
         load_weights(encoder(), source)
 
 
-def test_a_head_is_kept_only_with_what_it_was_trained_behind(tmp_path: Path) -> None:
+def test_a_head_is_kept_only_with_the_norm_it_was_trained_with(tmp_path: Path) -> None:
     save_file(TARGET, tmp_path / "bare.safetensors")
     with pytest.raises(CheckpointError, match="missing: .*head.weight.* .set model.keep_head=false for a new head"):
         load_weights(classifier(pool_norm="before"), tmp_path / "bare.safetensors", keep_head=True)
@@ -250,12 +251,12 @@ def test_a_head_is_kept_only_with_what_it_was_trained_behind(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("image_size, grid", [((48, 16), "6 x 2"), ((64, 16), "8 x 2"), ((64, 64), "8 x 8")])
 @pytest.mark.parametrize("make", [published, pretraining], ids=["published", "run folder"])
-def test_positions_of_another_grid_are_computed(tmp_path: Path, make, image_size: tuple, grid: str) -> None:
+def test_position_embeddings_of_another_grid_are_computed(tmp_path: Path, make, image_size: tuple, grid: str) -> None:
     model = encoder(image_size=image_size)
     with torch.no_grad():
         model.pos_embed.zero_()
     report = load_weights(model, make(tmp_path / "start.pth.tar"))
-    assert report.reshaped == (f"pos_embed, 4 x 4 patches -> {grid}, computed anew",)
+    assert report.reshaped == (f"pos_embed, 4 x 4 patches -> {grid}, recomputed",)
     assert torch.equal(model.pos_embed[0], sincos_2d(24, model.grid))
     assert torch.equal(model.norm.weight, TARGET["norm.weight"]) and report.share == 1.0
 
@@ -282,24 +283,24 @@ MISFITS = {
     r"blocks.0.mlp.fc1.weight is \(48, 24\), the model's \(96, 24\)": encoder(mlp_ratio=2.0).state_dict(),
     "missing: blocks.1.norm2.bias$": spoiled(**{"blocks.1.norm2.bias": None}),
     "unexpected: cls_token$": spoiled(cls_token=torch.zeros(1, 1, 24)),
-    "pos_embed of 16 places is no fixed sine-cosine embedding": spoiled(pos_embed=TARGET["pos_embed"] + 0.1),
-    "pos_embed of 17 places is no fixed": spoiled(pos_embed=torch.zeros(1, 17, 24)),
+    "pos_embed of 16 patches isn't a fixed sine-cosine embedding": spoiled(pos_embed=TARGET["pos_embed"] + 0.1),
+    "pos_embed of 17 patches isn't a fixed": spoiled(pos_embed=torch.zeros(1, 17, 24)),
     "norm.bias holds values that aren't finite": spoiled(**{"norm.bias": torch.full((24,), float("nan"))}),
     "blocks.0.attn.proj.bias is .*; and 4 more$": spoiled(**{name: torch.zeros(2) for name in list(TARGET)[3:13]}),
 }
 
 
 @pytest.mark.parametrize("text", MISFITS)
-def test_misfits_are_refused_before_anything_moves(tmp_path: Path, text: str) -> None:
+def test_mismatches_are_refused_before_the_model_changes(tmp_path: Path, text: str) -> None:
     save_file({n: t.contiguous() for n, t in MISFITS[text].items()}, tmp_path / "other.safetensors")
     model = encoder(5)
-    with pytest.raises(CheckpointError, match="doesn't fit, and nothing was loaded: ") as error:
+    with pytest.raises(CheckpointError, match="doesn't match the model, and nothing was loaded: ") as error:
         load_weights(model, tmp_path / "other.safetensors")
     error.match(text)
     assert equal(model, encoder(5).state_dict())
 
 
-def test_heads_are_compared_where_they_are_known(tmp_path: Path) -> None:
+def test_heads_are_compared_if_they_are_known(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="it has 3 attention heads, the model 2; set model.name or model.heads"):
         load_weights(encoder(heads=2), pretraining(tmp_path))
 
@@ -319,9 +320,9 @@ def test_unreadable_sources(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     (tmp_path / "half.safetensors").write_bytes(b"12345678910")
     (tmp_path / "notes.txt").write_text("")
     for name, text in {
-        "half.pth": "can't be read as a PyTorch file .PytorchStreamReader .*; fetch it again",
+        "half.pth": "can't be read as a PyTorch file .PytorchStreamReader .*; copy it again",
         "list.pth": "holds a list; expected a dictionary of tensors",
-        "half.safetensors": "can't be read as safetensors .* fetch it again",
+        "half.safetensors": "can't be read as safetensors .* copy it again",
         "notes.txt": "ends in '.txt'; give a folder or one of .safetensors, .tar",
         "nothing.pth": "doesn't exist; give a run folder, a checkpoint, a file, or timm:NAME",
         "": "has neither a checkpoint .* nor model.safetensors; give a run folder",

@@ -1,4 +1,4 @@
-"""Files for other programs: read back by what they are for."""
+"""Files for other programs, read back as those programs read them."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def random(shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 def saved(folder: Path, step: int = 20, **changes) -> tuple[store.Checkpoint, dict[str, torch.Tensor]]:
-    """Returns a pretraining's checkpoint of random weights and moments, and these."""
+    """Returns a pretraining checkpoint of random weights and moments, and the tensors in it."""
     state: dict[str, torch.Tensor] = {}
-    for place, (name, parameter) in enumerate(build_jepa(MODEL, seed=0).named_parameters()):
+    for index, (name, parameter) in enumerate(build_jepa(MODEL, seed=0).named_parameters()):
         for kind, part in enumerate(("model.", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")):
-            state[part + name] = random(parameter.shape, 10 * place + kind).abs()
+            state[part + name] = random(parameter.shape, 10 * index + kind).abs()
         if name.startswith("encoder."):
-            state["target." + name.removeprefix("encoder.")] = random(parameter.shape, 10 * place + 5)
+            state["target." + name.removeprefix("encoder.")] = random(parameter.shape, 10 * index + 5)
     pieces = [Piece(name=n, tensor=t.flatten(), start=0, shape=tuple(t.shape)) for n, t in state.items()]
     config = PretrainConfig(model=MODEL).values()
     extra = {"config": config, "identity": {"batch size of all processes": 12}, **changes}
@@ -48,7 +48,7 @@ def saved(folder: Path, step: int = 20, **changes) -> tuple[store.Checkpoint, di
 
 
 class Published(nn.Module):
-    """Stands for a module of the published code: fixed embeddings are frozen parameters, the first of their module."""
+    """Imitates a module of the published code, in which a fixed embedding is a frozen parameter of the module."""
 
     def __init__(self, ours: nn.Module, name: str) -> None:
         super().__init__()
@@ -107,11 +107,11 @@ def test_the_published_code_can_resume(tmp_path: Path) -> None:
 
 def test_what_the_published_code_cannot_resume_is_refused(tmp_path: Path) -> None:
     checkpoint, _ = saved(tmp_path)
-    with pytest.raises(CheckpointError, match="is 6 steps into epoch 3 of 7 steps; .* give a checkpoint of step 14"):
+    with pytest.raises(CheckpointError, match="is 6 steps into epoch 3 of 7 steps; .* a checkpoint of step 14"):
         export_published(checkpoint, tmp_path / "out", steps_per_epoch=7)
-    with pytest.raises(CheckpointError, match="batch 12 doesn't split over 5 processes; give a divisor"):
+    with pytest.raises(CheckpointError, match="batch 12 is not divisible by 5 processes; give a divisor"):
         export_published(checkpoint, tmp_path / "out", steps_per_epoch=10, processes=5)
-    with pytest.raises(CheckpointError, match="is no checkpoint of a pretraining; give one that has a target encoder"):
+    with pytest.raises(CheckpointError, match="isn't a pretraining checkpoint; give one that has a target encoder"):
         export_published(saved(tmp_path / "b", config={})[0], tmp_path / "out", steps_per_epoch=10)
     config = PretrainConfig(model=MODEL, optimizer=LarsConfig()).values()
     with pytest.raises(CheckpointError, match=r"optimizer.name=lars, and the published file holds AdamW's states; exp"):
@@ -130,9 +130,9 @@ def test_safetensors_come_back(tmp_path: Path, naming: str, which: str, prefix: 
     assert report.share == 1.0 and report.notes == ()
     assert all(torch.equal(parameter, state[prefix + name]) for name, parameter in model.named_parameters())
     other = "context" if which == "target" else "target"
-    with pytest.raises(CheckpointError, match=f"holds only the {which} encoder, and {other} is asked for"):
+    with pytest.raises(CheckpointError, match=f"holds only the {which} encoder, but {other} is requested"):
         load_weights(model, path, which=other)
-    assert [file.name for file in path.parent.iterdir()] == ["out.safetensors"]  # nothing unfinished is left
+    assert [file.name for file in path.parent.iterdir()] == ["out.safetensors"]  # no unfinished file is left
 
 
 def test_an_unknown_naming(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Accuracy over all images, its files, and the texts of what is refused."""
+"""Accuracy over all images, the files of a report, and the messages of errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def by_shade(images: Tensor) -> Tensor:
-    """Returns logits that name the right shade, but call shade 2 shade 3."""
+    """Returns logits that predict each shade correctly, except shade 2, which they call 3."""
     shade = (images.mean(dim=(1, 2, 3)) * 255).round()
     distance = (shade[:, None] - torch.tensor(SHADES, dtype=torch.float32)).abs()
     logits = -distance
@@ -62,7 +62,7 @@ def test_every_image_counts_once(folder, batch_size):
 
 
 def test_padding_of_uneven_processes_is_not_counted(folder):
-    """Three processes over 25 images: 9 each, the last two padded; the parts are put together by hand."""
+    """Runs three processes over 25 images, with 9 each and the last two padded, and gathers the parts by hand."""
     source = ImageFolderSource(folder)
     whole = a_check(source).run(by_shade)
     parts: list[Tensor] = []
@@ -80,9 +80,9 @@ def test_padding_of_uneven_processes_is_not_counted(folder):
     assert np.array_equal(found.predictions, whole.predictions)
 
 
-def test_top5_differs_from_top1_where_there_are_more_classes(folder):
+def test_top5_differs_from_top1_with_more_classes(folder):
     def sixth(images):
-        return torch.arange(10.0).flip(0).expand(len(images), 10)  # classes 0 to 4 are likeliest, 0 the most
+        return torch.arange(10.0).flip(0).expand(len(images), 10)  # class 0 is the likeliest, then 1, 2, 3, 4
 
     found = a_check(ImageFolderSource(folder)).run(sixth)
     assert found.top1 == pytest.approx(3 / 25) and found.top5 == 1.0
@@ -96,7 +96,7 @@ def test_labels_outside_the_classes_are_refused(folder):
     with pytest.raises(DataError, match=r"data.train: 7 of 25 images have no label from 0 to 3 .*class4/0.png with la"):
         check_labels(source, 4, "data.train")
     source.labels = lambda: np.array([0, -1, 2])
-    with pytest.raises(DataError, match="data.train: 1 of 3 images .* with no label.; mend the labels"):
+    with pytest.raises(DataError, match="data.train: 1 of 3 images .* with no label.; fix the labels"):
         check_labels(source, 4, "data.train")
 
 

@@ -61,5 +61,5 @@ def test_what_cannot_vote_is_refused():
         knn_predict(train[:0], labels[:0], train, **options)
     with pytest.raises(DataError, match="0 test features; kNN needs at least 1"):
         knn_accuracy(train, labels, train[:0], labels[:0], **options)
-    with pytest.raises(DataError, match="labels are from -1 to -1; kNN needs them from 0 to 4: label the images"):
+    with pytest.raises(DataError, match="labels are from -1 to -1; kNN needs labels from 0 to 4: label all images"):
         knn_predict(train, labels * 0 - 1, train, **options)

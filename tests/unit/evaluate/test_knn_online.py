@@ -22,7 +22,7 @@ IMAGES = ImageSettings(size=(8, 8), **NORMALISATION)
 
 
 def write_shard(folder, name, count, *, labelled=True):
-    """Writes 8 x 8 images of three colours (the label) with noise."""
+    """Writes 8 x 8 images with noise in one of three colours, which is the label."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(len(name))
     with tarfile.open(folder / f"{name}.tar", "w") as tar:
@@ -41,7 +41,7 @@ def write_shard(folder, name, count, *, labelled=True):
 
 
 def tokens(images):
-    """Stands for an encoder: the four quarters' mean colours."""
+    """Replaces an encoder: returns the mean colours of the four quarters as tokens."""
     return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).mT
 
 

@@ -186,7 +186,7 @@ def test_prediction_refuses_by_text(finished, tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("text")
     for image, text in (
         (tmp_path / "no.jpg", "can't be read (No such file"),
-        (tmp_path / "text.jpg", "no image of a k"),
+        (tmp_path / "text.jpg", "not an image of a known format"),
     ):
         assert predict.main([str(image), "--model", str(finished[0])]) == 2
         assert text in capsys.readouterr().err
@@ -292,7 +292,7 @@ def test_export_from_the_command_line(finished, tmp_path, capsys):
     assert "out.safetensors exists; name another file, or add --overwrite" in capsys.readouterr().err
     assert export.main([str(finished[0]), "--to", str(to), "--overwrite"]) == 0
     assert export.main([str(finished[0]), "--to", str(tmp_path / "out.bin")]) == 2
-    assert "out.bin isn't named .safetensors" in capsys.readouterr().err and not (tmp_path / "out.bin").exists()
+    assert "out.bin doesn't end in .safetensors" in capsys.readouterr().err and not (tmp_path / "out.bin").exists()
     assert export.main([str(tmp_path / "no"), "--to", str(tmp_path / "b.safetensors")]) == 2
     assert "doesn't exist" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
 
