@@ -23,7 +23,7 @@ class Batch:
     pixels: Tensor  # (bytes,) uint8: crop after crop, each (height, width, 3) RGB, row by row
     sizes: np.ndarray  # (B, 2) int64, host: height and width of each crop, pixels
     sample_ids: np.ndarray  # (B,) int64, host: the sample's number in the whole set
-    labels: Tensor  # (B,) int64; -1 where there is none
+    labels: Tensor  # (B,) int64; -1 if there is none
     step: int  # optimiser step this batch belongs to
     epoch: int
     position: int  # position of the first image in the global batch

@@ -29,7 +29,7 @@ class EvalBatch:
     """Images in the order of the given ids; the last batch may be smaller."""
 
     images: Tensor  # (B, 3, h, w) float32, normalised
-    labels: Tensor  # (B,) int64; -1 where there is none
+    labels: Tensor  # (B,) int64; -1 if there is none
     sample_ids: np.ndarray  # (B,) int64
 
     def __len__(self) -> int:

@@ -50,11 +50,11 @@ class TorchvisionImages:
         return encode_png(self._dataset[sample_id][0])
 
     def label(self, sample_id: int) -> int:
-        """Returns the label; -1 where there is none."""
+        """Returns the label; -1 if there is none."""
         return int(self._dataset[sample_id][1])
 
     def labels(self) -> np.ndarray:
-        """Returns all labels, (N,) int64; -1 where there is none."""
+        """Returns all labels, (N,) int64; -1 if there is none."""
         return np.array([self.label(sample) for sample in range(self.num_samples)], dtype=np.int64)
 
     def name(self, sample_id: int) -> str:

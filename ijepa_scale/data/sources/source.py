@@ -29,10 +29,10 @@ class SampleSource(Protocol):
         """Returns the encoded image, or its pixels (H, W, 3) uint8 if there is nothing to decode."""
 
     def label(self, sample_id: int) -> int:
-        """Returns the label; -1 where there is none."""
+        """Returns the label; -1 if there is none."""
 
     def labels(self) -> np.ndarray:
-        """Returns all labels, (N,) int64; -1 where there is none."""
+        """Returns all labels, (N,) int64; -1 if there is none."""
 
     def name(self, sample_id: int) -> str:
         """Returns a readable name of the sample, for messages."""

@@ -69,12 +69,12 @@ class ShardSource:
         return data
 
     def label(self, sample_id: int) -> int:
-        """Returns the label; -1 where there is none."""
+        """Returns the label; -1 if there is none."""
         shard, row = self._locate(sample_id)
         return int(self._shards[shard].labels[row])
 
     def labels(self) -> np.ndarray:
-        """Returns all labels, (N,) int64; -1 where there is none."""
+        """Returns all labels, (N,) int64; -1 if there is none."""
         return np.concatenate([shard.labels for shard in self._shards]).astype(np.int64)
 
     def name(self, sample_id: int) -> str:
