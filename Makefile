@@ -9,7 +9,7 @@ TORCH := torch==2.11.0 torchvision==0.26.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 CHECKED := ijepa_scale kernels launch benchmarks tests setup.py
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo docs test lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -31,6 +31,9 @@ $(STAMP): setup.py pyproject.toml
 
 demo: $(STAMP) ## Pretrain on Fashion-MNIST with ZeRO-3 on 2 CPU processes, or on your GPUs (FASHION_MNIST=folder)
 	$(BIN)/python launch/demo.py $(if $(FASHION_MNIST),--fashion-mnist '$(FASHION_MNIST)')
+
+docs: $(STAMP) ## Write docs/configuration.md and configs/schema/ from the settings' declarations
+	$(BIN)/python -m ijepa_scale.config.manual
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check $(CHECKED)
