@@ -92,7 +92,7 @@ class FinetuneOptimizerConfig(Section, at="optimizer"):
         elif self.base_lr is not None and self.lr is not None:
             yield f"base_lr is {self.base_lr} and lr is {self.lr}; give one of them"
         if self.warmup_epochs >= self.epochs:
-            yield f"warmup_epochs {self.warmup_epochs} leaves nothing of the {self.epochs} epochs; give fewer"
+            yield f"warmup_epochs {self.warmup_epochs:g} leaves nothing of the {self.epochs:g} epochs; give fewer"
 
     def peak_lr(self, batch_size: int) -> float:
         """Returns the rate at the end of the warm-up, for `batch_size` images of all processes and micro-batches."""

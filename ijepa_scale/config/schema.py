@@ -157,7 +157,7 @@ class ScheduleConfig(Section, at="schedule"):
     def problems(self) -> Iterator[str]:
         """Yields it where the warm-up is too long."""
         if self.warmup_epochs > self.epochs * self.ipe_scale:
-            yield f"warmup_epochs {self.warmup_epochs} is longer than the {self.epochs} epochs of the run"
+            yield f"warmup_epochs {self.warmup_epochs:g} is longer than the {self.epochs:g} epochs of the run"
 
 
 class EngineConfig(Section, at="engine"):

@@ -63,7 +63,7 @@ def test_optimizers_are_found_by_name_with_their_section() -> None:
         assert optimizer_kind(kind.Config(), "ddp") is kind
         state = kind.new_state(torch.ones(2, 3))
         assert all(torch.equal(state[key], torch.zeros(2, 3)) for key in kind.Config.state_names)
-    with pytest.raises(ConfigError, match="optimizer 'sgd' is unknown; choose one of adamw, lars"):
+    with pytest.raises(ConfigError, match="optimizer.name is 'sgd'; choose one of adamw, lars"):
         optimizer_kind(AdamWConfig(name="sgd"), "plain")
     with pytest.raises(ConfigError, match="name is lars but its section is a AdamWConfig; make it a LarsConfig"):
         optimizer_kind(AdamWConfig(name="lars"), "plain")
