@@ -29,6 +29,8 @@ def stored(content: Mapping[str, Any], kind: type[Section]) -> dict[str, Any]:
     A setting that it doesn't know has its default. Keys that are no settings stay as they are.
     """
     fields = {name: field for name, field in kind.model_fields.items() if name in content}
-    ours = {name: content[name] for name, field in fields.items() if not nested(field)[0] or isinstance(content[name], dict)}
+    ours = {
+        name: content[name] for name, field in fields.items() if not nested(field)[0] or isinstance(content[name], dict)
+    }
     today = kind(**renamed(ours, kind, [])).values()
     return {name: today[name] if name in ours else value for name, value in content.items()}

@@ -15,17 +15,17 @@ from pydantic.json_schema import models_json_schema
 
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.config.form import Form
-from ijepa_scale.config.nearest import nearest
 from ijepa_scale.config.schema import PretrainConfig, SinkConfig
 from ijepa_scale.config.section import Section, nested
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.nearest import nearest
 
 _INTRODUCTION = """# Settings
 
 `make docs` writes this page from the schema in `ijepa_scale/config/`. A file holds what differs from the defaults, or
 from the file that its `base` names; `section.key=value` on the command line goes before both. `--print-config` prints
-what a run takes, and `--help-config masks` this page's part on a section. The first line of each file in `configs/` names
-its JSON Schema, with which an editor completes and checks it.
+what a run takes, and `--help-config masks` this page's part on a section. The first line of each file in `configs/`
+names its JSON Schema, with which an editor completes and checks it.
 """
 _HEAD = ["| setting | takes | default | bounds | unit | meaning |", "|---|---|---|---|---|---|"]
 
@@ -83,7 +83,9 @@ def _text(kind: type[Section]) -> str:
 
 def _row(kind: type[Section], name: str, prefix: str, default: Any) -> Row:
     field, form = kind.model_fields[name], Form(kind.model_fields[name])
-    takes = f"one of {', '.join(kind.names())}" if name == kind.selector else f"{form.words}{' or null' * form.nullable}"
+    takes = (
+        f"one of {', '.join(kind.names())}" if name == kind.selector else f"{form.words}{' or null' * form.nullable}"
+    )
     return Row(f"{prefix}{name}", takes, _shown(default), form.bounds, form.unit, field.description or "")
 
 
@@ -102,7 +104,9 @@ def help_text(kind: type[Section], section: str = "") -> str:
     found = {block: block.title.partition(",")[0] for block in blocks(kind)}
     if section and section not in found.values():
         near = nearest(section, {*found.values()} - {""})
-        there = f"did you mean {near}?" if near else f"there are {', '.join(dict.fromkeys(filter(None, found.values())))}"
+        there = (
+            f"did you mean {near}?" if near else f"there are {', '.join(dict.fromkeys(filter(None, found.values())))}"
+        )
         raise ConfigError(f"--help-config {section}: no such section; {there}")
     lines: list[str] = []
     for block in (block for block, name in found.items() if not section or f"{name}.".startswith(f"{section}.")):
@@ -117,7 +121,10 @@ def help_text(kind: type[Section], section: str = "") -> str:
 def markdown() -> str:
     """Returns docs/configuration.md."""
     lines, known = [_INTRODUCTION], set()
-    for title, script, kind in (("Pretraining", "pretrain", PretrainConfig), ("Finetuning", "finetune", FinetuneConfig)):
+    for title, script, kind in (
+        ("Pretraining", "pretrain", PretrainConfig),
+        ("Finetuning", "finetune", FinetuneConfig),
+    ):
         lines += [f"## {title}", "", f"For `launch/{script}.py`.", ""]
         for block in blocks(kind):
             lines += [f"### {title}: {block.title or 'the run'}", ""]
@@ -126,7 +133,9 @@ def markdown() -> str:
                 continue
             known.add(block)
             lines += [block.text, "", *_HEAD]
-            lines += [f"| `{row.setting}` | {row.takes} | `{row.default}` | {' | '.join(row[3:])} |" for row in block.rows]
+            lines += [
+                f"| `{row.setting}` | {row.takes} | `{row.default}` | {' | '.join(row[3:])} |" for row in block.rows
+            ]
             lines.append("")
     return "\n".join(lines)
 
@@ -159,7 +168,7 @@ def _untitled(schema: Any) -> Any:
 
 def generated() -> dict[str, str]:
     """Returns the text of each generated file."""
-    kinds = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    kinds: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
     schemas = {f"configs/schema/{name}.json": json.dumps(json_schema(kind), indent=1) for name, kind in kinds.items()}
     return {"docs/configuration.md": markdown(), **{path: f"{text}\n" for path, text in schemas.items()}}
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_kernels.target_loss import target_loss
-from ijepa_scale.config.schema import RegressionConfig
+from ijepa_scale.config.schema import ObjectiveConfig, RegressionConfig
 from ijepa_scale.masks.types import Masks, PackedMasks
 
 TARGET_NORM_EPS = 1e-5
@@ -36,7 +36,7 @@ def jepa_targets(features: Tensor, rows: Tensor, masks: Masks) -> Tensor:
     return chosen if isinstance(masks, PackedMasks) else chosen.view(-1, masks.targets.shape[2], chosen.shape[-1])
 
 
-def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: RegressionConfig) -> Tensor:
+def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: ObjectiveConfig) -> Tensor:
     """Returns the loss, an fp32 scalar: a mean over all elements, or with packed masks over `masks.weights`.
 
     `prediction` and `target` are (M * E * B, T, D), or (R, D) if packed. smooth_l1: quadratic below
@@ -52,6 +52,7 @@ def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: Regressi
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape; "
             "take both from the same masks"
         )
+    assert isinstance(config, RegressionConfig), f"no beta in {config}"
     prediction, target = prediction.float(), target.float()
     if config.loss == "smooth_l1":
         elements = F.smooth_l1_loss(prediction, target, reduction="none", beta=config.beta)
@@ -62,7 +63,7 @@ def jepa_loss(prediction: Tensor, target: Tensor, masks: Masks, config: Regressi
     return elements.mean()
 
 
-def fused_jepa_loss(prediction: Tensor, tokens: Tensor, rows: Tensor, masks: Masks, config: RegressionConfig) -> Tensor:
+def fused_jepa_loss(prediction: Tensor, tokens: Tensor, rows: Tensor, masks: Masks, config: ObjectiveConfig) -> Tensor:
     """Returns `jepa_loss` of the target encoder's tokens (B, U, D) in one pass over them; CUDA and Triton only.
 
     `rows` (R,) int64 says where the targets lie in the flattened (B * U). The norm and the gradient are part of the
@@ -71,6 +72,7 @@ def fused_jepa_loss(prediction: Tensor, tokens: Tensor, rows: Tensor, masks: Mas
     Raises:
         ValueError: Triton isn't there, or shapes and devices don't fit.
     """
+    assert isinstance(config, RegressionConfig), f"no beta in {config}"
     return target_loss(
         prediction.flatten(0, -2),
         tokens.flatten(0, 1),

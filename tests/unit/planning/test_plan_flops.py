@@ -25,9 +25,7 @@ def _counts(model: ModelConfig, masks_config: BlockMaskConfig) -> tuple[dict[str
     checked on whole models below.
     """
     masks = MaskSampler(masks_config, model.grid, seed=0)(0, 0, IMAGES, IMAGES)
-    one, two = (
-        step_flops(model.replace(depth=n, predictor_depth=n), masks, num_images=IMAGES) for n in (1, 2)
-    )
+    one, two = (step_flops(model.replace(depth=n, predictor_depth=n), masks, num_images=IMAGES) for n in (1, 2))
     sizes = resolve(model)
     depths = {"target": sizes.depth, "context": sizes.depth, "predictor": sizes.predictor_depth}
     measured = {part: one[part] + (depth - 1) * (two[part] - one[part]) for part, depth in depths.items()}

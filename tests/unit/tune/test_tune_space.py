@@ -14,9 +14,7 @@ from tests.unit.tune.tune_stubs import DS_CONFIGS, config, machine, space
 def test_only_how_the_step_is_computed_changes() -> None:
     found = space()
     changed = found.config_of(found.candidate(found.engine, 8, checkpointing="full", compile=True))
-    assert changed.engine == found.engine.replace(
-        accumulation=8, checkpointing="full", compile=True, strategy="plain"
-    )
+    assert changed.engine == found.engine.replace(accumulation=8, checkpointing="full", compile=True, strategy="plain")
     assert changed.replace(engine=found.config.engine) == found.config
 
 
