@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.config.nearest import nearest
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.nearest import nearest
 
 # What else a file may hold: it changes what is printed or measured, not what is trained.
 DIAGNOSTICS = ("comms_logger", "dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")

@@ -190,7 +190,7 @@ def test_a_plan_names_only_what_the_optimizer_can_run_under() -> None:
     config, cluster = published(), Cluster(A100, 8)
     lars = config.replace(optimizer=LarsConfig())
     by_adamw, by_lars = (
-        {each.spread.strategy: each.footprint.optimizer for each in plan(each_config, cluster).candidates}
+        {each.spread.strategy: each.footprint.optimizer for each in plan(each_config, cluster).strategies}
         for each_config in (config, lars)
     )
     assert {"zero1", "zero2", "zero3"} == by_adamw.keys() - by_lars.keys() and by_lars
