@@ -143,7 +143,7 @@ def test_the_real_step_equals_the_literal_loop(name: str) -> None:
 
 
 def test_the_meters_hold_what_a_loop_over_places_finds() -> None:
-    masks, num_patches = masks_config(num_context_blocks=2), MODEL.grid[0] * MODEL.grid[1]
+    masks, num_patches = masks_config(num_context_blocks=2, allow_overlap=True), MODEL.grid[0] * MODEL.grid[1]
     built, step = make(ALONE, EngineConfig(strategy="plain", precision="fp32"), OPTIMIZER, masks, schedule=STEEP)
     for index in range(STEPS):
         step(part(index, ALONE))
@@ -168,4 +168,5 @@ def test_the_meters_hold_what_a_loop_over_places_finds() -> None:
     means = step.meters.flush()
     assert means["target_std"] == pytest.approx(float((squares / freedom).sqrt().mean()), abs=1e-5)
     assert (means["loss"], means["grad_norm"]) == pytest.approx((float(info.loss), float(info.grad_norm)), abs=1e-6)
-    assert (means["context_tokens"], means["target_tokens"]) == (drawn.context.shape[2], drawn.targets.shape[2])
+    tokens_of_blocks = drawn.context.shape[2], drawn.targets.shape[2]
+    assert (means["context_tokens"], means["target_tokens"]) == tokens_of_blocks and len(set(tokens_of_blocks)) == 2
