@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,7 +132,7 @@ def test_replicas_hold_whole_shards_each() -> None:
 def uneven(world: World, engine: dict) -> dict:
     """Returns a short training whose tensors don't divide among 3 processes."""
     training.BATCH = 6
-    training.MODEL = dataclasses.replace(MODEL, width=32, heads=2, predictor_width=16)
+    training.MODEL = MODEL.replace(width=32, heads=2, predictor_width=16)
     return curve(world, {**engine, "precision": "fp32"}, {}, {"group_size": 6}, 4)
 
 

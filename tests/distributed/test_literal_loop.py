@@ -7,7 +7,6 @@ targets, gather and loss are its own. Other engines are held to the same numbers
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from typing import Any
 
@@ -125,7 +124,7 @@ def test_the_real_step_equals_the_literal_loop(name: str) -> None:
     assert expected["losses"][-1] < 0.5 * expected["losses"][0]  # the comparison is of a training that moves
     assert clip is None or min(expected["norms"]) > clip  # it does clip
     settings = EngineConfig(strategy="plain", precision="fp32", accumulation=accumulation)
-    optimizer = dataclasses.replace(OPTIMIZER, clip_norm=clip)
+    optimizer = OPTIMIZER.replace(clip_norm=clip)
     built, step = make(ALONE, settings, optimizer, masks, objective=objective, schedule=STEEP)
     infos = [step(part(index, ALONE)) for index in range(STEPS)]
     assert [float(info.loss) for info in infos] == pytest.approx(expected["losses"], abs=TOLERANCE)
