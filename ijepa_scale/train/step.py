@@ -43,7 +43,7 @@ class TrainStep:
         for micro in self.engine.accumulate(batch):
             images = self.augment(micro)  # (B, 3, H, W)
             masks, wanted = self.masks(micro.step, micro.position, len(micro), self.batch_size)
-            tokens = self.engine.target(images, wanted=wanted.places)  # (B, U, D), no gradient
+            tokens = self.engine.target(images, wanted=wanted.patches)  # (B, U, D), no gradient
             prediction = self.engine.model(images, masks)  # encode the context, predict the targets
             self.engine.backward(self.objective(prediction, tokens, masks, wanted))
             self.observe(tokens, masks, wanted)
