@@ -1,1 +1,1 @@
-"""Ways of spreading a training step over processes, behind one protocol."""
+"""Engines, which run a training step on one or many processes, behind one protocol."""

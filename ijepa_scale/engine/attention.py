@@ -1,4 +1,7 @@
-"""Forces the dense attention kernel that the config names, tries it on the run's own shapes and logs it."""
+"""Selects the attention kernel that the config names, tests it with the run's shapes and logs it.
+
+Must not know how weights are sharded or trained.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,16 @@ from ijepa_scale.models.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
 
-_REMEDY = "set engine.attention=auto, or another kernel; only math and efficient take engine.precision=fp32 on CUDA"
+_REMEDY = "set engine.attention=auto or another kernel; on CUDA only math and efficient run with engine.precision=fp32"
 
 
 def use_attention(config: EngineConfig, module: nn.Module, target: nn.Module | None, world: World) -> None:
-    """Makes `config.attention` the dense kernel of this process, and logs what each network now runs in.
+    """Sets the kernel for dense attention in this process to `config.attention`, and logs the kernel of each network.
 
     Runs each head shape once on the device, which synchronises.
 
     Raises:
-        ConfigError: the kernel can't run on this device, or not these shapes in this precision.
+        ConfigError: the kernel can't run on this device, or can't run these shapes in this precision.
     """
     dtype, device = _dtype(config), world.device
     shapes = list(head_shapes(module, target))
@@ -44,11 +47,11 @@ def use_attention(config: EngineConfig, module: nn.Module, target: nn.Module | N
             config.attention, chosen, device, each, packed_backend(dtype, device),
         )  # fmt: skip
         if device.type == "cuda" and chosen == "math":
-            logger.warning("attention holds all scores in memory: no fused kernel was asked for, or none runs here")
+            logger.warning("attention stores all scores: engine.attention is math, or no fused kernel runs here")
 
 
 def require_packed(config: EngineConfig, module: nn.Module, world: World) -> None:
-    """Checks that packed sequences of these networks can run here; `use_attention` has been called.
+    """Checks that these networks can run packed sequences on this device. Call after `use_attention`.
 
     Raises:
         ConfigError: they can't.
@@ -63,8 +66,8 @@ def require_packed(config: EngineConfig, module: nn.Module, world: World) -> Non
 
 
 def head_shapes(module: nn.Module, target: nn.Module | None) -> Iterator[HeadShape]:
-    """Yields the attention of each network, over as many tokens as an image has patches."""
-    first: Any  # a block, bare or in its checkpointing wrapper
+    """Yields the attention shape of each network, with one token for each patch of an image."""
+    first: Any  # a block, possibly in a checkpointing wrapper
     for part, role, trained in ((target, "target", False), (module, "context", True)):
         for child in () if part is None else part.modules():
             if isinstance(child, VisionTransformer):
@@ -81,7 +84,7 @@ def head_shapes(module: nn.Module, target: nn.Module | None) -> Iterator[HeadSha
 
 
 def _some_queries(shape: HeadShape) -> HeadShape:
-    """Returns the shape in a last block, of which only some tokens are wanted."""
+    """Returns the shape in a last block, which computes only some of the tokens."""
     return dataclasses.replace(shape, queries=max(1, shape.tokens // 2))
 
 

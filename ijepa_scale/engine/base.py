@@ -1,6 +1,6 @@
-"""What every engine does alike: taking the modules over, autocast, evaluation, the target and its update, pieces.
+"""The part that all engines share: preparing modules, autocast, evaluation, the target and its update, pieces.
 
-How weights are spread, and how gradients and the optimiser's states lie, is each engine's own.
+It must not know how an engine distributes weights or stores gradients and optimiser states.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from ijepa_scale.optim.groups import GroupFunction, clean_name, parameter_groups
 
 
 class BaseEngine(Engine):
-    """An engine without its way of spreading: `_distribute`, the model's forward, the step, and how tensors are cut.
+    """The base of all engines. Subclasses add `_distribute`, the model's forward, the step and the sharding of tensors.
 
-    The crux is `_local_shards`: this process's fp32 tensors of the target and of the part that it follows, cut alike
-    and in the same order, so that the target's update is one operation without communication under every engine.
+    The key method is `_local_shards`. It returns this process's fp32 tensors of the target and of the weights that it
+    follows, sharded the same way and in the same order. So under every engine the target's update is one operation
+    without communication.
     """
 
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig, *, late: bool = False) -> None:
-        """`late`: the optimiser obeys a flag on the device, so that the host reads the finite check a step later."""
+        """With `late`, a flag on the device stops the optimiser, and the host reads the finite check one step later."""
         self.world = world
         self.triton: tuple[str, ...] = config.triton
         self._config = config
@@ -44,11 +45,11 @@ class BaseEngine(Engine):
         self._update = TargetUpdate("triton" if "target_update" in config.triton else "auto")
         self._autocast = torch.autocast(
             world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
-        )  # re-entered at each forward
+        )  # entered again for each forward
 
     @property
     def _sharding(self) -> str | None:
-        """What cuts the target's weights over processes, for messages; None where each process holds all of them."""
+        """The reason why the target's weights are sharded, for messages. None if each process holds all of them."""
         return None
 
     @override
@@ -68,7 +69,7 @@ class BaseEngine(Engine):
         self.module: Any = module.to(self.world.device)
         self._followed: nn.Module = module.get_submodule(followed)
         self.target_module: Any = None
-        self._replicated: ReplicatedTarget | None = None  # where each process holds the whole target
+        self._replicated: ReplicatedTarget | None = None  # set if each process holds the whole target
         if target is not None:
             self.target_module = target.to(self.world.device).requires_grad_(False).eval()
             if self._sharding is None:
@@ -81,7 +82,7 @@ class BaseEngine(Engine):
 
     @abstractmethod
     def _distribute(self, groups: GroupFunction) -> None:
-        """Compiles and spreads `module` and `target_module`, and makes the optimiser."""
+        """Compiles and distributes `module` and `target_module`, and builds the optimiser."""
 
     @override
     @torch.no_grad()
@@ -95,7 +96,7 @@ class BaseEngine(Engine):
 
     @abstractmethod
     def _evaluate(self, *args: Any) -> Tensor:
-        """Returns the trainable module's output, which is in evaluation mode, under the engine's precision."""
+        """Returns the output of the trainable module, already in evaluation mode, in the engine's precision."""
 
     @override
     @torch.no_grad()
@@ -121,7 +122,7 @@ class BaseEngine(Engine):
         self._target_updated()
 
     def _local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns this process's fp32 shards of (target, the weights it follows), cut alike and in the same order."""
+        """Returns this process's fp32 shards of the target and of the weights it follows, split alike and in order."""
         if self._replicated:
             shards = self._replicated.shards
         else:
@@ -129,11 +130,11 @@ class BaseEngine(Engine):
         return shards, [self._local(parameter) for parameter in self._followed.parameters()]
 
     def _local(self, parameter: Any) -> Tensor:
-        """Returns this process's part of a parameter, detached, in the engine's own memory."""
+        """Returns this process's part of a parameter: a detached view of the engine's memory."""
         return parameter.detach()
 
     def _target_updated(self) -> None:
-        """Quantises weights that have an fp8 copy; others are the shards themselves or were rounded with them."""
+        """Called after the target's update. Renews fp8 copies of weights; the update itself renews bf16 copies."""
         if self._replicated:
             self._replicated.updated()
 
@@ -144,7 +145,7 @@ class BaseEngine(Engine):
             name = clean_name(name)
             if parameter.requires_grad:
                 pieces.extend(self._trained_pieces(name, parameter))
-            else:  # frozen: no optimiser state
+            else:  # frozen parameters have no optimiser state
                 pieces.append(self._piece(f"model.{name}", parameter))
         return [*pieces, *(self._piece(f"target.{clean_name(name)}", value) for name, value in self._target_values())]
 
@@ -155,10 +156,10 @@ class BaseEngine(Engine):
 
     @abstractmethod
     def _trained_pieces(self, name: str, parameter: Any) -> Iterator[Piece]:
-        """Yields this process's parts of a trained parameter and of its optimiser states, made where there are none."""
+        """Yields this process's parts of a trained parameter and its optimiser states, and creates missing states."""
 
     def _piece(self, name: str, tensor: Any) -> Piece:
-        """Returns this process's part of a tensor that is whole here; the main process writes it."""
+        """Returns the piece of a tensor that every process holds as a whole; the main process writes it."""
         return Piece(
             name=name,
             tensor=tensor.detach().view(-1),

@@ -1,4 +1,4 @@
-"""Makes the engine that a config asks for."""
+"""Builds the engine that the config names. Must not know how engines work."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ _ENGINES: dict[str, Callable[[World, EngineConfig, OptimizerConfig], Engine]] = 
 
 
 def build_engine(world: World, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
-    """Returns the engine of `config.strategy`, which has been resolved: it isn't `auto` any more."""
+    """Returns the engine of `config.strategy`, in which `auto` must already be resolved.
+
+    Raises:
+        ConfigError: `config.triton` names kernels but the device isn't a GPU, or the engine refuses the config.
+    """
     if config.triton and world.device.type != "cuda":
         raise ConfigError(
-            f"engine.triton names {', '.join(config.triton)} but the device is {world.device.type}; Triton's kernels "
+            f"engine.triton names {', '.join(config.triton)} but the device is {world.device.type}; Triton kernels "
             "need CUDA: set engine.triton=[]"
         )
     return _ENGINES[config.strategy](world, config, optimizer)

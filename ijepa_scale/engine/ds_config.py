@@ -1,8 +1,8 @@
-"""DeepSpeed JSON files: read and checked, then composed with the run's own settings. Knows no engine.
+"""Reads and checks DeepSpeed JSON files, and combines them with the run's settings. Must not know any engine.
 
-A file names the ZeRO stage, its buckets and offload. Batch, accumulation, clipping, precision and the
-optimiser are the YAML's alone, so a file can't contradict it. DeepSpeed is imported inside functions;
-importing it chooses an accelerator, so callers that force one export it first.
+A file sets the ZeRO stage, its buckets and offload. Only the YAML sets batch size, accumulation, clipping, precision
+and the optimiser, so the two can't contradict each other. DeepSpeed is imported inside functions. Importing it chooses
+an accelerator, so callers that force one must export it before.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.nearest import nearest
 
-# What else a file may hold: it changes what is printed or measured, not what is trained.
+# Other keys that a file may hold. They change what is printed or measured, not what is trained.
 DIAGNOSTICS = ("comms_logger", "dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
 
-# Settings that the YAML owns, and where.
+# Settings that belong to the YAML, with the place where it sets them.
 OWNED = {
     "train_batch_size": "data.batch_size",
     "train_micro_batch_size_per_gpu": "data.batch_size_per_process and engine.accumulation",
@@ -43,10 +43,10 @@ OWNED = {
 
 LOW_PRECISION_LAYERS = ("ijepa_scale.models.layers.Linear", "ijepa_scale.models.layers.PatchProjection")
 
-# Settings with one right value under stage 3, written into every composed configuration.
+# Settings that have one correct value under stage 3. `compose` writes them into every configuration.
 FORCED_STAGE3: dict[str, tuple[Any, str]] = {
     "memory_efficient_linear": (False, "with torch.compile it makes gradients of 3-D inputs zero"),
-    "stage3_param_persistence_threshold": (0, "parameters kept gathered would hide the target encoder's updates"),
+    "stage3_param_persistence_threshold": (0, "parameters that stay gathered would hide the target encoder's updates"),
 }
 
 _STAGE3_ONLY = (
@@ -55,24 +55,24 @@ _STAGE3_ONLY = (
     "zero_quantized_nontrainable_weights zero_quantized_weights"
 ).split()
 
-# Settings that DeepSpeed knows and this package doesn't run with: (refused value or None for any, why).
+# Settings that DeepSpeed supports but this package doesn't: (refused value, or None for any, and the reason).
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "compute_grad_norm": (False, "the finite check and optimizer.clip_norm need the norm"),
-    "leaf_module": (None, "the engine makes each block a leaf by itself"),
-    "offload_param": (None, "the target encoder is updated in its shards on the device; use offload_optimizer"),
-    "zenflow": (None, "it updates weights late, so the training would be another one"),
-    "zero_quantized_gradients": (True, "the training would be another one; leave it out"),
-    "zero_quantized_nontrainable_weights": (True, "the target encoder would lose its small updates; leave it out"),
-    "zero_quantized_weights": (True, "DeepSpeed can't combine it with autocast; leave it out"),
+    "leaf_module": (None, "the engine already makes each block a leaf"),
+    "offload_param": (None, "the target encoder's shards are updated on the device; use offload_optimizer"),
+    "zenflow": (None, "it delays weight updates, which changes the training"),
+    "zero_quantized_gradients": (True, "it changes the training; remove it"),
+    "zero_quantized_nontrainable_weights": (True, "the target encoder would lose its small updates; remove it"),
+    "zero_quantized_weights": (True, "DeepSpeed can't combine it with autocast; remove it"),
 }
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """Returns the content of a DeepSpeed JSON file, checked; `zero_optimization` is there with a stage of 1 to 3.
+    """Returns the content of a DeepSpeed JSON file, in which `zero_optimization` has a stage of 1 to 3.
 
     Raises:
-        ConfigError: Unreadable file, settings that the YAML owns, unknown or ineffective keys, stage
-            0, or DeepSpeed isn't installed; all problems of the file in one message.
+        ConfigError: the file is unreadable, it has settings that belong to the YAML, unknown or ineffective keys or
+            stage 0, or DeepSpeed isn't installed. One message lists all problems of the file.
     """
     content = _read(Path(path))
     problems = list(_top_level_problems(content))
@@ -102,11 +102,17 @@ def compose(
     world: int,
     communication: str = "fp32",
 ) -> dict[str, Any]:
-    """Returns the whole configuration for `deepspeed.initialize`, with every default that has bitten written out.
+    """Returns the full configuration for `deepspeed.initialize`, with unsuitable defaults replaced.
 
-    `micro_batch` counts images per process and micro-batch, `world` processes, and `clip_norm` None
-    means no clipping. `communication` is the dtype in which weights of products are gathered and their gradients
-    reduced under bf16. `plan` isn't changed.
+    Args:
+        plan: the content of a DeepSpeed file; it isn't changed.
+        micro_batch: images per process and micro-batch.
+        accumulation: micro-batches per optimiser step.
+        clip_norm: the largest gradient norm; None means no clipping.
+        precision: bf16 or fp32.
+        world: the number of processes.
+        communication: under bf16, the dtype in which weights of linear and patch layers are gathered and their
+            gradients reduced.
     """
     settings: dict[str, Any] = copy.deepcopy(dict(plan))
     settings.setdefault("steps_per_print", None)
@@ -115,15 +121,15 @@ def compose(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if clip_norm is None else clip_norm,  # DeepSpeed's default is 1.0
-        # autocast and not the bf16 mode: parameters, shards and accumulation stay fp32
+        # autocast instead of the bf16 mode, so that parameters, shards and accumulated gradients stay fp32
         "torch_autocast": {
             "enabled": precision == "bf16",
             "dtype": "bfloat16",
-            # DeepSpeed knows layers by their very class, so by default it would send ours in fp32
+            # DeepSpeed compares exact classes, so by default it would send our layers in fp32
             "lower_precision_safe_modules": list(LOW_PRECISION_LAYERS) if communication == "bf16" else [],
         },
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW; DeepSpeed's would be compiled
+        "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW; DeepSpeed's would have to be compiled
     }
     if settings["zero_optimization"]["stage"] == 3:
         settings["zero_optimization"] |= {key: value for key, (value, _) in FORCED_STAGE3.items()}
@@ -134,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such DeepSpeed file; ds_configs/ holds ready ones") from None
+        raise ConfigError(f"{path}: no such DeepSpeed file; use one of ds_configs/") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
@@ -146,24 +152,24 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
     return content
 
 
 def _top_level_problems(content: Mapping[str, Any]) -> Iterator[str]:
     for key in content:
         if key in OWNED:
-            yield f"{key} is set by the YAML ({OWNED[key]}); remove it here"
+            yield f"{key} is set by the YAML ({OWNED[key]}); remove it from this file"
         elif key.startswith("stage3_"):
             yield f"{key} has no effect outside zero_optimization; move it there"
         elif key != "zero_optimization" and key not in DIAGNOSTICS:
             near = nearest(key, ("zero_optimization", *DIAGNOSTICS))
             allowed = ", ".join(("zero_optimization", *DIAGNOSTICS))
-            yield f"{key}: unknown; " + (f"did you mean {near}?" if near else f"there are {allowed}")
+            yield f"{key}: unknown; " + (f"did you mean {near}?" if near else f"choose one of {allowed}")
 
 
 def _zero_problems(zero: Mapping[str, Any]) -> list[str]:
-    """Returns what is wrong inside `zero_optimization`, by DeepSpeed's own schema and by the rules of this package."""
+    """Returns the problems of `zero_optimization` under DeepSpeed's schema and the rules of this package."""
     schema = _schema()
     stage3_only, deprecated = set(_STAGE3_ONLY), {}
     for name, info in schema.model_fields.items():
@@ -176,15 +182,15 @@ def _zero_problems(zero: Mapping[str, Any]) -> list[str]:
     for key, value in zero.items():
         problems.extend(_key_problems(key, value, known, deprecated))
         if key in stage3_only & known and zero["stage"] < 3:
-            problems.append(f"zero_optimization.{key} has no effect under stage {zero['stage']}; remove it here")
-        wanted, reason = FORCED_STAGE3.get(key, (value, ""))
-        if zero["stage"] == 3 and value != wanted:
-            problems.append(f"zero_optimization.{key} is {value!r}; it must be {json.dumps(wanted)}: {reason}")
+            problems.append(f"zero_optimization.{key} has no effect under stage {zero['stage']}; remove it")
+        forced, reason = FORCED_STAGE3.get(key, (value, ""))
+        if zero["stage"] == 3 and value != forced:
+            problems.append(f"zero_optimization.{key} is {value!r}; it must be {json.dumps(forced)}: {reason}")
     return problems or list(_schema_problems(schema, zero))
 
 
 def _key_problems(key: str, value: Any, known: set[str], deprecated: Mapping[str, str]) -> Iterator[str]:
-    """Yields what is wrong with one setting, its type apart."""
+    """Yields the problems of one setting, except for its type."""
     name = f"zero_optimization.{key}"
     if key not in known:
         near = nearest(key, sorted(known - set(deprecated)))
@@ -194,7 +200,7 @@ def _key_problems(key: str, value: Any, known: set[str], deprecated: Mapping[str
     elif value == "auto":
         yield f"{name} is 'auto', which only other trainers fill in; write a value"
     elif key == "zero_hpz_partition_size" and value != 1:
-        yield f"{name} is {value}; write 1: the second copies of the target encoder's weights would go stale"
+        yield f"{name} is {value}; write 1: secondary copies of the target encoder's weights would become stale"
     elif key in _UNSUPPORTED and value is not None:
         refused, reason = _UNSUPPORTED[key]
         if refused is None or value == refused:
@@ -204,11 +210,11 @@ def _key_problems(key: str, value: Any, known: set[str], deprecated: Mapping[str
             device = value.get("device")
             yield f"{name}.device is {device!r}; write 'cpu': the target's update can't read states on disk"
         if value.get("super_offload") or value.get("ratio", 1.0) != 1.0:
-            yield f"{name} needs DeepSpeed's own CPU Adam for super_offload or ratio; leave them out"
+            yield f"{name} needs DeepSpeed's own CPU Adam for super_offload or ratio; remove them"
 
 
 def _schema_problems(schema: Any, zero: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what DeepSpeed's schema refuses: types, ranges, keys of sub-sections."""
+    """Yields the problems that DeepSpeed's schema finds: types, ranges, keys of sub-sections."""
     import pydantic
 
     try:
@@ -236,6 +242,6 @@ def _schema() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"engine.strategy=deepspeed needs DeepSpeed, which can't be imported ({error}); "
-            "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20', or use engine.strategy=fsdp2"
+            "run DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20', or use engine.strategy=fsdp2"
         ) from None
     return DeepSpeedZeroConfig

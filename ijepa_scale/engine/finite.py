@@ -1,8 +1,8 @@
-"""Whether losses and gradients are finite, decided for all processes together. Knows no model.
+"""Checks that losses and gradients are finite, on all processes together. Must not know any model.
 
-On the CPU the answer is read before anything moves. Reading it on a GPU would make the host wait for the device
-in each step, so there it stays on the device, where it keeps optimiser and target from moving from that step on,
-and is read one step later, when it has long been computed.
+On the CPU the host reads the result before any weight changes. On a GPU that would make the host wait for the device
+in each step. There the result is a flag on the device, which stops optimiser and target from that step on, and the host
+reads it one step later, when it has long been computed.
 """
 
 from __future__ import annotations
@@ -14,72 +14,73 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
 
 NOTHING_MOVED = (
-    "Weights, optimiser, target and schedule have not moved (the run saves that state in `stopped` if it took a step): "
-    "resume from the last checkpoint with a lower optimizer.lr, longer warmup_epochs, optimizer.clip_norm or "
-    "engine.precision=fp32, and look at the images of this step"
+    "Weights, optimiser, target and schedule are as before this step (if the run took a step, it saves them in "
+    "`stopped`); look at the images of this step, and resume from the last checkpoint with a lower optimizer.lr, "
+    "longer warmup_epochs, optimizer.clip_norm or engine.precision=fp32"
 )
 
 
 class FiniteWatch:
-    """The micro-batches' losses of one step, and the word of all processes on whether they are finite."""
+    """Records the losses of a step's micro-batches, and checks on all processes that they are finite."""
 
     def __init__(self, world: World, *, late: bool = False) -> None:
-        """`late`: answers stay on the device and are read a step later."""
+        """With `late`, results stay on the device, and the host reads them one step later."""
         self._world = world
         self._late = late
         self._losses: list[Tensor] = []
         self._stopped = torch.zeros((), device=world.device) if late else None
         self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
-        self._first_bad: tuple[int, list[list[float]]] | None = None  # the step that stopped the device for good
+        self._first_bad: tuple[int, list[list[float]]] | None = None  # the step that stopped the device
 
     def record(self, loss: Tensor) -> None:
-        """Takes note of a micro-batch's loss."""
+        """Records the loss of a micro-batch."""
         self._losses.append(loss.detach().float())
 
     def take(self) -> Tensor:
-        """Returns the mean of the recorded losses, () fp32, and forgets them."""
+        """Returns the mean of the recorded losses, () fp32, and clears them."""
         mean = torch.stack(self._losses).mean()
         self._losses.clear()
         return mean
 
     def check(self, step: int, loss: Tensor, *also: Tensor) -> Tensor | None:
-        """Stops all processes where the loss of one, or a tensor of `also`, isn't finite.
+        """Stops all processes if the loss, or a tensor of `also`, isn't finite on one of them.
 
-        Communicates a number per process and tensor. Early, it raises, and returns None; late, it raises what the
-        step before left, and returns the flag, () fp32 on the device: not 0 from the first bad step on.
+        Communicates one number per process and tensor. Without `late`, it raises for this step or returns None. With
+        `late`, it raises for the step before, or returns the flag, () fp32 on the device, which isn't 0 from the first
+        bad step on.
 
         Raises:
-            NonFiniteError: names the processes and the step.
+            NonFiniteError: a value isn't finite; names the processes and the step.
         """
-        words = self._world.gather(torch.stack([loss, *(a.to(loss) for a in also)]))
+        values = self._world.gather(torch.stack([loss, *(a.to(loss) for a in also)]))
         if self._stopped is None:
-            _judge(step, words.tolist())  # host sync on a GPU: of an optimiser that the device can't stop
+            _judge(step, values.tolist())  # host sync on a GPU, for optimisers that a flag on the device can't stop
             return None
         self.settle()
-        self._stopped.logical_or_(~words.isfinite().all())
-        host = torch.empty(words.shape, dtype=words.dtype, pin_memory=words.is_cuda)
-        host.copy_(words, non_blocking=True)
+        self._stopped.logical_or_(~values.isfinite().all())
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        host.copy_(values, non_blocking=True)
         event = None
-        if words.is_cuda:
+        if values.is_cuda:
             event = torch.cuda.Event()
             event.record()
         self._pending = step, host, event
         return self._stopped
 
     def settle(self) -> None:
-        """Raises what the last step left to be read. Waits for that step on the device, not for what came after it.
+        """Reads the result of the last step. Waits until the device has done that step, but not for later work.
 
         Raises:
-            NonFiniteError: names the processes and the step: the first bad one, also at every later call.
+            NonFiniteError: a value wasn't finite. Names the processes and the first bad step, at every later call too.
         """
         if self._first_bad is None and self._pending is not None:
             (step, host, event), self._pending = self._pending, None
             if event is not None:
-                event.synchronize()  # host sync: with the last step, while this one is queued
-            words = host.tolist()  # in host memory already
-            if not all(_finite(value) for row in words for value in row):
-                self._first_bad = step, words
-        if self._first_bad is not None:  # each time: no later step moves anything, and none may pass for a good one
+                event.synchronize()  # host sync: waits for the last step while this one is queued
+            values = host.tolist()  # already in host memory
+            if not all(_finite(value) for row in values for value in row):
+                self._first_bad = step, values
+        if self._first_bad is not None:  # at every call: later steps change nothing and must not look successful
             _judge(*self._first_bad)
 
 

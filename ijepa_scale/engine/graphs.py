@@ -1,7 +1,8 @@
-"""The target's forward as a CUDA graph: its hundreds of launches become one.
+"""Runs the target's forward as a CUDA graph, which replaces hundreds of kernel launches by one.
 
-A graph replays fixed addresses. Weights and their roundings are updated in place, so a replay sees the new ones;
-weights that are gathered for each forward (FSDP2, ZeRO-3) lie elsewhere each time, so there it is refused.
+A graph replays fixed addresses. Weights and their bf16 or fp8 copies are updated in place, so a replay reads the new
+values. Weights that are gathered for each forward (FSDP2, ZeRO-3) have a new address each time, so graphs are refused
+for them.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from ijepa_scale.models.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
 
-_WARM_UPS = 3  # forwards before the capture: compilation, cuBLAS workspaces and the allocator must have settled
+_WARM_UPS = 3  # forwards before the capture, to finish compilation, cuBLAS workspaces and allocations
 
 
 def target_forward(
     config: EngineConfig, target: nn.Module | None, device: torch.device, *, sharded: bool = False
 ) -> Callable[..., Tensor]:
-    """Returns what an engine calls for the target's output: the target itself, or its graph where the config asks.
+    """Returns the callable that computes the target's output: the target itself, or its graph if the config says so.
 
-    `sharded`: weights are gathered for each forward; of FSDP2's modules it is seen here.
+    `sharded` says that weights are gathered for each forward; modules of FSDP2 are detected without it.
 
     Raises:
-        ConfigError: a graph is asked for on the CPU, of sharded weights, or of no encoder.
+        ConfigError: the config enables graphs, but the device is the CPU, weights are sharded, or the target isn't an
+            encoder.
     """
     if not config.cuda_graphs:
         return _no_target if target is None else target
@@ -48,16 +50,17 @@ def target_forward(
 
 
 class _Graph(NamedTuple):
-    images: Tensor  # where a replay reads, (B, 3, H, W)
-    tokens: Tensor  # where it writes, (B, N, D) fp32
+    images: Tensor  # (B, 3, H, W), the input of a replay
+    tokens: Tensor  # (B, N, D) fp32, its output
     replay: Callable[[], None]
 
 
 class GraphedTarget:
-    """A target encoder whose trunk is replayed in training steps; the last block, whose tokens vary, is called.
+    """A target encoder whose trunk is replayed from a graph in training steps.
 
-    Calls without `wanted` (evaluations, with batches of other sizes) go to the encoder itself. The first call with
-    `wanted`, and one with images of another shape, captures: it synchronises and takes the time of some forwards.
+    The last block isn't part of the graph, since its number of tokens varies. Calls without `wanted` (evaluations, with
+    other batch sizes) run the encoder itself. The first call with `wanted`, and each call with a new image shape,
+    captures a graph: it synchronises and takes the time of several forwards.
     """
 
     def __init__(self, encoder: VisionTransformer) -> None:
@@ -70,19 +73,19 @@ class GraphedTarget:
             return self._encoder(images, *args, wanted=wanted, **options)
         graph = self._graph
         if graph is None or graph.images.shape != images.shape or graph.images.dtype != images.dtype:
-            # the old graph and its pool go before the new ones come, and a capture that fails leaves none
+            # free the old graph and its pool before capturing; if the capture fails, no graph is left
             self._graph = graph = None
             own = images.clone()
             self._graph = graph = _Graph(own, *self._capture(own))
-            logger.info("the target's forward of images %s is captured as a CUDA graph", tuple(images.shape))
+            logger.info("captured the target's forward of images %s as a CUDA graph", tuple(images.shape))
         graph.images.copy_(images)
         graph.replay()
         return self._encoder.head(graph.tokens, wanted=wanted)
 
     def _capture(self, images: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Returns where the tokens of `images` are written, and what writes them anew from the same memory."""
-        # casts that autocast keeps until its end would be read from freed memory by a later replay. Compiled blocks
-        # are traced once more for it: whether autocast keeps casts is a guard of their graphs
+        """Returns the tokens of `images`, and a function that computes them again from and into the same memory."""
+        # Without this, autocast would cache casts until it ends, and later replays would read freed memory. Compiled
+        # blocks are traced once more, since their graphs have a guard on this setting of autocast.
         autocast = torch.autocast(
             "cuda",
             dtype=torch.get_autocast_dtype("cuda"),
@@ -97,7 +100,7 @@ class GraphedTarget:
                     self._encoder.trunk(images)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads pin masks and images meanwhile, which a global capture forbids
+            # thread_local, since a global capture forbids other threads to pin masks and images
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 tokens = self._encoder.trunk(images)
         return tokens, graph.replay

@@ -1,4 +1,4 @@
-"""The engines that PyTorch alone provides: one process, DDP, FSDP2 and HSDP."""
+"""The engines that need only PyTorch: one process, DDP, FSDP2 and HSDP."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ijepa_scale.schedules import Hyper
 
 
 class NativeEngine(BaseEngine):
-    """What the engines of this module share: PyTorch's autograd, clipping and optimiser."""
+    """The base of this module's engines: PyTorch's autograd, clipping and optimiser."""
 
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
         self._kind = optimizer_kind(optimizer, config.strategy)
-        # where the optimiser takes no flag on the device, the host reads it before the optimiser runs
+        # if no flag on the device can stop the optimiser, the host reads the result before the optimiser runs
         late = world.device.type == "cuda" and self._kind.stopped_on_device(optimizer)
         super().__init__(world, config, optimizer, late=late)
 
@@ -60,11 +60,11 @@ class NativeEngine(BaseEngine):
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
         parts = self._config.accumulation
         for index, micro in enumerate(batch.split(parts)):
-            self._reduce_gradients(index == parts - 1)  # on the last one
+            self._reduce_gradients(index == parts - 1)  # on the last one only
             yield micro.to(self.world.device)
 
     def _reduce_gradients(self, reduce: bool) -> None:
-        """Sets whether the coming backward reduces gradients over the processes."""
+        """Sets whether the next backward reduces gradients over the processes."""
 
     @override
     def backward(self, loss: Tensor) -> None:
@@ -82,20 +82,20 @@ class NativeEngine(BaseEngine):
             nn.utils.clip_grads_with_norm_(parameters, self._optimizer_config.clip_norm, norm, foreach=True)
         set_hyper(self.optimizer.param_groups, hyper)
         if stopped is not None:
-            self.optimizer.found_inf = stopped  # type: ignore[attr-defined]  # fused kernels' way to be stopped
+            self.optimizer.found_inf = stopped  # type: ignore[attr-defined]  # stops fused kernels
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(loss=loss, grad_norm=norm, stopped=stopped)
 
     @override
     def _local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        return self._shards  # they stay where they are, and looking for them takes the host's time in each step
+        return self._shards  # collected once: they never move, and collecting them takes host time in each step
 
     @override
     def _trained_pieces(self, name: str, parameter: Any) -> Iterator[Piece]:
         yield self._piece(f"model.{name}", parameter)
         state = self.optimizer.state[parameter]
-        if not state:  # before the first step: made here, so that loading has somewhere to write
+        if not state:  # before the first step: create it, so that loading has memory to write to
             state.update(self._kind.new_state(parameter))
         for key in self._optimizer_config.state_names:
             yield self._piece(f"optimizer.{key}.{name}", state[key])
@@ -108,7 +108,7 @@ class NativeEngine(BaseEngine):
 
 
 class PlainEngine(NativeEngine):
-    """One process, no wrapping."""
+    """One process, without any wrapper."""
 
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
         if world.size > 1:
@@ -120,7 +120,7 @@ class PlainEngine(NativeEngine):
 
 
 class DdpEngine(NativeEngine):
-    """Replicated weights, gradients averaged while backward runs."""
+    """Replicated weights; gradients are averaged while backward runs."""
 
     @override
     def _wrap(self) -> None:
@@ -134,7 +134,7 @@ class DdpEngine(NativeEngine):
 
 
 class Fsdp2Engine(NativeEngine):
-    """Sharded weights, gradients, optimiser and target; over all processes, or within groups of them (HSDP)."""
+    """Sharded weights, gradients, optimiser states and target, over all processes or within groups of them (HSDP)."""
 
     @property
     @override
@@ -146,7 +146,7 @@ class Fsdp2Engine(NativeEngine):
         size, replicas = self.world.size, self._config.replicas
         if size % replicas:
             raise ConfigError(
-                f"{size} processes don't split into engine.replicas {replicas}; choose a divisor of {size}"
+                f"{size} processes can't be divided into engine.replicas {replicas}; choose a divisor of {size}"
             )
         kind = self.world.device.type
         if replicas > 1:
@@ -155,16 +155,18 @@ class Fsdp2Engine(NativeEngine):
             mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
         self._mesh = mesh
         low = torch.bfloat16 if self._config.precision == "bf16" else None
-        # inputs aren't cast: the residual stream stays fp32, as under autocast everywhere else
+        # inputs aren't cast, so the residual stream stays fp32, as under autocast in the other engines
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         reshard = self._config.reshard_after_forward
         for block in blocks(self.module):
-            frozen = not any(p.requires_grad for p in block.parameters())  # no backward will free it, see below
+            frozen = not any(
+                p.requires_grad for p in block.parameters()
+            )  # no backward frees its gathered weights, see below
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard or frozen)
         fully_shard(self.module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         if self.target_module is not None:
-            # The target never runs backward, so nothing but this frees its gathered weights: left gathered, its
-            # next output would be stale.
+            # The target never runs backward, which would free its gathered weights. If they stayed gathered, its next
+            # output would be stale.
             for block in blocks(self.target_module):
                 fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
             fully_shard(self.target_module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -175,7 +177,7 @@ class Fsdp2Engine(NativeEngine):
         output = super()._evaluate(*args)
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
-                part.reshard()  # as no backward follows
+                part.reshard()  # since no backward follows
         return output
 
     @override
@@ -200,5 +202,5 @@ class Fsdp2Engine(NativeEngine):
             tensor=local.view(-1),
             start=min(shard_rank * rows_each, rows) * row_numel,
             shape=tuple(tensor.shape),
-            write=self.world.rank < shard_size,  # the first replica
+            write=self.world.rank < shard_size,  # only the first replica writes
         )

@@ -1,6 +1,6 @@
-"""Layer norms by another kernel than PyTorch's, applied to a model from outside.
+"""Replaces PyTorch's layer norm kernel in a model, from outside the model.
 
-Only the class of each norm changes: parameters, their names and the model's code stay as they are.
+Only the class of each norm changes: parameters, their names and the model's code stay the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ijepa_scale.models.layers import LayerNorm
 
 
 class TritonLayerNorm(LayerNorm):
-    """A layer norm by our kernel; its result is fp32."""
+    """A layer norm that runs our kernel and returns fp32."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `input` normalised along the last dimension."""
@@ -27,7 +27,7 @@ class TritonLayerNorm(LayerNorm):
 
 
 class ApexLayerNorm(LayerNorm):
-    """A layer norm by NVIDIA apex's kernel; its result is fp32."""
+    """A layer norm that runs the kernel of NVIDIA apex and returns fp32."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `input` normalised along the last dimension."""
@@ -35,10 +35,10 @@ class ApexLayerNorm(LayerNorm):
 
 
 def use_layer_norm(config: EngineConfig, device: torch.device, *parts: nn.Module | None) -> None:
-    """Gives every layer norm of the parts the kernel that the configuration names.
+    """Makes every layer norm of the parts use the kernel that the configuration names.
 
     Raises:
-        ConfigError: the kernel isn't there, or the device isn't CUDA.
+        ConfigError: the kernel isn't installed, or the device isn't a GPU.
     """
     if config.layer_norm == "torch":
         return
@@ -57,7 +57,7 @@ def use_layer_norm(config: EngineConfig, device: torch.device, *parts: nn.Module
 
 
 def _apex() -> Callable[..., Any]:
-    """Returns apex's function, having made sure that apex is NVIDIA's: the PyPI name is another project."""
+    """Returns apex's function, after checking that apex is NVIDIA's: apex on PyPI is another project."""
     try:
         importlib.import_module("fused_layer_norm_cuda")
         return importlib.import_module("apex.normalization.fused_layer_norm").fused_layer_norm_affine

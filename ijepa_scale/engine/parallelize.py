@@ -1,6 +1,6 @@
-"""Activation checkpointing and compilation, applied to a model from outside.
+"""Applies activation checkpointing and compilation to a model, from outside the model.
 
-Order: checkpointing, then compilation, then the engine's sharding. Each acts block by block.
+The order is checkpointing, compilation, then the engine's sharding. Each works block by block.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 RECOMPILE_LIMIT = 16
 
-# Kept by selective checkpointing: what is dear to compute. The rest (norms, GELU, adds) is recomputed.
+# Selective checkpointing keeps the results of these expensive operations. It recomputes norms, GELU and additions.
 _KEPT_OPERATIONS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -39,19 +39,19 @@ _KEPT_OPERATIONS = [
 
 
 def block_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """Yields the lists of transformer blocks, bare or wrapped, in the order of the module tree."""
+    """Yields the lists of transformer blocks, with or without wrappers, in the order of the module tree."""
     for child in module.modules():
         if isinstance(child, nn.ModuleList) and len(child) and isinstance(child[0], (Block, CheckpointWrapper)):
             yield child
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """Returns the transformer blocks, each in its checkpointing wrapper where it has one."""
+    """Returns the transformer blocks, in their checkpointing wrappers if they have them."""
     return [block for children in block_lists(module) for block in children]
 
 
 def checkpoint_blocks(module: nn.Module, mode: str) -> None:
-    """Makes each block recompute its activations in backward: all of them (full), or the cheap ones (selective)."""
+    """Makes each block recompute activations in backward: all of them (full) or only the cheap ones (selective)."""
     if mode == "none":
         return
     options: dict[str, Any] = {}
@@ -63,14 +63,14 @@ def checkpoint_blocks(module: nn.Module, mode: str) -> None:
 
 
 def _kept_operations() -> list[torch._ops.OpOverload]:
-    # a PyTorch without oneDNN has no such operation, and this module must import there
+    # a PyTorch without oneDNN has no such operation, and importing this module must not fail there
     return _KEPT_OPERATIONS + ([torch.ops.mkldnn._linear_pointwise.default] if onednn.is_available() else [])
 
 
 def compile_parts(config: EngineConfig, *parts: nn.Module | None) -> None:
-    """Compiles the blocks of each part where the config says so, keeping what is compiled in its cache folder.
+    """Compiles the blocks of each part if the config says so, with the config's cache folder.
 
-    Whatever would make torch.compile give up and run eagerly is an error: `fullgraph`, and the limit of graphs.
+    Graph breaks and too many graphs raise errors; torch.compile never falls back to eager mode.
     """
     if not config.compile:
         return
@@ -79,27 +79,27 @@ def compile_parts(config: EngineConfig, *parts: nn.Module | None) -> None:
     for part in parts:
         if part is not None:
             compile_blocks(part)
-    logger.info("blocks are compiled at their first use; what is compiled is kept in %s", folder)
+    logger.info("blocks are compiled at their first use; the cache is %s", folder)
 
 
 def set_compile_limits() -> None:
-    """Sets what torch.compile may do in this process."""
-    import torch._dynamo  # only here: it takes a second
+    """Sets the limits and options of torch.compile in this process."""
+    import torch._dynamo  # imported here because it takes a second
 
     settings = torch._dynamo.config
-    # All blocks of all networks share one code object, and so one limit: 2 graphs each for target, context and
-    # predictor, again for frozen blocks, evaluation, and batches of one image. Beyond it is an error, never eager.
+    # All blocks of all networks share one code object, and so one limit: target, context and predictor need 2 graphs
+    # each, and more for frozen blocks, evaluation and batches of one image. Beyond the limit it raises an error.
     settings.recompile_limit = RECOMPILE_LIMIT
     settings.fail_on_recompile_limit_hit = True
-    settings.specialize_float = True  # epsilons: as inputs of a graph they make it be traced twice
-    # under DDP it would cut the blocks of large networks into a graph per bucket; a block is small enough to overlap
+    settings.specialize_float = True  # otherwise epsilons become graph inputs, and each graph is traced twice
+    # under DDP it would split large blocks into one graph per bucket; blocks are small enough to overlap without that
     settings.optimize_ddp = False
 
 
 def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
-    """Compiles each block's forward, whole, for any number of tokens.
+    """Compiles each block's forward as one graph, for any number of tokens.
 
-    `forward` itself is compiled, not the module call: hooks of FSDP2 and ZeRO-3 stay outside the graph.
+    It compiles `forward`, not the module call, so that hooks of FSDP2 and ZeRO-3 stay outside the graph.
     """
     for block in blocks(module):
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=backend)

@@ -1,7 +1,7 @@
-"""What every engine offers the training step.
+"""Defines the protocol of engines, which the training step calls.
 
-The step knows these names alone; autocast, loss scaling by accumulation, gradient synchronisation, sharding and the
-target's update are the engine's. Finetuning has no target, or an average of all its weights.
+The step knows only this protocol. The engine does autocast, loss scaling for accumulation, gradient synchronisation,
+sharding and the target's update. In finetuning there is no target, or the target is an average of all weights.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from ijepa_scale.schedules import Hyper
 
 @dataclass(frozen=True, kw_only=True)
 class StepInfo:
-    """What one optimiser step did."""
+    """The result of one optimiser step."""
 
-    loss: Tensor  # () fp32: this process's mean over its micro-batches, on the device
+    loss: Tensor  # () fp32 on the device: the mean over this process's micro-batches
     grad_norm: Tensor | float  # global, before clipping
-    stopped: Tensor | None = None  # () fp32 on the device: not 0 where a step was bad and nothing moves any more
+    stopped: Tensor | None = None  # () fp32 on the device: not 0 if this or an earlier step was bad, so nothing moved
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A part of a full fp32 tensor that this process holds: elements [start, start + len) of it, flattened.
+    """This process's part of a full fp32 tensor: the elements [start, start + len) of the flattened tensor.
 
-    `tensor` is a 1-D view into the engine's own memory, so that loading writes into it. Every engine
-    cuts along the flattened tensor, so any engine can read what any other wrote.
+    `tensor` is a 1-D view of the engine's memory, so loading writes into the engine. Every engine splits flattened
+    tensors, so every engine can load what another one saved.
     """
 
     name: str
     tensor: Tensor
     start: int
     shape: tuple[int, ...]  # of the full tensor
-    write: bool = True  # false: another process writes these elements; this one only reads them
+    write: bool = True  # false: another process saves these elements; this one only loads them
 
 
 class Engine(Protocol):
-    """One way of spreading a training step over processes."""
+    """Runs a training step on one or many processes."""
 
     world: World
-    triton: tuple[str, ...]  # kernels that the step takes from Triton
+    triton: tuple[str, ...]  # names of the Triton kernels that the step uses
 
     @abstractmethod
     def prepare(
@@ -58,51 +58,55 @@ class Engine(Protocol):
         groups: GroupFunction = parameter_groups,
         followed: str = "encoder",
     ) -> None:
-        """Takes over the trainable and the frozen module, if there is one, both built on the CPU from one seed.
+        """Moves the modules to the device, distributes them and builds the optimiser.
 
-        `followed` names the part of the trainable module that the target averages; "" is all of it.
-        `groups` cuts the trainable module into the optimiser's groups. Parameters without gradients stay as
-        they are; they are sharded, saved and loaded as the others.
+        Args:
+            module: the trainable module, built on the CPU with the same seed on every process.
+            target: the frozen module, if any, built in the same way.
+            groups: splits the trainable module into the optimiser's groups. Frozen parameters of the module don't
+                change, but are sharded, saved and loaded like the others.
+            followed: name of the submodule of `module` that the target averages; "" is the whole module.
         """
 
     @abstractmethod
     def model(self, *args: Any) -> Tensor:
-        """Returns the trainable module's output, under the engine's precision."""
+        """Returns the output of the trainable module in the engine's precision."""
 
     @abstractmethod
     def evaluate(self, *args: Any) -> Tensor:
-        """Returns the trainable module's output in evaluation mode, without gradients, under the engine's precision.
+        """Returns the output of the trainable module in evaluation mode, without gradients, in the engine's precision.
 
-        Communicates where weights are sharded: then every process calls it equally often. Use it, not `model`,
-        outside training steps: it leaves weights sharded, as saving and stepping need them.
+        Communicates if weights are sharded, so every process must call it the same number of times. Use it instead of
+        `model` outside training steps: it leaves weights sharded, as saving and stepping need them.
         """
 
     @abstractmethod
     def target(self, *args: Any, **options: Any) -> Tensor:
-        """Returns the target encoder's output, without gradients, under the engine's precision."""
+        """Returns the target encoder's output, without gradients, in the engine's precision."""
 
     @abstractmethod
     def check_fp8(self, images: Tensor) -> None:
-        """Compares the fp8 target's features of `images` (B, 3, H, W) with bf16 ones, where fp8 is asked for.
+        """Compares features of `images` (B, 3, H, W) in fp8 and in bf16, if the target's precision is fp8.
 
         Raises:
-            ConfigError: they are too far apart.
+            ConfigError: they differ too much.
         """
 
     @abstractmethod
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
-        """Yields the micro-batches, on the device; gradients are reduced when they have to be."""
+        """Yields the micro-batches on the device, and makes backward reduce gradients when necessary."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of one micro-batch's mean loss, scaled for accumulation."""
+        """Accumulates the gradients of a micro-batch's mean loss, divided by the number of micro-batches."""
 
     @abstractmethod
     def step(self, hyper: Hyper, step: int) -> StepInfo:
-        """Moves the trainable weights, or stops every process before anything has moved.
+        """Updates the trainable weights, or stops every process before anything has changed.
 
-        On a GPU the host isn't told at once: nothing moves from the bad step on, and the next step or `settle`
-        raises. A group's learning rate is `hyper.lr` times its `lr_scale`; weight decay spares groups that don't decay.
+        On a GPU the host learns of a bad step later: nothing changes from the bad step on, and the next step or
+        `settle` raises. A group's learning rate is `hyper.lr` times its `lr_scale`. Weight decay applies only to groups
+        that decay.
 
         Raises:
             NonFiniteError: a loss or the gradient norm is NaN or infinite on some process.
@@ -110,24 +114,24 @@ class Engine(Protocol):
 
     @abstractmethod
     def update_target(self, momentum: float, info: StepInfo) -> None:
-        """Moves the target to momentum * target + (1 - momentum) * followed weights: exactly, in fp32, in place.
+        """Sets the target to momentum * target + (1 - momentum) * followed weights, in fp32 and in place.
 
-        `info` is what the step before it returned: where that one was stopped, nothing moves. Neither communicates
-        nor, under the native engines, synchronises.
+        `info` is the result of the preceding `step`; if that step was stopped, the target stays the same. Doesn't
+        communicate and, in the native engines, doesn't synchronise.
         """
 
     @abstractmethod
     def settle(self) -> None:
-        """Raises what the last step left to be read; call it before the state is saved, shown or evaluated.
+        """Raises the error of a bad last step. Call before the state is saved, reported or evaluated.
 
         Raises:
-            NonFiniteError: as `step`, naming the step that was bad.
+            NonFiniteError: as `step`; names the bad step.
         """
 
     @abstractmethod
     def pieces(self) -> list[Piece]:
-        """Returns all state this process must save, each element on at least one process."""
+        """Returns the state that this process holds. Every element is on at least one process."""
 
     @abstractmethod
     def loaded(self, optimizer_step: int) -> None:
-        """Is told that `pieces` have been filled from a checkpoint taken after that many optimiser steps."""
+        """Call after `pieces` were loaded from a checkpoint that was saved after `optimizer_step` optimiser steps."""

@@ -1,8 +1,8 @@
-"""The target encoder of engines that hold the whole of it: fp32 values, and what computes from them.
+"""The target encoder of engines that replicate it: fp32 values and their bf16 or fp8 copies.
 
-Computing in bf16 from fp32 weights rounds each weight anew in each forward. The target's weights change once a
-step, so their rounding (or their fp8 quantisation) is kept, and renewed by the update; the update itself always
-acts on the fp32 values, since in bf16 it would vanish.
+Computing in bf16 from fp32 weights rounds each weight again in each forward. The target's weights change only once per
+step, so this module keeps their bf16 or fp8 copies and renews them after each update. The update itself always uses the
+fp32 values, since in bf16 it would vanish.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ijepa_scale.models.layers import Linear, PatchProjection
 
 logger = logging.getLogger(__name__)
 
-NO_FP8 = "weights that are sharded are gathered in bf16 each time; set engine.target_precision=null, or ddp or ZeRO-1/2"
-LEAST_COSINE = 0.999  # of fp8 features with bf16 ones, mean over the tokens
+NO_FP8 = "sharded weights are gathered in bf16; set engine.target_precision=null, or use ddp or ZeRO-1/2"
+LEAST_COSINE = 0.999  # between fp8 and bf16 features, mean over the tokens
 
 
 class ReplicatedTarget:
-    """A frozen module on this process's device, its fp32 values by name, and their roundings."""
+    """A frozen module on this process's device, its fp32 values by name, and their bf16 or fp8 copies."""
 
     def __init__(self, module: nn.Module, *, precision: str) -> None:
-        """Takes over `module`, on its device; `precision` is fp32, bf16 or fp8.
+        """Changes `module`, which is on its device, to compute in `precision`: fp32, bf16 or fp8.
 
         Raises:
-            ValueError: fp8 on a device or with widths that have no fp8 products.
+            ValueError: `precision` is fp8, and the device or the widths don't support fp8 products.
         """
         self.module = module.requires_grad_(False).eval()
         self.values = {name: parameter.detach() for name, parameter in module.named_parameters()}
@@ -41,7 +41,7 @@ class ReplicatedTarget:
             self._round(fp8=precision == "fp8")
 
     def _round(self, *, fp8: bool) -> None:
-        """Replaces the weights of products by bf16 copies, and those inside blocks by fp8 ones where asked."""
+        """Replaces weights of linear and patch layers by bf16 copies; with `fp8`, those in blocks by fp8 copies."""
         names = {module: name for name, module in self.module.named_modules()}
         inside = {part for block in blocks(self.module) for part in block.modules() if isinstance(part, Linear)}
         for part, prefix in names.items():
@@ -65,28 +65,28 @@ class ReplicatedTarget:
 
     @property
     def copies(self) -> list[Tensor | None]:
-        """The bf16 roundings of `shards`, which the target's update must renew; None where there is none."""
+        """The bf16 copies of `shards`, which the target's update must renew; None for values without a copy."""
         return [self._copies.get(name) for name in self.values]
 
     def updated(self) -> None:
-        """Quantises the values that have an fp8 copy; is told that they, and the bf16 copies, have been renewed."""
+        """Renews the fp8 copies. Call after the fp32 values and the bf16 copies were updated."""
         for name, part in self._quantised.items():
             part.refresh(self.values[name])
 
     def loaded(self) -> None:
-        """Renews all copies from values that were written from outside."""
+        """Renews all copies. Call after the fp32 values were loaded."""
         for name, copy in self._copies.items():
             copy.copy_(self.values[name])
         self.updated()
 
     @torch.no_grad()
     def compare(self, images: Tensor) -> tuple[float, float]:
-        """Returns mean and least cosine of the features of `images` (B, 3, H, W) with bf16 ones. Synchronises."""
+        """Returns mean and minimum cosine between the features of `images` (B, 3, H, W) and bf16 ones. Synchronises."""
         with torch.compiler.set_stance("force_eager"), torch.autocast(images.device.type, dtype=torch.bfloat16):
-            return cosine(self.module(images), self._exactly(images))
+            return cosine(self.module(images), self._bf16_features(images))
 
-    def _exactly(self, images: Tensor) -> Tensor:
-        """Returns the features by bf16 products, with the quantised layers put aside for the moment."""
+    def _bf16_features(self, images: Tensor) -> Tensor:
+        """Returns the features computed in bf16, with the quantised layers replaced for this call."""
         kept = dict(self._quantised)
         try:
             for name, part in kept.items():
@@ -104,19 +104,19 @@ class ReplicatedTarget:
 
 
 def check_fp8(target: ReplicatedTarget, images: Tensor, world: World) -> None:
-    """Compares the fp8 features of each process's `images` (B, 3, H, W) with bf16 ones, and logs the cosine.
+    """Compares fp8 and bf16 features of each process's `images` (B, 3, H, W), and logs their cosine.
 
-    Communicates two numbers and synchronises: once per run.
+    Communicates two numbers and synchronises. Called once per run.
 
     Raises:
-        ConfigError: on every process, where the mean over all tokens is below 0.999.
+        ConfigError: the mean over all tokens of all processes is below 0.999; raised on every process.
     """
     each = world.gather(torch.tensor(target.compare(images), device=world.device))
     mean, least = each.T.cpu()  # host sync: once per run
-    found = f"cosine {mean.mean():.5f} with bf16 ones in the mean, {least.min():.5f} at least"
+    found = f"mean {mean.mean():.5f}, minimum {least.min():.5f}"
     if not mean.mean() >= LEAST_COSINE:
         raise ConfigError(
-            f"the fp8 target's features have {found}; expected {LEAST_COSINE} or more in the mean; "
-            "set engine.target_precision=null"
+            f"the cosine between the target's fp8 and bf16 features is too low ({found}); expected a mean of at least "
+            f"{LEAST_COSINE}; set engine.target_precision=null"
         )
-    logger.info("the fp8 target's features have %s (%g is asked for)", found, LEAST_COSINE)
+    logger.info("cosine between the target's fp8 and bf16 features: %s (at least %g required)", found, LEAST_COSINE)

@@ -1,4 +1,4 @@
-"""The target encoder's update. Tensors only; which tensors is the engine's business."""
+"""Updates the target encoder's tensors. Must not know modules or engines; the engine chooses the tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ijepa_kernels.target_update import prepare, target_update
 
 
 class TargetUpdate:
-    """Moves a target towards its source; with Triton's kernel it remembers where the tensors lie."""
+    """Moves a target towards its source. For the Triton kernel, it caches a table of the tensors' addresses."""
 
     def __init__(self, implementation: str = "auto") -> None:
-        """`implementation`: auto, eager, reference or triton, see `ijepa_kernels.target_update`."""
+        """`implementation` is auto, eager, reference or triton; see `ijepa_kernels.target_update`."""
         self._implementation = implementation
         self._tables: dict[bool, tuple[list[int], Any]] = {}
 
@@ -29,17 +29,16 @@ class TargetUpdate:
         copies: Sequence[Tensor | None] = (),
         stopped: Tensor | None = None,
     ) -> None:
-        """Moves `target` to momentum * target + (1 - momentum) * source, in place and without communication.
+        """Sets `target` to momentum * target + (1 - momentum) * source, in place and without communication.
 
-        Both are fp32 tensors of equal shapes, in the same order: with bf16 the update would vanish, since
-        1 - momentum is below its resolution (nothing moved in 1000 updates at 0.996). `copies` get the bf16 rounding
-        of the tensors that have one. Where `stopped`, () fp32 on the device, isn't 0, nothing moves. Doesn't
-        synchronise.
+        Both are fp32 tensors of equal shapes, in the same order. In bf16 the update would vanish, since 1 - momentum is
+        below its resolution (at 0.996, 1000 updates changed nothing). `copies` are the bf16 copies to renew, None for
+        tensors without one. If `stopped`, () fp32 on the device, isn't 0, nothing changes. Doesn't synchronise.
 
         Source: the I-JEPA paper (arXiv 2301.08243), section 3, "Targets".
         """
         assert all(t.dtype == torch.float32 for t in target), "the target's shards must be fp32"
-        assert [t.shape for t in target] == [s.shape for s in source], "target and source are cut differently"
+        assert [t.shape for t in target] == [s.shape for s in source], "target and source are sharded differently"
         kept = list(copies) or [None] * len(target)
         for copied in (False, True):
             chosen = [index for index, copy in enumerate(kept) if (copy is not None) == copied]
@@ -55,10 +54,10 @@ class TargetUpdate:
             )
 
     def _table(self, copied: bool, target: list[Tensor], source: list[Tensor], copies: list[Tensor] | None) -> Any:
-        """Returns the kernel's table of these tensors, made anew only where they have moved."""
+        """Returns the kernel's table of these tensors, which is rebuilt only if an address has changed."""
         if self._implementation != "triton" or not target:
             return None
-        places = [tensor.data_ptr() for tensors in (target, source, copies or []) for tensor in tensors]
-        if copied not in self._tables or self._tables[copied][0] != places:
-            self._tables[copied] = places, prepare(target, source, copies)
+        addresses = [tensor.data_ptr() for tensors in (target, source, copies or []) for tensor in tensors]
+        if copied not in self._tables or self._tables[copied][0] != addresses:
+            self._tables[copied] = addresses, prepare(target, source, copies)
         return self._tables[copied][1]

@@ -1,4 +1,4 @@
-"""The processes of a run and what they say to each other. Knows no model."""
+"""The processes of a run and their communication. Must not know any model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place, its device, and collectives that cost nothing where it is alone."""
+    """This process's rank and device, and collectives that cost nothing in a run of one process."""
 
     rank: int
     size: int
@@ -41,14 +41,14 @@ class World:
             dist.barrier()
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Returns the mean of `tensor` over the processes (in place)."""
+        """Replaces `tensor` by its mean over the processes, and returns it."""
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor /= self.size
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Returns the processes' tensors, equal in shape, along a new first axis."""
+        """Returns the tensors of all processes, which have equal shapes, stacked along a new first dimension."""
         if self.size == 1:
             return tensor[None]
         gathered = tensor.new_empty((self.size, *tensor.shape))
@@ -56,7 +56,7 @@ class World:
         return gathered
 
     def gather_objects(self, value: object) -> list[object]:
-        """Returns the processes' values, in rank order, on every process."""
+        """Returns the values of all processes, in rank order, on every process."""
         if self.size == 1:
             return [value]
         gathered: list[object] = [None] * self.size
@@ -73,40 +73,40 @@ class World:
 
 
 def choose_device(config: EngineConfig, launch: Launch, device: str | None = None) -> torch.device:
-    """Returns the device of this process: the one given, else a GPU where there is one.
+    """Returns the device of this process: `device`, else the one that the config names, else a GPU if there is one.
 
     Raises:
-        ConfigError: a GPU is asked for that isn't there, or that two processes of a host would share.
+        ConfigError: the device is unknown, or this host has fewer GPUs than processes.
     """
     kind = device or config.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
-        # srun with a GPU bound to each task shows each of them one GPU, which is cuda:0
+        # if srun binds a GPU to each task, each task sees a single GPU as cuda:0
         bound = launch.launcher == "srun" and torch.cuda.device_count() == 1
         kind = f"cuda:{0 if bound else launch.local_rank}"
     try:
         chosen = torch.device(kind)
     except RuntimeError as error:
-        raise ConfigError(f"device {kind!r} isn't one; give cpu, cuda or cuda:N") from error
+        raise ConfigError(f"device {kind!r} is unknown; give cpu, cuda or cuda:N") from error
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
         if (chosen.index or 0) >= count:
             raise ConfigError(
-                f"process {launch.rank} wants {chosen} but this host has {count} GPUs; start at most {count} processes "
-                "a host, or set engine.device=cpu"
+                f"process {launch.rank} needs {chosen} but this host has {count} GPUs; start at most {count} processes "
+                "per host, or set engine.device=cpu"
             )
         torch.cuda.set_device(chosen)
     return chosen
 
 
 def start_world(launch: Launch, device: torch.device, *, alone: bool = False) -> World:
-    """Returns the world, with the process group made; not for one process that is `alone`, without collectives.
+    """Creates the process group, unless a single process is `alone` and needs no collectives, and returns the world.
 
-    Communicates: waits until all processes are there.
+    Communicates: waits until all processes have joined.
     """
     if not (alone and launch.world_size == 1) and not dist.is_initialized():
-        # DeepSpeed takes the device's number from LOCAL_RANK
+        # DeepSpeed reads the device index from LOCAL_RANK
         environment.export(launch if device.index is None else replace(launch, local_rank=device.index))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if launch.world_size == 1:
@@ -123,6 +123,6 @@ def start_world(launch: Launch, device: torch.device, *, alone: bool = False) ->
 
 
 def stop_world() -> None:
-    """Takes the process group down, where there is one."""
+    """Destroys the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,12 +1,12 @@
-"""The DeepSpeed engine: ZeRO stages 1, 2 and 3, with an exact EMA target under each.
+"""The DeepSpeed engine: ZeRO stages 1, 2 and 3, each with an exact EMA target.
 
-Parameters and optimiser states are fp32 under every precision; bf16 is DeepSpeed's `torch_autocast`.
-So the target's shards are fp32 too, and its update is local: stage 3 shards the target as it shards the
-encoder, stages 1 and 2 replicate both. What is sent is fp32 as well, unless `zero_communication` says bf16;
-the target's weights, of which no gradient is reduced, are gathered in bf16 in any case.
+Parameters and optimiser states are fp32 in every precision; bf16 uses DeepSpeed's `torch_autocast`. So the target's
+shards are fp32 too, and its update is local: stage 3 shards target and encoder in the same way, and stages 1 and 2
+replicate both. Communication is fp32 as well, unless `zero_communication` is bf16. Only the target's weights, which
+have no gradients, are always gathered in bf16 under bf16 precision.
 
-Uses attributes of DeepSpeed that aren't public (`grad_position`, `fp32_partitioned_groups_flat`,
-`single_partition_of_fp32_groups`, `_hp_mapping`): the version is pinned and each is under test.
+This module uses attributes of DeepSpeed that aren't public (`grad_position`, `fp32_partitioned_groups_flat`,
+`single_partition_of_fp32_groups`, `_hp_mapping`). The version is pinned, and tests cover each of them.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from ijepa_scale.schedules import Hyper
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Returns the `deepspeed` module, quietened, with its run-time compilation for CPUs switched off."""
+    """Imports and returns `deepspeed`, with fewer log messages and without its run-time compilation for CPUs."""
     environment.export_accelerator(device.type)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
-        # a shared-memory all-reduce that would be compiled for a minute; gloo serves
+        # compiling its shared-memory all-reduce takes a minute, and gloo works without
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def _ask_for_input_gradients(module: nn.Module) -> None:
-    """Makes the input of each trainable part behind frozen ones require a gradient.
+def _require_input_gradients(module: nn.Module) -> None:
+    """Makes the input of every trainable part require a gradient if the module has frozen parameters.
 
-    Stage 3 takes a part whose input needs none for done with backward before it has begun, and frees its
-    weights: the first trainable block behind frozen ones would find them gone.
+    If the input of a part needs no gradient, stage 3 considers the part's backward done before it has begun and frees
+    its weights. The first trainable block after frozen ones would then find no weights.
     """
     if all(parameter.requires_grad for parameter in module.parameters()):
         return
@@ -73,7 +73,9 @@ class ZeroEngine(BaseEngine):
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
         assert config.ds_config is not None
         super().__init__(world, config, optimizer)
-        environment.export_accelerator(world.device.type)  # checking the file imports deepspeed, which picks one
+        environment.export_accelerator(
+            world.device.type
+        )  # loading the file imports deepspeed, which picks an accelerator
         self._plan = load_ds_config(config.ds_config)
         self._stage = int(self._plan["zero_optimization"]["stage"])
         self._kind = optimizer_kind(optimizer, f"zero{self._stage}")
@@ -89,7 +91,7 @@ class ZeroEngine(BaseEngine):
         parts = [part for part in (self.module, self.target_module) if part is not None]
         settings = compose(
             self._plan,
-            micro_batch=1,  # read by its throughput log only
+            micro_batch=1,  # only its throughput log reads it
             accumulation=self._config.accumulation,
             clip_norm=self._optimizer_config.clip_norm,
             precision=self._config.precision,
@@ -97,10 +99,10 @@ class ZeroEngine(BaseEngine):
             communication=self._config.zero_communication,
         )
         if self._stage == 3:
-            # one gather per block, and the way to compile blocks under ZeRO-3
+            # gathers weights once per block, and allows compiled blocks under ZeRO-3
             for part in parts:
                 deepspeed.utils.set_z3_leaf_modules(part, [type(block) for block in blocks(part)[:1]])
-            _ask_for_input_gradients(self.module)
+            _require_input_gradients(self.module)
         offload = "offload_optimizer" in self._plan["zero_optimization"]
         optimizer = build_optimizer(
             self.module, self._optimizer_config, groups=groups, strategy=f"zero{self._stage}", offload=offload
@@ -110,7 +112,7 @@ class ZeroEngine(BaseEngine):
         )
         self.zero = self._engine.optimizer
         if self._stage == 3 and self.target_module is not None:
-            # no gradient is reduced here, and products round the weights to bf16 anyway: so they may travel in it
+            # no gradients are reduced here, and layers round weights to bf16 anyway, so nothing is lost
             autocast = {**settings["torch_autocast"], "lower_precision_safe_modules": list(LOW_PRECISION_LAYERS)}
             self._target_callable, *_ = deepspeed.initialize(
                 model=self.target_module, config={**settings, "torch_autocast": autocast}, dist_init_required=False
@@ -119,7 +121,7 @@ class ZeroEngine(BaseEngine):
 
     @override
     def model(self, *args: Any) -> Tensor:
-        return self._engine(*args)  # DeepSpeed applies autocast
+        return self._engine(*args)  # DeepSpeed applies autocast itself
 
     @override
     def _evaluate(self, *args: Any) -> Tensor:
@@ -127,35 +129,35 @@ class ZeroEngine(BaseEngine):
 
     @override
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
-        parts = self._config.accumulation  # stages 2 and 3 reduce gradients on each
+        parts = self._config.accumulation  # stages 2 and 3 reduce gradients of each micro-batch
         for index, micro in enumerate(batch.split(parts)):
             yield micro.to(self.world.device)
             if index < parts - 1:
-                self._engine.step()  # counts the micro-batch; moves nothing before the last
+                self._engine.step()  # only counts the micro-batch: weights change after the last one
 
     @override
     def backward(self, loss: Tensor) -> None:
         self._watch.record(loss)
-        self._engine.backward(loss)  # divides by the accumulation
+        self._engine.backward(loss)  # divides by the number of micro-batches
 
     @override
     def step(self, hyper: Hyper, step: int) -> StepInfo:
         loss = self._watch.take()
-        self._watch.check(step, loss)  # host sync on a GPU: DeepSpeed's own step has one too
+        self._watch.check(step, loss)  # host sync on a GPU; DeepSpeed's own step has one too
         set_hyper(self.zero.param_groups, hyper)
         self._engine.step()
-        if self.zero.overflow:  # DeepSpeed skips such a step on every process, without a word
+        if self.zero.overflow:  # DeepSpeed silently skips such a step on every process
             text = f"step {step}: the gradient norm is not finite though every loss is. {NOTHING_MOVED}"
             raise NonFiniteError(text, step)
         return StepInfo(loss=loss, grad_norm=self._engine.get_global_grad_norm())
 
     @override
     def _local(self, parameter: Any) -> Tensor:
-        # `ds_tensor` is this process's shard on the device, equal to the master even where that is offloaded
+        # `ds_tensor` is this process's shard on the device; it equals the master weights, even if those are offloaded
         return parameter.ds_tensor.detach()[self._extent(parameter)] if self._stage == 3 else parameter.detach()
 
     def _extent(self, parameter: Any) -> slice:
-        """Returns which elements of a stage-3 shard are the parameter's; the last shards end in padding."""
+        """Returns the elements of a stage-3 shard that belong to the parameter; the last shards end with padding."""
         chunk = parameter.ds_tensor.numel()
         return slice(0, max(0, min(chunk, parameter.ds_numel - self.world.rank * chunk)))
 
@@ -163,16 +165,16 @@ class ZeroEngine(BaseEngine):
     def _target_updated(self) -> None:
         super()._target_updated()
         if self._stage == 3 and self.target_module is not None:
-            # gathered copies of the target's weights would be stale
+            # free gathered copies of the target's weights, which are stale now
             if self.world.device.type == "cuda":
-                # DeepSpeed gathers on a stream of its own, which doesn't wait for the update on ours
+                # DeepSpeed gathers on its own stream, which doesn't wait for the update on ours
                 torch.cuda.current_stream().synchronize()  # host sync
             self._target_callable.optimizer.partition_all_parameters()
 
     @override
     def loaded(self, optimizer_step: int) -> None:
         self._kind.set_step(self.zero.optimizer, optimizer_step)
-        # then the working copies of the weights, in line with the masters
+        # then renew the working copies of the weights from the master weights
         if self._stage < 3:
             self.zero.update_lp_params()
             for group in range(len(self.zero.bit16_groups)):
@@ -197,7 +199,7 @@ class ZeroEngine(BaseEngine):
             start = self._start(parameter)
         else:
             mapping = parameter._hp_mapping
-            if mapping is None:  # lies wholly in other processes' partitions
+            if mapping is None:  # all of it is in other processes' partitions
                 return
             group, shape = mapping.param_group_index, tuple(parameter.shape)
             offset, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
@@ -210,14 +212,14 @@ class ZeroEngine(BaseEngine):
             yield Piece(name=f"{kind}.{name}", tensor=part, start=start, shape=shape)
 
     def _state(self, master: Tensor) -> dict[str, Tensor]:
-        """Returns the optimiser's state of a master, made where no step has been taken: loading needs a place."""
+        """Returns the optimiser state of a master weight, and creates it if missing, since loading writes to it."""
         state = self.zero.optimizer.state[master]
         if not state:
             state.update(self._kind.new_state(master))
         return state
 
     def _start(self, parameter: Any) -> int:
-        """Returns where this process's shard of a stage-3 parameter begins."""
+        """Returns the first element of this process's shard of a stage-3 parameter."""
         return min(self.world.rank * parameter.ds_tensor.numel(), parameter.ds_numel)
 
     @override

@@ -88,7 +88,7 @@ def _usable(device: torch.device | str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device {device!r} isn't one; give cpu, cuda or cuda:N") from error
+        raise ConfigError(f"device {device!r} is unknown; give cpu, cuda or cuda:N") from error
     count = torch.cuda.device_count()
     if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and (chosen.index or 0) >= count):
         raise ConfigError(f"device {chosen} can't be used: this host has {count} GPUs; give cpu, or cuda:N below that")

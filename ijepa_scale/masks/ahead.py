@@ -1,6 +1,6 @@
-"""Masks of the coming step, drawn on a thread while the present one is computed. Knows no model.
+"""Draws the masks of the next step on a thread while the current step is computed. Must not know any model.
 
-Masks are a pure function of step and position, so drawing them early changes none of them.
+Masks are a pure function of step and position, so drawing them early doesn't change them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _Call = tuple[int, int, int, int]
 
 
 class MasksAhead:
-    """Returns the sampler's masks on a device, and then draws those of the same images of the next step."""
+    """Returns the sampler's masks on a device, and starts to draw the masks of the same positions in the next step."""
 
     def __init__(self, sampler: MaskSampler, device: torch.device | str) -> None:
         self._sampler = sampler
@@ -27,18 +27,18 @@ class MasksAhead:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="masks", initializer=self._enter)
 
     def __call__(self, step: int, first: int, count: int, batch_size: int) -> tuple[Masks, Wanted]:
-        """Returns the masks of these images, see `MaskSampler`, and which target tokens they need.
+        """Returns the masks of these images (see `MaskSampler`) and the target tokens that they need.
 
-        Doesn't synchronise: what was drawn ahead for a GPU is in pinned memory.
+        Doesn't synchronise: masks drawn ahead for a GPU are in pinned memory.
 
         Raises:
-            ValueError: the images are not in [0, batch_size).
+            ValueError: an image is outside [0, batch_size).
         """
         call = (step, first, count, batch_size)
         ready = self._drawn.pop(call, None)
         masks, wanted = ready.result() if ready is not None else self._draw(*call)
         for late in [key for key in self._drawn if key[0] < step]:
-            self._drawn.pop(late).cancel()  # another division of the batch, or another step than was expected
+            self._drawn.pop(late).cancel()  # the batch was divided differently, or a step was skipped
         following = (step + 1, first, count, batch_size)
         if following not in self._drawn:
             self._drawn[following] = self._thread.submit(self._draw, *following)
@@ -46,7 +46,7 @@ class MasksAhead:
 
     def _enter(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # a new thread's is the first GPU, where pinning would open a context
+            torch.cuda.set_device(self._device)  # otherwise pinning would open a context on GPU 0
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, non_blocking=True)

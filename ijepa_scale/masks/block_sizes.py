@@ -1,6 +1,7 @@
-"""Sizes of rectangular mask blocks: which are possible, how long masks can get, which configurations can't work.
+"""Computes the possible sizes of mask blocks and the longest masks, and rejects configurations that can't work.
 
-Knows the patch grid and the section `masks`, but no positions, images or steps. A size is (height, width) in patches.
+Knows the patch grid and the section `masks`, but must not know positions, images or steps. A size is (height, width)
+in patches.
 """
 
 from __future__ import annotations
@@ -20,45 +21,45 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRule:
-    """What block sizes depend on besides the configuration: each sampler has its own."""
+    """The part of the size rule that differs between samplers."""
 
     sides: Callable[[Size, int, float], Size]  # (grid, patches, height / width) -> size
-    unused: int  # rows at the bottom and columns at the right that no block reaches
-    coupled: bool  # one random number gives a block's scale and aspect
+    unused: int  # number of bottom rows and of right columns that blocks never reach
+    coupled: bool  # one random number sets both scale and aspect of a block
     context_aspect: Callable[[Size], float]  # grid -> height / width of context blocks
 
 
 def size_of(rule: BlockRule, grid: Size, scale: Interval, aspect: Interval, draws: tuple[float, float]) -> Size:
-    """Returns the block size that two numbers in [0, 1] give: how far into `scale`, and into `aspect`."""
+    """Returns the block size for two numbers in [0, 1], which interpolate within `scale` and within `aspect`."""
     return rule.sides(grid, int(grid[0] * grid[1] * _between(scale, draws[0])), _between(aspect, draws[1]))
 
 
 def context_size(rule: BlockRule, grid: Size, scale: Interval, draw: float) -> Size:
-    """Returns the size of a context block; its aspect is the rule's."""
+    """Returns the size of a context block; the rule sets its aspect."""
     aspect = rule.context_aspect(grid)
     return size_of(rule, grid, scale, (aspect, aspect), (draw, draw))
 
 
 @dataclass(frozen=True)
 class PossibleSizes:
-    """Every block size that a configuration can draw on a grid."""
+    """All block sizes that a configuration can draw on a grid."""
 
     targets: frozenset[Size]
     contexts: frozenset[Size]
 
     @property
     def target_tokens(self) -> tuple[int, int]:
-        """Fewest and most patches of a target block."""
+        """The smallest and largest number of patches in a target block."""
         return _areas(self.targets)
 
     @property
     def context_tokens(self) -> tuple[int, int]:
-        """Fewest and most patches of a context block, before targets are taken out of it."""
+        """The smallest and largest number of patches in a context block, before targets are removed from it."""
         return _areas(self.contexts)
 
 
 def possible_sizes(config: BlockMaskConfig, grid: Size, rule: BlockRule) -> PossibleSizes:
-    """Returns the block sizes that can be drawn, found at every point where rounding changes one."""
+    """Returns the block sizes that can be drawn, by testing every point where rounding changes a side."""
     aspect = rule.context_aspect(grid)
     return PossibleSizes(
         targets=_sizes(rule, grid, config.target_scale, config.target_aspect),
@@ -67,10 +68,10 @@ def possible_sizes(config: BlockMaskConfig, grid: Size, rule: BlockRule) -> Poss
 
 
 def longest_blocks(config: BlockMaskConfig, grid: Size, sizes: PossibleSizes, rule: BlockRule) -> Lengths:
-    """Returns lengths that no draw of these sizes exceeds.
+    """Returns upper bounds on the lengths of blocks of these sizes.
 
-    A context is longest where all its targets overlap one another and reach as far out of it as they can. A
-    micro-batch hardly ever holds only such images, so memory measured with them is an upper bound.
+    A context is longest when all its targets overlap one another and reach as far outside it as possible. A
+    micro-batch almost never holds only such images, so memory measured with them is an upper bound.
     """
     rows, columns = grid[0] - rule.unused, grid[1] - rule.unused
     most = 0
@@ -79,17 +80,17 @@ def longest_blocks(config: BlockMaskConfig, grid: Size, sizes: PossibleSizes, ru
         for target in sizes.targets:
             least = max(0, context[0] + target[0] - rows) * max(0, context[1] + target[1] - columns)
             covered = min(context[0], target[0]) * min(context[1], target[1])
-            # where one target may leave too little, the sampler leaves the targets in the context
+            # when one target may leave too few patches, the sampler keeps the targets in the context
             whole = config.allow_overlap or area - covered <= config.min_keep
             most = max(most, area if whole else area - least)
     return Lengths(context=most, target=sizes.target_tokens[1])
 
 
 def check(config: BlockMaskConfig, grid: Size, rule: BlockRule) -> PossibleSizes:
-    """Returns the possible sizes of a configuration that can be satisfied.
+    """Checks a configuration, and returns its possible sizes.
 
     Raises:
-        ConfigError: sampling could loop for ever or break `min_keep`; all problems, with remedies.
+        ConfigError: sampling could loop forever or break `min_keep`. The message lists all problems with remedies.
     """
     if min(grid) < 1:
         raise ConfigError(f"the patch grid is {_text(grid)}; masks need at least 1x1: raise model.image_size")
@@ -115,7 +116,7 @@ def _sizes(rule: BlockRule, grid: Size, scale: Interval, aspect: Interval) -> fr
     found: set[Size] = set()
     for area in range(int(patches * scale[0]), int(patches * scale[1]) + 1):
         low, high = aspect
-        if rule.coupled and scale[1] > scale[0]:  # each area has its own part of the aspects
+        if rule.coupled and scale[1] > scale[0]:  # each area allows only part of the aspects
             span = patches * (scale[1] - scale[0])
             low = _between(aspect, max(0.0, (area - patches * scale[0]) / span))
             high = _between(aspect, min(1.0, (area + 1 - patches * scale[0]) / span))
@@ -124,8 +125,8 @@ def _sizes(rule: BlockRule, grid: Size, scale: Interval, aspect: Interval) -> fr
 
 
 def _aspects(area: int, low: float, high: float, longest: int) -> list[float]:
-    """Returns aspects in [low, high] that reach every rounding of both sides up to `longest`."""
-    halves = (np.arange(longest + 1) + 0.5) ** 2  # a side rounds differently on either side of n + 1/2
+    """Returns aspects in [low, high] that produce every possible rounding of both sides, up to `longest`."""
+    halves = (np.arange(longest + 1) + 0.5) ** 2  # rounding changes at n + 1/2
     breaks = np.concatenate([halves / max(area, 1), area / halves])
     bounds = np.unique(np.concatenate([breaks[(breaks > low) & (breaks < high)], [low, high]]))
     return [float(value) for value in np.concatenate([bounds, (bounds[1:] + bounds[:-1]) / 2])]
@@ -152,7 +153,7 @@ def _too_small(config: BlockMaskConfig, grid: Size, rule: BlockRule, kind: str, 
 
 
 def _swallowed(config: BlockMaskConfig, grid: Size, sizes: PossibleSizes, rule: BlockRule) -> list[str]:
-    """Returns what is wrong where some target block leaves too little of some context block wherever they lie."""
+    """Returns the problem if some target leaves too few patches of some context block, whatever their positions."""
     rows, columns = grid[0] - rule.unused, grid[1] - rule.unused
     kept, context, target = min(
         (c[0] * c[1] - max(0, c[0] + t[0] - rows) * max(0, c[1] + t[1] - columns), c, t)
@@ -163,9 +164,9 @@ def _swallowed(config: BlockMaskConfig, grid: Size, sizes: PossibleSizes, rule: 
         return []
     return [
         f"a context block of {_text(context)} patches without a target block of {_text(target)} keeps at most {kept} "
-        f"on a grid of {_text(grid)}, wherever they lie, and masks.min_keep {config.min_keep} wants more; "
-        f"lower masks.target_scale (now up to {config.target_scale[1]:g}), raise masks.context_scale "
-        f"(now from {config.context_scale[0]:g}), or set masks.allow_overlap: true"
+        f"on a grid of {_text(grid)}, but must keep more than masks.min_keep, which is {config.min_keep}; "
+        f"lower masks.target_scale (currently up to {config.target_scale[1]:g}), raise masks.context_scale "
+        f"(currently from {config.context_scale[0]:g}), or set masks.allow_overlap: true"
     ]
 
 

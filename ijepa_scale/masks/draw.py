@@ -1,4 +1,4 @@
-"""What the mask sampler asks of a way to draw masks. Knows no batch and no process."""
+"""Defines the protocol of mask draws, which `MaskSampler` calls. Must not know batches or processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ijepa_scale.masks.group import GroupMasks
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Tokens of each context block and of each target block."""
+    """The number of tokens in each context block and in each target block."""
 
     context: int
     target: int
@@ -22,17 +22,18 @@ class MaskDraw(Protocol):
     Config: ClassVar[type[Any]]  # the section `masks` for this sampler
 
     def __init__(self, config: Any, grid: tuple[int, int], *, seed: int) -> None:
-        """Takes its section and the grid, (height, width) in patches.
+        """Checks that the section works on a grid of (height, width) patches.
 
         Raises:
-            ConfigError: the section can't be satisfied on this grid; with numbers and remedies.
+            ConfigError: it doesn't; the message gives numbers and remedies.
         """
 
     def group(self, step: int, group: int, count: int) -> GroupMasks:
         """Returns the masks of all `count` images of a group, cut to one length if `config.context` is truncate.
 
-        All target blocks of a group have the same length. Image i has position group * group_size + i in the batch.
+        All target blocks of a group have the same length. Image i of the group is at position group * group_size + i of
+        the global batch.
         """
 
     def longest(self) -> Lengths:
-        """Returns lengths that no draw exceeds, whatever seed, step and position: for memory and constant buffers."""
+        """Returns upper bounds on the lengths for any seed, step and position, for planning memory and buffers."""

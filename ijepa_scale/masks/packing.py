@@ -1,7 +1,7 @@
-"""Masks as packed sequences: which token goes where, computed on the host. Index arithmetic only.
+"""Turns masks into packed sequences, by index arithmetic on the host. Must not know how masks are drawn.
 
 Legend: E context blocks, M target blocks, B images, N patches of an image, C / R / P context, target
-and predictor tokens of the whole pack. `PackedMasks` says what each result means.
+and predictor tokens of the whole pack. `PackedMasks` documents each result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ijepa_scale.masks.types import DenseMasks, PackedMasks
 
 
 def pack(masks: DenseMasks, num_patches: int) -> PackedMasks:
-    """Returns the same masks as packed sequences; `masks` must lie on the CPU, images have `num_patches` patches."""
+    """Returns the same masks as packed sequences. `masks` must be on the CPU; images have `num_patches` patches."""
     num_contexts, num_images, context_tokens = masks.context.shape
     return pack_indices(
         masks.context.numpy().ravel(),
@@ -27,7 +27,7 @@ def pack(masks: DenseMasks, num_patches: int) -> PackedMasks:
 
 
 def pack_groups(parts: list[GroupMasks]) -> PackedMasks:
-    """Returns the masks of the images of all parts, in their order, as packed sequences."""
+    """Returns the masks of all parts' images, in order, as packed sequences."""
     context = np.concatenate([part.context for part in parts], axis=1)
     num_targets = len(parts[0].targets)
     targets = [part.targets[block].ravel() for block in range(num_targets) for part in parts]
@@ -51,22 +51,23 @@ def pack_indices(
     """Returns packed masks from one list of patches per block and image.
 
     Args:
-        context: the lists of all (e, b), b fastest, one after another (C,) int64.
-        context_lengths: how long each of them is (E, B).
-        targets: the lists of all (i, b), b fastest, one after another.
-        target_lengths: how long each of them is (M, B).
+        context: (C,) int64, the concatenated lists of all (e, b), with b varying fastest.
+        context_lengths: (E, B), the length of each of these lists.
+        targets: int64, the concatenated lists of all (i, b), with b varying fastest.
+        target_lengths: (M, B), the length of each of these lists.
         num_patches: N.
     """
     num_contexts, num_images = context_lengths.shape
     num_targets = len(target_lengths)
     shape = (num_targets, num_contexts, num_images)
-    context_of = np.broadcast_to(context_lengths, shape).ravel()  # context tokens of each predictor sequence
+    context_of = np.broadcast_to(context_lengths, shape).ravel()  # number of context tokens in each predictor sequence
     target_of = np.broadcast_to(target_lengths[:, None], shape).ravel()
     image_of = np.broadcast_to(np.arange(num_images), shape).ravel()
 
-    # A predictor sequence is a piece of the context tokens, then one of the target tokens, which lie in its order.
+    # A predictor sequence is a piece of the context tokens, then a piece of the target tokens. The target tokens are
+    # already stored in the order of the predictor sequences.
     lengths = np.stack([context_of, target_of], axis=-1)
-    begins = _starts(lengths.ravel()).reshape(lengths.shape)  # of the pieces among the predictor tokens
+    begins = _starts(lengths.ravel()).reshape(lengths.shape)  # of each piece among the predictor tokens
     context_starts = np.broadcast_to(_starts(context_lengths.ravel()).reshape(context_lengths.shape), shape).ravel()
     sources = np.stack([context_starts, len(context) + _starts(target_of)], axis=-1)
     target_rows = np.repeat(begins[:, 1] - _starts(target_of), target_of)
@@ -93,7 +94,7 @@ def pack_indices(
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Returns where each of the lists of these lengths begins when they lie one after another."""
+    """Returns the start of each list when lists of these lengths are concatenated."""
     return np.cumsum(lengths) - lengths
 
 

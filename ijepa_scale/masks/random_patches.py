@@ -1,4 +1,4 @@
-"""Random patches instead of blocks: the ablation that shows what block masks are for (arXiv 2301.08243, table 6)."""
+"""The mask draw of random patches instead of blocks: the ablation of arXiv 2301.08243, table 6."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ijepa_scale.masks.group import GroupMasks
 
 
 class RandomMaskConfig(MaskConfig):
-    """Each target is a random set of patches, and so is the context, without the targets."""
+    """Random sets of patches as targets, and a random set of the other patches as context."""
 
     sampler: str = Field("random", description="Draw of the masks.")
     context_ratio: Fraction = Field(0.4, description="Share of the grid that is context.")
@@ -22,7 +22,7 @@ class RandomMaskConfig(MaskConfig):
 
 
 class RandomDraw:
-    """The sampler `random`. Targets of one image may overlap, as blocks do; contexts never hold a target's patch."""
+    """The sampler `random`. Targets of an image may overlap, as blocks do; a context never holds a target's patch."""
 
     Config = RandomMaskConfig
 
@@ -36,17 +36,18 @@ class RandomDraw:
         if few <= config.min_keep:
             raise ConfigError(
                 f"masks.min_keep is {config.min_keep}, but of {self._patches} patches a target holds {self._target} "
-                f"and the context {self._context}; lower it, or raise masks.target_ratio or masks.context_ratio"
+                f"and the context {self._context}, and each must hold more than min_keep; lower masks.min_keep, or "
+                "raise masks.target_ratio or masks.context_ratio"
             )
         if self._context > room:
             raise ConfigError(
-                f"masks.context_ratio {config.context_ratio:g} asks for {self._context} patches, but "
+                f"masks.context_ratio {config.context_ratio:g} needs {self._context} patches, but "
                 f"{config.num_target_blocks} targets of {self._target} may leave only {room} of {self._patches}; "
                 "lower masks.context_ratio, masks.target_ratio or masks.num_target_blocks"
             )
 
     def longest(self) -> Lengths:
-        """Returns the lengths, which are the same in every draw."""
+        """Returns the lengths of context and target blocks, which are the same in every draw."""
         return Lengths(context=self._context, target=self._target)
 
     def group(self, step: int, group: int, count: int) -> GroupMasks:

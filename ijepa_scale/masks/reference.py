@@ -1,10 +1,10 @@
-"""The published mask draw, quirks included, from an explicit generator.
+"""The published mask draw with its quirks, from an explicit generator.
 
-Kept so that published runs can be reproduced number by number; `multiblock` is the corrected draw.
-Quirks: one number gives a block's scale and aspect; the last row and column are never used; the cut
-keeps the first tokens in row-major order, so it removes the bottom of images.
+It reproduces the masks of published runs exactly; `multiblock` is the corrected draw. Quirks: one random number sets
+both scale and aspect of a block; the last row and column are never used; the cut keeps the first tokens in row-major
+order, so it removes the bottom of images.
 
-Source: released I-JEPA code (arXiv 2301.08243), multi-block mask collator; behaviour only.
+Source: released I-JEPA code (arXiv 2301.08243), multi-block mask collator (behaviour only).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ijepa_scale.masks.block_sizes import BlockRule, Size, check, context_size, 
 from ijepa_scale.masks.draw import Lengths
 from ijepa_scale.masks.group import GroupMasks, block_patches, cut_first
 
-_PATIENCE = 20  # failed draws after which one target fewer is taken out of the context
+_PATIENCE = 20  # failed draws after which one more target stays in the context
 
 
 def shorter_sides(grid: Size, area: int, aspect: float) -> Size:
-    """Returns the sides of a block of about `area` patches; a side is always shorter than the grid's (0 on one of 1).
+    """Returns the sides of a block of about `area` patches, each shorter than the grid's side (0 if that is 1).
 
     Source: released I-JEPA code (arXiv 2301.08243), multi-block mask collator.
     """
@@ -38,8 +38,8 @@ RULE = BlockRule(sides=shorter_sides, unused=1, coupled=True, context_aspect=lam
 class ReferenceDraw:
     """The sampler `reference`.
 
-    The step alone seeds the block sizes, as published: every group of a step has the sizes that every process of a
-    published run had, whatever the seed. Corners come from a generator keyed by (seed, step, group).
+    As published, block sizes depend only on the step, not on the seed: all groups of a step have the same sizes, as all
+    processes of a published run had. Corners come from a generator keyed by (seed, step, group).
     """
 
     Config = BlockMaskConfig
@@ -49,7 +49,7 @@ class ReferenceDraw:
         self._config, self._grid, self._seed = config, grid, seed
 
     def longest(self) -> Lengths:
-        """Returns lengths that no draw exceeds."""
+        """Returns upper bounds on the lengths of context and target blocks."""
         return longest_blocks(self._config, self._grid, self.sizes, RULE)
 
     def group(self, step: int, group: int, count: int) -> GroupMasks:
@@ -59,9 +59,9 @@ class ReferenceDraw:
 
 
 def block_sizes(config: BlockMaskConfig, grid: Size, step: int) -> tuple[Size, Size]:
-    """Returns the sizes of target and context blocks at a step: a function of the step counter alone."""
+    """Returns the sizes of target and context blocks at a step; they depend only on the step."""
     generator = torch.Generator().manual_seed(step)
-    target_draw = torch.rand(1, generator=generator).item()  # host tensor: no synchronisation
+    target_draw = torch.rand(1, generator=generator).item()  # on the host: no synchronisation
     context_draw = torch.rand(1, generator=generator).item()
     target = size_of(RULE, grid, config.target_scale, config.target_aspect, (target_draw, target_draw))
     return target, context_size(RULE, grid, config.context_scale, context_draw)
@@ -72,10 +72,9 @@ def sample_reference(
 ) -> GroupMasks:
     """Returns the masks of `count` images as the published collator draws them for one batch.
 
-    Corners come from `generator` one after another (it advances): image by image, targets before contexts, row
-    before column. The published collator draws them from its process's global generator; one seeded alike, and
-    passed from batch to batch, reproduces its stream for steps 0, 1, .... `config` must have passed `check`, or
-    this may not end.
+    Draws corners from `generator`, which advances: image by image, targets before contexts, row before column. The
+    published collator uses its process's global generator. A generator with the same seed, passed on from batch to
+    batch, reproduces its stream for steps 0, 1, .... `config` must have passed `check`; otherwise the loop may not end.
     """
     target_size, context_block = block_sizes(config, grid, step)
     patches = grid[0] * grid[1]
@@ -91,7 +90,7 @@ def sample_reference(
 
 
 def _draw_block(size: Size, grid: Size, generator: torch.Generator) -> np.ndarray:
-    """Returns the patches of one block at a random corner; the upper ends are excluded, as published."""
+    """Returns the patches of one block at a random corner; as published, never at the last possible corner."""
     top = int(torch.randint(0, grid[0] - size[0], (1,), generator=generator))
     left = int(torch.randint(0, grid[1] - size[1], (1,), generator=generator))
     return block_patches(np.asarray(top), np.asarray(left), size, grid[1])
@@ -100,7 +99,7 @@ def _draw_block(size: Size, grid: Size, generator: torch.Generator) -> np.ndarra
 def _draw_context(
     config: BlockMaskConfig, size: Size, grid: Size, targets: np.ndarray, generator: torch.Generator
 ) -> np.ndarray:
-    """Returns (N,) bool: a context block without `targets` (M, T), or the first of them after failures."""
+    """Returns (N,) bool: a context block without `targets` (M, T), or after failures without only the first of them."""
     failures = 0
     while True:
         kept = np.zeros(grid[0] * grid[1], dtype=bool)

@@ -1,4 +1,4 @@
-"""Masks as small pictures, for reports and for eyes."""
+"""Renders masks as small pictures for people to look at. Must not know how masks are drawn."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ijepa_scale.masks.types import DenseMasks, Masks
 def as_grid(masks: Masks, image: int, grid: tuple[int, int]) -> Tensor:
     """Returns the patches of one image (H, W) int64: 0 unused, 1 context, 2 first target, 3 second target, ....
 
-    Context blocks are drawn together; where blocks overlap the later target shows, and a target hides
-    context. `image` counts within these masks.
+    All context blocks get the same number. Targets hide context, and later targets hide earlier ones. `image` is
+    an index into these masks.
 
     Raises:
-        IndexError: the masks hold no such image.
+        IndexError: `image` is out of range.
     """
     patches = grid[0] * grid[1]
     picture = torch.zeros(patches, dtype=torch.int64)
@@ -23,8 +23,8 @@ def as_grid(masks: Masks, image: int, grid: tuple[int, int]) -> Tensor:
         num_images = masks.context.shape[1]
         _check_image(image, num_images)
         picture[masks.context[:, image].flatten().cpu()] = 1
-        for block, places in enumerate(masks.targets[:, image].cpu()):
-            picture[places] = 2 + block
+        for block, target in enumerate(masks.targets[:, image].cpu()):
+            picture[target] = 2 + block
         return picture.reshape(grid)
     num_sequences = len(masks.context_layout.lengths)  # (e, b)
     context, targets = masks.context_index.cpu(), masks.target_index.cpu()
@@ -41,4 +41,4 @@ def as_grid(masks: Masks, image: int, grid: tuple[int, int]) -> Tensor:
 
 def _check_image(image: int, num_images: int) -> None:
     if not 0 <= image < num_images:
-        raise IndexError(f"image {image} is not among these masks' {num_images}; give 0 to {num_images - 1}")
+        raise IndexError(f"image {image} is out of range for masks of {num_images} images; give 0 to {num_images - 1}")

@@ -1,7 +1,7 @@
 """Masks of any part of a global batch as a function of (seed, step, position).
 
-Groups of `group_size` consecutive images share block sizes and one cut. A group is always drawn whole, so an
-image's masks can't depend on processes, accumulation or micro-batches.
+Groups of `group_size` consecutive images share block sizes and one cut. A group is always drawn as a whole, so an
+image's masks don't depend on the number of processes, accumulation or micro-batches, which this module must not know.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from ijepa_scale.masks.packing import pack_groups
 from ijepa_scale.masks.types import Masks
 from ijepa_scale.registry import SAMPLERS
 
-_GROUPS_KEPT = 4  # micro-batches of one group follow one another; a few more for prefetching
+_GROUPS_KEPT = 4  # consecutive micro-batches share a group; a few more for drawing ahead
 
 
 class MaskSampler:
-    """Draws masks on the host as `config.sampler` does; the same for every process that asks for the same images."""
+    """Draws masks on the host with the draw that `config.sampler` names. Every process gets the same masks."""
 
     def __init__(self, config: MaskConfig, grid: tuple[int, int], *, seed: int) -> None:
-        """Checks that the configuration can be satisfied.
+        """Checks that the configuration works on a grid of (height, width) patches.
 
         Raises:
-            ConfigError: it can't, on this grid of (height, width) patches; with numbers and remedies.
+            ConfigError: it doesn't; the message gives numbers and remedies.
         """
         self.config = config
         self.grid = (int(grid[0]), int(grid[1]))
         self.seed = seed
         self.draw: MaskDraw = SAMPLERS.get(config.sampler)(config, self.grid, seed=seed)
         self._groups: OrderedDict[tuple[int, int, int], GroupMasks] = OrderedDict()
-        self._lock = threading.Lock()  # masks are drawn ahead on another thread
+        self._lock = threading.Lock()  # `MasksAhead` calls from another thread too
 
     def __call__(self, step: int, first: int, count: int, batch_size: int) -> Masks:
         """Returns the masks of the images [first, first + count) of the global batch of `step`, on the CPU.
 
-        `DenseMasks` where contexts are truncated and the images are of one group, else `PackedMasks`.
+        They are `DenseMasks` if contexts are truncated and all images belong to one group, else `PackedMasks`.
 
         Raises:
-            ValueError: the images are not in [0, batch_size).
+            ValueError: an image is outside [0, batch_size).
         """
         if not (0 <= first and 1 <= count and first + count <= batch_size):
             raise ValueError(
-                f"images [{first}, {first + count}) are not a part of a batch of {batch_size}; "
+                f"images [{first}, {first + count}) are not part of a batch of {batch_size}; "
                 "give first >= 0, count >= 1 and first + count <= batch_size"
             )
         size = self.config.group_size
@@ -60,11 +60,11 @@ class MaskSampler:
         return pack_groups(parts)
 
     def longest(self) -> Lengths:
-        """Returns lengths of context and target blocks that no draw exceeds."""
+        """Returns upper bounds on the lengths of context and target blocks."""
         return self.draw.longest()
 
     def _group(self, step: int, group: int, count: int) -> GroupMasks:
-        """Returns the masks of all `count` images of a group, kept or drawn."""
+        """Returns the masks of all `count` images of a group, from the cache or newly drawn."""
         index = (step, group, count)
         masks = self._groups.get(index)
         if masks is None:

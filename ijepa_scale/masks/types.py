@@ -1,4 +1,4 @@
-"""What a mask is to the rest of the package. Index tensors, no model and no process.
+"""Defines masks as index tensors. Must not know how they are drawn, nor models or processes.
 
 Shapes: B images, N patches per image, E context blocks, M target blocks, K context tokens and
 T target tokens per block. Patches are numbered row-major.
@@ -28,7 +28,7 @@ class DenseMasks:
         return DenseMasks(change(self.context), change(self.targets))
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Returns tokens per context block and per target block, averaged over the images."""
+        """Returns the mean number of tokens per context block and per target block."""
         return float(self.context.shape[2]), float(self.targets.shape[2])
 
 
@@ -36,19 +36,19 @@ class DenseMasks:
 class PackedMasks:
     """Masks of images that keep different numbers of tokens, as packed sequences without padding.
 
-    Context sequences lie in the order (context block e, image b), target and predictor sequences in
-    the order (target block i, context block e, image b), b fastest. A predictor sequence (i, e, b) is
-    the context tokens of (e, b), then the target tokens of (i, b).
+    Context sequences are stored in the order (context block e, image b), target and predictor sequences in
+    the order (target block i, context block e, image b), with b varying fastest. A predictor sequence (i, e, b)
+    consists of the context tokens of (e, b), then the target tokens of (i, b).
     """
 
-    context_index: Tensor  # (C,) int64 into the flattened (B * N) patches: b * N + place
+    context_index: Tensor  # (C,) int64 into the flattened (B * N) patches: b * N + patch
     context_layout: SequenceLayout  # E * B sequences, C tokens
     target_index: Tensor  # (R,) int64 into the flattened (B * N) patches
     predictor_layout: SequenceLayout  # M * E * B sequences, P tokens
     predictor_source: Tensor  # (P,) int64 into cat([context tokens (C), target tokens (R)])
-    target_rows: Tensor  # (R,) int64: where the target tokens lie among the P tokens
+    target_rows: Tensor  # (R,) int64: positions of the target tokens among the P tokens
     target_layout: SequenceLayout  # M * E * B sequences, R tokens
-    weights: Tensor  # (R,) float32, sum 1: 1 / (B * M * E * T_b), so images weigh alike
+    weights: Tensor  # (R,) float32, sum 1: 1 / (B * M * E * T_b), so all images have equal weight
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedMasks:
         """Returns the masks with `change` applied to each tensor, such as a move to a device."""
@@ -59,7 +59,7 @@ class PackedMasks:
         return replace(self, **fields)
 
     def mean_tokens(self) -> tuple[float, float]:
-        """Returns tokens per context block and per target block, averaged over the images."""
+        """Returns the mean number of tokens per context block and per target block."""
         num_targets = len(self.target_rows) / len(self.predictor_layout.lengths)
         return self.context_layout.total / len(self.context_layout.lengths), num_targets
 
@@ -69,33 +69,33 @@ Masks = DenseMasks | PackedMasks
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which tokens of the target encoder are asked for: each target place once, however many blocks hold it.
+    """The patches that the target encoder must compute: each target patch once, even if several blocks hold it.
 
-    Images have different numbers of such places; those with fewer than U get other places of theirs behind
-    them, so every row is a real token, but only the rows in `rows` are targets.
+    The number of target patches differs between images. Those with fewer than U are filled up with other patches of
+    the same image, so every entry of `patches` is a real patch, but only those that `rows` names are targets.
     """
 
-    places: Tensor  # (B, U) int64, in each row distinct
+    patches: Tensor  # (B, U) int64, distinct within each row
     rows: Tensor  # (R,) int64 into the flattened (B * U): the targets in the order of the predictions
 
     @classmethod
     def of(cls, masks: Masks, num_images: int, num_patches: int) -> Wanted:
-        """Returns what `masks`, on the CPU, ask of images with `num_patches` patches."""
+        """Returns what `masks`, which are on the CPU, need of images with `num_patches` patches."""
         index = target_index(masks, num_patches).numpy()
-        asked = np.zeros((num_images, num_patches), dtype=bool)
-        asked.reshape(-1)[index] = True
-        most = int(asked.sum(axis=1).max())
+        needed = np.zeros((num_images, num_patches), dtype=bool)
+        needed.reshape(-1)[index] = True
+        most = int(needed.sum(axis=1).max())
         numbers = np.arange(num_patches, dtype=np.int32)
-        order = np.where(asked, numbers, numbers + num_patches)  # sorted: what is asked for first
+        order = np.where(needed, numbers, numbers + num_patches)  # once sorted, needed patches come first
         order.sort(axis=1)
-        ranks = np.cumsum(asked, axis=1)
+        ranks = np.cumsum(needed, axis=1)
         ranks += (most * np.arange(num_images) - 1)[:, None]
-        places = torch.from_numpy((order[:, :most] % num_patches).astype(np.int64))
-        return cls(places, torch.from_numpy(ranks.reshape(-1)[index]))
+        patches = torch.from_numpy((order[:, :most] % num_patches).astype(np.int64))
+        return cls(patches, torch.from_numpy(ranks.reshape(-1)[index]))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Wanted:
         """Returns the same with `change` applied to each tensor."""
-        return Wanted(change(self.places), change(self.rows))
+        return Wanted(change(self.patches), change(self.rows))
 
 
 def target_index(masks: Masks, num_patches: int) -> Tensor:

@@ -19,8 +19,8 @@ class TargetMeters:
         self._num_patches = num_patches
 
     def __call__(self, tokens: Tensor, masks: Masks, wanted: Wanted) -> None:
-        """Observes the target encoder's tokens (B, U, D) at `wanted.places`, and the masks' lengths."""
-        features, places = normalise_targets(tokens[:_OBSERVED]), wanted.places[:_OBSERVED]
-        self._meters.add("target_std", feature_std(features, places, self._num_patches))
+        """Observes the target encoder's tokens (B, U, D) at `wanted.patches`, and the masks' lengths."""
+        features, patches = normalise_targets(tokens[:_OBSERVED]), wanted.patches[:_OBSERVED]
+        self._meters.add("target_std", feature_std(features, patches, self._num_patches))
         for name, mean in zip(("context_tokens", "target_tokens"), masks.mean_tokens(), strict=True):
             self._meters.add(name, mean)

@@ -1,1 +1,1 @@
-"""What a prediction is compared with, and how."""
+"""Losses, and the targets that predictions are compared with."""

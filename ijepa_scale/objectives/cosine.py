@@ -1,4 +1,4 @@
-"""Cosine distance between predicted and target features."""
+"""The objective `cosine`: cosine distance between predicted and target features."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ijepa_scale.objectives.targets import check_shapes, mean_over_images, norma
 
 
 class CosineConfig(ObjectiveConfig):
-    """One minus the cosine of the angle between prediction and normalised target, mean over the target tokens."""
+    """One minus the cosine of the angle between prediction and normalised target, averaged over the target tokens."""
 
     loss: str = Field("cosine", description="Distance of predicted from target features.")
 
 
 class Cosine:
-    """The distance is 0 where the features point the same way, 1 where they are orthogonal, 2 where opposite."""
+    """Distance 0 for features of the same direction, 1 for orthogonal ones, 2 for opposite ones."""
 
     Config = CosineConfig
 
     def __init__(self, config: CosineConfig, *, fused: bool = False) -> None:
         if fused:
             raise ConfigError(
-                "engine.triton names target_loss but objective.loss is cosine, which has no fused kernel; remove it"
+                "engine.triton names target_loss but objective.loss is cosine, which has no fused kernel; remove "
+                "target_loss from engine.triton"
             )
 
     def __call__(self, prediction: Tensor, tokens: Tensor, masks: Masks, wanted: Wanted) -> Tensor:

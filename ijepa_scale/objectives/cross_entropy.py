@@ -1,4 +1,4 @@
-"""The loss of finetuning."""
+"""The loss of finetuning. Must not know models or engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the cross-entropy with soft targets, an fp32 scalar, nats, mean over the images.
+    """Returns the cross-entropy with soft targets in nats, averaged over the images, as an fp32 scalar.
 
     `logits` and `targets` are (B, C); each row of `targets` sums to 1.
 
@@ -17,6 +17,6 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.shape != targets.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape; "
-            "make targets for as many classes as the head has"
+            "make targets with as many classes as the head has"
         )
     return -(targets.float() * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1).mean()

@@ -1,6 +1,6 @@
-"""Smooth L1 and L2 between predicted and normalised target features.
+"""The objectives `smooth_l1` and `l2`: regression of the normalised target features.
 
-Source: arXiv 2301.08243, equation 1 (l2); smooth_l1 with beta 1 is the released code's.
+Source: arXiv 2301.08243, equation 1 (l2); smooth_l1 with beta 1 is the loss of the released code.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ijepa_scale.objectives.targets import (
 
 
 class Regression:
-    """`smooth_l1`: quadratic below `beta`, linear above; `l2`: the squared error. A mean over all elements."""
+    """`smooth_l1`: quadratic below `beta`, linear above; `l2`: the squared error. Both are means over all elements."""
 
     Config = RegressionConfig
 
     def __init__(self, config: RegressionConfig, *, fused: bool = False) -> None:
-        """`fused` takes one Triton kernel for norm, selection, loss and gradient; CUDA only."""
+        """With `fused`, one Triton kernel does normalisation, selection, loss and gradient (CUDA only)."""
         self._config = config
         self._fused = fused
 
@@ -41,7 +41,7 @@ class Regression:
         return self.compare(prediction, select_targets(normalise_targets(tokens), wanted.rows, masks), masks)
 
     def compare(self, prediction: Tensor, target: Tensor, masks: Masks) -> Tensor:
-        """Returns the loss against targets that are normalised and in the predictor's order.
+        """Returns the loss for targets that are already normalised and in the predictor's order.
 
         Raises:
             ValueError: the shapes differ.
@@ -54,10 +54,10 @@ class Regression:
             elements = F.mse_loss(prediction, target, reduction="none")
         if isinstance(masks, PackedMasks):
             return mean_over_images(elements.mean(dim=-1), masks)
-        return elements.mean()  # one reduction instead of two; every image has as many elements
+        return elements.mean()  # one reduction instead of two: all images have the same number of elements
 
     def _in_one_pass(self, prediction: Tensor, tokens: Tensor, masks: Masks, wanted: Wanted) -> Tensor:
-        """Returns the same loss without writing normalised or selected copies of the tokens."""
+        """Returns the same loss without storing normalised or selected copies of the tokens."""
         return target_loss(
             prediction.flatten(0, -2),
             tokens.flatten(0, 1),

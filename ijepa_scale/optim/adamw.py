@@ -1,4 +1,4 @@
-"""AdamW by PyTorch's, apex's or DeepSpeed's kernels. Tensors, no process."""
+"""AdamW with the kernels of PyTorch, apex or DeepSpeed. Must not know processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ijepa_scale.optim.kind import OptimizerKind
 
 
 class AdamW(OptimizerKind):
-    """AdamW; `impl: auto` is PyTorch's fused kernel."""
+    """AdamW. `impl: auto` uses PyTorch's fused kernel."""
 
     Config = AdamWConfig
 
@@ -31,7 +31,7 @@ class AdamW(OptimizerKind):
             adam = importlib.import_module("deepspeed.ops.adam")
         except ImportError as error:
             raise ConfigError(
-                f"optimizer.impl is deepspeed, which can't be imported ({error}); set it to torch"
+                f"optimizer.impl is deepspeed, which can't be imported ({error}); set optimizer.impl=torch"
             ) from error
         if offload:
             return adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
@@ -45,7 +45,7 @@ class AdamW(OptimizerKind):
     @staticmethod
     @override
     def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-        # wherever the implementation keeps it: by parameter (torch), or by group (apex)
+        # torch stores the step per parameter, apex per group
         for state in optimizer.state.values():
             counter = state.get("step")
             state["step"] = counter.fill_(step) if isinstance(counter, torch.Tensor) else step
@@ -62,12 +62,13 @@ class AdamW(OptimizerKind):
     @override
     def refusal(config: AdamWConfig, strategy: str) -> str | None:
         if strategy == "fsdp2" and config.impl in ("apex", "deepspeed"):
-            return f"optimizer.impl is {config.impl}, whose kernels can't take fsdp2's sharded tensors; set it to torch"
+            kernels = f"optimizer.impl is {config.impl}, whose kernels don't support fsdp2's sharded tensors"
+            return f"{kernels}; set optimizer.impl=torch"
         return OptimizerKind.refusal(config, strategy)
 
 
 def _apex_adam() -> Any:
-    """Returns apex's FusedAdam, having made sure that apex is NVIDIA's: the PyPI name is another project."""
+    """Returns apex's FusedAdam, after checking that apex is NVIDIA's: apex on PyPI is another project."""
     try:
         optimizers = importlib.import_module("apex.optimizers")
         importlib.import_module("amp_C")

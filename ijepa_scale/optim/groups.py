@@ -1,4 +1,4 @@
-"""Cuts a module's parameters into an optimiser's groups, and sets what a schedule sets. Knows no optimiser."""
+"""Splits a module's parameters into groups, and applies the schedule to groups. Must not know any optimiser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ijepa_scale.schedules import Hyper
 CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 COMPILE_PREFIX = "_orig_mod."
 
-# From a module, whole or sharded, to its groups: each a dict of `params`, `decay` (bool) and perhaps `lr_scale`.
+# Splits a module, sharded or not, into groups: dicts of `params`, `decay` (bool) and, optionally, `lr_scale`.
 GroupFunction = Callable[[nn.Module], list[dict[str, Any]]]
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _PATCHES = re.compile(r"(?:^|\.)(?:patch_embed\.|pos_embed$)")
@@ -22,18 +22,18 @@ _LAST = re.compile(r"(?:^|\.)(?:norm|fc_norm|head)\.")  # norms outside blocks, 
 
 
 def clean_name(name: str) -> str:
-    """Returns a parameter's name without what checkpointing and compilation put into it."""
+    """Returns a parameter's name without the prefixes of checkpointing and compilation."""
     return name.replace(CHECKPOINT_PREFIX, "").replace(COMPILE_PREFIX, "")
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Returns the four published groups: encoder and predictor weights, then their biases and 1-D parameters.
 
-    Weights decay, biases and 1-D parameters don't; `mask_token` is 3-D and decays. Groups without
-    parameters are left out. Each group carries `decay` (bool), which `set_hyper` reads.
+    Weights decay; biases and 1-D parameters don't. `mask_token` is 3-D and decays. Empty groups are omitted. Each group
+    has `decay` (bool), which `set_hyper` reads.
 
     Raises:
-        ValueError: a trainable parameter is of neither part, or is shared under two names.
+        ValueError: a trainable parameter belongs to neither part, or is shared under two names.
 
     Source: the I-JEPA paper's released code, as stated in the project's specification.
     """
@@ -53,11 +53,11 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def layer_decay_groups(module: nn.Module, *, layer_decay: float) -> list[dict[str, Any]]:
-    """Returns a classifier's groups, whose learning rates fall from the head to the patches, patches first.
+    """Returns a classifier's groups, first to last layer, with learning rates that fall from the head to the patches.
 
     A group's `lr_scale` is layer_decay^(depth + 1 - id), with id 0 for patch and position embedding, i + 1
     for block i, and depth + 1 for norms outside blocks and the head. `decay` is false for 1-D parameters and
-    position embeddings. Frozen parameters are in no group, but frozen blocks count.
+    position embeddings. Frozen parameters are in no group, but frozen blocks count towards the depth.
 
     Raises:
         ValueError: `layer_decay` is outside (0, 1], the module has no blocks, or a trainable parameter has no layer or
@@ -69,7 +69,7 @@ def layer_decay_groups(module: nn.Module, *, layer_decay: float) -> list[dict[st
         raise ValueError(f"layer_decay is {layer_decay}; give a number above 0 and at most 1")
     blocks = [int(found[1]) for name, _ in module.named_parameters() if (found := _BLOCK.search(clean_name(name)))]
     if not blocks:
-        raise ValueError(f"{type(module).__name__} has no parameters blocks.N to decay over; give an encoder's module")
+        raise ValueError(f"{type(module).__name__} has no parameters named blocks.N; give a module with an encoder")
     depth = max(blocks) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in _trained(module):
@@ -84,7 +84,7 @@ def layer_decay_groups(module: nn.Module, *, layer_decay: float) -> list[dict[st
 
 
 def _layer(name: str, depth: int) -> int | None:
-    """Returns the layer that a parameter counts with; None where it is of no known one."""
+    """Returns the layer of a parameter, or None if it is unknown."""
     if block := _BLOCK.search(name):
         return int(block[1]) + 1
     if _PATCHES.search(name):
@@ -93,17 +93,17 @@ def _layer(name: str, depth: int) -> int | None:
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields name and parameter of what requires a gradient; one that is shared under each of its names."""
+    """Yields the names and parameters that require a gradient; a shared parameter once under each of its names."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             yield clean_name(name), parameter
 
 
 def check_groups(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the groups, having made sure that they hold each trainable parameter of the module, once.
+    """Returns the groups, after checking that they hold each trainable parameter of the module exactly once.
 
     Raises:
-        ValueError: they don't: without a group it would never move, and in two it would move twice.
+        ValueError: they don't. A parameter without a group would never train; one in two groups would train twice.
     """
     claims = Counter(id(parameter) for group in groups for parameter in group["params"])
     names: dict[int, str] = {}
@@ -113,19 +113,19 @@ def check_groups(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[s
     twice = [name for key, name in names.items() if claims[key] > 1]
     if without:
         raise ValueError(
-            f"no parameter group holds {', '.join(without)}, so it would never train; name it in optim/groups.py, or "
+            f"no parameter group holds {', '.join(without)}, so it would never train; add it in optim/groups.py, or "
             "freeze it with requires_grad_(False)"
         )
     if twice:
         raise ValueError(
-            f"parameter groups hold {', '.join(twice)} more than once, so it would move twice a step; share no "
-            "parameter between modules, and claim each in one group of optim/groups.py"
+            f"parameter groups hold {', '.join(twice)} more than once, so each step would update it twice; share no "
+            "parameter between modules, and put each into one group in optim/groups.py"
         )
     return groups
 
 
 def set_hyper(groups: Iterable[dict[str, Any]], hyper: Hyper) -> None:
-    """Sets learning rate (times `lr_scale` where a group has one) and weight decay (where it decays) of the groups."""
+    """Sets each group's learning rate, times its `lr_scale` if any, and its weight decay, 0 unless the group decays."""
     for group in groups:
         group["lr"] = hyper.lr * group.get("lr_scale", 1.0)
         group["weight_decay"] = hyper.weight_decay if group["decay"] else 0.0

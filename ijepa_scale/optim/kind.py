@@ -1,4 +1,7 @@
-"""What an optimiser offers engines: each is a class in a file of its own, found by `optimizer.name`."""
+"""Defines optimisers for engines. Each is a class in its own file, registered under an `optimizer.name`.
+
+Must not know any engine.
+"""
 
 from __future__ import annotations
 
@@ -14,57 +17,57 @@ from ijepa_scale.registry import OPTIMIZERS
 
 
 class OptimizerKind:
-    """One optimiser: what makes it, and what engines must know of it. Its class is used; it has no instances.
+    """One kind of optimiser: builds it and tells engines its properties. Used as a class, without instances.
 
-    The names of its states are those of `Config.state_names`: the one table, which planning reads as well.
+    `Config.state_names` are the names of its states, for planning too.
     """
 
-    Config: ClassVar[type[OptimizerConfig]]  # its settings: the section `optimizer`
+    Config: ClassVar[type[OptimizerConfig]]  # the section `optimizer` for this kind
 
     @staticmethod
     def build(groups: list[dict[str, Any]], config: Any, *, offload: bool) -> torch.optim.Optimizer:
-        """Returns the optimiser over groups of `params`, `decay` (bool) and perhaps `lr_scale`, set by `set_hyper`.
+        """Returns the optimiser for groups of `params`, `decay` (bool) and, optionally, `lr_scale`; see `set_hyper`.
 
         Args:
-            groups: each trainable parameter once; FSDP2's are DTensors.
-            config: the section, a `Config`.
-            offload: the states live in host memory (DeepSpeed CPU offload).
+            groups: hold each trainable parameter once. Under FSDP2 these are DTensors.
+            config: an instance of `Config`.
+            offload: whether states are in host memory (DeepSpeed CPU offload).
 
         Raises:
-            ConfigError: what it needs isn't installed.
+            ConfigError: a required package isn't installed.
         """
         raise NotImplementedError
 
     @classmethod
     def new_state(cls, parameter: Tensor) -> dict[str, Tensor]:
-        """Returns a parameter's state before its first step, so that a checkpoint has somewhere to be read to."""
+        """Returns a parameter's state before its first step, into which a checkpoint can be loaded."""
         return {name: torch.zeros_like(parameter) for name in cls.Config.state_names}
 
     @staticmethod
     def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Sets the step counter after a checkpoint was read; does nothing where there is none."""
+        """Sets the step counter after a checkpoint was loaded. Optimisers without a counter ignore it."""
 
     @staticmethod
     def stopped_on_device(config: Any) -> bool:
-        """Returns whether `optimizer.found_inf`, () fp32 on the device, keeps everything in place where it is 1."""
+        """Returns whether the optimiser changes nothing if its `found_inf`, () fp32 on the device, is 1."""
         return False
 
     @staticmethod
     def refusal(config: Any, strategy: str) -> str | None:
-        """Returns why it can't run under a strategy (plain, ddp, fsdp2, zero1 to zero3), and the remedy; or None."""
+        """Returns why it can't run under a strategy (plain, ddp, fsdp2, zero1 to zero3), with the remedy, or None."""
         return config.refusal(int(strategy[-1])) if strategy.startswith("zero") else None
 
 
 def optimizer_kind(config: OptimizerConfig, strategy: str) -> type[OptimizerKind]:
-    """Returns the optimiser that the section names.
+    """Returns the kind of optimiser that the section names.
 
     Raises:
-        ConfigError: there is none of that name, it has another section, or it can't run under the strategy.
+        ConfigError: the name is unknown, the section belongs to another kind, or it can't run under the strategy.
     """
     kind: type[OptimizerKind] = OPTIMIZERS.get(config.name)
     if not isinstance(config, kind.Config):
         raise ConfigError(
-            f"optimizer.name is {config.name} but its section is a {type(config).__name__}; make it a "
+            f"optimizer.name is {config.name} but the section is of type {type(config).__name__}; use "
             f"{kind.Config.__name__}"
         )
     if (reason := kind.refusal(config, strategy)) is not None:
@@ -75,11 +78,11 @@ def optimizer_kind(config: OptimizerConfig, strategy: str) -> type[OptimizerKind
 def build_optimizer(
     module: nn.Module, config: OptimizerConfig, *, groups: GroupFunction, strategy: str, offload: bool = False
 ) -> torch.optim.Optimizer:
-    """Returns the optimiser that the section names, over the groups of the module, which is on its device.
+    """Returns the optimiser that the section names, for the groups of a module that is on its device.
 
     Raises:
-        ConfigError: as `optimizer_kind`, or something isn't installed.
-        ValueError: the groups leave a trainable parameter out, or hold one twice.
+        ConfigError: as `optimizer_kind`, or a required package isn't installed.
+        ValueError: a trainable parameter is in no group or in more than one.
     """
     kind = optimizer_kind(config, strategy)
     return kind.build(check_groups(module, groups(module)), config, offload=offload)

@@ -1,4 +1,4 @@
-"""LARS: momentum SGD whose rate follows each weight's own norm. Tensors, no process."""
+"""LARS: SGD with momentum whose steps are proportional to each weight's norm. Must not know processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LarsConfig(OptimizerConfig):
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     zero_stages: ClassVar[tuple[int, ...]] = ()
-    zero_reason: ClassVar[str] = "LARS needs the norm of each weight, and ZeRO hands out flat slices of many weights"
+    zero_reason: ClassVar[str] = "LARS needs the norm of each weight, but ZeRO stores slices of many flattened weights"
 
     name: str = Field("lars", description="Optimiser.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Share of the previous step that is kept.")
@@ -45,17 +45,18 @@ class Lars(OptimizerKind):
 
 
 class LarsOptimizer(torch.optim.Optimizer):
-    """Moves weights w by v = momentum * v + q (g + decay * w), w = w - lr * v, with v from 0.
+    """Updates weights w by v = momentum * v + q (g + decay * w), w = w - lr * v, where v starts at 0.
 
-    q is trust_coefficient * |w| / |g + decay * w|, with norms over the whole of a weight, and 1 where either is 0. In
-    groups with `decay` false (biases and 1-D parameters) q is 1 and nothing decays. Doesn't synchronise. Of sharded
-    weights (FSDP2) the norms of each group are summed over processes in one reduction.
+    q is trust_coefficient * |w| / |g + decay * w|, with norms of whole weights, or 1 if either norm is 0. In groups
+    with `decay` false (biases and 1-D parameters) q is 1 and nothing decays. Doesn't synchronise. For sharded weights
+    (FSDP2), one reduction per group sums the norms over processes.
 
-    Source: arXiv 1708.03888, in the form of the released code of arXiv 2111.06377 (linear probing, appendix A.1), which
-    differs from algorithm 1: that has |g| + decay * |w| in q, takes lr into v, and spares no 1-D parameter.
+    Source: arXiv 1708.03888, in the form of the released code of arXiv 2111.06377 (linear probing, appendix A.1). It
+    differs from algorithm 1, which has |g| + decay * |w| in q, multiplies by lr within v, and treats 1-D parameters
+    like the others.
     """
 
-    found_inf: Tensor | None = None  # () fp32 on the device: where it is 1 nothing moves
+    found_inf: Tensor | None = None  # () fp32 on the device: if it is 1, nothing changes
 
     def __init__(
         self,
@@ -72,27 +73,27 @@ class LarsOptimizer(torch.optim.Optimizer):
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "the loss isn't computed anew within a step"
+        assert closure is None, "closures aren't supported"
         for group in self.param_groups:
-            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if moving:
-                self._move(group, moving, [parameter.grad for parameter in moving])
+            weights = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if weights:
+                self._update(group, weights, [weight.grad for weight in weights])
 
-    def _move(self, group: dict[str, Any], weights: list[Tensor], updates: list[Tensor]) -> None:
-        """Moves weights of one group by their gradients."""
+    def _update(self, group: dict[str, Any], weights: list[Tensor], updates: list[Tensor]) -> None:
+        """Updates weights of one group; `updates` are their gradients."""
         if group["decay"]:
             updates = list(torch._foreach_add(updates, weights, alpha=group["weight_decay"]))
             ratios = _trust_ratios(weights, updates, group["trust_coefficient"])
-            updates = [_here(update) for update in updates]
+            updates = [_local(update) for update in updates]
             torch._foreach_mul_(updates, ratios)  # () each, on the device
         for weight in weights:
             state = self.state[weight]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
         torch._fused_sgd_(
-            [_here(weight) for weight in weights],
-            [_here(update) for update in updates],
-            [_here(self.state[weight]["momentum_buffer"]) for weight in weights],
+            [_local(weight) for weight in weights],
+            [_local(update) for update in updates],
+            [_local(self.state[weight]["momentum_buffer"]) for weight in weights],
             weight_decay=0.0,
             momentum=group["momentum"],
             lr=group["lr"],
@@ -105,7 +106,7 @@ class LarsOptimizer(torch.optim.Optimizer):
 
 
 def _trust_ratios(weights: list[Tensor], updates: list[Tensor], coefficient: float) -> list[Tensor]:
-    """Returns what each update is multiplied by, () each. Reduces the norms of sharded tensors once, together."""
+    """Returns the factor () of each update. Reduces the norms of all sharded tensors together."""
     norms: Any = torch.stack(torch._foreach_norm([*weights, *updates]))
     if hasattr(norms, "full_tensor"):
         norms = norms.full_tensor()
@@ -114,6 +115,6 @@ def _trust_ratios(weights: list[Tensor], updates: list[Tensor], coefficient: flo
     return list(torch.where(known, coefficient * of_weights / of_updates, 1.0).unbind())
 
 
-def _here(tensor: Any) -> Tensor:
-    """Returns the part of a tensor that lies on this process."""
+def _local(tensor: Any) -> Tensor:
+    """Returns this process's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,1 +1,1 @@
-"""Training: one step, one loop."""
+"""Training: one loop, and one step for each kind of training."""

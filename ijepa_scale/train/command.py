@@ -1,4 +1,4 @@
-"""The way from a training script's command line to the run's last line. Written once for all kinds of training."""
+"""Runs the command line of the training scripts. Must not know any kind of training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ijepa_scale.train.task import Task
 
 
 def launch(description: str, kind: type[Task]) -> None:
-    """Reads flags and configuration, and trains in each process of the run, or prints the configuration and stops."""
+    """Reads flags and configuration, and trains in each process of the run. Print flags print and exit."""
     flags = _parse(description)
     with processes.user_errors(0):
         for module in flags.plugin:
@@ -37,7 +37,7 @@ def launch(description: str, kind: type[Task]) -> None:
 
 
 def train_here(kind: type[Task], config: Any, launch: Launch, device: torch.device) -> None:
-    """Trains in this process, one of the run's, and prints the result where it is the main one."""
+    """Trains in this process, of the run, and prints the result if it is the main process."""
     level = logging.INFO if launch.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
     config = with_strategy(config, launch, device)
@@ -50,8 +50,8 @@ def train_here(kind: type[Task], config: Any, launch: Launch, device: torch.devi
 def _parse(description: str) -> argparse.Namespace:
     """Returns the command line's flags."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", "--fname", help="YAML file, ours or a published one")
-    parser.add_argument("--help-config", nargs="?", const="", metavar="SECTION", help="explain the settings and stop")
+    parser.add_argument("--config", "--fname", help="YAML file of this package, or one of the published code")
+    parser.add_argument("--help-config", nargs="?", const="", metavar="SECTION", help="explain the settings and exit")
     parser.add_argument(
         "--plugin",
         action="append",
@@ -60,13 +60,15 @@ def _parse(description: str) -> argparse.Namespace:
         help="module that registers components; can be repeated",
     )
     parser.add_argument("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
-    parser.add_argument("--processes", type=int, help="start that many processes on this host")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    parser.add_argument("--processes", type=int, help="number of processes to start on this host")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. optimizer.lr=1e-3 data.workers=8")
     flags = parser.parse_intermixed_args()
     if flags.config is None and flags.help_config is None:
         parser.error("--config is missing; name a YAML file, such as configs/demo.yaml")
-    flags.overrides += [word for word in flags.devices or () if "=" in word]  # --devices takes all that follows
+    flags.overrides += [
+        word for word in flags.devices or () if "=" in word
+    ]  # --devices also takes the settings after it
     flags.devices = [word for word in flags.devices or () if "=" not in word] or None
     return flags

@@ -1,4 +1,4 @@
-"""Finetuning as a task of the loop: the MAE recipe, its accuracy and its results."""
+"""Finetuning as a task of the loop: the MAE recipe, its evaluation and its results."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
 from ijepa_scale.augment.mae import FinetuneAugment
 from ijepa_scale.augment.mixing import check_pairs
@@ -42,31 +43,36 @@ from ijepa_scale.train.setup import global_batch, open_training_source
 from ijepa_scale.train.task import Evaluation, Result, Task
 
 EXPORT = "model.safetensors"
-_PRETRAINING = ("momentum", "target_std", "context_tokens", "target_tokens")  # what only its rows have
+_PRETRAINING = (
+    "momentum",
+    "target_std",
+    "context_tokens",
+    "target_tokens",
+)  # columns that only rows of pretraining have
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneResult(Result):
-    """What a finetuning run ended with. Accuracies are shares, None without `evaluate.data`."""
+    """The result of a finetuning run. Accuracies are between 0 and 1, or None without `evaluate.data`."""
 
     top1: float | None
     top5: float | None
     best_top1: float | None
 
+    @override
     def figures(self) -> str:
-        """Returns the accuracies."""
         top = "" if self.top1 is None else f", top-1 {self.top1:.2%}, top-5 {self.top5 or 0:.2%}"
         return top + ("" if self.best_top1 is None else f" (best top-1 {self.best_top1:.2%})")
 
 
 def finetune(config: FinetuneConfig, world: World) -> FinetuneResult:
-    """Returns the result of finetuning as `config` says, from the newest checkpoint if there is one.
+    """Finetunes as `config` says, starting from the newest checkpoint if there is one, and returns the result.
 
-    Every process calls it. Writes what `Loop` writes, first_batch.png, preflight.txt and the results into
+    Every process must call it. Writes the files of `Loop`, first_batch.png, preflight.txt and the results into
     `config.folder`.
 
     Raises:
-        UserError: anything that the user can fix; nothing that was saved is lost.
+        UserError: a problem that the user can fix. Saved data is never lost.
     """
     result = run_task(FinetuneTask, config, world)
     assert isinstance(result, FinetuneResult)
@@ -74,14 +80,14 @@ def finetune(config: FinetuneConfig, world: World) -> FinetuneResult:
 
 
 class FinetuneTask(Task):
-    """A finetuning run of this process. Weights are read only when the run is `starting`: resuming brings its own."""
+    """A finetuning run in this process. Reads initial weights only if the run is `starting`, not if it resumes."""
 
     kind = "finetune"
     config_kind = FinetuneConfig
     identity_sections = ("seed", "model", "augment", "optimizer")
 
     def __init__(self, config: FinetuneConfig, world: World, *, starting: bool) -> None:
-        """Builds the parts, with the engine prepared. Communicates where the engine does."""
+        """Builds the parts and prepares the engine. Communicates if the engine does."""
         self.config, self.world = config, world
         data, model = config.data, config.model
         self.batch_size = global_batch(config, world.size)
@@ -134,11 +140,11 @@ class FinetuneTask(Task):
         if config.data is None:
             return None
         source = build_source(config.reader, config.data)
-        check_problems(source.problems(), source.num_samples, 0.0)  # a figure over fewer images would be no figure
+        check_problems(source.problems(), source.num_samples, 0.0)  # accuracy over fewer images would not be comparable
         if None not in (self.classes, source.classes) and self.classes != source.classes:
             raise DataError(
-                f"data.train and evaluate.data name other classes ({_difference(self.classes, source.classes)}), so "
-                "labels don't mean the same; give both the same class folders or classes.json"
+                f"data.train and evaluate.data have different classes ({_difference(self.classes, source.classes)}), "
+                "so their labels have different meanings; give both the same class folders or classes.json"
             )
         return ClassifierCheck(
             source,
@@ -153,23 +159,24 @@ class FinetuneTask(Task):
         )
 
     def _drop(self, micro: Batch) -> Tensor | None:
-        """Returns the drop path factors of these images, by their places in the global batch."""
+        """Returns the drop path factors of these images, keyed by their positions in the global batch."""
         if not any(self._drop_rates):
             return None
-        places = micro.position + np.arange(len(micro))
-        factors = drop_factors(self._drop_rates, seed=self.config.seed, step=micro.step, samples=places)
+        positions = micro.position + np.arange(len(micro))
+        factors = drop_factors(self._drop_rates, seed=self.config.seed, step=micro.step, samples=positions)
         return to_device(factors, self.world.device)
 
+    @override
     def state(self) -> dict[str, Any]:
-        """Returns the accuracies and the class names."""
         return {"top1": self.top1, "top5": self.top5, "best_top1": self.best_top1, "classes": self.classes}
 
+    @override
     def load_state(self, extra: dict[str, Any]) -> None:
-        """Takes back the accuracies."""
         self.top1, self.top5, self.best_top1 = extra["top1"], extra["top5"], extra["best_top1"]
 
+    @override
     def first_batch(self, batch: Batch, folder: Path) -> None:
-        """Writes preflight.txt and first_batch.png. Communicates: a forward pass of every process."""
+        """Writes preflight.txt and first_batch.png. Communicates: every process runs a forward pass."""
         micro = next(batch.split(self.config.engine.accumulation))
         images, targets = self.augment(micro)
         loss = self.world.mean(soft_cross_entropy(self.engine.evaluate(images), targets).detach())
@@ -177,23 +184,26 @@ class FinetuneTask(Task):
             self.preflight.write(folder, self.world, self.loaded, float(loss))
             self.preflight.draw(folder, images, targets, self.classes)
 
+    @override
     def row(self, means: dict[str, float], done: int) -> Row:
-        """Returns the row after `done` steps, without what only pretraining has."""
+        """Returns the row after `done` steps, without the columns of pretraining."""
         return {name: value for name, value in super().row(means, done).items() if name not in _PRETRAINING}
 
+    @override
     def flops_per_image(self, means: dict[str, float]) -> float:
-        """Returns the FLOPs of one training image."""
         return finetune_flops(self.config.model.pretrained, frozen_blocks=self.config.model.frozen_blocks)
 
+    @override
     def evaluates(self, done: int) -> bool:
-        """Returns whether an evaluation is due: each `evaluate.every_epochs` and at the end, not before the start."""
+        """Returns whether an evaluation is due: every `evaluate.every_epochs` and after the last step."""
         if self._check is None or done == 0:
             return False
         every = max(1, round(self.config.evaluate.every_epochs * self.order.steps_per_epoch))
         return done % every == 0 or done == self.last_step
 
+    @override
     def evaluate(self, done: int) -> Evaluation:
-        """Returns top-1 and top-5 over all held-out images, of the averaged weights where there are some."""
+        """Returns top-1 and top-5 over all evaluation images, with the averaged weights if there are any."""
         assert self._check is not None
         averaged = self.config.optimizer.ema is not None
         found = self.accuracy = self._check.run(self.engine.target if averaged else self.engine.evaluate)
@@ -204,15 +214,16 @@ class FinetuneTask(Task):
         note = f"top-1 {found.top1:.2%}  top-5 {found.top5:.2%}  best top-1 {self.best_top1:.2%}"
         return Evaluation(row=row, note=note, is_best=best)
 
+    @override
     def finish(self, folder: Path) -> None:
-        """Writes the results: figures, per-class table, confusion matrix, curves, the best weights."""
+        """Writes the results: accuracies, per-class table, confusion matrix, curves and the best weights."""
         if self.world.is_main:
             best = newest(folder / "best")
             export_safetensors(best or folder, folder / EXPORT)
             write_report(folder, self.accuracy, self._evaluated_step, self.config.model.num_classes, self.classes)
 
+    @override
     def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> FinetuneResult:
-        """Returns the result of the run."""
         last = self.accuracy
         return FinetuneResult(
             steps=steps,
@@ -225,7 +236,7 @@ class FinetuneTask(Task):
 
 
 def build_finetune_schedule(config: FinetuneConfig, batch_size: int, steps_per_epoch: int) -> FinetuneSchedule:
-    """Returns the schedules of the run; `batch_size` counts the images of an optimiser step over all processes."""
+    """Returns the schedules of the run. `batch_size` is the global batch size: images per optimiser step."""
     optimizer = config.optimizer
     return FinetuneSchedule(
         steps_per_epoch=steps_per_epoch,
@@ -238,6 +249,6 @@ def build_finetune_schedule(config: FinetuneConfig, batch_size: int, steps_per_e
 
 
 def _difference(ours: list[str] | None, theirs: list[str] | None) -> str:
-    """Returns the first names that only one of the lists has."""
+    """Returns, in words, how the lists differ: the first names that only one has, or the order."""
     only = sorted(set(ours or ()) ^ set(theirs or ()))
     return f"only one has {', '.join(only[:3])}" if only else "in another order"

@@ -1,4 +1,4 @@
-"""The finetuning step: soft targets, drop path by sample, and an average of the weights where one is kept."""
+"""The finetuning step: soft targets, drop path per sample and, optionally, an average of the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ijepa_scale.schedules import Hyper
 
 
 class FinetuneStep:
-    """One optimiser step: called with this process's part of a global batch."""
+    """Takes one optimiser step with this process's part of a global batch."""
 
     def __init__(
         self,
@@ -27,11 +27,11 @@ class FinetuneStep:
         meters: Meters,
     ) -> None:
         self.engine, self.augment, self.drop_path, self.schedule = engine, augment, drop_path, schedule
-        self.momentum = momentum  # of the averaged weights; None: none are kept
+        self.momentum = momentum  # of the averaged weights; None without an average
         self.meters = meters
 
     def __call__(self, batch: Batch) -> StepInfo:
-        """Returns what the step did; moves weights, optimiser and average, or raises before any has moved."""
+        """Updates weights, optimiser and average, or raises before any of them has changed."""
         hyper = self.schedule(batch.step)
         for micro in self.engine.accumulate(batch):
             images, targets = self.augment(micro)  # (B, 3, H, W), (B, classes)

@@ -1,6 +1,6 @@
-"""The loop of every training run: steps, rows, evaluations, checkpoints. Knows no model and no objective.
+"""The loop of every training run: steps, rows, evaluations, checkpoints. Must not know models or objectives.
 
-What is trained, and what is particular to a kind of training, is a `Task`; there is no second loop.
+Everything that differs between kinds of training belongs to a `Task`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class RunConfig(Protocol):
 
 
 def find_checkpoint(config: RunConfig, world: World) -> Path | None:
-    """Returns the checkpoint to start from; rank 0 looks, so that all processes see the same.
+    """Returns the checkpoint to start from, if any. Only rank 0 searches, so that all processes agree.
 
     Raises:
-        ConfigError: `resume` names one that isn't the newest of its folder, or is none where there is one.
+        ConfigError: `resume` names a checkpoint that isn't the newest of its folder, or it is none although there is a
+            checkpoint.
     """
     found = world.broadcast_object(store.newest(Path(config.folder) / "checkpoints") if world.is_main else None)
     assert found is None or isinstance(found, Path)
@@ -55,22 +56,24 @@ def find_checkpoint(config: RunConfig, world: World) -> Path | None:
         chosen = Path(config.resume)
         if found is not None and chosen.resolve().parent == found.resolve().parent and chosen.name < found.name:
             raise ConfigError(
-                f"resume is {chosen} but {found} is newer and in the same folder; set another folder for the branch, "
-                f"or remove the newer checkpoints"
+                f"resume is {chosen} but {found} in the same folder is newer; set another folder for the new run, "
+                "or remove the newer checkpoints"
             )
         return chosen
     if config.resume == "none" and found is not None:
         raise ConfigError(
-            f"resume is none but {found} exists; set resume=auto to go on from it, or another folder to start anew"
+            f"resume is none but {found} exists; set resume=auto to continue it, or set another folder for a new run"
         )
     return found
 
 
 def run_task(kind: type[Task], config: Any, world: World) -> Result:
-    """Returns the result of a run of this kind, from the newest checkpoint if there is one. Every process calls it.
+    """Runs a task of this kind, starting from the newest checkpoint if there is one, and returns the result.
+
+    Every process must call it.
 
     Raises:
-        UserError: anything that the user can fix; nothing that was saved is lost.
+        UserError: a problem that the user can fix. Saved data is never lost.
     """
     resume = find_checkpoint(config, world)
     task = kind(config, world, starting=resume is None)
@@ -81,9 +84,9 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
 
 
 class Loop:
-    """Where a run is, and what it writes.
+    """Takes the steps of a run, and writes its files.
 
-    Writes config.yaml, run.json, metrics.jsonl, tensorboard/ and checkpoints/ into the run's folder.
+    The run's folder gets config.yaml, run.json, metrics.jsonl, tensorboard/ and checkpoints/.
     """
 
     def __init__(self, task: Task, resume: Path | None) -> None:
@@ -105,11 +108,13 @@ class Loop:
         checkpoint = store.Checkpoint(path)
         kind = checkpoint.extra.get("kind", "pretrain")
         if kind != self.task.kind:
-            raise CheckpointError(f"{path} is of a {kind} run, this is a {self.task.kind} run; give another folder")
+            raise CheckpointError(
+                f"{path} belongs to a {kind} run, but this is a {self.task.kind} run; set another folder"
+            )
         before = {name: stored(checkpoint.extra[name], type(self.config)) for name in ("identity", "config")}
         _check_identity(path, before["identity"], self.task.identity())
         for line in _changes(before["config"], self.config.values()):
-            logger.warning("changed since %s: %s", path.name, line)
+            logger.warning("setting changed since %s: %s", path.name, line)
         checkpoint.load(self.task.engine.pieces())
         self.task.engine.loaded(checkpoint.step)
         self.start = checkpoint.step
@@ -117,27 +122,27 @@ class Loop:
         logger.info("resumed from %s: the next step is %d", path, self.start)
         if isinstance(self.task.source, StreamSource):
             logger.warning(
-                "data.reader stream keeps no place: from step %d on other passes over the shards begin, so samples may "
-                "come again before others have come (data.reader=shards goes on exactly)",
+                "data.reader stream doesn't save its position: at step %d new passes over the shards begin, so some "
+                "samples may repeat before others have been read (data.reader=shards resumes exactly)",
                 self.start,
             )
 
     @property
     def steps(self) -> int:
-        """Steps done when the run has ended."""
+        """The number of steps done at the end of the run."""
         return max(self.task.last_step, self.start)
 
     @property
     def checkpoint(self) -> Path:
-        """Where the state of the end lies."""
+        """The checkpoint of the state at the end of the run."""
         last = self.task.last_step
         return self.resumed if self.resumed and self.start >= last else self._path(last)
 
     def train(self) -> None:
-        """Takes the steps that are left.
+        """Takes the remaining steps.
 
         Raises:
-            UserError: anything that the user can mend; nothing that was saved is lost.
+            UserError: a problem that the user can fix. Saved data is never lost.
         """
         task, last = self.task, self.task.last_step
         if last == 0:
@@ -168,26 +173,26 @@ class Loop:
         task.finish(self.folder)
 
     def _warm_up(self, batch: Batch) -> None:
-        """Takes the first step of this process, which compiles and allocates, outside the time of the rows."""
+        """Takes the first step of this process, which compiles and allocates. The rows don't count its time."""
         with self.task.meters.warming_up():
             self._step(batch)
         if self.world.is_main:
             self._describe_run(warm_up_s=self.task.meters.warm_up_s)
-            logger.info("warmed up in %.1f s, which no row counts", self.task.meters.warm_up_s)
+            logger.info("warmed up in %.1f s (not counted in any row)", self.task.meters.warm_up_s)
 
     def _step(self, batch: Batch) -> None:
-        """Takes one step; where it can't be taken, saves the state before it, which has not moved."""
+        """Takes one step. If a value isn't finite, saves the unchanged state from before the bad step."""
         try:
             self.task.step(batch)
-            if self._is_looked_at(batch.step + 1):
+            if self._needs_result(batch.step + 1):
                 self.task.engine.settle()
-        except NonFiniteError as error:  # raised on every process alike, so all of them can save
+        except NonFiniteError as error:  # raised on every process, so all of them can save
             if error.step > self.start:
-                # apart from the checkpoints: this state may be what diverges, and resuming must not choose it
+                # not with the checkpoints: this state may already diverge, and resuming must not choose it
                 self._save(error.step, folder="stopped", keep=1)
             raise
 
-    def _is_looked_at(self, done: int) -> bool:
+    def _needs_result(self, done: int) -> bool:
         """Returns whether a row, an evaluation or a checkpoint is due after `done` steps."""
         return self._shows(done) or self._saves(done) or self.task.evaluates(done)
 
@@ -202,7 +207,7 @@ class Loop:
         return self.folder / "checkpoints" / f"step-{done:08d}"
 
     def _after(self, done: int, sinks: Sinks, progress: Progress) -> None:
-        """Does what is due after `done` steps."""
+        """Writes the row, evaluates and saves if they are due after `done` steps."""
         task = self.task
         progress.advance()
         if self._shows(done):
@@ -245,16 +250,16 @@ class Loop:
             logger.info("saved %s", path)
 
     def _describe(self) -> None:
-        """Writes config.yaml and run.json; puts rows and best state of a run that left no checkpoint aside."""
+        """Writes config.yaml and run.json, and renames rows and best state of an earlier run without checkpoints."""
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = self.folder / JSONL_NAME
-        # a best state left behind would be pruned last, and so be taken for this run's
+        # otherwise an old best state could have the highest step and be taken for this run's
         for left in (rows, self.folder / "best") if self.start == 0 else ():
             if left.exists():
                 names = (left.with_name(f"{left.stem}-{number}{left.suffix}") for number in count(1))
                 aside = next(name for name in names if not name.exists())
                 left.rename(aside)
-                logger.warning("%s is of a run without checkpoint; moved to %s", left, aside.name)
+                logger.warning("%s belongs to a run without checkpoints; renamed it to %s", left, aside.name)
         (self.folder / "config.yaml").write_text(to_yaml(self.config))
         self._describe_run()
         logger.info(
@@ -264,21 +269,21 @@ class Loop:
         )  # fmt: skip
 
     def _describe_run(self, **measured: float | None) -> None:
-        """Writes run.json: versions, and what was measured since."""
+        """Writes run.json: versions and measurements."""
         (self.folder / "run.json").write_text(json.dumps({**self.provenance, **measured}, indent=2) + "\n")
 
 
-def _check_identity(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    lines = list(_changes(found, wanted))
+def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    lines = list(_changes(found, expected))
     if lines:
         raise CheckpointError(
-            f"{path} is of another run, so its numbers would not continue: {'; '.join(lines)}; "
-            "give the same values, or another folder to start anew"
+            f"{path} belongs to a run with other settings, so this run can't continue it: {'; '.join(lines)}; "
+            "give the same values, or set another folder for a new run"
         )
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Returns a line for each value that differs, with its dotted name."""
+    """Returns a line with the dotted name of each value that differs."""
     lines = []
     for name in {**before, **after}:
         old, new = before.get(name), after.get(name)

@@ -1,4 +1,4 @@
-"""A picture of the first batch, so that a wrong crop or mask is seen before hours are spent."""
+"""Draws the first batch, so that wrong crops or masks are noticed before a long run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUM_IMAGES = 6
 
 
 def draw_first_batch(task: PretrainTask, batch: Batch, path: Path) -> None:
-    """Draws a few augmented images with their context and target blocks. Synchronises: once per task."""
+    """Draws a few augmented images with their context and target blocks. Synchronises. Called once per run."""
     micro = next(batch.split(task.config.engine.accumulation))
     count = min(_NUM_IMAGES, len(micro))
     mean, std = (torch.tensor(v)[:, None, None] for v in (task.config.augment.mean, task.config.augment.std))

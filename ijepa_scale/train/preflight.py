@@ -1,4 +1,4 @@
-"""What a finetuning run says before hours are spent: batch, rates, groups, weights, first loss."""
+"""The report at the start of a finetuning run: batch, learning rates, groups, weights, memory, first loss."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 FILE = "preflight.txt"
 PICTURE = "first_batch.png"
 _NUM_IMAGES = 8
-_NEAR = 0.1  # a first loss further from chance than this share is worth a warning
+_NEAR = 0.1  # warns if the first loss differs from chance by more than this share
 
 
 class Preflight:
-    """Collects the facts where they are known, and tells them together."""
+    """Collects the facts of a run, and reports them together."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Preflight:
         self._images = f"{len(labels)} images, {counts.min()} to {counts.max()} in each of {len(counts)} classes"
 
     def lines(self, world: World, loaded: LoadReport | None, first_loss: float) -> list[str]:
-        """Returns the text. `first_loss` is that of the first micro-batch, over all processes, nats."""
+        """Returns the lines of the report. `first_loss`, in nats, is that of the first micro-batch over all processes."""
         config, schedule = self._config, self._schedule
         accumulation = config.engine.accumulation
         each = self._batch_size // (world.size * accumulation)
@@ -71,7 +71,7 @@ class Preflight:
             f"{schedule.warmup_epochs * schedule.steps_per_epoch:.0f}, then to {schedule.min_lr:g}",
             f"weights   {loaded.text() if loaded else 'random (model.init is null)'}",
             f"loss      {first_loss:.4f} at the first batch, chance is {chance:.4f}"
-            + ("" if self._is_near(first_loss, chance) else "  <- far from it: check the labels and the head"),
+            + ("" if self._is_near(first_loss, chance) else "  <- far from chance: check the labels and the head"),
             self._memory(world, trained, kept),
             "groups    name, tensors, parameters, lr scale, weight decay",
             *(
@@ -82,7 +82,7 @@ class Preflight:
         ]
 
     def _memory(self, world: World, trained: int, kept: int) -> str:
-        """Returns the line on what `trained` parameters, and `kept` ones without gradient, take on each process."""
+        """Returns the line on the memory per process of `trained` parameters and of `kept` ones without gradients."""
         engine = self._config.engine
         strategy, offload = engine.strategy, False
         if engine.ds_config is not None:
@@ -105,8 +105,8 @@ class Preflight:
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in kinds.items())
         return (
             f"memory    {self._num_parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained; fp32 "
-            f"states of each process under {strategy} x {world.size}: {states.total / 1e9:.3g} GB ({parts}); "
-            "activations and buffers come on top"
+            f"states per process under {strategy} x {world.size}: {states.total / 1e9:.3g} GB ({parts}); "
+            "activations and buffers are extra"
         )
 
     def _is_near(self, loss: float, chance: float) -> bool:
@@ -120,7 +120,7 @@ class Preflight:
             logger.log(logging.WARNING if "<- far" in line else logging.INFO, "%s", line)
 
     def draw(self, folder: Path, images: Tensor, targets: Tensor, classes: list[str] | None) -> None:
-        """Draws a few images as the model gets them, with their labels. Synchronises: once per run."""
+        """Draws a few images as the model gets them, with their labels. Synchronises. Called once per run."""
         augment = self._config.augment
         mean, std = (images.new_tensor(values)[:, None, None] for values in (augment.mean, augment.std))
         shown = (images[:_NUM_IMAGES].float() * std + mean).clamp(0, 1)

@@ -1,10 +1,12 @@
-"""Pretraining as a task of the loop: its parts, its rows and its evaluator."""
+"""Pretraining as a task of the loop: its parts, its rows and its evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import override
 
 from ijepa_scale.augment import Augment
 from ijepa_scale.config import PretrainConfig
@@ -30,28 +32,28 @@ from ijepa_scale.train.task import Evaluation, Result, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainResult(Result):
-    """What a pretraining run ended with. Figures are the evaluator's, by name; `untrained` those before step 0."""
+    """The result of a pretraining run: the evaluator's figures by name. `untrained` holds those from before step 0."""
 
     evaluated: dict[str, float]
     untrained: dict[str, float]
 
     @property
     def knn(self) -> float | None:
-        """Accuracy of the kNN evaluator, 0 to 1; None where it didn't run."""
+        """The accuracy of the kNN evaluator, 0 to 1; None if it didn't run."""
         return self.evaluated.get("knn")
 
+    @override
     def figures(self) -> str:
-        """Returns each figure with that of the untrained encoder."""
         return "".join(f", {_with_untrained(name, self.evaluated, self.untrained)}" for name in self.evaluated)
 
 
 def pretrain(config: PretrainConfig, world: World) -> PretrainResult:
-    """Returns the result of pretraining as `config` says, from the newest checkpoint if there is one.
+    """Pretrains as `config` says, starting from the newest checkpoint if there is one, and returns the result.
 
-    Every process calls it. Writes what `Loop` writes, and masks.png, into `config.folder`.
+    Every process must call it. Writes the files of `Loop` and masks.png into `config.folder`.
 
     Raises:
-        UserError: anything that the user can fix; nothing that was saved is lost.
+        UserError: a problem that the user can fix. Saved data is never lost.
     """
     result = run_task(PretrainTask, config, world)
     assert isinstance(result, PretrainResult)
@@ -59,17 +61,19 @@ def pretrain(config: PretrainConfig, world: World) -> PretrainResult:
 
 
 class PretrainTask(Task):
-    """A pretraining run, with an online evaluator where the configuration asks for one."""
+    """A pretraining run in this process, with an online evaluator if the configuration enables one."""
 
     kind = "pretrain"
     config_kind = PretrainConfig
     identity_sections = ("seed", "model", "masks", "augment", "objective")
 
     def __init__(self, config: PretrainConfig, world: World, *, starting: bool = True) -> None:
-        """Builds the parts, with the engine prepared. Communicates where the engine does."""
+        """Builds the parts and prepares the engine. Communicates if the engine does."""
         self.config, self.world = config, world
         self.batch_size = global_batch(config, world.size)
-        self.masks = MaskSampler(config.masks, config.model.grid, seed=config.seed)  # first: it may refuse at once
+        self.masks = MaskSampler(
+            config.masks, config.model.grid, seed=config.seed
+        )  # first, since it may refuse the configuration
         self.source = open_training_source(config, log=world.is_main)
         self.order = training_order(
             config.data,
@@ -105,7 +109,7 @@ class PretrainTask(Task):
         self._checked = config.engine.target_precision != "fp8"
 
     def step(self, batch: Batch) -> StepInfo:
-        """Takes one optimiser step, or raises before anything has moved."""
+        """Takes one optimiser step, or raises before anything has changed. Before the first, checks an fp8 target."""
         if not self._checked:
             self._checked = True
             with self.meters.paused():
@@ -113,31 +117,34 @@ class PretrainTask(Task):
                 self.engine.check_fp8(self.augment(micro))
         return self._take_step(batch)
 
+    @override
     def prepare_evaluation(self) -> None:
-        """Reads the labels of the evaluation's images."""
+        """Builds the evaluator, which reads the labels of its images."""
         if self.config.evaluate.every:
             self._evaluator = build_evaluator(self.config, self.world)
 
+    @override
     def state(self) -> dict[str, Any]:
-        """Returns the evaluator's figures."""
         return {"evaluated": self.evaluated, "untrained": self.untrained}
 
+    @override
     def load_state(self, extra: dict[str, Any]) -> None:
-        """Takes back the evaluator's figures."""
         if "evaluated" in extra:
             self.evaluated, self.untrained = dict(extra["evaluated"]), dict(extra["untrained"])
             return
-        for kept, name in ((self.evaluated, "knn"), (self.untrained, "knn_untrained")):  # version 0.1.0
+        for kept, name in ((self.evaluated, "knn"), (self.untrained, "knn_untrained")):  # checkpoints of version 0.1.0
             if extra.get(name) is not None:
                 kept["knn"] = extra[name]
 
+    @override
     def first_batch(self, batch: Batch, folder: Path) -> None:
         """Draws masks.png."""
         if self.world.is_main:
             draw_first_batch(self, batch, folder / "masks.png")
 
+    @override
     def flops_per_image(self, means: dict[str, float]) -> float:
-        """Returns the FLOPs of one training image, with as many tokens as the masks had."""
+        """Returns the FLOPs of one training image with the masks' mean number of tokens."""
         masks = self.config.masks
         return train_flops(
             self.config.model,
@@ -147,13 +154,15 @@ class PretrainTask(Task):
             num_context=masks.num_context_blocks,
         ).total
 
+    @override
     def evaluates(self, done: int) -> bool:
-        """Returns whether the evaluator is due: before the first step, every `evaluate.every`, after the last."""
+        """Returns whether an evaluation is due: before the first step, every `evaluate.every`, after the last step."""
         due = done % max(1, self.config.evaluate.every) == 0 or done == self.last_step
         return self._evaluator is not None and due
 
+    @override
     def evaluate(self, done: int) -> Evaluation:
-        """Returns the evaluator's figures of the target encoder."""
+        """Returns the evaluator's figures for the target encoder. Every process must call it."""
         assert self._evaluator is not None
         self.evaluated = self._evaluator.run(self.engine.target)
         if done == 0:
@@ -162,15 +171,15 @@ class PretrainTask(Task):
         note = ", ".join(_with_untrained(name, self.evaluated, self.untrained) for name in self.evaluated)
         return Evaluation(row=row, note=f"target encoder: {note}")
 
+    @override
     def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> PretrainResult:
-        """Returns the result of the run."""
         return PretrainResult(
             steps=steps, loss=loss, checkpoint=checkpoint, evaluated=self.evaluated, untrained=self.untrained
         )
 
 
 def build_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
-    """Returns the schedules of the run; `schedule.steps_per_epoch` goes before the data's own."""
+    """Returns the schedules of the run. `schedule.steps_per_epoch`, if set, replaces the data's number."""
     return Schedule(
         steps_per_epoch=config.schedule.steps_per_epoch or steps_per_epoch,
         epochs=config.schedule.epochs,

@@ -1,4 +1,4 @@
-"""Starts what a launch script runs: in this process, in children, or where a launcher put it."""
+"""Runs a launch script's function in this process, in child processes or in those of a launcher."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ USER_ERROR_CODE = 2
 
 
 def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | None, processes: int | None) -> None:
-    """Runs `main(options, launch, device)` once per process of the run, and exits with 2 on a user's error.
+    """Runs `main(options, launch, device)` in each process of the run, and exits with code 2 on a user's error.
 
-    `devices` starts a child process per device, `processes` that many; without either this process is
-    the one that torchrun, deepspeed or srun started, or alone. `main` is importable by name.
+    `devices` starts one child process per device, and `processes` the given number. Without both, this process was
+    started by torchrun, deepspeed or srun, or is the only one. `main` must be importable by name.
     """
     with user_errors(0):
         launch = environment.detect_launch()
@@ -45,7 +45,7 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
             raise ConfigError(f"--processes is {processes} but --devices names {len(devices)}; give one of the flags")
         twice = sorted({name for name in devices or () if name.startswith("cuda") and (devices or []).count(name) > 1})
         if twice:
-            raise ConfigError(f"--devices names {', '.join(twice)} twice; a GPU can be one process's only")
+            raise ConfigError(f"--devices names {', '.join(twice)} twice; give each process its own GPU")
         if count < 1:
             raise ConfigError(f"--processes is {count}; give at least 1")
     port = environment.free_port()
@@ -71,21 +71,21 @@ def _child(
 
 
 def _set_threads(launch: Launch) -> None:
-    """Gives each process its share of the cores: PyTorch would give each of them all."""
+    """Gives each process its share of the cores, since PyTorch would use all cores in each."""
     if launch.local_world_size > 1 and environment.threads() is None:
         torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
 
 
 @contextlib.contextmanager
 def world_of(launch: Launch, device: torch.device, *, alone: bool) -> Iterator[World]:
-    """Yields the world and takes it down; not after an error, when the others may wait in a collective."""
+    """Yields the world and stops it at the end. Not after an error, since others may wait in a collective."""
     yield start_world(launch, device, alone=alone)
     stop_world()
 
 
 @contextlib.contextmanager
 def user_errors(rank: int) -> Iterator[None]:
-    """Prints a user's error as text, without a traceback, and exits with code 2."""
+    """Prints a `UserError` without a traceback, and exits with code 2."""
     try:
         yield
     except UserError as error:

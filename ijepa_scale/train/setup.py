@@ -1,4 +1,4 @@
-"""Turns a configuration into what both kinds of training need, and refuses what can't be run."""
+"""Setup that both kinds of training share: strategy, batch size and data source. Must not know either kind's step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
 logger = logging.getLogger(__name__)
 
-_SYNTHETIC_SIDE = 256  # pixels, at least, of synthetic images
+_SYNTHETIC_SIDE = 256  # smallest side of synthetic images, pixels
 
 
 def with_strategy(config: Config, launch: Launch, device: torch.device) -> Config:
-    """Returns the configuration with `engine.strategy: auto` replaced, and logs the choice with its reason.
+    """Resolves `engine.strategy: auto`, logs the choice with its reason, and returns the new configuration.
 
-    A classifier counts as its encoder pretrained, with target and predictor: an upper bound.
+    For a classifier it assumes the memory of pretraining its encoder, an upper bound.
     """
     model = config.model if isinstance(config, PretrainConfig) else config.model.pretrained
     optimizer = config.optimizer if isinstance(config, PretrainConfig) else config.optimizer.adamw(1)
@@ -46,15 +46,15 @@ def with_strategy(config: Config, launch: Launch, device: torch.device) -> Confi
 
 
 def encoder_of(config: PretrainConfig | FinetuneConfig) -> EncoderConfig:
-    """Returns the section of the encoder: pretraining's model section holds it, finetuning's nests it."""
+    """Returns the section of the encoder: the model section in pretraining, a part of it in finetuning."""
     return config.model if isinstance(config, PretrainConfig) else config.model.encoder
 
 
 def global_batch(config: PretrainConfig | FinetuneConfig, processes: int) -> int:
-    """Returns the images of one optimiser step over all processes.
+    """Returns the number of images per optimiser step over all processes.
 
     Raises:
-        ConfigError: they can't be shared out evenly.
+        ConfigError: they can't be divided evenly over processes and micro-batches.
     """
     data, accumulation = config.data, config.engine.accumulation
     batch = data.batch_size or (data.batch_size_per_process or 0) * processes
@@ -68,10 +68,10 @@ def global_batch(config: PretrainConfig | FinetuneConfig, processes: int) -> int
 
 
 def open_training_source(config: PretrainConfig | FinetuneConfig, *, log: bool) -> SampleSource | StreamSource:
-    """Returns what the training images come from, and logs what its listing left out.
+    """Returns the source of the training images, and logs images that can't be used.
 
     Raises:
-        DataError: data that can't be read, or of which more than `data.max_bad_fraction` can't be used.
+        DataError: the data can't be read, or more than `data.max_bad_fraction` of it can't be used.
     """
     height, width = (max(_SYNTHETIC_SIDE, side) for side in encoder_of(config).image_size)
     source = training_source(config.data, (height, width))

@@ -1,6 +1,6 @@
 """The training step of I-JEPA, as the paper writes it.
 
-What makes it fast or distributed is the engine's; nothing here waits for the device.
+The engine makes it fast and distributed, and this module must not know how. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ijepa_scale.schedules import Hyper
 
 
 class TrainStep:
-    """One optimiser step: called with this process's part of a global batch of `batch_size` images."""
+    """Takes one optimiser step with this process's part of a global batch of `batch_size` images."""
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class TrainStep:
         self.observe = TargetMeters(meters, masks.grid[0] * masks.grid[1])
 
     def __call__(self, batch: Batch) -> StepInfo:
-        """Returns what the step did; moves weights, optimiser and target, or raises before any has moved."""
+        """Updates weights, optimiser and target, or raises before any of them has changed."""
         hyper = self.schedule(batch.step)  # learning rate, weight decay, momentum
         for micro in self.engine.accumulate(batch):
             images = self.augment(micro)  # (B, 3, H, W)
             masks, wanted = self.masks(micro.step, micro.position, len(micro), self.batch_size)
-            tokens = self.engine.target(images, wanted=wanted.places)  # (B, U, D), no gradient
+            tokens = self.engine.target(images, wanted=wanted.patches)  # (B, U, D), no gradient
             prediction = self.engine.model(images, masks)  # encode the context, predict the targets
             self.engine.backward(self.objective(prediction, tokens, masks, wanted))
             self.observe(tokens, masks, wanted)

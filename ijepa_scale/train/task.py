@@ -1,7 +1,7 @@
-"""What a training run trains: the parts of one process, which the loop drives. Knows no kind of training.
+"""Defines tasks, which the loop runs. Must not know any kind of training.
 
-A kind of training is a subclass of `Task` with its step in a file of its own; loader, last step, identity and
-the way from the command line to the result are written once, here and in `loop` and `command`.
+A kind of training is a subclass of `Task`, and its step has its own file. All kinds share what is here, in `loop` and
+in `command`: loader, last step, identity, and everything from the command line to the result.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from ijepa_scale.train.setup import encoder_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
-    row: dict[str, Any]  # figures, for metrics.jsonl
+    row: dict[str, Any]  # figures for metrics.jsonl
     note: str  # one line for a person
-    is_best: bool = False  # of the run so far: this state is kept apart
+    is_best: bool = False  # best result of the run so far, so this state is saved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run ended with."""
+    """The result of a run."""
 
     steps: int
-    loss: float | None  # of the last row; None where no steps were left
+    loss: float | None  # of the last row; None if no steps were left
     checkpoint: Path
 
     def figures(self) -> str:
-        """Returns what evaluations found, in words; empty without any."""
+        """Returns the figures of the evaluations as text, empty without evaluations."""
         return ""
 
     def text(self) -> str:
@@ -55,11 +55,11 @@ class Result:
 
 
 class Task:
-    """One process's part of a run. A subclass builds its parts in `__init__`, and takes its steps through `step`."""
+    """One process's part of a run. Subclasses build their parts in `__init__`, and `step` takes their steps."""
 
-    kind: ClassVar[str]  # pretrain | finetune: a checkpoint continues runs of its own kind
+    kind: ClassVar[str]  # pretrain or finetune: a checkpoint continues only runs of its kind
     config_kind: ClassVar[type[Any]]  # the class of `config`
-    identity_sections: ClassVar[tuple[str, ...]]  # a checkpoint continues a run only where these are the same
+    identity_sections: ClassVar[tuple[str, ...]]  # a checkpoint continues only runs with equal values in these
 
     config: Any
     world: World
@@ -68,9 +68,9 @@ class Task:
     source: SampleSource | StreamSource
     order: SampleOrder | StreamOrder
     schedule: Callable[[int], Hyper]
-    step: Callable[..., StepInfo]  # (batch): takes one optimiser step, or raises before anything has moved
+    step: Callable[..., StepInfo]  # (batch): takes one optimiser step, or raises before anything has changed
     batch_size: int  # images per optimiser step, over all processes
-    last_step: int  # the number of steps after which the run stops
+    last_step: int  # the run stops after this number of steps
 
     def __init__(self, config: Any, world: World, *, starting: bool) -> None:
         raise NotImplementedError
@@ -81,7 +81,7 @@ class Task:
         return TrainLoader(
             self.source,
             self.order,
-            self.config.augment,  # its crops: the rest is done on the device
+            self.config.augment,  # for the crops; the rest is done on the device
             encoder_of(self.config).image_size,
             seed=self.config.seed,
             rank=self.world.rank,
@@ -95,7 +95,7 @@ class Task:
         )
 
     def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint must agree in to be continued, as JSON gives it back."""
+        """Returns the values, as JSON types, that must equal a checkpoint's so that this run can continue it."""
         config = self.config.values()
         return {
             **{section: config[section] for section in self.identity_sections},
@@ -105,7 +105,7 @@ class Task:
         }
 
     def row(self, means: dict[str, float], done: int) -> Row:
-        """Returns the row of `metrics.jsonl` after `done` steps; `means` is what the meters flushed."""
+        """Returns the row of `metrics.jsonl` after `done` steps. `means` are the flushed values of the meters."""
         return training_row(
             means,
             step=done,
@@ -118,7 +118,7 @@ class Task:
         )
 
     def peak_flops(self) -> float | None:
-        """Returns the peak of all devices together, FLOP/s, or None where it isn't known."""
+        """Returns the peak FLOP/s of all devices together, or None if it is unknown."""
         if self.world.device.type != "cuda":
             return None
         peak = peak_flops(torch.cuda.get_device_name(self.world.device))
@@ -129,29 +129,29 @@ class Task:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps with the engine's state."""
+        """Returns the values that a checkpoint stores with the engine's state."""
         raise NotImplementedError
 
     def load_state(self, extra: dict[str, Any]) -> None:
-        """Takes back what `state` returned."""
+        """Restores the values that `state` returned."""
         raise NotImplementedError
 
     def prepare_evaluation(self) -> None:
-        """Opens what evaluations read; called once the run is known to start or to continue."""
+        """Opens the data of evaluations. Called after a checkpoint, if any, was loaded."""
 
     def first_batch(self, batch: Batch, folder: Path) -> None:
-        """Looks at the batch of step 0 before it is used, with the clock stopped: pictures, checks."""
+        """Draws or checks the batch of step 0 before it is used. Its time isn't counted."""
 
     def evaluates(self, done: int) -> bool:
-        """Returns whether an evaluation is due after `done` steps (0: before the first)."""
+        """Returns whether an evaluation is due after `done` steps; 0 is before the first step."""
         raise NotImplementedError
 
     def evaluate(self, done: int) -> Evaluation:
-        """Returns what an evaluation finds. Communicates: every process calls it."""
+        """Returns the result of an evaluation. Communicates, so every process must call it."""
         raise NotImplementedError
 
     def finish(self, folder: Path) -> None:
-        """Writes what is left to write when the last step is done and saved."""
+        """Writes final results. Called after the last step was saved."""
 
     def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> Result:
         """Returns the result of the run."""

@@ -296,7 +296,7 @@ def apex_on_fsdp2(world: World) -> str:
 
 
 def test_foreign_kernels_are_refused_on_sharded_tensors() -> None:
-    assert "whose kernels can't take fsdp2's sharded tensors; set it to torch" in run(apex_on_fsdp2, 1)[0]
+    assert "whose kernels don't support fsdp2's sharded tensors; set optimizer.impl=torch" in run(apex_on_fsdp2, 1)[0]
 
 
 def test_plain_refuses_two_processes() -> None:

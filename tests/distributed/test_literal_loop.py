@@ -151,7 +151,7 @@ def test_the_meters_hold_what_a_loop_over_places_finds() -> None:
     target.load_state_dict({n: kept[f"target.{n}"].view(p.shape) for n, p in target.named_parameters()}, strict=False)
     drawn = MaskSampler(masks, MODEL.grid, seed=5)(STEPS, 0, BATCH, BATCH)
     assert isinstance(drawn, DenseMasks)
-    places = Wanted.of(drawn, BATCH, num_patches).places
+    places = Wanted.of(drawn, BATCH, num_patches).patches
     with torch.no_grad():
         tokens = target(images_of(part(STEPS, ALONE)))
         assert tokens.std(-1, False).sub(1).abs().max() > 5e-3  # the final norm has moved: normalising anew shows

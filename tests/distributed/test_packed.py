@@ -87,7 +87,7 @@ def packed_batch(world: World, settings: EngineConfig) -> Result:
     masks, wanted = step.masks(0, micro.position, len(micro), BATCH)
     assert isinstance(masks, PackedMasks) and isinstance(wanted, Wanted)
     assert len(set(masks.context_layout.lengths)) > 1
-    features = normalise_targets(engine.target(images, wanted=wanted.places))
+    features = normalise_targets(engine.target(images, wanted=wanted.patches))
     prediction = engine.model(images, masks)
     loss = Regression(RegressionConfig()).compare(prediction, select_targets(features, wanted.rows, masks), masks)
     engine.backward(loss)

@@ -149,7 +149,7 @@ def refusal(world: World, engine: dict) -> str:
 def test_fp8_is_refused_where_weights_are_sharded(name: str, what: str) -> None:
     for text in run(refusal, *ENGINES[name]):
         assert text == (
-            f"engine.target_precision is fp8 but {what}: weights that are sharded are gathered in bf16 each time; "
+            f"engine.target_precision is fp8 but {what}: sharded weights are gathered in bf16; "
             "set engine.target_precision=null, or ddp or ZeRO-1/2"
         )
 

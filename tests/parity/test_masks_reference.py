@@ -1,4 +1,4 @@
-"""The reference sampler against a slow, literal restatement of the published draw, and its measured figures."""
+"""Compares the reference sampler with a slow, literal version of the published draw and with its measured lengths."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def literal_size(height: int, width: int, scale: tuple, aspect: tuple, r: float)
 
 
 def literal_block(height: int, width: int, size: tuple[int, int]) -> list[int]:
-    """One block from torch's global generator, as a list of patches in row-major order."""
+    """Returns the patches of one block in row-major order, drawn from torch's global generator."""
     h, w = size
     top = torch.randint(0, height - h, (1,)).item()
     left = torch.randint(0, width - w, (1,)).item()
@@ -35,7 +35,7 @@ def literal_block(height: int, width: int, size: tuple[int, int]) -> list[int]:
 
 
 def literal_batch(config: BlockMaskConfig, grid: tuple[int, int], step: int, count: int):
-    """Context lists [block][image] and target lists [block][image], drawn as the specification's prose says."""
+    """Returns context lists [block][image] and target lists [block][image], drawn as the specification describes."""
     generator = torch.Generator()
     generator.manual_seed(step)
     r_target = torch.rand(1, generator=generator).item()
@@ -48,19 +48,19 @@ def literal_batch(config: BlockMaskConfig, grid: tuple[int, int], step: int, cou
         mine = []
         for block in range(config.num_target_blocks):
             while True:
-                places = literal_block(*grid, target_size)
-                if len(places) > config.min_keep:
+                target = literal_block(*grid, target_size)
+                if len(target) > config.min_keep:
                     break
-            mine.append(places)
-            targets[block].append(places)
+            mine.append(target)
+            targets[block].append(target)
         for block in range(config.num_context_blocks):
             failures, spared = 0, 0
             while True:
                 out = set()
                 if not config.allow_overlap:
-                    for places in mine[: max(0, len(mine) - spared)]:
-                        out.update(places)
-                kept = [place for place in literal_block(*grid, context_size) if place not in out]
+                    for target in mine[: max(0, len(mine) - spared)]:
+                        out.update(target)
+                kept = [patch for patch in literal_block(*grid, context_size) if patch not in out]
                 if len(kept) > config.min_keep:
                     break
                 failures += 1
@@ -81,7 +81,7 @@ CASES = {
     "two contexts": (BlockMaskConfig(sampler="reference", num_context_blocks=2, context_scale=(0.3, 0.6)), (16, 16)),
     "overlap": (BlockMaskConfig(sampler="reference", allow_overlap=True), (14, 14)),
     "packed": (BlockMaskConfig(sampler="reference", context="packed"), (14, 14)),
-    # Large targets and small contexts on a small grid: redraws, and targets left in.
+    # Large targets and small contexts on a small grid: contexts are redrawn, and targets stay in them.
     "crowded": (
         BlockMaskConfig(sampler="reference", min_keep=11, context_scale=(0.4, 0.6), target_scale=(0.3, 0.4)),
         (8, 8),
@@ -91,9 +91,9 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("step", [0, 1, 625])
-def test_every_number_equals_the_restatement(name: str, step: int) -> None:
+def test_masks_equal_the_literal_version(name: str, step: int) -> None:
     config, grid = CASES[name]
-    MaskSampler(config, grid, seed=0)  # can be satisfied
+    MaskSampler(config, grid, seed=0)  # raises if the configuration can't work
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(17)
         contexts, targets = literal_batch(config, grid, step, 24)
@@ -104,7 +104,7 @@ def test_every_number_equals_the_restatement(name: str, step: int) -> None:
         assert [np.flatnonzero(row).tolist() for row in masks.context[block]] == kept
 
 
-def test_crowded_case_reaches_the_redraws_that_spare_targets() -> None:
+def test_in_the_crowded_case_some_targets_stay_in_the_context() -> None:
     config, grid = CASES["crowded"]
     overlapping = 0
     for step in range(10):
@@ -114,7 +114,7 @@ def test_crowded_case_reaches_the_redraws_that_spare_targets() -> None:
     assert overlapping > 0
 
 
-def test_a_carried_generator_gives_the_stream_of_consecutive_batches() -> None:
+def test_one_generator_reproduces_the_stream_of_consecutive_batches() -> None:
     config = BlockMaskConfig(sampler="reference")
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
@@ -148,9 +148,10 @@ def test_size_rounds_half_to_even_and_stays_below_the_grid() -> None:
     )
 
 
-# (grid, images per process, tokens before and after the cut, fewest and most tokens per target): measured with the
-# published collator. Tolerance: three standard errors of the mean over `steps` (block sizes differ from step to step:
-# standard deviation 9.6, 6.9, 8.1, 39.8 tokens after the cut) plus half a token, to which the table is rounded.
+# (grid, images per process, mean context tokens before and after the cut, fewest and most tokens per target, steps,
+# tolerance), measured with the published collator. The tolerance is three standard errors of the mean over `steps`
+# (tokens after the cut have a standard deviation of 9.6, 6.9, 8.1 and 39.8 over steps, because block sizes differ),
+# plus half a token for the table's rounding.
 PUBLISHED = [
     ((16, 16), 128, 110, 68, (35, 54), 150, 2.9),
     ((14, 14), 128, 82, 51, (30, 40), 150, 2.2),
@@ -160,7 +161,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("grid", "count", "before", "after", "target", "steps", "tolerance"), PUBLISHED)
-def test_token_counts_equal_the_measured_table(grid, count, before, after, target, steps, tolerance) -> None:
+def test_token_counts_equal_the_measured_ones(grid, count, before, after, target, steps, tolerance) -> None:
     sampler = MaskSampler(BlockMaskConfig(sampler="reference", context="packed", group_size=count), grid, seed=0)
     packs = [sampler(step, 0, count, count) for step in range(steps)]
     lengths = np.array([pack.context_layout.lengths for pack in packs])
@@ -169,11 +170,11 @@ def test_token_counts_equal_the_measured_table(grid, count, before, after, targe
     assert abs(lengths.min(axis=1).mean() - after) < tolerance
     assert (min(sizes), max(sizes)) == target
     assert sampler.draw.sizes.target_tokens == target
-    assert 3 * lengths.min(axis=1).std() / math.sqrt(steps) + 0.5 < tolerance + 0.1  # it is the one claimed
+    assert 3 * lengths.min(axis=1).std() / math.sqrt(steps) + 0.5 < tolerance + 0.1  # the tolerance is as stated above
 
 
-def test_the_cut_removes_the_bottom_and_the_last_row_and_column_stay_empty() -> None:
-    share = np.zeros((16, 16))  # of images in which the patch is context
+def test_the_cut_removes_the_bottom_and_the_last_row_and_column_are_never_used() -> None:
+    share = np.zeros((16, 16))  # share of images in which the patch is context
     cut_share = np.zeros((16, 16))
     steps = 20
     for step in range(steps):
@@ -185,6 +186,6 @@ def test_the_cut_removes_the_bottom_and_the_last_row_and_column_stay_empty() -> 
             assert masks.targets.max() < 15 * 16 and (masks.targets % 16).max() < 15
     for result in (share, cut_share):
         assert not result[15].any() and not result[:, 15].any()
-    # The last row in use, averaged over its 16 patches: 77% of images before the cut, 1% after.
+    # The last used row, averaged over its 16 patches, is context in 77% of images before the cut and in 1% after it.
     assert abs(share[14].mean() - 0.77) < 0.02
     assert cut_share[14].mean() < 0.03

@@ -1,4 +1,4 @@
-"""Our encoder against timm's, which loads the published I-JEPA weights, with the same weights in both."""
+"""Compares our encoder with timm's, which loads the published I-JEPA weights; both have the same weights here."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CASES = {
 
 
 def shaken(encoder):
-    """Moves every parameter off its initial value, so that no bias, norm or gain is trivial."""
+    """Changes every parameter from its initial value, so that no bias, norm or gain is trivial."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -37,7 +37,7 @@ def timm_twin(encoder, mlp_ratio):
         fc_norm=False,
         num_classes=0,
     )
-    twin.load_state_dict(encoder.state_dict())  # strict: the names are timm's and the published ones
+    twin.load_state_dict(encoder.state_dict())  # strict: our names are timm's, which are the published ones
     return twin.eval()
 
 

@@ -1,4 +1,4 @@
-"""torch.compile of the blocks: its limits, finetuning's graphs, and a cache that a second process uses."""
+"""Compiled blocks: the limit of graphs, finetuning's graphs, and a cache that a second process reads."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from ijepa_scale.models.layers import Block
 
 @pytest.fixture(autouse=True)
 def own_limits():
-    """The limits are the process's."""
+    """Restores the limits, which are global to the process."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8):
         yield
     torch._dynamo.reset()
 
 
-def test_too_many_graphs_are_an_error_and_not_eager():
+def test_too_many_graphs_raise_an_error():
     set_compile_limits()
     block = Block(8, 2, 16)
     compile_blocks(torch.nn.Sequential(torch.nn.ModuleList([block])), backend="eager")
     with torch.no_grad(), pytest.raises(FailOnRecompileLimitHit):
-        for number in range(RECOMPILE_LIMIT + 1):  # a dtype that changes from graph to graph can't; a global state can
+        for number in range(RECOMPILE_LIMIT + 1):  # forces a new graph: each has a guard on the number of threads
             torch.set_num_threads(1 + number)
             block(torch.zeros(2, 3, 8))
     torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def test_too_many_graphs_are_an_error_and_not_eager():
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_finetuning_with_drop_path_and_frozen_blocks_stays_below_the_limit(checkpointing):
-    """Frozen blocks, the first trainable one and the others; in evaluation, batches of any size and an average."""
+    """Covers frozen blocks, the first trainable one, the others, and evaluation with any batch size and an average."""
     graphs: Counter[str] = Counter()
 
     def backend(graph, inputs):
@@ -74,7 +74,7 @@ def test_finetuning_with_drop_path_and_frozen_blocks_stays_below_the_limit(check
 
 COMPILE = """
 import sys, torch, torch._inductor.config
-torch._inductor.config.cpp.vec_isa_ok = False  # each look at what the processor can do compiles a program
+torch._inductor.config.cpp.vec_isa_ok = False  # otherwise each test of the processor's features compiles a program
 from torch._dynamo.utils import counters
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.parallelize import compile_parts
@@ -87,7 +87,7 @@ print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_
 """
 
 
-def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+def test_a_second_process_reads_the_cache_of_the_first(tmp_path):
     counts = []
     for _ in range(2):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""DeepSpeed files: every ready one composes, and what is refused says why."""
+"""DeepSpeed files: all files of ds_configs/ work, and refusals give their reasons."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage, **settings}}
 
 
-def test_all_files_are_known_here() -> None:
+def test_all_files_are_listed_here() -> None:
     assert {path.stem for path in FILES} == set(STAGES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_file_loads_and_composes_to_what_deepspeed_reads(path: Path) -> None:
+def test_every_file_becomes_a_configuration_that_deepspeed_accepts(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     plan = load_ds_config(path)
@@ -58,8 +58,8 @@ def test_every_file_loads_and_composes_to_what_deepspeed_reads(path: Path) -> No
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_file_writes_out_its_buckets(path: Path) -> None:
-    """Documented and coded defaults disagree, so a file relies on none of these."""
+def test_every_file_sets_its_buckets(path: Path) -> None:
+    """DeepSpeed's documented and actual defaults differ, so files must not rely on them."""
     settings = json.loads(path.read_text())["zero_optimization"]
     wanted = {"stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm"}
     if settings["stage"] < 3:
@@ -70,7 +70,7 @@ def test_every_file_writes_out_its_buckets(path: Path) -> None:
     assert wanted <= set(settings)
 
 
-def test_compose_multiplies_the_batch_and_writes_clipping() -> None:
+def test_compose_sets_the_global_batch_size_and_clipping() -> None:
     settings = compose(zero(3), micro_batch=3, accumulation=2, clip_norm=1.5, precision="fp32", world=4)
     assert settings["train_batch_size"] == 24
     assert settings["gradient_clipping"] == 1.5
@@ -87,8 +87,10 @@ def test_lower_stages_get_no_stage3_settings(stage: int) -> None:
 
 
 @pytest.mark.parametrize("key", OWNED)
-def test_what_the_yaml_owns_is_refused_naming_its_field(tmp_path: Path, key: str) -> None:
-    assert refusal(tmp_path, {**zero(1), key: 1}) == [f"{key} is set by the YAML ({OWNED[key]}); remove it here"]
+def test_settings_of_the_yaml_are_refused_with_their_field(tmp_path: Path, key: str) -> None:
+    assert refusal(tmp_path, {**zero(1), key: 1}) == [
+        f"{key} is set by the YAML ({OWNED[key]}); remove it from this file"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,8 +105,8 @@ def test_what_the_yaml_owns_is_refused_naming_its_field(tmp_path: Path, key: str
         ({**zero(1), "wall_clock_brakdown": True}, "wall_clock_brakdown: unknown; did you mean wall_clock_breakdown?"),
         (
             {**zero(1), "qqq": 1},
-            "qqq: unknown; there are zero_optimization, comms_logger, dump_state, memory_breakdown, steps_per_print, "
-            "wall_clock_breakdown",
+            "qqq: unknown; choose one of zero_optimization, comms_logger, dump_state, memory_breakdown, "
+            "steps_per_print, wall_clock_breakdown",
         ),
         (
             {**zero(3), "stage3_max_live_parameters": 1},
@@ -121,9 +123,9 @@ def test_what_the_yaml_owns_is_refused_naming_its_field(tmp_path: Path, key: str
         ),
         (
             zero(2, stage3_prefetch_bucket_size=1),
-            "zero_optimization.stage3_prefetch_bucket_size has no effect under stage 2; remove it here",
+            "zero_optimization.stage3_prefetch_bucket_size has no effect under stage 2; remove it",
         ),
-        (zero(1, sub_group_size=1), "zero_optimization.sub_group_size has no effect under stage 1; remove it here"),
+        (zero(1, sub_group_size=1), "zero_optimization.sub_group_size has no effect under stage 1; remove it"),
         (
             zero(2, cpu_offload=True),
             "zero_optimization.cpu_offload is deprecated; write offload_optimizer instead",
@@ -139,18 +141,18 @@ def test_what_the_yaml_owns_is_refused_naming_its_field(tmp_path: Path, key: str
         ),
         (
             zero(3, stage3_param_persistence_threshold=100000),
-            "zero_optimization.stage3_param_persistence_threshold is 100000; it must be 0: parameters kept gathered "
-            "would hide the target encoder's updates",
+            "zero_optimization.stage3_param_persistence_threshold is 100000; it must be 0: parameters that stay "
+            "gathered would hide the target encoder's updates",
         ),
         (
             zero(3, zero_hpz_partition_size=8),
-            "zero_optimization.zero_hpz_partition_size is 8; write 1: the second copies of the target encoder's "
-            "weights would go stale",
+            "zero_optimization.zero_hpz_partition_size is 8; write 1: secondary copies of the target encoder's "
+            "weights would become stale",
         ),
         (
             zero(3, offload_param={"device": "cpu"}),
-            'zero_optimization.offload_param can\'t be {"device": "cpu"} here: the target encoder is updated in its '
-            "shards on the device; use offload_optimizer",
+            'zero_optimization.offload_param can\'t be {"device": "cpu"} here: the target encoder\'s shards are '
+            "updated on the device; use offload_optimizer",
         ),
         (
             zero(1, compute_grad_norm=False),
@@ -164,8 +166,8 @@ def test_what_the_yaml_owns_is_refused_naming_its_field(tmp_path: Path, key: str
         ),
         (
             zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
-            "zero_optimization.offload_optimizer needs DeepSpeed's own CPU Adam for super_offload or ratio; leave "
-            "them out",
+            "zero_optimization.offload_optimizer needs DeepSpeed's own CPU Adam for super_offload or ratio; remove "
+            "them",
         ),
         (
             zero(2, offload_optimizer={"device": "cpu", "pin_memry": True}),
@@ -182,7 +184,7 @@ def test_refusals(tmp_path: Path, content: dict[str, Any], text: str) -> None:
     assert refusal(tmp_path, content) == [text]
 
 
-def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
+def test_one_message_lists_all_problems(tmp_path: Path) -> None:
     assert len(refusal(tmp_path, {**zero(2, overlap_com=True, leaf_module={}), "fp16": {}, "x": 1})) == 5
 
 
@@ -198,7 +200,7 @@ def test_diagnostics_are_allowed(tmp_path: Path) -> None:
     [
         ("{", "not readable as JSON (Expecting property name"),
         ("[]", "holds a list; write a JSON object with zero_optimization"),
-        ('{"a": 1, "a": 2}', "not readable as JSON (the key 'a' stands twice)"),
+        ('{"a": 1, "a": 2}', "not readable as JSON (the key 'a' appears twice)"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -206,7 +208,7 @@ def test_unreadable_files_are_refused(tmp_path: Path, text: str, message: str) -
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no.json: no such DeepSpeed file; ds_configs/ holds ready ones"):
+    with pytest.raises(ConfigError, match="no.json: no such DeepSpeed file; use one of ds_configs/"):
         load_ds_config(tmp_path / "no.json")
 
 

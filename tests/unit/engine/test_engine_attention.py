@@ -1,4 +1,4 @@
-"""The engine forces and names the attention kernel of each network, or says why it can't."""
+"""The engine selects and logs the attention kernel of each network, or refuses it with a reason."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def networks():
     return module, build_target(module)
 
 
-def test_the_config_names_the_kernels_that_there_are():
+def test_the_config_lists_all_kernels():
     assert get_args(Attention) == BACKENDS
     with pytest.raises(ConfigError, match="engine.attention is 'flahs'; choose one of auto, flash"):
         EngineConfig(attention="flahs")
 
 
-def test_each_network_is_looked_at(networks):
+def test_each_network_gives_a_shape(networks):
     shapes = {shape.role: shape for shape in head_shapes(*networks)}
     assert list(shapes) == ["target", "context", "predictor"]
     assert [(s.heads, s.head_dim, s.tokens, s.trained) for s in shapes.values()] == [
@@ -58,13 +58,13 @@ def test_the_kernels_are_logged(networks, caplog, name, kernel):
     assert "packed sequences: one dense call for each run of equal lengths" in caplog.text
 
 
-def test_a_kernel_that_is_not_there_is_refused(networks):
+def test_an_unavailable_kernel_is_refused(networks):
     with pytest.raises(ConfigError, match="engine.attention cudnn needs a CUDA device.*set engine.attention=auto"):
         use_attention(EngineConfig(attention="cudnn"), *networks, WORLD)
 
 
 def test_packed_contexts_need_a_kernel_too(networks):
-    checkpoint_blocks(networks[0], "full")  # as the engine leaves it
+    checkpoint_blocks(networks[0], "full")  # as the engine does
     config = EngineConfig(attention="math")
     require_packed(config, networks[0], WORLD)
     message = "is math and masks.context is packed, but packed context.* in bfloat16 on cpu.*set masks.context=truncate"

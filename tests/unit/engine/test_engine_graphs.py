@@ -1,4 +1,4 @@
-"""The graphed target: its split into trunk and head, what it replays, and where it is refused. CUDA: tests/gpu."""
+"""The graphed target: its trunk and head, its replays and its refusals. tests/gpu runs it on CUDA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRAPHS = EngineConfig(cuda_graphs=True)
 
 
 class ReplayedOnCpu(GraphedTarget):
-    """Stands for a graph: a replay computes from the same memory into the same memory."""
+    """Replaces the graph: a replay computes from and into the same memory."""
 
     captures = replays = 0
 
@@ -55,9 +55,9 @@ def test_trunk_and_head_are_the_forward_bit_for_bit(encoder):
 
 
 @torch.no_grad()
-def test_a_replay_follows_images_tokens_and_weights(encoder):
+def test_a_replay_uses_the_current_images_tokens_and_weights(encoder):
     target = ReplayedOnCpu(encoder)
-    for step, count in enumerate((3, 5, 1)):  # other numbers of tokens each time
+    for step, count in enumerate((3, 5, 1)):  # a different number of tokens each time
         images, wanted = images_of(2, seed=step), torch.arange(2 * count).view(2, count) % 16
         assert torch.equal(target(images, wanted=wanted), encoder(images, wanted=wanted))
         for parameter in encoder.parameters():
@@ -66,7 +66,7 @@ def test_a_replay_follows_images_tokens_and_weights(encoder):
 
 
 @torch.no_grad()
-def test_evaluations_are_not_replayed_and_another_batch_is_captured_anew(encoder):
+def test_evaluations_are_not_replayed_and_a_new_batch_size_is_captured(encoder):
     target = ReplayedOnCpu(encoder)
     assert torch.equal(target(images_of(5)), encoder(images_of(5)))
     assert len(target(images_of(2), last=2)) == 2 and target.captures == 0
@@ -77,7 +77,7 @@ def test_evaluations_are_not_replayed_and_another_batch_is_captured_anew(encoder
 
 
 @torch.no_grad()
-def test_the_old_graph_is_gone_before_the_new_one_is_captured(encoder):
+def test_the_old_graph_is_freed_before_a_new_one_is_captured(encoder):
     seen = []
 
     class Watched(ReplayedOnCpu):
@@ -98,7 +98,7 @@ def test_the_old_graph_is_gone_before_the_new_one_is_captured(encoder):
         target(images_of(3), wanted=wanted)
     target.fails = False
     assert torch.equal(target(images_of(3), wanted=wanted), encoder(images_of(3), wanted=wanted))
-    assert target.captures == 2, "nothing was replayed of the capture that failed"
+    assert target.captures == 2, "the failed capture left no graph"
 
 
 def test_without_the_option_the_target_is_called(encoder):
@@ -107,7 +107,7 @@ def test_without_the_option_the_target_is_called(encoder):
         target_forward(EngineConfig(), None, CPU)()
 
 
-def test_graphs_are_refused_where_they_cannot_be(encoder):
+def test_impossible_graphs_are_refused(encoder):
     with pytest.raises(ConfigError, match="cuda_graphs is true but this run is on cpu; set engine.cuda_graphs=false"):
         target_forward(GRAPHS, encoder, CPU)
     with pytest.raises(ConfigError, match="the target's weights are sharded: a graph replays fixed addresses"):

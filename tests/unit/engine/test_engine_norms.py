@@ -1,4 +1,4 @@
-"""Layer norms of other kernels: only the class changes, and a kernel that isn't there is named."""
+"""Layer norms with other kernels: only the class changes, and missing kernels are refused."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def apex_stand_in(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["triton", "apex"])
-def test_the_model_computes_the_same_through_the_other_class(name, monkeypatch) -> None:
-    """The kernels need CUDA: stand-ins answer, so that what they are handed is tested."""
+def test_the_model_gives_the_same_result_with_the_other_class(name, monkeypatch) -> None:
+    """The kernels need CUDA, so stand-ins replace them here: this tests the arguments of the calls."""
     apex_stand_in(monkeypatch)
     monkeypatch.setattr(
         norms, "layer_norm", lambda *given, implementation, **rest: layer_norm(*given, implementation="auto", **rest)
@@ -44,7 +44,7 @@ def test_the_model_computes_the_same_through_the_other_class(name, monkeypatch) 
     torch.testing.assert_close(jepa(images, masks), expected)
 
 
-def test_what_cant_run_is_refused() -> None:
+def test_unavailable_kernels_are_refused() -> None:
     jepa = small_jepa()
     norms.use_layer_norm(EngineConfig(), torch.device("cpu"), jepa)
     with pytest.raises(ConfigError, match="engine.layer_norm is triton but the device is cpu; its kernel needs CUDA"):

@@ -1,4 +1,4 @@
-"""Steps that are stopped: at once where the host reads the answer, or on the device with the host told a step later."""
+"""Bad steps stop at once if the host reads the result; otherwise the device stops and the host raises a step later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("c
 NAN, GOOD = torch.tensor(float("nan")), torch.tensor(1.0)
 
 
-def test_the_mean_of_the_micro_batches_is_taken_once() -> None:
+def test_take_returns_the_mean_and_clears_the_losses() -> None:
     watch = FiniteWatch(WORLD)
     for value in (1.0, 4.0):
         watch.record(torch.tensor(value, dtype=torch.float64))
@@ -26,7 +26,7 @@ def test_the_mean_of_the_micro_batches_is_taken_once() -> None:
     ("numbers", "text"),
     [((NAN, GOOD), "step 3: process 0 has loss nan"), ((GOOD, NAN.abs() / 0), "step 3: the gradient norm is nan")],
 )
-def test_early_raises_before_anything_moves(numbers, text) -> None:
+def test_without_late_it_raises_before_anything_changes(numbers, text) -> None:
     watch = FiniteWatch(WORLD)
     assert watch.check(2, GOOD, GOOD) is None
     with pytest.raises(NonFiniteError, match=text) as caught:
@@ -36,18 +36,18 @@ def test_early_raises_before_anything_moves(numbers, text) -> None:
 
 
 @pytest.mark.parametrize("how", ["settle", "check"])
-def test_late_holds_the_device_at_once_and_tells_the_host_a_step_later(how) -> None:
+def test_late_stops_the_device_at_once_and_raises_a_step_later(how) -> None:
     watch = FiniteWatch(WORLD, late=True)
     for step in (0, 1):
         assert watch.check(step, GOOD, GOOD) == 0.0
-    assert watch.check(2, GOOD, NAN) == 1.0  # exactly 1: what fused kernels take for a stop
+    assert watch.check(2, GOOD, NAN) == 1.0  # exactly 1: fused kernels stop at this value
     with pytest.raises(NonFiniteError, match="step 2: the gradient norm is nan on processes") as caught:
         watch.settle() if how == "settle" else watch.check(3, GOOD, GOOD)
     assert caught.value.step == 2
 
 
-def test_late_says_at_every_later_step_that_nothing_moves() -> None:
-    """The device stays stopped, so a caller that goes on must not take frozen steps for good ones."""
+def test_late_raises_at_every_later_call() -> None:
+    """The device stays stopped, so later steps change nothing and must not look successful."""
     watch = FiniteWatch(WORLD, late=True)
     watch.check(2, NAN, GOOD)
     for again in (watch.settle, lambda: watch.check(3, GOOD, GOOD), lambda: watch.check(4, NAN, GOOD), watch.settle):

@@ -1,4 +1,4 @@
-"""The step as it runs on a GPU doesn't make the host wait: seen here from the operations that would."""
+"""A training step doesn't make the host wait for a GPU: it runs no operation that would, even here on the CPU."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from ijepa_scale.train.step import TrainStep
 
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 MODEL = ModelConfig(name="vit_tiny", image_size=32, patch_size=4, width=48, depth=2, predictor_depth=2)
-# What reads device memory on the host, or has a size that only the device knows.
+# Operations that read device memory on the host, or whose output size only the device knows.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "equal",
            "is_nonzero", "bincount", "repeat_interleave", "histc"}  # fmt: skip
 
 
-# Methods that hand values to the host: on host tensors most of them are no operation that a mode would see.
+# Methods that read values on the host. For host tensors, most of them run no operation that a dispatch mode could see.
 READING = ("tolist", "cpu", "numpy", "item", "__array__")
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises where this thread runs an operation, or calls a method, that would make the host wait for the device."""
+    """Raises if this thread runs an operation, or calls a method, that makes the host wait for the device."""
 
     def __enter__(self):
         self._thread = threading.get_ident()
@@ -69,7 +69,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def _reads_the_host(caller) -> bool:
-    """Whether what is read there is host memory on a GPU too: masks being drawn, and the last step's finite check."""
+    """Returns whether the caller reads host memory even on a GPU: drawing masks, and the last step's finite check."""
     drawing = Path(masks.__file__).parent in Path(caller.f_code.co_filename).parents
     return drawing or caller.f_code is FiniteWatch.settle.__code__
 
@@ -99,23 +99,23 @@ def a_step(late: bool, optimizer=None, **engine) -> tuple[TrainStep, Batch]:
     "engine",
     [{}, {"accumulation": 2}, {"checkpointing": "full"}, {"target_precision": "fp8"}, {"optimizer": LarsConfig()}],
 )
-def test_a_step_waits_for_nothing(engine) -> None:
+def test_a_step_does_not_wait_for_the_device(engine) -> None:
     step, batch = a_step(late=True, **engine)
-    step(batch)  # the optimiser makes its states, the masks of the next step are drawn
+    step(batch)  # creates the optimiser's states, and draws the masks of the next step
     with NoWaiting():
         info = step(batch)
         step(batch)
     assert info.stopped == 0.0
 
 
-def test_the_check_sees_a_wait() -> None:
-    """Early, as on the CPU, the finite check is read in the step: so the test above can fail."""
+def test_the_check_detects_a_wait() -> None:
+    """Without `late` the step itself reads the finite check, so the test above can fail."""
     step, batch = a_step(late=False)
     assert step(batch).stopped is None
     with pytest.raises(AssertionError, match="tolist waits for the device") as caught, NoWaiting():
         step(batch)
     assert FiniteWatch.check.__code__ in [entry.frame.code.raw for entry in caught.traceback]
-    assert step(batch).stopped is None, "and nothing is refused afterwards"
+    assert step(batch).stopped is None, "outside `NoWaiting` nothing is refused"
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ def test_the_check_sees_a_wait() -> None:
         (torch.nonzero, "nonzero"),
     ],
 )
-def test_the_check_sees_each_way_to_wait(read, name) -> None:
+def test_the_check_detects_each_kind_of_wait(read, name) -> None:
     value = torch.ones(())
     with pytest.raises(AssertionError, match=f"^{name} waits for the device"), NoWaiting():
         read(value)
     with NoWaiting(), ThreadPoolExecutor(max_workers=1) as other:
-        assert other.submit(value.tolist).result() == 1.0, "threads that draw masks may read them"
+        assert other.submit(value.tolist).result() == 1.0, "other threads, which draw masks, may read values"
     read(value)

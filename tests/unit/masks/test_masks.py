@@ -1,4 +1,4 @@
-"""Properties of the mask sampler: what holds for every configuration, division and grid."""
+"""Properties of the mask sampler that hold for every configuration, grid and division of the batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Lists = list[list[list[int]]]  # [block][image] -> patches
 
 
 def lists_of(masks: DenseMasks | PackedMasks, patches: int, num_targets: int) -> tuple[Lists, Lists]:
-    """Context and target lists, told from either kind by what its fields are defined to be."""
+    """Returns context and target lists, read from either kind of masks as its fields are documented."""
     if isinstance(masks, DenseMasks):
         return masks.context.tolist(), masks.targets.tolist()
     images = int(masks.context_index.max()) // patches + 1
@@ -99,7 +99,7 @@ def test_masks_are_blocks_in_range_ascending_and_of_one_size_per_group(config, g
             for block in context:
                 kept = block[image]
                 assert kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < height * width
-                assert all(place // width < used[0] and place % width < used[1] for place in kept)
+                assert all(patch // width < used[0] and patch % width < used[1] for patch in kept)
                 assert len(kept) > config.min_keep
                 lengths.add(len(kept))
         assert len(sizes) == 1 and sizes <= sampler.draw.sizes.targets
@@ -117,12 +117,12 @@ def test_context_and_targets_are_disjoint(name, context, grid) -> None:
     for step in range(5):
         contexts, targets = lists_of(sampler(step, 0, 48, 48), grid[0] * grid[1], 4)
         for image in range(48):
-            taken = {place for block in targets for place in block[image]}
+            taken = {patch for block in targets for patch in block[image]}
             assert all(taken.isdisjoint(block[image]) for block in contexts)
 
 
 @pytest.mark.parametrize("name", ["multiblock", "reference"])
-def test_allow_overlap_takes_nothing_out(name) -> None:
+def test_allow_overlap_removes_nothing_from_the_context(name) -> None:
     config = BlockMaskConfig(sampler=name, allow_overlap=True, group_size=8)
     sampler = MaskSampler(config, (14, 14), seed=0)
     masks = sampler(0, 0, 8, 8)
@@ -134,16 +134,16 @@ def test_allow_overlap_takes_nothing_out(name) -> None:
 def test_the_same_call_gives_the_same_masks_and_seed_and_step_change_them() -> None:
     config = BlockMaskConfig(context="packed")
 
-    def places(seed, step):
+    def targets(seed, step):
         return MaskSampler(config, (14, 14), seed=seed)(step, 0, 8, 8).target_index.tolist()
 
-    assert places(0, 0) == places(0, 0)
-    assert places(0, 0) != places(1, 0)
-    assert places(0, 0) != places(0, 1)
+    assert targets(0, 0) == targets(0, 0)
+    assert targets(0, 0) != targets(1, 0)
+    assert targets(0, 0) != targets(0, 1)
 
 
 @pytest.mark.parametrize("name", ["multiblock", "reference"])
-def test_a_sampler_remembers_nothing_that_shows(name) -> None:
+def test_the_cache_of_a_sampler_changes_no_masks(name) -> None:
     config, calls = (
         BlockMaskConfig(sampler=name, group_size=4),
         [(0, 0), (1, 0), (0, 4), (7, 8), (0, 0), (1, 4), (0, 0)],
@@ -152,11 +152,11 @@ def test_a_sampler_remembers_nothing_that_shows(name) -> None:
     for step, first in calls:
         masks, fresh = used(step, first, 2, 12), MaskSampler(config, (14, 14), seed=0)(step, first, 2, 12)
         assert torch.equal(masks.context, fresh.context) and torch.equal(masks.targets, fresh.targets)
-        masks.context.zero_()  # what a caller does to his masks stays his
+        masks.context.zero_()  # a caller that changes its masks must not change the cache
         masks.targets.zero_()
 
 
-def test_global_generators_are_neither_read_nor_moved() -> None:
+def test_global_generators_are_not_used() -> None:
     for name in ("multiblock", "reference"):
         sampler = MaskSampler(BlockMaskConfig(sampler=name), (14, 14), seed=0)
         torch.manual_seed(0)
@@ -173,7 +173,7 @@ def test_groups_of_a_step_have_their_own_sizes_in_multiblock() -> None:
     assert len(sizes) > 3
 
 
-def test_the_cut_reaches_over_the_whole_last_incomplete_group() -> None:
+def test_the_cut_covers_the_whole_of_an_incomplete_last_group() -> None:
     sampler = MaskSampler(BlockMaskConfig(group_size=8, context="truncate"), (14, 14), seed=0)
     whole = MaskSampler(BlockMaskConfig(group_size=8, context="packed"), (14, 14), seed=0)
     for batch in (11, 16):
@@ -213,7 +213,7 @@ def test_a_context_block_of_scale_one_is_the_whole_image_on_any_grid() -> None:
     assert possible_sizes(half, (8, 20), RULE).contexts == {(6, 14)}  # 80 patches in the grid's own shape
 
 
-def test_a_side_cut_by_the_grid_lengthens_the_other() -> None:
+def test_if_the_grid_cuts_one_side_the_other_grows() -> None:
     assert size_of(RULE, (4, 32), (0.5, 0.5), (1.0, 1.0), (0.0, 0.0)) == (4, 16)
     assert size_of(RULE, (32, 4), (0.5, 0.5), (1.0, 1.0), (0.0, 0.0)) == (16, 4)
     assert size_of(RULE, (16, 16), (0.25, 0.25), (1.0, 1.0), (0.0, 0.0)) == (8, 8)
@@ -235,15 +235,15 @@ def test_possible_sizes_are_those_that_are_drawn(grid, name) -> None:
     assert len({context for _, context in drawn}) > 0.8 * len(sizes.contexts)
 
 
-def literal_multiblock(config, grid, *, seed, step, group, places):
-    """Context and target lists drawn image by image, place by place, as the specification's prose says."""
+def literal_multiblock(config, grid, *, seed, step, group, positions):
+    """Returns context and target lists, drawn image by image and patch by patch as the specification describes."""
     draw = MultiblockDraw(config, grid, seed=seed)
     (target_h, target_w), (context_h, context_w) = draw.block_sizes(step, group)
     height, width = grid
     contexts = [[] for _ in range(config.num_context_blocks)]
     targets = [[] for _ in range(config.num_target_blocks)]
-    for place in places:
-        draws = rng.uniform(seed, "mask-place", step, np.array([place]), len(targets) + len(contexts))[0]
+    for position in positions:
+        draws = rng.uniform(seed, "mask-place", step, np.array([position]), len(targets) + len(contexts))[0]
         mine = []
         for block in range(len(targets)):
             tops, lefts = height - target_h + 1, width - target_w + 1
@@ -266,8 +266,8 @@ def literal_multiblock(config, grid, *, seed, step, group, places):
     if config.context == "truncate":
         patches, shortest = height * width, min(len(kept) for block in contexts for kept in block)
         for block in range(len(contexts)):
-            for image, place in enumerate(places):
-                keys = rng.uniform(seed, "mask-cut", step, np.array([place]), patches * len(contexts))[0]
+            for image, position in enumerate(positions):
+                keys = rng.uniform(seed, "mask-cut", step, np.array([position]), patches * len(contexts))[0]
                 by_key = sorted(contexts[block][image], key=lambda p: keys[block * patches + p])  # noqa: B023
                 contexts[block][image] = sorted(by_key[:shortest])
     return contexts, targets
@@ -287,14 +287,14 @@ LITERAL = {
 @pytest.mark.parametrize("step", [0, 3])
 def test_multiblock_equals_a_loop_over_images(name, step) -> None:
     config, grid = LITERAL[name]
-    places = np.arange(24) + 2 * config.group_size
+    positions = np.arange(24) + 2 * config.group_size
     masks = MultiblockDraw(config, grid, seed=2).group(step, 2, 24)
-    contexts, targets = literal_multiblock(config, grid, seed=2, step=step, group=2, places=places.tolist())
+    contexts, targets = literal_multiblock(config, grid, seed=2, step=step, group=2, positions=positions.tolist())
     assert masks.targets.tolist() == targets
     assert [[np.flatnonzero(row).tolist() for row in block] for block in masks.context] == contexts
 
 
-def test_the_crowded_case_spares_targets_but_only_where_no_place_is_left() -> None:
+def test_the_crowded_case_keeps_targets_only_if_no_corner_is_left() -> None:
     config, grid = LITERAL["crowded"]
     spared = 0
     for step in range(20):
@@ -332,5 +332,5 @@ def test_pictures_show_context_and_targets(context) -> None:
         assert as_grid(masks, image, grid).tolist() == expected.reshape(grid).tolist()
         if isinstance(masks, DenseMasks):
             assert torch.equal(as_grid(pack(masks, 77), image, grid), as_grid(masks, image, grid))
-    with pytest.raises(IndexError, match="image 3 is not among these masks' 3; give 0 to 2"):
+    with pytest.raises(IndexError, match="image 3 is out of range for masks of 3 images; give 0 to 2"):
         as_grid(masks, 3, grid)

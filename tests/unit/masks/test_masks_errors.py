@@ -1,4 +1,4 @@
-"""Mask configurations that can't be satisfied are refused before the start; the rest pass."""
+"""Mask configurations that can't work are refused before the start; the others pass."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def test_published_configurations_pass(grid, group, name) -> None:
         (
             BlockMaskConfig(sampler="reference", target_scale=(1.0, 1.0), target_aspect=(1.0, 1.0)),
             (14, 14),
-            "lower masks.target_scale (now up to 1), raise masks.context_scale (now from 0.85), "
+            "lower masks.target_scale (currently up to 1), raise masks.context_scale (currently from 0.85), "
             "or set masks.allow_overlap: true",
         ),
     ],
 )
-def test_what_cannot_be_satisfied_is_refused_with_numbers_and_a_remedy(config, grid, expected) -> None:
+def test_impossible_configurations_are_refused_with_numbers_and_a_remedy(config, grid, expected) -> None:
     with pytest.raises(ConfigError) as error:
         MaskSampler(config, grid, seed=0)
     assert expected in str(error.value)
 
 
-def test_both_problems_come_in_one_message() -> None:
+def test_one_message_lists_both_problems() -> None:
     with pytest.raises(ConfigError) as error:
         MaskSampler(BlockMaskConfig(context_scale=(0.1, 0.15)), (7, 7), seed=0)
     assert "target blocks" in str(error.value) and "context blocks" in str(error.value)
@@ -70,14 +70,14 @@ def test_the_proposed_remedy_works_on_small_grids(grid, name) -> None:
         assert sampler(step, 0, 64, 64).context.shape[2] > 3
 
 
-def test_a_swallowing_target_is_allowed_with_overlap() -> None:
+def test_a_target_that_covers_the_context_is_allowed_with_overlap() -> None:
     config = BlockMaskConfig(target_scale=(0.95, 1.0), target_aspect=(1.0, 1.0), allow_overlap=True)
     MaskSampler(config, (14, 14), seed=0)(0, 0, 2, 2)
 
 
 @pytest.mark.parametrize(("first", "count", "batch"), [(-1, 2, 8), (0, 0, 8), (6, 3, 8)])
-def test_places_outside_the_batch_are_refused(first, count, batch) -> None:
+def test_positions_outside_the_batch_are_refused(first, count, batch) -> None:
     sampler = MaskSampler(BlockMaskConfig(), (14, 14), seed=0)
-    expected = rf"images \[{first}, {first + count}\) are not a part of a batch of {batch}; give first >= 0"
+    expected = rf"images \[{first}, {first + count}\) are not part of a batch of {batch}; give first >= 0"
     with pytest.raises(ValueError, match=expected):
         sampler(0, first, count, batch)

@@ -1,4 +1,4 @@
-"""The sampler's wiring: each group of a batch has its own draw, of its own number, step, seed and places."""
+"""The sampler's wiring: each group of a batch has its own draw, keyed by its number, the step and the seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GRID, SIZE, BATCH = (14, 14), 4, 12
 
 
 def drawn(config: BlockMaskConfig, step: int, group: int, seed: int) -> DenseMasks:
-    """Returns what the draw function itself gives for one whole group."""
+    """Returns the draw function's own result for one whole group."""
     if config.sampler == "reference":
         generator = rng.generator(seed, "mask-reference", step, group)
         return sample_reference(config, GRID, step=step, count=SIZE, generator=generator).dense()
@@ -35,12 +35,12 @@ def test_a_group_is_its_own_draw(name: str, step: int, group: int, seed: int) ->
     assert equal(masks, drawn(config, step, group, seed))
     others = {(0, 0, 0), (0, 1, 0), (5, 1, 0), (0, 1, 3), (1, 0, 0)} - {(step, group, seed)}
     assert not any(equal(masks, drawn(config, *other)) for other in others)
-    assert equal(sampler(step, group * SIZE, SIZE, BATCH), masks)  # the second time from what is kept
+    assert equal(sampler(step, group * SIZE, SIZE, BATCH), masks)  # the second call reads the cache
 
 
 @pytest.mark.parametrize("name", ["multiblock", "reference"])
-def test_groups_draw_their_places_independently(name: str) -> None:
-    """Equal sizes leave only the places to differ: no group repeats another's, in any step."""
+def test_groups_draw_their_corners_independently(name: str) -> None:
+    """If sizes are equal, only the corners can differ: no group of any step repeats another's."""
     config = BlockMaskConfig(sampler=name, group_size=SIZE, context="packed")
     corners = []
     for step in range(4):

@@ -1,4 +1,4 @@
-"""Packed masks mean what `PackedMasks` says, by brute force over every token."""
+"""Packed masks are what `PackedMasks` documents, checked by brute force for every token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ijepa_scale.masks.packing import pack_groups, pack_indices
 
 
 def check_by_brute_force(masks: PackedMasks, contexts: list, targets: list, patches: int) -> None:
-    """contexts [e][b] and targets [i][b] are the lists of patches that went in."""
+    """Checks `masks` against the lists of patches, contexts [e][b] and targets [i][b], that they were made of."""
     num_images = len(contexts[0])
     order = list(itertools.product(range(len(targets)), range(len(contexts)), range(num_images)))
 
@@ -26,7 +26,7 @@ def check_by_brute_force(masks: PackedMasks, contexts: list, targets: list, patc
     assert list(masks.context_layout.lengths) == [len(kept) for block in contexts for kept in block]
     assert masks.target_index.tolist() == [b * patches + p for i, _, b in order for p in targets[i][b]]
 
-    # Tokens carry (kind, context block or target block, image, patch): the predictor's input must spell the sequences.
+    # A token is (kind, context or target block, image, patch): the predictor's input must list them in order.
     tokens = [("context", e, b, p) for e, block in enumerate(contexts) for b, kept in enumerate(block) for p in kept]
     tokens += [("target", i, b, p) for i, _, b in order for p in targets[i][b]]
     expected, lengths, rows, weights = [], [], [], []
@@ -50,7 +50,7 @@ def check_by_brute_force(masks: PackedMasks, contexts: list, targets: list, patc
 
 @st.composite
 def ragged(draw):
-    """Lists of unlike lengths: contexts [e][b], targets [i][b] with one length per image."""
+    """Draws lists of different lengths: contexts [e][b], targets [i][b] with one length per image."""
     patches = draw(st.integers(4, 12))
     images, num_contexts, num_targets = (draw(st.integers(1, 3)) for _ in range(3))
     some = st.sets(st.integers(0, patches - 1), min_size=1).map(sorted)
@@ -62,7 +62,7 @@ def ragged(draw):
 
 @settings(max_examples=80, deadline=None)
 @given(ragged())
-def test_lists_of_any_lengths_become_the_sequences_that_are_documented(case) -> None:
+def test_lists_of_any_lengths_become_the_documented_sequences(case) -> None:
     patches, contexts, targets = case
 
     def flat(lists):
@@ -83,7 +83,7 @@ def test_dense_masks_pack_to_the_same_tokens(num_contexts) -> None:
     check_by_brute_force(pack(dense, 196), dense.context.tolist(), dense.targets.tolist(), 196)
 
 
-def test_groups_of_unlike_target_sizes_pack_in_the_order_of_their_images() -> None:
+def test_groups_of_different_target_sizes_pack_in_the_order_of_their_images() -> None:
     sampler = MaskSampler(BlockMaskConfig(group_size=3), (14, 14), seed=0)
     parts = [sampler(4, start, min(3, 8 - start), 8) for start in (0, 3, 6)]
     assert len({part.targets.shape[2] for part in parts}) == 3
@@ -92,7 +92,7 @@ def test_groups_of_unlike_target_sizes_pack_in_the_order_of_their_images() -> No
     check_by_brute_force(sampler(4, 0, 8, 8), contexts, targets, 196)
 
 
-def test_weighted_mean_over_a_mixed_pack_is_the_mean_of_the_groups_means_weighted_by_images() -> None:
+def test_the_weighted_mean_over_a_mixed_pack_weighs_groups_by_their_images() -> None:
     sampler = MaskSampler(BlockMaskConfig(group_size=3), (14, 14), seed=0)
     loss = torch.rand(8, 196, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # per image and patch
     mixed = sampler(4, 0, 8, 8)
@@ -118,7 +118,7 @@ def test_one_image_with_one_target_by_hand() -> None:
 
 
 @pytest.mark.parametrize("context", ["truncate", "packed"])
-def test_masks_move_to_a_device_whole(context) -> None:
+def test_all_tensors_of_masks_move_to_a_device(context) -> None:
     masks = MaskSampler(BlockMaskConfig(context=context), (14, 14), seed=0)(0, 0, 2, 2).map(lambda x: x.to("meta"))
     tensors = [value for value in vars(masks).values() if isinstance(value, torch.Tensor)]
     assert tensors and all(tensor.device.type == "meta" for tensor in tensors)

@@ -1,4 +1,4 @@
-"""The sampler of random patches: what it draws, and what it refuses."""
+"""The sampler of random patches: its masks, and the configurations that it refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sampler(**changes) -> MaskSampler:
     return MaskSampler(config, (8, 10), seed=3)
 
 
-def test_targets_are_sets_of_their_size_and_contexts_hold_none_of_them() -> None:
+def test_targets_have_their_size_and_contexts_hold_no_target_patch() -> None:
     masks = sampler(num_target_blocks=3)(5, 0, 4, 8)
     assert isinstance(masks, DenseMasks)
     assert masks.targets.shape == (3, 4, 12) and masks.context.shape == (2, 4, 32)
@@ -46,8 +46,8 @@ def test_the_longest_masks_are_those_drawn() -> None:
     assert (lengths.context, lengths.target) == sampler()(0, 0, 4, 4).mean_tokens()
 
 
-def test_what_cannot_be_drawn_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"min_keep is 10, but of 80 patches a target holds 8 and the context 32;"):
+def test_impossible_configurations_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"but of 80 patches a target holds 8 and the context 32, and"):
         sampler(min_keep=10, target_ratio=0.1)
-    with pytest.raises(ConfigError, match=r"asks for 40 patches, but 4 targets of 12 may leave only 32 of 80; lower"):
+    with pytest.raises(ConfigError, match=r"needs 40 patches, but 4 targets of 12 may leave only 32 of 80; lower"):
         sampler(context_ratio=0.5)

@@ -23,11 +23,11 @@ def tokens_of(num_images, width=8):
 
 
 def targets_of(tokens, masks):
-    """Of all places; and what `Wanted` picks out gives the same."""
+    """Returns the targets selected from all patches, and checks that selecting them with `Wanted` gives the same."""
     features = normalise_targets(tokens)
     found = select_targets(features, target_index(masks, NUM_PATCHES), masks)
     wanted = Wanted.of(masks, len(tokens), NUM_PATCHES)
-    some = normalise_targets(tokens.gather(1, wanted.places[..., None].expand(-1, -1, tokens.shape[-1])))
+    some = normalise_targets(tokens.gather(1, wanted.patches[..., None].expand(-1, -1, tokens.shape[-1])))
     assert torch.equal(select_targets(some, wanted.rows, masks), found)
     return found
 
@@ -37,12 +37,12 @@ def normalised(token):
     return ((token - token.mean()) / (token.var(unbiased=False) + 1e-5).sqrt()).float()
 
 
-def test_dense_targets_are_normalised_places_in_the_predictors_order():
+def test_dense_targets_are_normalised_patches_in_the_predictors_order():
     tokens, masks = tokens_of(3), random_masks(2, 4, 3)
     got = targets_of(tokens, masks)
     assert got.shape == (4 * 2 * 3, 3, 8) and got.dtype == torch.float32
     rows = [
-        torch.stack([normalised(tokens[b, place]) for place in masks.targets[i, b]])
+        torch.stack([normalised(tokens[b, patch]) for patch in masks.targets[i, b]])
         for i in range(4)
         for _ in range(2)
         for b in range(3)
@@ -50,16 +50,16 @@ def test_dense_targets_are_normalised_places_in_the_predictors_order():
     torch.testing.assert_close(got, torch.stack(rows), atol=2e-6, rtol=2e-6)
 
 
-def test_packed_targets_are_the_same_places():
+def test_packed_targets_are_the_same_patches():
     tokens = tokens_of(3)
     got = targets_of(tokens, pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS))
-    rows = [normalised(tokens[b, place]) for block in UNEVEN_TARGETS for b in range(3) for place in block[b]]
+    rows = [normalised(tokens[b, patch]) for block in UNEVEN_TARGETS for b in range(3) for patch in block[b]]
     torch.testing.assert_close(got, torch.stack(rows), atol=2e-6, rtol=2e-6)
 
 
 def test_the_norm_has_eps_1e_5_and_no_affine():
     tokens = torch.zeros(1, NUM_PATCHES, 2)
-    tokens[..., 0] = 0.01  # variance 2.5e-5, so eps matters: 0.005 / sqrt(3.5e-5)
+    tokens[..., 0] = 0.01  # the variance is 2.5e-5, so eps matters: 0.005 / sqrt(3.5e-5)
     got = targets_of(tokens, random_masks(1, 1, 1))
     torch.testing.assert_close(got[0, 0], torch.tensor([0.8451543, -0.8451543]), atol=1e-6, rtol=0)
 
@@ -85,16 +85,16 @@ def test_dense_loss_by_hand(config, expected):
     assert loss_of(prediction, target, random_masks(1, 1, 2), config).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_packed_loss_weighs_images_alike():
+def test_packed_loss_gives_images_equal_weight():
     masks = pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS)
     generator = torch.Generator().manual_seed(3)
     prediction, target = (torch.randn(15, 8, generator=generator) for _ in range(2))
     means, start = [], 0
     for block in UNEVEN_TARGETS:
-        for places in block:
-            rows = slice(start, start + len(places))
+        for patches in block:
+            rows = slice(start, start + len(patches))
             means.append((prediction[rows] - target[rows]).square().mean())
-            start += len(places)
+            start += len(patches)
     got = loss_of(prediction, target, masks, RegressionConfig(loss="l2"))
     torch.testing.assert_close(got, torch.stack(means).mean())
 
@@ -118,14 +118,14 @@ def test_the_loss_is_fp32_whatever_the_prediction():
 
 
 @pytest.mark.parametrize("config", [RegressionConfig(beta=0.5), RegressionConfig(loss="l2")])
-def test_the_loss_of_low_precision_on_both_sides_is_that_of_their_fp32_values(config):
+def test_the_loss_of_low_precision_inputs_is_that_of_their_fp32_values(config):
     generator = torch.Generator().manual_seed(2)
     both = [torch.randn(2, 3, 8, generator=generator).bfloat16() for _ in range(2)]
     masks = random_masks(1, 1, 2)
     assert torch.equal(loss_of(*both, masks, config), loss_of(*(x.float() for x in both), masks, config))
 
 
-def test_no_part_of_the_target_side_lets_gradients_through():
+def test_targets_pass_on_no_gradients():
     tokens, masks = tokens_of(2).requires_grad_(), random_masks(1, 2, 2)
     assert not normalise_targets(tokens).requires_grad
     assert not select_targets(tokens, target_index(masks, NUM_PATCHES), masks).requires_grad
@@ -133,8 +133,8 @@ def test_no_part_of_the_target_side_lets_gradients_through():
 
 @pytest.mark.parametrize("masks", [random_masks(2, 4, 3), pack_by_hand(UNEVEN_CONTEXT, UNEVEN_TARGETS)], ids=type)
 @pytest.mark.parametrize("config", [RegressionConfig(), RegressionConfig(beta=0.5), RegressionConfig(loss="l2")])
-def test_the_fused_loss_is_asked_for_the_same_number(masks, config, monkeypatch):
-    """Its kernel needs CUDA: here its reference stands for it, and what it is handed is tested."""
+def test_the_fused_loss_is_called_with_the_same_inputs(masks, config, monkeypatch):
+    """The kernel needs CUDA, so its reference replaces it here: this tests the arguments of the call."""
 
     def on_the_cpu(*given, implementation, **options):
         assert implementation == "triton"
@@ -152,7 +152,7 @@ def test_the_fused_loss_is_asked_for_the_same_number(masks, config, monkeypatch)
 
 
 def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"prediction \(2, 4\) and target \(3, 4\) differ in shape; take both from"):
+    with pytest.raises(ValueError, match=r"prediction \(2, 4\) and target \(3, 4\) differ in shape; compute both"):
         loss_of(torch.zeros(2, 4), torch.zeros(3, 4), random_masks(1, 1, 2), RegressionConfig())
 
 
@@ -168,7 +168,7 @@ def test_cosine_is_one_minus_the_cosine_with_the_normalised_target(masks):
     torch.testing.assert_close(found, expected)
     found.backward()
     assert prediction.grad.abs().max() > 0
-    assert Cosine(CosineConfig())(3 * target, tokens, masks, wanted) < 1e-6  # only the direction counts
+    assert Cosine(CosineConfig())(3 * target, tokens, masks, wanted) < 1e-6  # only the direction matters
 
 
 def test_an_objective_without_a_fused_kernel_refuses_it():

@@ -1,4 +1,4 @@
-"""LARS against its formula, weight by weight, and what stops it."""
+"""LARS against its formula for each weight, its stop flag and its refusals."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MODEL = ModelConfig(
 CONFIG = LarsConfig(momentum=0.8, trust_coefficient=0.02)
 
 
-def gradient(step: int, place: int, shape: torch.Size) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + place))
+def gradient(step: int, index: int, shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + index))
 
 
 def hyper(step: int) -> Hyper:
@@ -31,7 +31,7 @@ def hyper(step: int) -> Hyper:
 
 
 def by_hand(weight: torch.Tensor, gradients: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the weight and its momentum after these gradients, by the formula in float64."""
+    """Returns the weight and its momentum after these gradients, computed by the formula in float64."""
     weight, velocity = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
     for step, each in enumerate(gradients):
         move = each.double()
@@ -49,21 +49,21 @@ def lars(module: torch.nn.Module):
     return build_optimizer(module, CONFIG, groups=parameter_groups, strategy="plain")
 
 
-def test_ten_steps_are_the_formulas() -> None:
+def test_ten_steps_follow_the_formula() -> None:
     module = build_jepa(MODEL, seed=0)
     start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     with torch.no_grad():
-        module.predictor.mask_token.zero_()  # no norm yet: moves by its bare gradient
+        module.predictor.mask_token.zero_()  # its norm is 0, so q is 1
         start["predictor.mask_token"].zero_()
     optimizer = lars(module)
     for step in range(10):
-        for place, parameter in enumerate(module.parameters()):
-            parameter.grad = gradient(step, place, parameter.shape)
+        for index, parameter in enumerate(module.parameters()):
+            parameter.grad = gradient(step, index, parameter.shape)
         set_hyper(optimizer.param_groups, hyper(step))
         optimizer.step()
     kinds = set()
-    for place, (name, parameter) in enumerate(module.named_parameters()):
-        gradients = [gradient(step, place, parameter.shape) for step in range(10)]
+    for index, (name, parameter) in enumerate(module.named_parameters()):
+        gradients = [gradient(step, index, parameter.shape) for step in range(10)]
         weight, velocity = by_hand(start[name], gradients)
         torch.testing.assert_close(parameter.detach().double(), weight, atol=1e-6, rtol=1e-5)
         found = optimizer.state[parameter]["momentum_buffer"]
@@ -73,25 +73,25 @@ def test_ten_steps_are_the_formulas() -> None:
     assert kinds == {1, 2, 3, 4}
 
 
-def test_a_zero_gradient_without_decay_moves_nothing() -> None:
+def test_a_zero_gradient_without_decay_changes_nothing() -> None:
     module = build_jepa(MODEL, seed=0)
     start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     optimizer = lars(module)
     set_hyper(optimizer.param_groups, hyper(0))
     module.encoder.norm.weight.grad = torch.zeros(24)
     module.encoder.blocks[0].mlp.fc1.weight.grad = torch.zeros_like(module.encoder.blocks[0].mlp.fc1.weight)
-    optimizer.step()  # and the parameters without gradient are left alone
+    optimizer.step()  # parameters without gradients stay the same too
     assert all(torch.equal(parameter, start[name]) for name, parameter in module.named_parameters())
 
 
-def test_found_inf_keeps_weights_and_momentum() -> None:
+def test_found_inf_stops_weights_and_momentum() -> None:
     module = build_jepa(MODEL, seed=0)
     optimizer = lars(module)
     set_hyper(optimizer.param_groups, hyper(1))
     states = []
     for found in (0.0, 1.0, 1.0):
-        for place, parameter in enumerate(module.parameters()):
-            parameter.grad = gradient(0, place, parameter.shape) + (torch.nan if found else 0.0)
+        for index, parameter in enumerate(module.parameters()):
+            parameter.grad = gradient(0, index, parameter.shape) + (torch.nan if found else 0.0)
         optimizer.found_inf = torch.tensor(found)
         optimizer.step()
         state = [optimizer.state[parameter]["momentum_buffer"] for parameter in module.parameters()]
@@ -120,6 +120,6 @@ def test_zero_is_refused() -> None:
         "trust_coefficient is -1": {"trust_coefficient": -1},
     }.items(),
 )
-def test_what_is_out_of_range_is_refused(text: str, settings: dict) -> None:
+def test_values_out_of_range_are_refused(text: str, settings: dict) -> None:
     with pytest.raises(ConfigError, match=text):
         LarsConfig(**settings)

@@ -31,7 +31,7 @@ def test_the_four_published_groups() -> None:
             name = names[id(parameter)]
             assert name.startswith(group["name"].split()[0] + ".")
             assert group["decay"] == (parameter.ndim > 1)
-    assert any(names[id(p)] == "predictor.mask_token" for p in groups[1]["params"])  # 3-D: it decays
+    assert any(names[id(p)] == "predictor.mask_token" for p in groups[1]["params"])  # 3-D, so it decays
 
 
 def test_a_parameter_without_a_group_is_refused() -> None:
@@ -49,7 +49,7 @@ def test_a_parameter_in_two_groups_is_refused() -> None:
     module = build_jepa(MODEL, seed=0)
     groups = parameter_groups(module)
     assert check_groups(module, groups) is groups
-    with pytest.raises(ValueError, match=r"hold encoder\.norm\.weight more than once, so it would move twice a step"):
+    with pytest.raises(ValueError, match=r"encoder\.norm\.weight more than once, so each step would update it twice"):
         check_groups(module, [*groups, {"params": [module.encoder.norm.weight], "decay": True}])
     module.predictor.predictor_proj.bias = module.encoder.norm.bias
     with pytest.raises(ValueError, match=r"hold encoder\.norm\.bias = predictor\.predictor_proj\.bias more than once"):
@@ -65,22 +65,22 @@ def test_optimizers_are_found_by_name_with_their_section() -> None:
         assert all(torch.equal(state[key], torch.zeros(2, 3)) for key in kind.Config.state_names)
     with pytest.raises(ConfigError, match="optimizer.name is 'sgd'; choose one of adamw, lars"):
         optimizer_kind(AdamWConfig(name="sgd"), "plain")
-    with pytest.raises(ConfigError, match="name is lars but its section is a AdamWConfig; make it a LarsConfig"):
+    with pytest.raises(ConfigError, match="name is lars but the section is of type AdamWConfig; use LarsConfig"):
         optimizer_kind(AdamWConfig(name="lars"), "plain")
 
 
-def test_who_obeys_the_device() -> None:
+def test_which_implementations_a_flag_on_the_device_stops() -> None:
     assert AdamW.stopped_on_device(AdamWConfig(impl="torch"))
     assert not any(AdamW.stopped_on_device(AdamWConfig(impl=impl)) for impl in ("apex", "deepspeed"))
 
 
-def test_hyper_spares_the_groups_without_decay() -> None:
+def test_weight_decay_is_zero_in_groups_without_decay() -> None:
     groups = parameter_groups(build_jepa(MODEL, seed=0))
     set_hyper(groups, Hyper(lr=0.5, weight_decay=0.25, momentum=1.0))
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.5, 0.25), (0.5, 0.25), (0.5, 0.0), (0.5, 0.0)]
 
 
-def test_adam_follows_its_definition_and_set_step_moves_its_clock() -> None:
+def test_adam_follows_its_definition_and_set_step_sets_its_counter() -> None:
     module = build_jepa(MODEL, seed=0)
     optimizer = build_optimizer(module, AdamWConfig(), groups=parameter_groups, strategy="plain")
     set_hyper(optimizer.param_groups, Hyper(lr=0.01, weight_decay=0.1, momentum=1.0))
@@ -89,14 +89,14 @@ def test_adam_follows_its_definition_and_set_step_moves_its_clock() -> None:
     parameter.grad = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
     gradient = parameter.grad.clone()
     optimizer.step()
-    step = gradient / (gradient.abs() + 1e-8)  # the first step's moments, bias-corrected
+    step = gradient / (gradient.abs() + 1e-8)  # from the bias-corrected moments of the first step
     assert torch.allclose(parameter, before * (1 - 0.01 * 0.1) - 0.01 * step, atol=1e-6)
     AdamW.set_step(optimizer, 41)
     assert optimizer.state[parameter]["step"] == 41
 
 
 @pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="apex is installed")
-def test_missing_apex_is_named() -> None:
+def test_missing_apex_is_refused() -> None:
     with pytest.raises(ConfigError, match="NVIDIA's apex with its CUDA extensions isn't installed"):
         build_optimizer(build_jepa(MODEL, seed=0), AdamWConfig(impl="apex"), groups=parameter_groups, strategy="plain")
 
@@ -109,5 +109,5 @@ def test_target_update() -> None:
     assert torch.equal(target[0], torch.ones(3))
     with pytest.raises(AssertionError, match="must be fp32"):
         TargetUpdate()([torch.zeros(1, dtype=torch.bfloat16)], [torch.zeros(1)], 0.5)
-    with pytest.raises(AssertionError, match="cut differently"):
+    with pytest.raises(AssertionError, match="sharded differently"):
         TargetUpdate()([torch.zeros(1)], [torch.zeros(2)], 0.5)

@@ -66,7 +66,7 @@ class Step:
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss, and the tensors that a training step still holds then: features and prediction."""
         with torch.no_grad(), self.autocast():
-            features = self.target(self.images, wanted=self.wanted.places)
+            features = self.target(self.images, wanted=self.wanted.patches)
         features = normalise_targets(features)
         with self.autocast():
             prediction = self.module(self.images, self.masks)
@@ -131,7 +131,7 @@ def test_tokens_are_those_of_the_masks(context: str) -> None:
     kept = 8 * first.context.shape[2] if context == "truncate" else first.context_layout.total
     rows = first.targets.numel() * 2 if context == "truncate" else len(first.target_rows)
     assert (parts[0].context, parts[0].predicted, parts[0].predictor) == (kept, rows, 4 * kept + rows)
-    assert parts[0].wanted == Wanted.of(first, 4, 144).places.shape[1]
+    assert parts[0].wanted == Wanted.of(first, 4, 144).patches.shape[1]
     assert parts[0].packed == (context == "packed")
     mean = mean_tokens(parts)
     assert min(p.context for p in parts) <= mean.context <= max(p.context for p in parts)

@@ -1,4 +1,4 @@
-"""A finetuning run from its configuration to its results, in one process; and what it refuses, by text."""
+"""A finetuning run in one process, from its configuration to its results, and its refusals."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def finished(data, tmp_path_factory):
     return tmp_path / "run", result
 
 
-def test_a_run_learns_colours_and_leaves_its_results(finished):
+def test_a_run_learns_colours_and_writes_its_results(finished):
     folder, result = finished
     assert result.steps == 60 and result.top1 == result.best_top1 == 1.0
     names = {path.name for path in folder.iterdir()}
@@ -98,13 +98,13 @@ def test_a_run_learns_colours_and_leaves_its_results(finished):
     assert losses[-1]["loss"] < losses[0]["loss"] and "momentum" not in losses[0] and losses[0]["images_seen"] == 30
 
 
-def test_the_preflight_tells_batch_rates_groups_and_first_loss(finished):
+def test_the_preflight_reports_batch_rates_groups_and_first_loss(finished):
     text = (finished[0] / "preflight.txt").read_text()
     assert "36 images, 12 to 12 in each of 3 classes" in text
     assert "6 = 1 processes x accumulation 1 x 6 images" in text
     assert "peak 0.003; 60 steps, warm-up over the first 6, then to 1e-06" in text
     assert "random (model.init is null)" in text
-    assert "1.0986 at the first batch, chance is 1.0986" in text and "far from it" not in text
+    assert "1.0986 at the first batch, chance is 1.0986" in text and "far from chance" not in text
     groups = [line.split() for line in text.splitlines() if line.startswith("  layer")]
     scales = {line[1]: float(line[-2]) for line in groups if "1-D" not in line}
     assert scales == pytest.approx({"0": 0.9**3, "1": 0.9**2, "2": 0.9, "3": 1.0}, abs=1e-5)
@@ -123,7 +123,7 @@ def test_the_preflight_tells_batch_rates_groups_and_first_loss(finished):
         (("engine.strategy=fsdp2",), 4, "under fsdp2 x 4: 3.2 GB (weights 2, gradients 0.4, optimiser 0.8, frozen"),
     ],
 )
-def test_the_memory_line_is_of_each_process(data, tmp_path, overrides, size, text):
+def test_the_memory_line_is_per_process(data, tmp_path, overrides, size, text):
     config = configure(tmp_path, data, *overrides)
     module = torch.nn.Linear(20_000, 20_000, bias=False, device="meta")  # 400 M parameters
     group = {"name": "all", "params": [module.weight], "lr_scale": 1.0, "decay": True}
@@ -133,18 +133,18 @@ def test_the_memory_line_is_of_each_process(data, tmp_path, overrides, size, tex
     assert text in next(line for line in lines if line.startswith("memory"))
 
 
-def test_a_finished_run_takes_no_further_step(finished, data):
+def test_a_finished_run_takes_no_more_steps(finished, data):
     folder, before = finished
     again = finetune(configure(folder.parent, data), ALONE)
     assert (again.steps, again.top1, again.checkpoint) == (60, 1.0, before.checkpoint) and again.loss is None
 
 
-def test_the_best_state_of_a_run_without_checkpoint_is_not_taken_for_the_next_ones(data, tmp_path):
+def test_the_best_state_of_an_earlier_run_is_not_mistaken_for_this_runs(data, tmp_path):
     few = ("optimizer.epochs=2", "evaluate.every_epochs=0.17", "data.batch_size=12")
     finetune(configure(tmp_path, data, *few), ALONE)
     folder = tmp_path / "run"
     (left,) = (folder / "best").iterdir()
-    left.rename(left.with_name("step-00000099"))  # later than any step of the next run
+    left.rename(left.with_name("step-00000099"))  # higher than any step of the next run
     shutil.rmtree(folder / "checkpoints")
     finetune(configure(tmp_path, data, *few, "optimizer.lr=1e-9", "seed=1"), ALONE)
     assert ImageClassifier(folder).checkpoint.name != "step-00000099"
@@ -164,7 +164,7 @@ def test_prediction_names_classes(finished, tmp_path, capsys):
     assert len(guesses) == 3 and sum(guess.probability for guess in guesses) == pytest.approx(1.0)
 
 
-def test_averaged_weights_follow_exactly_and_are_what_is_evaluated(data, tmp_path):
+def test_averaged_weights_are_exact_and_are_evaluated(data, tmp_path):
     config = configure(tmp_path, data, "optimizer.ema=0.9", "data.batch_size=12", "evaluate.every_epochs=10")
     task = FinetuneTask(config, ALONE, starting=True)
     expected = {name: tensor.clone() for name, tensor in task.engine.module.named_parameters()}
@@ -182,7 +182,7 @@ def test_averaged_weights_follow_exactly_and_are_what_is_evaluated(data, tmp_pat
     assert not torch.equal(context.tensors["head.weight"], expected["head.weight"])
 
 
-def test_prediction_refuses_by_text(finished, tmp_path, capsys):
+def test_prediction_errors_name_the_problem(finished, tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("text")
     for image, text in (
         (tmp_path / "no.jpg", "can't be read (No such file"),
@@ -191,7 +191,7 @@ def test_prediction_refuses_by_text(finished, tmp_path, capsys):
         assert predict.main([str(image), "--model", str(finished[0])]) == 2
         assert text in capsys.readouterr().err
     for device, text in (
-        ("gpu", "device 'gpu' isn't one; give cpu"),
+        ("gpu", "device 'gpu' is unknown; give cpu"),
         ("cuda:99", "device cuda:99 can't be used: this"),
     ):
         assert predict.main(["x.jpg", "--model", str(finished[0]), "--device", device]) == 2
@@ -207,21 +207,21 @@ def test_weights_come_from_a_finished_run(finished, data, tmp_path):
     text = (tmp_path / "run" / "preflight.txt").read_text()
     assert "100.0% of the model's weights" in text and "loaded its only encoder" in text
     first = float(text.split("loss")[1].split()[0])
-    assert first < 0.9  # the head came along, so it is below chance
+    assert first < 0.9  # the head was loaded too, so the loss is below chance
 
 
 @pytest.mark.parametrize("source", ["", "/model.safetensors"])
-def test_a_kept_head_means_the_datas_classes(finished, data, tmp_path, source):
+def test_a_kept_head_must_match_the_classes_of_the_data(finished, data, tmp_path, source):
     shuffled = [Sample(f"{number}", picture((0, 0, 0), number), number) for number in range(3)]
     write_shards(shuffled, tmp_path / "other", classes=["blue", "red", "green"])
     changes = ("evaluate.data=null", "data.batch_size=2", f"model.init={finished[0]}{source}", "stop_after=1")
     text = "its head's class 1 is green, the data's red .2 of 3 differ.; give data with the head's classes"
     with pytest.raises(CheckpointError, match=text):
         finetune(configure(tmp_path, tmp_path / "other", *changes, "model.keep_head=true"), ALONE)
-    finetune(configure(tmp_path, tmp_path / "other", *changes), ALONE)  # a new head has no classes yet
+    finetune(configure(tmp_path, tmp_path / "other", *changes), ALONE)  # a new head matches any classes
 
 
-def test_the_preflight_counts_what_is_not_trained(data, tmp_path):
+def test_the_preflight_counts_frozen_and_averaged_weights(data, tmp_path):
     sizes = []
     for frozen, ema in ((0, "null"), (2, "null"), (2, "0.9")):
         changes = ("model.encoder.width=192", f"model.frozen_blocks={frozen}", f"optimizer.ema={ema}")
@@ -253,10 +253,10 @@ def test_the_preflight_counts_what_is_not_trained(data, tmp_path):
         (("data.batch_size=100",), DataError, "fewer than one batch of 100"),
         (("stop_after=0",), ConfigError, "the run has 0 steps; give more epochs or a larger stop_after"),
         (("model.init={run}/nothing",), CheckpointError, "nothing doesn't exist; give a run folder"),
-        (("evaluate.data={other}",), DataError, "name other classes .only one has black, blue"),
+        (("evaluate.data={other}",), DataError, "have different classes .only one has black, blue"),
     ],
 )
-def test_what_is_refused(finished, data, tmp_path, overrides, kind, text):
+def test_bad_settings_are_refused(finished, data, tmp_path, overrides, kind, text):
     (tmp_path / "a").mkdir()
     write_shards([Sample("0", picture((0, 0, 0), 0), 0)], tmp_path / "other", classes=["black", "white"])
     changes = [override.format(run=finished[0], other=tmp_path / "other") for override in overrides]
@@ -265,7 +265,7 @@ def test_what_is_refused(finished, data, tmp_path, overrides, kind, text):
     assert not (tmp_path / "a" / "run").exists()
 
 
-def test_an_odd_micro_batch_is_refused_where_pairs_are_mixed(data, tmp_path):
+def test_mixing_pairs_refuses_an_odd_micro_batch(data, tmp_path):
     with pytest.raises(UserError, match="a micro-batch has 3 images, but mixup and cutmix mix pairs; give an even"):
         finetune(configure(tmp_path, data, "data.batch_size=9", "engine.accumulation=3"), ALONE)
 
@@ -279,7 +279,7 @@ def test_an_empty_class_folder_is_refused(data, tmp_path):
         finetune(config, ALONE)
 
 
-def test_another_recipe_does_not_continue_a_run(finished, data):
+def test_a_run_with_other_settings_is_not_continued(finished, data):
     config = configure(finished[0].parent, data, "augment.mixup=0.3")
     with pytest.raises(CheckpointError, match="augment.mixup was 0.8, is 0.3"):
         finetune(config, ALONE)

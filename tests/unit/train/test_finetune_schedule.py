@@ -1,4 +1,4 @@
-"""The finetuning schedule against its formula, and the sections of the configuration that feed it."""
+"""The finetuning schedule against its formula, and the sections of the configuration that set it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ijepa_scale.schedules import FinetuneSchedule, Hyper
 SCHEDULE = FinetuneSchedule(steps_per_epoch=10, epochs=50, warmup_epochs=5, lr=4e-3, min_lr=1e-6, weight_decay=0.05)
 
 
-def test_warm_up_begins_at_zero_and_ticks_each_step() -> None:
+def test_warm_up_begins_at_zero_and_rises_each_step() -> None:
     assert SCHEDULE(0) == Hyper(lr=0.0, weight_decay=0.05, momentum=1.0)
     assert [SCHEDULE(s).lr for s in (1, 25, 49)] == pytest.approx([4e-3 / 50, 2e-3, 4e-3 * 49 / 50])
     assert SCHEDULE(50).lr == 4e-3
@@ -36,7 +36,7 @@ def test_fractions_of_epochs_and_no_warm_up() -> None:
     assert none(0).lr == 1.0
 
 
-def test_the_rate_grows_with_the_batch_unless_it_is_absolute() -> None:
+def test_the_rate_is_proportional_to_the_batch_unless_lr_is_set() -> None:
     assert FinetuneOptimizerConfig().peak_lr(1024) == pytest.approx(4e-3)
     assert FinetuneOptimizerConfig(base_lr=1e-4).peak_lr(528) == pytest.approx(1e-4 * 528 / 256)
     assert FinetuneOptimizerConfig(lr=3e-5).peak_lr(512) == 3e-5
@@ -92,7 +92,7 @@ def test_classifier_refuses(text: str) -> None:
     assert f"model.{text}" in str(error.value)
 
 
-def test_problems_are_told_together() -> None:
+def test_one_message_lists_all_problems() -> None:
     with pytest.raises(ConfigError) as error:
         ClassifierConfig(encoder={"image_size": 100}, num_classes=0)
     assert len(str(error.value).splitlines()) == 2

@@ -59,7 +59,7 @@ def test_worst_masks_have_these_lengths_and_want_as_many_patches_as_possible() -
     masks = worst_masks(config, 196, Lengths(context=172, target=42), count=3, dense=True)
     assert isinstance(masks, DenseMasks)
     assert masks.context.shape == (2, 3, 172) and masks.targets.shape == (4, 3, 42)
-    assert Wanted.of(masks, 3, 196).places.shape == (3, 168)
+    assert Wanted.of(masks, 3, 196).patches.shape == (3, 168)
     assert all(len(set(row.tolist())) == 42 for row in masks.targets.flatten(0, 1))
     tokens = worst_tokens(config, 196, Lengths(context=172, target=42), images=3)
     packed = worst_masks(config, 196, Lengths(context=172, target=42), count=3, dense=False)
