@@ -10,10 +10,8 @@ from ijepa_scale.config import form
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import SOURCES
 
-_READERS = ("shards", "stream", "imagefolder", "synthetic")
 
-
-class DataConfig(Section, at="data", registry=SOURCES, selector="reader", names=_READERS):
+class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     """Where training images come from and how they are grouped."""
 
     reader: str = Field("shards", description="Shards are WebDataset tars; stream reads them with plain webdataset.")

@@ -66,7 +66,7 @@ class MaskConfig(Section, at="masks", registry=SAMPLERS, selector="sampler"):
     group_size: form.Images = Field(128, description="Images that share block sizes and one cut.")
 
 
-class BlockMaskConfig(MaskConfig, names=("multiblock", "reference")):
+class BlockMaskConfig(MaskConfig):
     """Context and target blocks. Scales are shares of the patch grid, aspects height / width."""
 
     context_scale: form.Shares = Field((0.85, 1.0), description="Share of the grid that a context block covers.")
@@ -81,7 +81,7 @@ class ObjectiveConfig(Section, at="objective", registry=OBJECTIVES, selector="lo
     loss: str = Field("smooth_l1", description="Distance of predicted from target features; the paper's text has l2.")
 
 
-class RegressionConfig(ObjectiveConfig, names=("smooth_l1", "l2")):
+class RegressionConfig(ObjectiveConfig):
     """The distance between predicted and target features."""
 
     beta: form.Positive = Field(1.0, description="Distance at which smooth L1 turns from quadratic to linear.")
@@ -113,7 +113,7 @@ class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="na
         )
 
 
-class AdamWConfig(OptimizerConfig, names=("adamw",)):
+class AdamWConfig(OptimizerConfig):
     """AdamW. Learning rates are absolute, per optimiser step; no batch-size scaling is applied."""
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -221,7 +221,7 @@ class EvaluateConfig(Section, at="evaluate", registry=EVALUATORS, selector="eval
     every: form.Steps = Field(0, ge=0, description="Steps between evaluations; 0: never.")
 
 
-class KnnConfig(EvaluateConfig, names=("knn",)):
+class KnnConfig(EvaluateConfig):
     """The online k-nearest-neighbour check of the target encoder, with the untrained one's figure."""
 
     train: str | None = Field(None, description="Labelled images that vote.")

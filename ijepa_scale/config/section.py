@@ -38,25 +38,20 @@ EXCLUSIVE = {
 class Section(BaseModel):
     """Settings that belong together.
 
-    Class arguments: `at` is where the section stands in a file. `registry` holds the components that may stand there,
-    and `selector` is the field that names one: its class's `Config`, a subclass of this section, then reads the
-    section. `names` are the package's own components that the class is the `Config` of.
+    Class arguments: `at` is the section's key in a file. If components can be chosen in it, `registry` holds them and
+    `selector` is the field that names one: the `Config` of its class, a subclass of this section, reads the section.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     at: ClassVar[str] = ""
     registry: ClassVar[Registry | None] = None
     selector: ClassVar[str] = ""
-    built_in: ClassVar[dict[str, type[Section]]] = {}
 
-    def __init_subclass__(
-        cls, *, at: str = "", registry: Registry | None = None, selector: str = "", names: tuple[str, ...] = ()
-    ) -> None:
+    def __init_subclass__(cls, *, at: str = "", registry: Registry | None = None, selector: str = "") -> None:
         super().__init_subclass__()
         cls.at = at or cls.at
         if registry is not None:
-            cls.registry, cls.selector, cls.built_in = registry, selector, {}
-        cls.built_in.update(dict.fromkeys(names, cls))
+            cls.registry, cls.selector = registry, selector
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -81,7 +76,7 @@ class Section(BaseModel):
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Returns the names of the components that may stand here."""
-        return tuple(dict.fromkeys((*cls.built_in, *(cls.registry.names() if cls.registry else ()))))
+        return cls.registry.names() if cls.registry else ()
 
     @classmethod
     def member(cls, name: str) -> type[Section]:
@@ -90,9 +85,8 @@ class Section(BaseModel):
         Raises:
             ConfigError: the component's `Config` is no subclass of this class.
         """
-        if name in cls.built_in or name not in cls.names():
-            return cls.built_in.get(name, cls)
-        assert cls.registry is not None
+        if cls.registry is None or name not in cls.names():
+            return cls
         config = getattr(cls.registry.get(name), "Config", cls)
         if not issubclass(config, cls):
             raise ConfigError(f"{cls.at}.{cls.selector} is {name!r}, whose Config must be a subclass of {cls.__name__}")

@@ -55,7 +55,7 @@ class Preflight:
         self._images = f"{len(labels)} images, {counts.min()} to {counts.max()} in each of {len(counts)} classes"
 
     def lines(self, world: World, loaded: LoadReport | None, first_loss: float) -> list[str]:
-        """Returns the lines of the report. `first_loss`, in nats, is that of the first micro-batch over all processes."""
+        """Returns the report. `first_loss`, in nats, is that of the first micro-batch over all processes."""
         config, schedule = self._config, self._schedule
         accumulation = config.engine.accumulation
         each = self._batch_size // (world.size * accumulation)
@@ -84,7 +84,8 @@ class Preflight:
     def _memory(self, world: World, trained: int, kept: int) -> str:
         """Returns the line on the memory per process of `trained` parameters and of `kept` ones without gradients."""
         engine = self._config.engine
-        strategy, offload = engine.strategy, False
+        strategy: str = engine.strategy
+        offload = False
         if engine.ds_config is not None:
             zero = load_ds_config(engine.ds_config)["zero_optimization"]
             strategy, offload = f"zero{zero['stage']}", "offload_optimizer" in zero
