@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +216,15 @@ def test_losses_that_leave_the_baselines_are_told_apart_from_the_fp8_targets():
     row = {"side": "ours", "precision": "fp32", "loss_difference_times_baseline": 2e-4}
     assert disagrees(row) and not disagrees({**row, "precision": "bf16"})
     assert not disagrees({**row, "side": "ours, engine.target_precision=fp8"}) and not disagrees({"side": "ours"})
+
+
+def test_revisions_compares_a_checkout_with_itself(tmp_path):
+    tiny = ["model.image_size=32", "model.width=24", "model.depth=1", "model.heads=2", "masks.min_keep=0"]
+    command = [sys.executable, "-m", "benchmarks.revisions", ".", "--model", "vit_tiny", "--batch", "2", "--steps", "2"]
+    rows = tmp_path / "rows.jsonl"
+    command += ["--to", str(rows), *(word for each in tiny for word in ("--set", each))]
+    found = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0, found.stderr
+    assert "losses that differ: 0 of 3" in found.stdout
+    row = json.loads(rows.read_text())
+    assert row["pairs"] == 2 and set(row["cpu_time_ratio"]) == {"p20", "p50", "p80"}
