@@ -219,7 +219,14 @@ def test_losses_that_leave_the_baselines_are_told_apart_from_the_fp8_targets():
 
 
 def test_revisions_compares_a_checkout_with_itself(tmp_path):
-    tiny = ["model.image_size=32", "model.width=24", "model.depth=1", "model.heads=2", "masks.min_keep=0"]
+    tiny = [
+        "model.image_size=32",
+        "model.patch_size=4",
+        "model.width=24",
+        "model.depth=1",
+        "model.heads=2",
+        "masks.min_keep=0",
+    ]
     command = [sys.executable, "-m", "benchmarks.revisions", ".", "--model", "vit_tiny", "--batch", "2", "--steps", "2"]
     rows = tmp_path / "rows.jsonl"
     command += ["--to", str(rows), *(word for each in tiny for word in ("--set", each))]
