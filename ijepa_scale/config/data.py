@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
 
-from annotated_types import Gt
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from ijepa_scale.config.form import Colors, Count, CropScale, Fraction, Images, Interpolation, Spreads, Unit, Within
+from ijepa_scale.config import form
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import SOURCES
 
-_READERS = ("shards", "stream", "imagefolder", "synthetic")
 
-
-class DataConfig(Section, at="data", registry=SOURCES, selector="reader", names=_READERS):
+class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     """Where training images come from and how they are grouped."""
 
     reader: str = Field("shards", description="Shards are WebDataset tars; stream reads them with plain webdataset.")
-    train: str | None = Field(
-        None, description="Tar pattern (folder, glob, {000..127}, https://) or folder of classes."
-    )
-    batch_size: Images | None = Field(None, description="Images of an optimiser step, over all processes.")
-    batch_size_per_process: Images | None = Field(None, description="Instead of batch_size: those of each process.")
+    train: str | None = Field(None, description="Tars (folder, glob, {000..127}, https://) or folder of classes.")
+    batch_size: form.Images | None = Field(None, description="Images of an optimiser step, over all processes.")
+    batch_size_per_process: form.Images | None = Field(None, description="Those of each process.")
     workers: int = Field(2, ge=0, description="Decoding processes per training process; 0 decodes in that itself.")
-    prefetch: Count = Field(2, description="Batches that each worker prepares ahead.")
-    window_shards: Count = Field(8, description="Shards whose samples are shuffled together.")
+    prefetch: form.Count = Field(2, description="Batches that each worker prepares ahead.")
+    window_shards: form.Count = Field(8, description="Shards whose samples are shuffled together.")
     cache: str | None = Field(None, description="Folder of fetched remote shards, shared by a machine's processes.")
-    cache_gb: Annotated[float, Gt(0.0), Unit("GiB")] = Field(100.0, description="Size that the cache may reach.")
-    stream_shuffle: Count = Field(1000, description="Reader stream: samples that each worker holds and draws from.")
+    cache_gb: form.Gibibytes = Field(100.0, description="Size that the cache may reach.")
+    stream_shuffle: form.Count = Field(1000, description="Reader stream: samples that a worker draws from.")
     allow_pipe: bool = Field(False, description="Reader stream: allow `pipe:` addresses, which run shell commands.")
-    synthetic_samples: Images = Field(
-        1_281_167, description="Size of the synthetic set; that of ImageNet-1K by default."
+    synthetic_samples: form.Images = Field(
+        1_281_167, description="Size of the synthetic set; by default ImageNet-1K's."
     )
-    max_bad_fraction: Fraction = Field(0.001, description="Share of undecodable samples above which training stops.")
+    max_bad_fraction: form.Fraction = Field(0.001, description="Share of bad samples above which training stops.")
 
-    def problems(self) -> Iterator[str]:
-        """Yields it where the batch is given twice or not at all."""
+    def _problems(self) -> Iterator[str]:
         if (self.batch_size is None) == (self.batch_size_per_process is None):
             yield (
                 f"batch_size is {self.batch_size} and batch_size_per_process {self.batch_size_per_process}; "
@@ -48,21 +41,25 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader", names=
 class CropConfig(Section, at="augment"):
     """What both kinds of augmentation do: crops, resized as in PIL, and normalisation."""
 
-    crop_ratio: Annotated[tuple[float, float], AfterValidator(Within(1e-2, 1e2))] = Field(
-        (3 / 4, 4 / 3), description="Width of a crop divided by its height."
+    crop_ratio: form.CropRatio = Field((3 / 4, 4 / 3), description="Width of a crop divided by its height.")
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="Of red, green and blue in [0, 1]; ImageNet's."
     )
-    mean: Colors = Field((0.485, 0.456, 0.406), description="Mean of red, green and blue in [0, 1]; ImageNet's.")
-    std: Spreads = Field((0.229, 0.224, 0.225), description="Standard deviation of red, green and blue; ImageNet's.")
+    std: tuple[form.Positive, form.Positive, form.Positive] = Field(
+        (0.229, 0.224, 0.225), description="Standard deviation of red, green and blue; ImageNet's."
+    )
 
 
 class AugmentConfig(CropConfig):
     """Training augmentation, drawn per sample and run on the device. Probabilities are per image."""
 
-    crop_scale: CropScale = Field((0.3, 1.0), description="Share of the image's area that a crop covers.")
-    interpolation: Interpolation = Field("bilinear", description="How crops are resized.")
-    flip: Fraction = Field(0.0, description="Probability of a horizontal flip.")
-    color_jitter: float = Field(0.0, ge=0, le=1.25, description="Strength s: factors to 0.8 s, hue 0.2 s; 0: off.")
-    color_jitter_probability: Fraction = Field(0.8, description="Probability of colour jitter.")
-    grayscale: Fraction = Field(0.0, description="Probability of a grey image.")
-    blur: Fraction = Field(0.0, description="Probability of a Gaussian blur, sigma 0.1 to 2 pixels.")
-    solarize: Fraction = Field(0.0, description="Probability of inverting the levels from 128 on.")
+    crop_scale: form.CropScale = Field((0.3, 1.0), description="Share of the image's area that a crop covers.")
+    interpolation: form.Interpolation = Field("bilinear", description="How crops are resized.")
+    flip: form.Fraction = Field(0.0, description="Probability of a horizontal flip.")
+    color_jitter: float = Field(
+        0.0, ge=0, le=1.25, description="Brightness, contrast, saturation by 0.8 of it, hue by 0.2; 0: off."
+    )
+    color_jitter_probability: form.Fraction = Field(0.8, description="Probability of colour jitter.")
+    grayscale: form.Fraction = Field(0.0, description="Probability of a grey image.")
+    blur: form.Fraction = Field(0.0, description="Probability of a Gaussian blur, sigma 0.1 to 2 pixels.")
+    solarize: form.Fraction = Field(0.0, description="Probability of inverting the levels from 128 on.")

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from ijepa_scale.config import form
 from ijepa_scale.config.data import CropConfig, DataConfig
-from ijepa_scale.config.form import (
-    AdamWImplementation,
-    AtLeast0,
-    Betas,
-    Count,
-    CropScale,
-    Epochs,
-    Fraction,
-    Images,
-    Interpolation,
-    Positive,
-    Steps,
-)
 from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.config.schema import AdamWConfig, EncoderConfig, ModelConfig, RunConfig
 from ijepa_scale.config.section import Section
-from ijepa_scale.errors import ConfigError
 
 LR_BATCH = 256  # images that `base_lr` is for. Source: arXiv 2111.06377, appendix A.1
 _SMALL_IMAGE, _WHOLE_IMAGE = 64, 224  # pixels
@@ -34,7 +21,7 @@ class ClassifierConfig(Section, at="model"):
     """An encoder with a linear layer on its pooled tokens, and the weights it starts from."""
 
     encoder: EncoderConfig = EncoderConfig()
-    num_classes: Count = Field(1000, description="Number of classes.")
+    num_classes: form.Count = Field(1000, description="Number of classes.")
     drop_path: float = Field(0.1, ge=0, lt=1, description="Drop path of the last block; linear from 0 at the first.")
     representation: Literal["last", "last4"] = Field(
         "last", description="Mean of the last block's tokens, or those of the last 4 side by side."
@@ -49,8 +36,7 @@ class ClassifierConfig(Section, at="model"):
     weights: Literal["target", "context"] = Field("target", description="Which encoder of the file.")
     keep_head: bool = Field(False, description="Load the file's classification layer too, its classes being the same.")
 
-    def problems(self) -> Iterator[str]:
-        """Yields it where no head can be kept."""
+    def _problems(self) -> Iterator[str]:
         if self.keep_head and self.init is None:
             yield "keep_head is true but init is null; name the file whose head is kept, or set it to false"
 
@@ -68,31 +54,26 @@ class ClassifierConfig(Section, at="model"):
 class FinetuneOptimizerConfig(Section, at="optimizer"):
     """AdamW with a learning rate that falls from the head to the patches, its warm-up and cosine."""
 
-    impl: AdamWImplementation = Field("auto", description="Whose code it is.")
-    base_lr: AtLeast0 | None = Field(
-        None, description="Rate of 256 images, scaled by the batch; 1e-3 where lr is null."
-    )
-    lr: AtLeast0 | None = Field(None, description="Absolute learning rate, instead of base_lr.")
-    min_lr: AtLeast0 = Field(1e-6, description="Absolute rate that the cosine ends at, before layer-wise scaling.")
-    weight_decay: AtLeast0 = Field(0.05, description="Constant; none on 1-D parameters and position embeddings.")
-    layer_decay: float = Field(
-        0.75, gt=0, le=1, description="Rate of a block divided by the next one's; 1: all the same."
-    )
-    betas: Betas = Field((0.9, 0.999), description="Decay of the two moments.")
-    eps: AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
-    clip_norm: Positive | None = Field(None, description="Largest global norm of the gradient; null clips nothing.")
-    epochs: Epochs = Field(50.0, gt=0, description="Length of the run.")
-    warmup_epochs: Epochs = Field(5.0, ge=0, description="Length of the warm-up from 0, step by step.")
+    impl: form.AdamWCode = Field("auto", description="Whose code it is.")
+    base_lr: form.AtLeast0 | None = Field(None, description="Rate of 256 images; 1e-3 where lr is null.")
+    lr: form.AtLeast0 | None = Field(None, description="Absolute learning rate, instead of base_lr.")
+    min_lr: form.AtLeast0 = Field(1e-6, description="Absolute rate that the cosine ends at, before layer-wise scaling.")
+    weight_decay: form.AtLeast0 = Field(0.05, description="Constant; none on 1-D parameters and position embeddings.")
+    layer_decay: float = Field(0.75, gt=0, le=1, description="Rate of a block over the next one's; 1: all the same.")
+    betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
+    eps: form.AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
+    clip_norm: form.Positive | None = Field(None, description="Largest norm of the gradient; null clips nothing.")
+    epochs: form.Epochs = Field(50.0, gt=0, description="Length of the run.")
+    warmup_epochs: form.Epochs = Field(5.0, ge=0, description="Length of the warm-up from 0, step by step.")
     ema: float | None = Field(None, gt=0, lt=1, description="Momentum of averaged weights, which are then evaluated.")
 
-    def problems(self) -> Iterator[str]:
-        """Yields it where there are two rates, or the warm-up leaves nothing. Sets the default rate."""
+    def _problems(self) -> Iterator[str]:
         if self.base_lr is None and self.lr is None:
             object.__setattr__(self, "base_lr", 1e-3)
         elif self.base_lr is not None and self.lr is not None:
             yield f"base_lr is {self.base_lr} and lr is {self.lr}; give one of them"
         if self.warmup_epochs >= self.epochs:
-            yield f"warmup_epochs {self.warmup_epochs} leaves nothing of the {self.epochs} epochs; give fewer"
+            yield f"warmup_epochs {self.warmup_epochs:g} leaves nothing of the {self.epochs:g} epochs; give fewer"
 
     def peak_lr(self, batch_size: int) -> float:
         """Returns the rate at the end of the warm-up, for `batch_size` images of all processes and micro-batches."""
@@ -108,29 +89,27 @@ class FinetuneOptimizerConfig(Section, at="optimizer"):
         )
 
 
+def _notation(text: str) -> str:
+    parse(text)
+    return text
+
+
 class FinetuneAugmentConfig(CropConfig):
     """The MAE recipe's augmentation, drawn per sample and run on the device. Source: arXiv 2111.06377, appendix A.1."""
 
-    crop_scale: CropScale = Field((0.08, 1.0), description="Share of the image's area that a crop covers.")
-    interpolation: Interpolation = Field("bicubic", description="How crops are resized, and RandAugment's images.")
-    flip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
-    rand_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation; null: none.")
-    color_jitter: AtLeast0 = Field(
-        0.0, description="Brightness, contrast, saturation by 1 - s to 1 + s, RandAugment aside; 0: off."
+    crop_scale: form.CropScale = Field((0.08, 1.0), description="Share of the image's area that a crop covers.")
+    interpolation: form.Interpolation = Field("bicubic", description="How crops are resized, and RandAugment's images.")
+    flip: form.Fraction = Field(0.5, description="Probability of a horizontal flip.")
+    rand_augment: Annotated[str, AfterValidator(_notation)] | None = Field(
+        "rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation; null: none."
     )
-    random_erasing: Fraction = Field(0.25, description="Probability of random erasing.")
-    mixup: AtLeast0 = Field(0.8, description="Alpha of mixup's Beta distribution; 0: none.")
-    cutmix: AtLeast0 = Field(1.0, description="Alpha of CutMix's Beta distribution; 0: none.")
-    mix_probability: Fraction = Field(1.0, description="Probability that a pair is mixed at all.")
-    switch_probability: Fraction = Field(0.5, description="Probability of CutMix, where both are on.")
-    label_smoothing: Fraction = Field(0.1, description="Share of a label that is spread over all classes.")
-
-    def problems(self) -> Iterator[str]:
-        """Yields what is wrong with the notation."""
-        try:
-            parse(self.rand_augment or "rand-inc1")
-        except ConfigError as error:
-            yield str(error).removeprefix("augment.")
+    color_jitter: form.AtLeast0 = Field(0.0, description="Brightness, contrast, saturation by 1 - s to 1 + s; 0: off.")
+    random_erasing: form.Fraction = Field(0.25, description="Probability of random erasing.")
+    mixup: form.AtLeast0 = Field(0.8, description="Alpha of mixup's Beta distribution; 0: none.")
+    cutmix: form.AtLeast0 = Field(1.0, description="Alpha of CutMix's Beta distribution; 0: none.")
+    mix_probability: form.Fraction = Field(1.0, description="Probability that a pair is mixed at all.")
+    switch_probability: form.Fraction = Field(0.5, description="Probability of CutMix, where both are on.")
+    label_smoothing: form.Fraction = Field(0.1, description="Share of a label that is spread over all classes.")
 
 
 class ClassifierEvaluationConfig(Section, at="evaluate"):
@@ -138,8 +117,8 @@ class ClassifierEvaluationConfig(Section, at="evaluate"):
 
     data: str | None = Field(None, description="Tar pattern or folder of class folders; null: no evaluation.")
     reader: Literal["shards", "imagefolder"] = Field("shards", description="How they are stored.")
-    every_epochs: Epochs = Field(1.0, gt=0, description="Epochs between evaluations; one is always made at the end.")
-    batch_size: Images = Field(64, description="Images of a process and forward pass.")
+    every_epochs: form.Epochs = Field(1.0, gt=0, description="Between evaluations; one is made at the end.")
+    batch_size: form.Images = Field(64, description="Images of a process and forward pass.")
     crop_fraction: float | None = Field(
         None, gt=0, le=1, description="Centre crop / resized side; null: 0.875, and 1 above 224 and up to 64 pixels."
     )
@@ -156,15 +135,14 @@ class FinetuneConfig(RunConfig):
     """A finetuning run."""
 
     folder: str = Field("runs/finetune", description="Folder of logs, checkpoints, results and the configuration.")
-    stop_after: Steps | None = Field(None, ge=0, description="Stop at this step; the schedule stays as it is.")
+    stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step; the schedule stays as it is.")
     model: ClassifierConfig = ClassifierConfig()
     data: DataConfig = DataConfig(batch_size=1024)
     augment: FinetuneAugmentConfig = FinetuneAugmentConfig()
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
     evaluate: ClassifierEvaluationConfig = ClassifierEvaluationConfig()
 
-    def problems(self) -> Iterator[str]:
-        """Yields what finetuning has no use for."""
+    def _problems(self) -> Iterator[str]:
         if self.engine.target_precision is not None:
             precision = self.engine.target_precision
             yield f"engine.target_precision is {precision}; finetuning has no target: set it to null"

@@ -15,17 +15,17 @@ from pydantic.json_schema import models_json_schema
 
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.config.form import Form
-from ijepa_scale.config.nearest import nearest
 from ijepa_scale.config.schema import PretrainConfig, SinkConfig
 from ijepa_scale.config.section import Section, nested
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.nearest import nearest
 
 _INTRODUCTION = """# Settings
 
 `make docs` writes this page from the schema in `ijepa_scale/config/`. A file holds what differs from the defaults, or
 from the file that its `base` names; `section.key=value` on the command line goes before both. `--print-config` prints
-what a run takes, and `--help-config masks` this page's part on a section. The first line of each file in `configs/` names
-its JSON Schema, with which an editor completes and checks it.
+what a run takes, and `--help-config masks` this page's part on a section. The first line of each file in `configs/`
+names its JSON Schema, with which an editor completes and checks it.
 """
 _HEAD = ["| setting | takes | default | bounds | unit | meaning |", "|---|---|---|---|---|---|"]
 
@@ -168,7 +168,7 @@ def _untitled(schema: Any) -> Any:
 
 def generated() -> dict[str, str]:
     """Returns the text of each generated file."""
-    kinds = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    kinds: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
     schemas = {f"configs/schema/{name}.json": json.dumps(json_schema(kind), indent=1) for name, kind in kinds.items()}
     return {"docs/configuration.md": markdown(), **{path: f"{text}\n" for path, text in schemas.items()}}
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ijepa_scale.config.nearest import nearest_dotted
 from ijepa_scale.config.yaml_text import flat, nest
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.nearest import nearest_dotted
 
 _MARKS = ("mask", "meta", "optimization")
 _OWN_SECTIONS = frozenset(

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
+from ijepa_scale.config import form
 from ijepa_scale.config.data import AugmentConfig, DataConfig
-from ijepa_scale.config.form import (
-    AdamWImplementation,
-    AtLeast0,
-    Betas,
-    Count,
-    Epochs,
-    Images,
-    ImageSize,
-    Kernels,
-    Pixels,
-    Positive,
-    Shares,
-    Steps,
-    Within,
-)
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import EVALUATORS, OBJECTIVES, OPTIMIZERS, SAMPLERS, SINKS
 
@@ -37,15 +23,14 @@ class EncoderConfig(Section, at="model.encoder"):
     """The encoder. A size left null is the named architecture's."""
 
     name: str = Field("vit_base", description="Of vit_tiny, vit_small, vit_base, vit_large, vit_huge and vit_giant.")
-    image_size: ImageSize = Field((224, 224), description="Side of a square image, or [height, width].")
-    patch_size: Pixels = Field(16, description="Side of a patch; the sides of the image are multiples of it.")
-    width: Count | None = Field(None, description="Width of a token.")
-    depth: Count | None = Field(None, description="Number of blocks.")
-    heads: Count | None = Field(None, description="Number of attention heads; the predictor has as many.")
+    image_size: form.ImageSize = Field((224, 224), description="Side of a square image, or [height, width].")
+    patch_size: form.Pixels = Field(16, description="Side of a patch; the sides of the image are multiples of it.")
+    width: form.Count | None = Field(None, description="Width of a token.")
+    depth: form.Count | None = Field(None, description="Number of blocks.")
+    heads: form.Count | None = Field(None, description="Number of attention heads; the predictor has as many.")
     mlp_ratio: float | None = Field(None, description="Width of an MLP divided by that of a token.")
 
-    def problems(self) -> Iterator[str]:
-        """Yields it where patches don't fill the image."""
+    def _problems(self) -> Iterator[str]:
         size, patch = self.image_size, self.patch_size
         if any(side < patch or side % patch for side in size):
             near = tuple(max(1, round(side / patch)) * patch for side in size)
@@ -60,37 +45,33 @@ class EncoderConfig(Section, at="model.encoder"):
 class ModelConfig(EncoderConfig, at="model"):
     """Encoder and predictor. A size left null is the named architecture's."""
 
-    predictor_width: Count = Field(384, description="Width of a token in the predictor.")
-    predictor_depth: Count | None = Field(None, description="Number of blocks of the predictor.")
+    predictor_width: form.Count = Field(384, description="Width of a token in the predictor.")
+    predictor_depth: form.Count | None = Field(None, description="Number of blocks of the predictor.")
     rescale_residual: bool = Field(
-        False, description="Divide attn.proj and mlp.fc2 by sqrt(2 * layer), as published but not as released."
+        False, description="Divide attn.proj and mlp.fc2 by sqrt(2 * layer), as the paper says."
     )
 
 
 class MaskConfig(Section, at="masks", registry=SAMPLERS, selector="sampler"):
     """Context and target blocks of patches."""
 
-    sampler: str = Field(
-        "multiblock", description="Draw of the blocks; reference is the published one with its quirks."
-    )
+    sampler: str = Field("multiblock", description="Draw of the blocks; reference is the published one.")
     context: Literal["truncate", "packed"] = Field(
         "truncate",
         description="Cut contexts to the shortest of their group, or keep every token in one packed sequence.",
     )
-    num_context_blocks: Count = Field(1, description="Context blocks of an image.")
-    num_target_blocks: Count = Field(4, description="Target blocks of an image.")
+    num_context_blocks: form.Count = Field(1, description="Context blocks of an image.")
+    num_target_blocks: form.Count = Field(4, description="Target blocks of an image.")
     min_keep: int = Field(10, ge=0, description="A block must keep more patches than this.")
-    group_size: Images = Field(128, description="Images that share block sizes and one cut, whatever the processes.")
+    group_size: form.Images = Field(128, description="Images that share block sizes and one cut.")
 
 
-class BlockMaskConfig(MaskConfig, names=("multiblock", "reference")):
+class BlockMaskConfig(MaskConfig):
     """Context and target blocks. Scales are shares of the patch grid, aspects height / width."""
 
-    context_scale: Shares = Field((0.85, 1.0), description="Share of the grid that a context block covers.")
-    target_scale: Shares = Field((0.15, 0.2), description="Share of the grid that a target block covers.")
-    target_aspect: Annotated[tuple[float, float], AfterValidator(Within(1e-3, 1e3))] = Field(
-        (0.75, 1.5), description="Height of a target block divided by its width."
-    )
+    context_scale: form.Shares = Field((0.85, 1.0), description="Share of the grid that a context block covers.")
+    target_scale: form.Shares = Field((0.15, 0.2), description="Share of the grid that a target block covers.")
+    target_aspect: form.Aspects = Field((0.75, 1.5), description="Height of a target block divided by its width.")
     allow_overlap: bool = Field(False, description="Leave the patches of the targets in the context.")
 
 
@@ -100,10 +81,10 @@ class ObjectiveConfig(Section, at="objective", registry=OBJECTIVES, selector="lo
     loss: str = Field("smooth_l1", description="Distance of predicted from target features; the paper's text has l2.")
 
 
-class RegressionConfig(ObjectiveConfig, names=("smooth_l1", "l2")):
+class RegressionConfig(ObjectiveConfig):
     """The distance between predicted and target features."""
 
-    beta: Positive = Field(1.0, description="Distance at which smooth L1 turns from quadratic to linear.")
+    beta: form.Positive = Field(1.0, description="Distance at which smooth L1 turns from quadratic to linear.")
 
 
 class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="name"):
@@ -115,12 +96,12 @@ class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="na
     zero_reason: ClassVar[str] = ""  # why not under the others
 
     name: str = Field("adamw", description="Optimiser.")
-    lr: AtLeast0 = Field(1e-3, description="Learning rate at the end of the warm-up.")
-    start_lr: AtLeast0 = Field(2e-4, description="Learning rate at the start of the warm-up.")
-    final_lr: AtLeast0 = Field(1e-6, description="Learning rate that the cosine ends at.")
-    weight_decay: AtLeast0 = Field(0.04, description="Weight decay at the start; none for biases and norms.")
-    final_weight_decay: AtLeast0 = Field(0.4, description="Weight decay at the end.")
-    clip_norm: Positive | None = Field(None, description="Largest global norm of the gradient; null clips nothing.")
+    lr: form.AtLeast0 = Field(1e-3, description="Learning rate at the end of the warm-up.")
+    start_lr: form.AtLeast0 = Field(2e-4, description="Learning rate at the start of the warm-up.")
+    final_lr: form.AtLeast0 = Field(1e-6, description="Learning rate that the cosine ends at.")
+    weight_decay: form.AtLeast0 = Field(0.04, description="Weight decay at the start; none for biases and norms.")
+    final_weight_decay: form.AtLeast0 = Field(0.4, description="Weight decay at the end.")
+    clip_norm: form.Positive | None = Field(None, description="Largest norm of the gradient; null clips nothing.")
 
     def refusal(self, zero_stage: int) -> str | None:
         """Returns why it can't run under this stage of ZeRO, with the remedy; None where it can."""
@@ -132,32 +113,29 @@ class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="na
         )
 
 
-class AdamWConfig(OptimizerConfig, names=("adamw",)):
+class AdamWConfig(OptimizerConfig):
     """AdamW. Learning rates are absolute, per optimiser step; no batch-size scaling is applied."""
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
-    impl: AdamWImplementation = Field("auto", description="Whose code it is.")
-    betas: Betas = Field((0.9, 0.999), description="Decay of the two moments.")
-    eps: AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
+    impl: form.AdamWCode = Field("auto", description="Whose code it is.")
+    betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
+    eps: form.AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
 
 
 class ScheduleConfig(Section, at="schedule"):
     """How long, and along which curves."""
 
-    epochs: Epochs = Field(300.0, gt=0, description="Length of the run.")
-    warmup_epochs: Epochs = Field(40.0, ge=0, description="Length of the warm-up.")
+    epochs: form.Epochs = Field(300.0, gt=0, description="Length of the run.")
+    warmup_epochs: form.Epochs = Field(40.0, ge=0, description="Length of the warm-up.")
     ipe_scale: float = Field(1.0, ge=1, description="Stretches the curves beyond the end of the run.")
-    momentum: Shares = Field((0.996, 1.0), description="EMA of the target encoder, from the first to the last step.")
-    steps_per_epoch: Steps | None = Field(None, ge=1, description="Null: as many as the data has batches.")
-    stop_after: Steps | None = Field(
-        None, ge=0, description="Stop at this step; the curves stay those of the whole run."
-    )
+    momentum: form.Shares = Field((0.996, 1.0), description="EMA of the target encoder, at the first and last step.")
+    steps_per_epoch: form.Steps | None = Field(None, ge=1, description="Null: as many as the data has batches.")
+    stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step; the curves stay as they are.")
 
-    def problems(self) -> Iterator[str]:
-        """Yields it where the warm-up is too long."""
+    def _problems(self) -> Iterator[str]:
         if self.warmup_epochs > self.epochs * self.ipe_scale:
-            yield f"warmup_epochs {self.warmup_epochs} is longer than the {self.epochs} epochs of the run"
+            yield f"warmup_epochs {self.warmup_epochs:g} is longer than the {self.epochs:g} epochs of the run"
 
 
 class EngineConfig(Section, at="engine"):
@@ -172,30 +150,27 @@ class EngineConfig(Section, at="engine"):
     target_precision: Literal["fp8"] | None = Field(
         None, description="Of the target's forward: that of `precision`, or fp8 (Hopper and later)."
     )
-    accumulation: Count = Field(1, description="Micro-batches of an optimiser step.")
+    accumulation: form.Count = Field(1, description="Micro-batches of an optimiser step.")
     checkpointing: Literal["none", "full", "selective"] = Field(
         "none", description="Recompute activations: none, all, or all but matrix products."
     )
     compile: bool = Field(False, description="torch.compile, block by block.")
     compile_cache: str | None = Field(None, description="Folder of compiled kernels; null: in the user's cache folder.")
-    cuda_graphs: bool = Field(
-        False, description="Replay the target's forward as a CUDA graph, weights being unsharded."
-    )
+    cuda_graphs: bool = Field(False, description="Replay the target's forward as a CUDA graph; not under fsdp2.")
     attention: Attention = Field("auto", description="Kernel of dense attention.")
     zero_communication: Literal["fp32", "bf16"] = Field(
         "fp32", description="What ZeRO gathers weights and reduces gradients in, under bf16."
     )
-    triton: Kernels = Field((), description="Our kernels in place of PyTorch's, on CUDA.")
+    triton: form.Kernels = Field((), description="Our kernels in place of PyTorch's, on CUDA.")
     layer_norm: Literal["torch", "triton", "apex"] = Field(
         "torch", description="Kernel of layer norms; triton is ours."
     )
-    replicas: Count = Field(1, description="fsdp2: groups of processes that each hold everything (HSDP).")
+    replicas: form.Count = Field(1, description="fsdp2: groups of processes that each hold everything (HSDP).")
     reshard_after_forward: bool = Field(
         False, description="fsdp2: free context and predictor weights between forward and backward."
     )
 
-    def problems(self) -> Iterator[str]:
-        """Yields the settings that contradict each other, and those that would change nothing."""
+    def _problems(self) -> Iterator[str]:
         strategy, precision = self.strategy, self.precision
         if self.target_precision == "fp8" and precision != "bf16":
             yield f"target_precision is fp8 but precision is {precision}; set precision=bf16 beside it"
@@ -224,7 +199,7 @@ class SinkConfig(Section, at="logging.sinks", registry=SINKS):
 class LoggingConfig(Section, at="logging"):
     """What is written while training."""
 
-    every: Steps = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
+    every: form.Steps = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
     tensorboard: bool = Field(True, description="Write the rows for TensorBoard too.")
     progress: Literal["auto", "bar", "lines", "none"] = Field(
         "auto", description="On the terminal; auto is a bar there, and lines elsewhere."
@@ -235,31 +210,30 @@ class LoggingConfig(Section, at="logging"):
 class CheckpointConfig(Section, at="checkpoint"):
     """When the whole state is written, and how many are kept. One is always written at the end."""
 
-    every: Steps = Field(1000, ge=0, description="Steps between checkpoints; 0: at the end only.")
-    keep: Count = Field(2, description="Newest checkpoints that are kept.")
+    every: form.Steps = Field(1000, ge=0, description="Steps between checkpoints; 0: at the end only.")
+    keep: form.Count = Field(2, description="Newest checkpoints that are kept.")
 
 
 class EvaluateConfig(Section, at="evaluate", registry=EVALUATORS, selector="evaluator"):
     """The check of the target encoder while it trains."""
 
     evaluator: str = Field("knn", description="What is measured.")
-    every: Steps = Field(0, ge=0, description="Steps between evaluations; 0: never.")
+    every: form.Steps = Field(0, ge=0, description="Steps between evaluations; 0: never.")
 
 
-class KnnConfig(EvaluateConfig, names=("knn",)):
+class KnnConfig(EvaluateConfig):
     """The online k-nearest-neighbour check of the target encoder, with the untrained one's figure."""
 
     train: str | None = Field(None, description="Labelled images that vote.")
     test: str | None = Field(None, description="Labelled held-out images.")
     reader: Literal["shards", "imagefolder"] = Field("shards", description="How they are stored.")
-    max_train: Images = Field(10_000, description="Images taken of those that vote, evenly spread.")
-    max_test: Images = Field(2_000, description="Images taken of those held out, evenly spread.")
-    neighbors: Count = Field(20, description="Neighbours that vote.")
-    temperature: Positive = Field(0.07, description="Temperature of the votes' softmax.")
-    batch_size: Images = Field(64, description="Images of a process and forward pass.")
+    max_train: form.Images = Field(10_000, description="Images taken of those that vote, evenly spread.")
+    max_test: form.Images = Field(2_000, description="Images taken of those held out, evenly spread.")
+    neighbors: form.Count = Field(20, description="Neighbours that vote.")
+    temperature: form.Positive = Field(0.07, description="Temperature of the votes' softmax.")
+    batch_size: form.Images = Field(64, description="Images of a process and forward pass.")
 
-    def problems(self) -> Iterator[str]:
-        """Yields it where images are missing."""
+    def _problems(self) -> Iterator[str]:
         if self.every and (self.train is None or self.test is None):
             yield f"every is {self.every} but train is {self.train} and test is {self.test}; name both"
 

@@ -24,9 +24,9 @@ from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from ijepa_scale.config.form import Form
-from ijepa_scale.config.nearest import unknown
 from ijepa_scale.config.yaml_text import flat
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.nearest import unknown
 from ijepa_scale.registry import Registry
 
 # Of two such settings of a section, giving one takes the other back.
@@ -38,25 +38,20 @@ EXCLUSIVE = {
 class Section(BaseModel):
     """Settings that belong together.
 
-    Class arguments: `at` is where the section stands in a file. `registry` holds the components that may stand there,
-    and `selector` is the field that names one: its class's `Config`, a subclass of this section, then reads the
-    section. `names` are the package's own components that the class is the `Config` of.
+    Class arguments: `at` is the section's key in a file. If components can be chosen in it, `registry` holds them and
+    `selector` is the field that names one: the `Config` of its class, a subclass of this section, reads the section.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     at: ClassVar[str] = ""
     registry: ClassVar[Registry | None] = None
     selector: ClassVar[str] = ""
-    built_in: ClassVar[dict[str, type[Section]]] = {}
 
-    def __init_subclass__(
-        cls, *, at: str = "", registry: Registry | None = None, selector: str = "", names: tuple[str, ...] = ()
-    ) -> None:
+    def __init_subclass__(cls, *, at: str = "", registry: Registry | None = None, selector: str = "") -> None:
         super().__init_subclass__()
         cls.at = at or cls.at
         if registry is not None:
-            cls.registry, cls.selector, cls.built_in = registry, selector, {}
-        cls.built_in.update(dict.fromkeys(names, cls))
+            cls.registry, cls.selector = registry, selector
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -74,14 +69,14 @@ class Section(BaseModel):
         """Returns the settings as plain values, as JSON gives them back."""
         return {name: _plain(getattr(self, name)) for name in type(self).model_fields}
 
-    def problems(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         """Yields what is wrong among fields that are right by themselves; each begins with the name of one."""
         yield from ()
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Returns the names of the components that may stand here."""
-        return tuple(dict.fromkeys((*cls.built_in, *(cls.registry.names() if cls.registry else ()))))
+        return cls.registry.names() if cls.registry else ()
 
     @classmethod
     def member(cls, name: str) -> type[Section]:
@@ -90,9 +85,8 @@ class Section(BaseModel):
         Raises:
             ConfigError: the component's `Config` is no subclass of this class.
         """
-        if name in cls.built_in or name not in cls.names():
-            return cls.built_in.get(name, cls)
-        assert cls.registry is not None
+        if cls.registry is None or name not in cls.names():
+            return cls
         config = getattr(cls.registry.get(name), "Config", cls)
         if not issubclass(config, cls):
             raise ConfigError(f"{cls.at}.{cls.selector} is {name!r}, whose Config must be a subclass of {cls.__name__}")
@@ -101,9 +95,9 @@ class Section(BaseModel):
     @classmethod
     def chosen(cls, values: Any) -> type[Section]:
         """Returns the class that reads these values of the section."""
-        if isinstance(values, Section) or not cls.selector:
-            return type(values) if isinstance(values, Section) else cls
-        default = cls.model_fields[cls.selector].default
+        if isinstance(values, Section):
+            return type(values)
+        default = cls.model_fields[cls.selector].default if cls.selector else ""
         return cls.member(str(values.get(cls.selector, default) if isinstance(values, Mapping) else default))
 
     @classmethod
@@ -144,7 +138,7 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        problems = "\n".join(self.problems())
+        problems = "\n".join(self._problems())
         if problems:
             raise ValueError(problems)
         return self
@@ -180,18 +174,15 @@ def explain(kind: type[Section], values: Any, error: ValidationError) -> Iterato
     for each in error.errors(include_url=False):
         places = list(accumulate([*at, *map(str, each["loc"])], "{}.{}".format))
         key, leaf = places[-1] if places else "", [place for place in places if place in known][-1:]
+        said = str(each["ctx"]["error"]) if each["type"] == "value_error" else ""
         if each["type"] in ("extra_forbidden", "invalid_key"):
             yield from (unknown(name, known) for name in flat({key: each["input"]}))
         elif leaf:
             value = each["input"] if each["type"] == "literal_error" else _at(values, leaf[0].split(".")[len(at) :])
-            said = (
-                str(each["ctx"]["error"])
-                if each["type"] == "value_error"
-                else Form(known[leaf[0]]).remedy(each["type"])
-            )
-            yield f"{leaf[0]} is {value!r}; {said}"
-        elif each["type"] == "value_error":
-            yield from (f"{key}.{line}".removeprefix(".") for line in str(each["ctx"]["error"]).splitlines())
+            whole = said.startswith(f"{leaf[0]} ")
+            yield said if whole else f"{leaf[0]} is {value!r}; {said or Form(known[leaf[0]]).remedy(each['type'])}"
+        elif said:
+            yield from (f"{key}.{line}".removeprefix(".") for line in said.splitlines())
         else:
             yield f"{key} is {each['input']!r}; it is a section, set {key}.<name> instead"
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.config.nearest import nearest
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.nearest import nearest
 
 # Other keys that a file may hold. They change what is printed or measured, not what is trained.
 DIAGNOSTICS = ("comms_logger", "dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
 
-# Settings that belong to the YAML, with the place where it sets them.
+# Settings that belong to the YAML, with the keys that set them.
 OWNED = {
     "train_batch_size": "data.batch_size",
     "train_micro_batch_size_per_gpu": "data.batch_size_per_process and engine.accumulation",

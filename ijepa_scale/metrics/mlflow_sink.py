@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ijepa_scale.config.section import Section
+from ijepa_scale.config.schema import SinkConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.metrics.sinks import is_number, kept_id
 
@@ -18,7 +18,7 @@ ID_FILE = "mlflow_id.txt"
 _LONGEST_PARAM = 500  # characters; longer values are cut
 
 
-class MlflowConfig(Section):
+class MlflowConfig(SinkConfig):
     """MLflow: server, experiment and name of the run."""
 
     uri: str | None = Field(None, description="Tracking server; null means MLflow's settings (MLFLOW_TRACKING_URI).")

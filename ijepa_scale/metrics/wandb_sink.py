@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ijepa_scale.config.section import Section
+from ijepa_scale.config.schema import SinkConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.metrics.sinks import is_number, kept_id
 
 ID_FILE = "wandb_id.txt"
 
 
-class WandbConfig(Section):
+class WandbConfig(SinkConfig):
     """Weights & Biases: project and name of the run."""
 
     project: str = Field("ijepa_scale", description="Project of the run.")

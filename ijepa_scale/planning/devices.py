@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ijepa_scale.config.nearest import nearest
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.nearest import nearest
 from ijepa_scale.planning.hardware import peak_flops
 
 GPUS_PER_NODE = 8

@@ -36,10 +36,8 @@ def launch(description: str, kind: type[Task]) -> None:
     processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
 
 
-def train_here(kind: type[Task], plugins: tuple[str, ...], config: Any, launch: Launch, device: torch.device) -> None:
-    """Trains in this process of the run, and prints the result if it is the main process."""
-    for module in plugins:  # a child process starts without plug-ins
-        load_plugin(module)
+def train_here(kind: type[Task], config: Any, launch: Launch, device: torch.device) -> None:
+    """Trains in this process, of the run, and prints the result if it is the main process."""
     level = logging.INFO if launch.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
     config = with_strategy(config, launch, device)

@@ -84,7 +84,8 @@ class Preflight:
     def _memory(self, world: World, trained: int, kept: int) -> str:
         """Returns the line on the memory per process of `trained` parameters and of `kept` ones without gradients."""
         engine = self._config.engine
-        strategy, offload = engine.strategy, False
+        strategy: str = engine.strategy
+        offload = False
         if engine.ds_config is not None:
             zero = load_ds_config(engine.ds_config)["zero_optimization"]
             strategy, offload = f"zero{zero['stage']}", "offload_optimizer" in zero

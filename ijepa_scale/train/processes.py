@@ -50,8 +50,9 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
             raise ConfigError(f"--processes is {count}; give at least 1")
     port = environment.free_port()
     environment.default_threads(count)
+    named: list[str | None] = [*devices] if devices else [None] * count
     try:
-        multiprocessing.spawn(_child, (PLUGINS, main, options, engine, devices or [None] * count, port), nprocs=count)
+        multiprocessing.spawn(_child, (PLUGINS, main, options, engine, named, port), nprocs=count)
     except multiprocessing.ProcessExitedException as error:
         sys.exit(error.exit_code)
 

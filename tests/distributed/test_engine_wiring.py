@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
 from ijepa_scale.masks import Masks
+from tests.distributed import training
 from tests.distributed.harness import run
 from tests.distributed.test_engines import ENGINES, sharded_elements
-from tests.distributed.training import BATCH, images_of, make, masks_config, part
+from tests.distributed.training import BATCH, MODEL, curve, images_of, make, masks_config, part
 
 PLAIN = (1, {"strategy": "plain"})
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -64,7 +66,11 @@ def test_gradients_are_reduced_once_per_step(name: str) -> None:
 
 
 def modes(world: World, engine: dict) -> dict[str, Any]:
-    """Returns the mode of blocks, whether outputs have gradients, and whether evaluation leaves weights sharded."""
+    """Returns the mode of blocks, whether outputs have gradients, and whether evaluation leaves weights sharded.
+
+    The engine gets a target that is neither frozen nor in evaluation mode.
+    """
+    training.build_target = lambda jepa: copy.deepcopy(jepa.encoder)
     built, step = an_engine(world, engine)
     module, target = built.module, built.target_module  # type: ignore[attr-defined]
     seen: list[bool] = []
@@ -121,6 +127,23 @@ def test_fsdp2_frees_weights_after_the_forward_as_configured(reshard: bool) -> N
 def test_each_replica_holds_all_shards() -> None:
     for local, pieces, full in run(sharded_elements, 2, {"strategy": "fsdp2", "replicas": 2}):
         assert local == pieces == full
+
+
+def uneven(world: World, engine: dict) -> dict:
+    """Returns a short training whose tensors don't divide among 3 processes."""
+    training.BATCH = 6
+    training.MODEL = MODEL.replace(width=32, heads=2, predictor_width=16)
+    return curve(world, {**engine, "precision": "fp32"}, {}, {"group_size": 6}, 4)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero1", "zero3"])
+def test_shards_of_unequal_length_train_the_same(name: str) -> None:
+    expected = run(uneven, 1, {"strategy": "plain"}, alone=True)[0]
+    for found in run(uneven, 3, ENGINES[name][1]):
+        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+        assert found["state"].keys() == expected["state"].keys()
+        for tensor, wanted in expected["state"].items():
+            torch.testing.assert_close(found["state"][tensor], wanted, atol=1e-5, rtol=0)
 
 
 def products(world: World, engine: dict) -> tuple[Counter, Counter]:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from ijepa_scale.config import PretrainConfig, load_config, read_config, to_yaml
 from ijepa_scale.config.files import known_keys
-from ijepa_scale.config.nearest import nearest, nearest_dotted
 from ijepa_scale.config.section import Section
 from ijepa_scale.config.yaml_text import parse_yaml
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.models import build_jepa
+from ijepa_scale.nearest import nearest, nearest_dotted
 from ijepa_scale.planning.parameters import count_parameters
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))

@@ -116,7 +116,7 @@ def test_zero_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "settings"),
     {
-        "momentum is 1.0; give a number of at least 0 and below 1": {"momentum": 1.0},
+        "momentum is 1.0; give a number from 0 to below 1": {"momentum": 1.0},
         "trust_coefficient is -1": {"trust_coefficient": -1},
     }.items(),
 )

@@ -73,7 +73,7 @@ CLASSIFIER = {
     "weights is 'ema'; choose one of target, context": {"weights": "ema"},
     "keep_head is true but init is null; name the file whose head is kept": {"keep_head": True},
     "encoder.image_size (100, 224) is no multiple of patch_size 16": {"encoder": {"image_size": (100, 224)}},
-    "encoder.image_size is 'big'; give pixels, or [height, width]": {"encoder": {"image_size": "big"}},
+    "encoder.image_size is 'big'; give one number, or [height, width]": {"encoder": {"image_size": "big"}},
     "encoder.depth is 0; give at least 1, or null": {"encoder": {"depth": 0}},
 }
 

@@ -1,0 +1,71 @@
+"""A user's module adds one component of each kind, chosen by name; without `--plugin` the names mean nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.commands import ROOT, clean_environment
+
+CONFIG = """
+folder: {folder}
+seed: 5
+model: {{name: vit_tiny, image_size: 32, patch_size: 4, width: 24, depth: 1, heads: 2, predictor_width: 12,
+  predictor_depth: 1}}
+masks: {{sampler: stripes, target_rows: 2, num_target_blocks: 2, group_size: 8}}
+objective: {{loss: log_cosh, scale: 2.0}}
+optimizer: {{name: sgd, nesterov_momentum: 0.8}}
+data: {{reader: noise, noise_images: 24, batch_size: 8, workers: 0}}
+schedule: {{epochs: 1, warmup_epochs: 0}}
+engine: {{device: cpu, precision: fp32}}
+logging: {{every: 1, tensorboard: false, progress: none, sinks: {{lines: {{file: mine.txt}}}}}}
+evaluate: {{evaluator: feature_norm, every: 2, images: 2}}
+"""
+
+
+def launch(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "mine.yaml"
+    path.write_text(CONFIG.format(folder=tmp_path / "run"))
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", str(path), *arguments]
+    variables = clean_environment(PYTHONPATH=f"{ROOT}:{Path(__file__).parent}")
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("how", [(), ("--processes", "2", "engine.strategy=ddp")], ids=["alone", "spawned"])
+def test_one_of_each_kind_from_outside_the_package(how: tuple[str, ...], tmp_path: Path) -> None:
+    found = launch(tmp_path, "--plugin", "my_components", *how)
+    assert found.returncode == 0, found.stderr[-3000:]
+    folder = tmp_path / "run"
+    assert json.loads((folder / "run.json").read_text())["plugins"] == ["my_components"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 3 and losses[0] > losses[-1]  # 24 noise images in batches of 8, by the plugin's optimiser
+    assert {row["context_tokens"] for row in rows if "loss" in row} == {48.0}  # 6 of 8 rows of 8 patches
+    norms = [row for row in rows if "feature_norm" in row]
+    assert [row["step"] for row in norms] == [0, 2, 3] and norms[0]["feature_norm"] == norms[2][
+        "feature_norm_untrained"
+    ]
+    mine = [json.loads(line) for line in (folder / "mine.txt").read_text().splitlines()]
+    assert [{"seed": 5, **row} for row in rows] == mine
+    (last,) = (folder / "checkpoints").iterdir()
+    kinds = {name.split(".")[1] for name in json.loads((last / "manifest.json").read_text())["body"]["tensors"]
+             if name.startswith("optimizer.")}  # fmt: skip
+    assert kinds == {"momentum_buffer"}
+
+
+def test_without_the_flag_a_file_cannot_name_them(tmp_path: Path) -> None:
+    found = launch(tmp_path)
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+    for said in (
+        "masks.sampler is 'stripes'; choose one of multiblock, reference, random, or name the module that registers",
+        "objective.loss is 'log_cosh'; choose one of smooth_l1, l2, cosine, or",
+        "optimizer.name is 'sgd'; choose one of adamw, lars, or",
+        "data.reader is 'noise'; choose one of shards, stream, imagefolder, synthetic, or",
+        "evaluate.evaluator is 'feature_norm'; choose one of knn, or",
+        "logging.sinks",
+    ):
+        assert said in found.stderr, said
