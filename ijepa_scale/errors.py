@@ -1,7 +1,7 @@
-"""Errors that a user can act on. Must not import the rest of the package.
+"""Errors that a user can fix. Must not import the rest of the package.
 
-Each message names the value found, the expectation and the remedy. Launch scripts print the message and exit with code
-2; library users can catch `ValueError`.
+Each message names the value, the expectation and the remedy. Launch scripts print the message and exit with code 2;
+library users can catch `ValueError`.
 """
 
 
@@ -18,7 +18,7 @@ class DataError(UserError):
 
 
 class SampleError(DataError):
-    """A sample that can't be used; bad samples are counted by `kind`."""
+    """A sample that can't be used. Bad samples are counted by `kind`."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is NaN or infinite at `step`; that step has changed no weights or other state."""
+    """A loss or gradient that is NaN or infinite at `step`. That step changed no weights or other state."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What a run was made with: package versions, git revision, machine."""
+"""Collects what a run was made with: package versions, git revision, device. Must not know what is run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PACKAGES = ("ijepa_scale", "torch", "torchvision", "deepspeed", "numpy", "simpl
 
 
 def provenance(*, device: str | None, processes: int) -> dict[str, Any]:
-    """Returns the versions of what computes, and the modules that were plugged in, for `run.json` and checkpoints.
+    """Returns versions, git revision, device and plug-ins, for `run.json` and checkpoints.
 
-    `device` is the accelerator's name; None stands for the host's processor.
+    `device` is the name of the accelerator; None means the host's processor.
     """
     return {
         "packages": {name: _version(name) for name in _PACKAGES},

@@ -1,8 +1,8 @@
-"""Names of components that a configuration can choose: the one place where a newcomer is registered.
+"""Registries of the components that a configuration can name. Must not import any component by itself.
 
-A component of the package is one file and one line in a table below. A component from outside registers itself when
-its module is imported, which happens only where a person names the module on the command line (`--plugin`): a
-configuration or a checkpoint holds names, and can't run code.
+To add a component to the package, write its file and add one line to a table below. A component from outside registers
+itself when its module is imported. That happens only if a person names the module on the command line (`--plugin`):
+configurations and checkpoints hold names, and can't run code.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from ijepa_scale.errors import ConfigError
 
 
 class Registry:
-    """Classes of one kind by name. A class may carry `Config`, the section that configures it."""
+    """Classes of one kind by name. A class may have `Config`, the class of its section in the configuration."""
 
     def __init__(self, kind: str, built_in: dict[str, str]) -> None:
-        """`built_in` gives "module:Class" for each name; a module is imported when its class is asked for."""
+        """`built_in` maps names to "module:Class". `get` imports the module."""
         self.kind = kind
         self._built_in = built_in
         self._added: dict[str, type] = {}
 
     def names(self) -> tuple[str, ...]:
-        """Returns the known names, the package's own first."""
+        """Returns the registered names, those of the package first."""
         return *self._built_in, *self._added
 
     def register(self, name: str) -> Callable[[type], type]:
         """Returns a decorator that adds a class under `name`.
 
         Raises:
-            ConfigError: the name is taken by another class.
+            ConfigError: another class has this name.
         """
 
         def add(member: type) -> type:
@@ -41,7 +41,7 @@ class Registry:
                 member.__qualname__,
             )
             if name in self._built_in or (known is not None and not same):
-                raise ConfigError(f"{self.kind} {name!r} is registered already; register {member.__name__} as another")
+                raise ConfigError(f"{self.kind} {name!r} is already registered; give {member.__name__} another name")
             self._added[name] = member
             return member
 
@@ -51,7 +51,7 @@ class Registry:
         """Returns the class registered under `name`.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: the name is unknown.
         """
         if name in self._added:
             return self._added[name]
@@ -104,14 +104,14 @@ SINKS = Registry(
     },
 )
 EVALUATORS = Registry("evaluator", {"knn": "ijepa_scale.evaluate.online:OnlineKnn"})
-PLUGINS: list[str] = []  # modules that a person named, in order: run.json records them
+PLUGINS: list[str] = []  # modules named with --plugin, in order; run.json records them
 
 
 def load_plugin(module: str) -> None:
-    """Imports a user's module, which registers its components.
+    """Imports a module of the user, which registers its components.
 
     Raises:
-        ConfigError: the module can't be found.
+        ConfigError: there is no such module.
     """
     try:
         importlib.import_module(module)

@@ -20,7 +20,7 @@ from ijepa_scale.nearest import nearest
 # Other keys that a file may hold. They change what is printed or measured, not what is trained.
 DIAGNOSTICS = ("comms_logger", "dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
 
-# Settings that belong to the YAML, with the place where it sets them.
+# Settings that belong to the YAML, with the keys that set them.
 OWNED = {
     "train_batch_size": "data.batch_size",
     "train_micro_batch_size_per_gpu": "data.batch_size_per_process and engine.accumulation",

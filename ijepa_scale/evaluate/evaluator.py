@@ -1,4 +1,4 @@
-"""What a training run asks of an evaluator. Knows no engine: it is handed the forward pass."""
+"""Defines the protocol of evaluators, which training runs call with a forward function. Must not know any engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ijepa_scale.registry import EVALUATORS
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """How images are brought into the encoder's form."""
+    """The size and normalisation of the encoder's images."""
 
     size: tuple[int, int]  # height and width, pixels
     mean: tuple[float, ...]  # of RGB values in [0, 1]
@@ -21,21 +21,21 @@ class ImageSettings:
 
 
 class Evaluator(Protocol):
-    """Measures an encoder while it is being trained."""
+    """Evaluates an encoder during training."""
 
     Config: ClassVar[type[Any]]  # the section `evaluate` for this evaluator
 
     def __init__(self, config: Any, images: ImageSettings, world: World) -> None:
-        """Opens what is read and checks it, before the training starts.
+        """Opens and checks the data, before the training starts.
 
         Raises:
-            DataError: images or labels that can't be used.
+            DataError: images or labels can't be used.
         """
 
     def run(self, forward: Forward) -> dict[str, float]:
-        """Returns figures by name, the same on every process; `forward` turns images into the encoder's tokens.
+        """Returns figures by name, the same on every process. `forward` maps images to the encoder's tokens.
 
-        Synchronises and communicates: every process calls it together.
+        Synchronises and communicates, so every process must call it.
         """
 
 
@@ -44,7 +44,7 @@ def build_evaluator(config: PretrainConfig, world: World) -> Evaluator:
 
     Raises:
         ConfigError: the name is unknown.
-        DataError: images or labels that can't be used.
+        DataError: images or labels can't be used.
     """
     images = ImageSettings(size=config.model.image_size, mean=config.augment.mean, std=config.augment.std)
     return EVALUATORS.get(config.evaluate.evaluator)(config.evaluate, images, world)

@@ -1,4 +1,4 @@
-"""The k-nearest-neighbour check of the target encoder while it is being trained."""
+"""The k-nearest-neighbour evaluation of the target encoder during training. Must not know any engine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ijepa_scale.evaluate.knn import knn_accuracy
 
 
 class OnlineKnn:
-    """Accuracy of nearest neighbours between features of `evaluate.train` and `evaluate.test`.
+    """Measures the accuracy of nearest neighbours in `evaluate.train` for images of `evaluate.test`.
 
-    Sources are opened and labels checked here, before the training starts. Each process encodes its part
-    of the images; the figure is the same on all processes, and for any number of them.
+    Opens sources and checks labels at construction, before the training starts. Each process encodes its part of the
+    images. The accuracy is the same on all processes, and for any number of them.
     """
 
     Config = KnnConfig
@@ -35,7 +35,7 @@ class OnlineKnn:
     def run(self, forward: Forward) -> dict[str, float]:
         """Returns the accuracy `knn`, 0 to 1, of `forward` (images -> patch tokens) on the test images.
 
-        Synchronises and communicates: every process calls it together.
+        Synchronises and communicates, so every process must call it.
         """
         accuracy = knn_accuracy(
             self._features(forward, self._train),
@@ -64,7 +64,7 @@ class OnlineKnn:
 
 
 class _Split:
-    """The images chosen of a labelled set, evenly spread over it, and their labels."""
+    """Images chosen evenly from a labelled data set, and their labels."""
 
     def __init__(self, name: str, reader: str, pattern: str | None, most: int) -> None:
         self.source: SampleSource = build_source(reader, pattern)

@@ -1,4 +1,4 @@
-"""Rows to MLflow (optional dependency `mlflow-skinny` or `mlflow`)."""
+"""Writes rows to MLflow (optional dependency `mlflow-skinny` or `mlflow`). Must not know what the numbers mean."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ijepa_scale.errors import ConfigError
 from ijepa_scale.metrics.sinks import is_number, kept_id
 
 ID_FILE = "mlflow_id.txt"
-_LONGEST_PARAM = 500  # characters of a value; longer ones are cut
+_LONGEST_PARAM = 500  # characters; longer values are cut
 
 
 class MlflowConfig(SinkConfig):
-    """MLflow: where the run appears."""
+    """MLflow: server, experiment and name of the run."""
 
-    uri: str | None = Field(None, description="Tracking server; null takes MLflow's settings (MLFLOW_TRACKING_URI).")
+    uri: str | None = Field(None, description="Tracking server; null means MLflow's settings (MLFLOW_TRACKING_URI).")
     experiment: str = Field("ijepa_scale", description="Experiment of the run.")
-    name: str | None = Field(None, description="Name of the run; null takes that of its folder.")
+    name: str | None = Field(None, description="Name of the run; null means the name of its folder.")
 
 
 class MlflowSink:

@@ -1,7 +1,7 @@
-"""Where rows of numbers go: a JSON-lines file always, TensorBoard and others if wanted.
+"""Writes rows of numbers: to a JSON-lines file always, and to TensorBoard and others as configured.
 
-Only process 0 writes; the others get a `Sinks` without members. A sink that isn't here is one file and one line in
-`registry.SINKS`: a class with `Config`, built from (its section, the run's folder, drop_from=, run=).
+Only process 0 writes; the others get a `Sinks` without members. Other sinks have their own file and one line in
+`registry.SINKS`. Must not know what the numbers mean.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ _GROUPS = {
 
 
 class Sink(Protocol):
-    """Takes rows; each has a `step`.
+    """Writes rows, each of which has a `step`.
 
-    Built as `(config, folder, *, drop_from, run)`: its section, the run's folder, the first step that is taken anew
-    (0 or None at the start), and the run's configuration as plain values.
+    A registered sink has a class attribute `Config` and is built as `(config, folder, *, drop_from, run)`: its section,
+    the run's folder, the first step that a resumed run repeats (0 or None in a new run), and the run's configuration as
+    plain values.
     """
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Takes one row."""
+        """Writes one row."""
 
     def close(self) -> None:
-        """Finishes writing."""
+        """Writes buffered rows and releases resources."""
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a JSON-lines file; [] where there is none. A torn last line, left by a kill, is dropped.
+    """Returns the rows of a JSON-lines file, [] if there is none. Ignores an incomplete last line of a killed run.
 
     Raises:
         DataError: a line before the last isn't a JSON object with a step.
@@ -59,7 +60,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise DataError(
-                f"{path}, line {number} is {line[:40]!r}, not a JSON object with a step; mend it or move the file away"
+                f"{path}, line {number} is {line[:40]!r}, not a JSON object with a step; fix it or move the file"
             ) from None
         rows.append(row)
     return rows
@@ -71,10 +72,10 @@ def _finite(value: Any) -> Any:
 
 
 class JsonlSink:
-    """Appends one JSON object a line to `path`, each handed to the operating system at once.
+    """Appends rows to `path`, one JSON object per line, and flushes each.
 
-    Rows with step >= `drop_from` are dropped first, through a temporary file and a rename, so that a
-    run that starts over (0), or goes on after k steps (k + 1), has each step once. None keeps all.
+    First removes rows with step >= `drop_from`, through a temporary file and a rename, so that a run that starts again
+    (0) or resumes after k steps (k + 1) has each step once. None keeps all rows.
     """
 
     def __init__(self, path: str | Path, drop_from: int | None = None) -> None:
@@ -94,7 +95,7 @@ class JsonlSink:
         temporary.replace(self._path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends the row; NaN and infinities are written as null."""
+        """Appends the row. NaN and infinities become null."""
         line = json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
@@ -105,36 +106,36 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Writes the numbers of each row as TensorBoard scalars, grouped by what they are about.
+    """Writes the numbers of each row as TensorBoard scalars, in groups.
 
-    What an earlier run wrote for steps >= `drop_from` is hidden.
+    Hides what an earlier run wrote for steps >= `drop_from`.
     """
 
     def __init__(self, folder: str | Path, drop_from: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes 2 s to import: only where it is wanted
+        from torch.utils.tensorboard import SummaryWriter  # imported here because it takes 2 s
 
         self._writer = SummaryWriter(str(folder), purge_step=drop_from)
         self._tags = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Writes each number that is there."""
+        """Writes each number of the row."""
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(self._tags.get(name, f"train/{name}"), value, row["step"])
 
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Writes buffered rows."""
         self._writer.close()
 
 
 class Sinks:
-    """Hands each row to every member; a context manager that closes them."""
+    """Writes each row to every member. As a context manager, it closes them."""
 
     def __init__(self, members: Iterable[Sink] = ()) -> None:
         self._members = list(members)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Hands the row to every member."""
+        """Writes the row to every member."""
         for member in self._members:
             member.write(row)
 
@@ -155,7 +156,7 @@ class Sinks:
 def open_sinks(
     folder: str | Path, *, rank: int, logging: LoggingConfig, drop_from: int | None, run: Mapping[str, Any]
 ) -> Sinks:
-    """Returns the sinks of a run: `metrics.jsonl`, `tensorboard/` if wanted, and `logging.sinks`; none but on rank 0.
+    """Returns the sinks of a run on rank 0: `metrics.jsonl`, `tensorboard/` if enabled, and `logging.sinks`.
 
     Raises:
         ConfigError: a sink is unknown, or its package isn't installed.
@@ -177,7 +178,7 @@ def is_number(value: Any) -> bool:
 
 
 def kept_id(path: Path, *, resumed: bool, make: Callable[[], str]) -> str:
-    """Returns what a tracking service calls this run: from `path` for a resumed run, else made and written there."""
+    """Returns the id of this run in a tracking service: read from `path` if resumed, else made and written there."""
     if resumed and path.exists():
         return path.read_text(encoding="utf-8").strip()
     name = make()

@@ -1,4 +1,4 @@
-"""Rows to Weights & Biases (optional dependency `wandb`)."""
+"""Writes rows to Weights & Biases (optional dependency `wandb`). Must not know what the numbers mean."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ ID_FILE = "wandb_id.txt"
 
 
 class WandbConfig(SinkConfig):
-    """Weights & Biases: where the run appears."""
+    """Weights & Biases: project and name of the run."""
 
     project: str = Field("ijepa_scale", description="Project of the run.")
-    entity: str | None = Field(None, description="User or team; null takes the account's default.")
-    name: str | None = Field(None, description="Name of the run; null takes that of its folder.")
+    entity: str | None = Field(None, description="User or team; null means the account's default.")
+    name: str | None = Field(None, description="Name of the run; null means the name of its folder.")
     mode: Literal["online", "offline"] = Field(
-        "online", description="Offline writes into the run's folder; `wandb sync` sends it later."
+        "online", description="Offline writes into the run's folder; `wandb sync` uploads it later."
     )
 
 
 class WandbSink:
     """Logs the numbers of each row over `step`. A resumed run continues the same W&B run.
 
-    W&B can't take rows back: steps that are taken again after a crash appear twice, with the same `step`.
+    W&B can't delete rows: steps that are repeated after a crash appear twice, with the same `step`.
     """
 
     Config = WandbConfig
@@ -61,5 +61,5 @@ class WandbSink:
         self._run.log({name: value for name, value in row.items() if is_number(value)})
 
     def close(self) -> None:
-        """Sends or writes what is buffered."""
+        """Uploads or writes buffered rows."""
         self._run.finish()

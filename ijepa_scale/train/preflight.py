@@ -55,7 +55,7 @@ class Preflight:
         self._images = f"{len(labels)} images, {counts.min()} to {counts.max()} in each of {len(counts)} classes"
 
     def lines(self, world: World, loaded: LoadReport | None, first_loss: float) -> list[str]:
-        """Returns the report. `first_loss`, in nats, is that of the first micro-batch over all processes."""
+        """Returns the report. `first_loss`, in nats, is the mean over the first micro-batch of all processes."""
         config, schedule = self._config, self._schedule
         accumulation = config.engine.accumulation
         each = self._batch_size // (world.size * accumulation)

@@ -1,4 +1,4 @@
-"""Real launches of launch/pretrain.py on a small set of real shards, for the tests that start them."""
+"""Starts real runs of launch/pretrain.py on a small set of real shards."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_config(path: Path, data: Path, folder: Path) -> Path:
 def start(
     config: Path, *arguments: str, launcher: tuple[str, ...] = (), script: Path = PRETRAIN, **variables: str
 ) -> subprocess.Popen:
-    """Starts a launch in its own process group, its output into a file beside the config."""
+    """Starts a launch in its own process group, with its output in a log file next to the config."""
     command = [*(launcher or (sys.executable,)), str(script), "--config", str(config)]
     log = config.with_suffix(".log").open("a")
     return subprocess.Popen(
@@ -71,7 +71,7 @@ def start(
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """Returns the environment without what a launcher may have left in it."""
+    """Returns the environment without the variables of launchers."""
     changes = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
     inherited = environment.child_environment()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -81,7 +81,7 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 
 def finish(process: subprocess.Popen, config: Path, *, code: int = 0, timeout: float = 240) -> str:
-    """Waits for the launch and returns its log, having checked its exit code."""
+    """Waits for the launch, checks its exit code and returns its log."""
     found = process.wait(timeout=timeout)
     log = config.with_suffix(".log").read_text()
     assert found == code, f"exit code {found}, expected {code}:\n{log[-4000:]}"
@@ -101,7 +101,7 @@ def losses(folder: Path) -> dict[int, tuple[float, float]]:
 
 
 def final_hashes(folder: Path) -> list[str]:
-    """Returns the hashes of the newest checkpoint's files: its weights, moments and target, bit for bit."""
+    """Returns the hashes of the newest checkpoint's files, which hold weights, moments and target."""
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
     manifest = json.loads((newest / "manifest.json").read_text())
     return [file["sha256"] for file in manifest["body"]["files"]]

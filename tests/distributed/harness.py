@@ -1,7 +1,7 @@
-"""Runs a function on several gloo processes and returns what each returned.
+"""Runs a function on several gloo processes and returns their results.
 
-A fork server imports torch, deepspeed and the package once; each case then forks from it. It is
-started before this process uses any threads of its own, which a plain fork would inherit broken.
+A fork server imports torch, deepspeed and the package once, and each case forks from it. It starts before this process
+has threads of its own, which a plain fork would inherit in a broken state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TIMEOUT_S = 240
 
 
 class ProcessFailed(AssertionError):
-    """A process raised; the message holds its traceback."""
+    """A process raised an error; the message has its traceback."""
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
         answers = [results.get(timeout=TIMEOUT_S) for _ in workers]
     finally:
         for worker in workers:
-            worker.kill()  # each has answered, or the case has failed: taking DeepSpeed down takes seconds
+            worker.kill()  # all have answered, or the case has failed; a clean shutdown of DeepSpeed takes seconds
             worker.join()
     failed = [text for _, text, _ in answers if text]
     if failed:
@@ -66,13 +66,13 @@ def _work(
     alone, device = where
     try:
         torch.set_num_threads(1)
-        chosen = torch.device(f"cuda:{rank}" if device == "cuda" else device)  # "cuda": a GPU for each process
+        chosen = torch.device(f"cuda:{rank}" if device == "cuda" else device)  # "cuda" means one GPU per process
         launch = Launch(
             rank=rank, world_size=processes, local_rank=rank, local_world_size=processes, address="127.0.0.1", port=port
         )
         world: World = start_world(launch, chosen, alone=alone)
         value = function(world, *args)
-        results.put((rank, "", pickle.dumps(value)))  # by value: this process ends before it is read
+        results.put((rank, "", pickle.dumps(value)))  # pickled here, since this process ends before the value is read
         stop_world()
     except BaseException:
         results.put((rank, f"process {rank}:\n{traceback.format_exc()}", None))

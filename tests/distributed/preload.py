@@ -1,4 +1,4 @@
-"""What the fork server of the tests imports, once."""
+"""The imports of the tests' fork server."""
 
 import torch
 

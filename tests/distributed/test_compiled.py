@@ -1,4 +1,4 @@
-"""Compiled blocks: at most 2 graphs per role over any lengths, under every engine and every checkpointing."""
+"""Compiled blocks need at most 2 graphs per role for any lengths, under every engine and checkpointing mode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MASKS = {
     "packed": {"context": "packed"},
 }
 STEPS = 5
-# Every engine, every way of checkpointing and masks of every kind; all their combinations would take minutes.
+# Covers every engine, checkpointing mode and kind of masks; all combinations would take minutes.
 CASES = {
     "plain": [("none", "ragged"), ("selective", "packed")],
     "ddp": [("full", "dense")],
@@ -38,7 +38,7 @@ CASES = {
 
 
 class CountingBackend:
-    """Runs graphs as they are, and counts how many each role needed."""
+    """Runs graphs without compiling them, and counts the graphs of each role."""
 
     def __init__(self) -> None:
         self.graphs: Counter[str] = Counter()
@@ -51,8 +51,8 @@ class CountingBackend:
 
 
 def count_graphs(world: World, engine: dict, cases: list[tuple[str, str]]) -> list[tuple[dict, int]]:
-    """Returns, of each (checkpointing, masks), the graphs of each role and how many lengths the batches had."""
-    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000  # DDP's, as if blocks were larger than a bucket
+    """Returns, for each (checkpointing, masks), the graphs of each role and the number of different lengths."""
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000  # for DDP, so that blocks are larger than a bucket
     compiled = parallelize.compile_blocks
     results = []
     for checkpointing, masks in cases:
@@ -73,7 +73,7 @@ def count_graphs(world: World, engine: dict, cases: list[tuple[str, str]]) -> li
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_two_graphs_per_role_whatever_the_lengths(name: str) -> None:
-    """Target and predictor have one for their blocks and one for the last, which only some tokens ask."""
+    """Target and predictor need one graph for most blocks and one for the last, which computes only some tokens."""
     processes, engine = ENGINES[name]
     for results in run(count_graphs, processes, engine, CASES[name], alone=name == "plain"):
         for (graphs, num_lengths), case in zip(results, CASES[name], strict=True):

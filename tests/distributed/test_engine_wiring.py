@@ -1,4 +1,4 @@
-"""What engines apply from outside and no loss shows: reducing once a step, checkpointing, modes, sharding."""
+"""Properties of engines that losses don't show: one reduction per step, checkpointing, modes, sharding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.distributed.training import BATCH, MODEL, curve, images_of, make, mas
 
 PLAIN = (1, {"strategy": "plain"})
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-TRAINED, TARGET = 3 + 2, 3  # blocks
+TRAINED, TARGET = 3 + 2, 3  # number of blocks
 
 
 def an_engine(world: World, engine: dict, **changes: Any) -> tuple[Engine, Any]:
@@ -38,10 +38,10 @@ def inputs(world: World, step: Any) -> tuple[Tensor, Masks]:
 
 
 def is_reduced(world: World, built: Any) -> bool:
-    """Returns whether the gradients are those of all processes."""
+    """Returns whether the gradients are reduced over all processes."""
     gradients = [p.grad for p in built.module.parameters() if p.grad is not None]
     if not gradients or isinstance(gradients[0], DTensor):
-        return bool(gradients)  # FSDP2 keeps what isn't reduced elsewhere
+        return bool(gradients)  # FSDP2 stores unreduced gradients elsewhere
     each = world.gather(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.equal(each[0], each[1])
 
@@ -60,15 +60,15 @@ def when_reduced(world: World, engine: dict) -> list[bool]:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_gradients_are_reduced_once_a_step(name: str) -> None:
+def test_gradients_are_reduced_once_per_step(name: str) -> None:
     for found in run(when_reduced, *ENGINES[name]):
         assert found == [False, False, False, True] * 2
 
 
 def modes(world: World, engine: dict) -> dict[str, Any]:
-    """Returns in which mode blocks run, which outputs have gradients, and what is sharded after an evaluation.
+    """Returns the mode of blocks, whether outputs have gradients, and whether evaluation leaves weights sharded.
 
-    The engine is handed a target that is neither frozen nor in evaluation mode.
+    The engine gets a target that is neither frozen nor in evaluation mode.
     """
     training.build_target = lambda jepa: copy.deepcopy(jepa.encoder)
     built, step = an_engine(world, engine)
@@ -92,7 +92,7 @@ def modes(world: World, engine: dict) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "zero1", "zero3"])
-def test_evaluation_leaves_no_trace(name: str) -> None:
+def test_evaluation_restores_modes_and_sharding(name: str) -> None:
     processes, engine = ENGINES.get(name, PLAIN)
     for found in run(modes, processes, engine, alone=name == "plain"):
         assert found == {
@@ -106,7 +106,7 @@ def test_evaluation_leaves_no_trace(name: str) -> None:
 
 
 def gathered(world: World, engine: dict) -> tuple[set[bool], set[bool]]:
-    """Returns whether weights are sharded between forward and backward: trained ones, the target's."""
+    """Returns whether trained weights, and the target's weights, are sharded between forward and backward."""
     built, step = an_engine(world, engine)
     images, masks = inputs(world, step)
     built.target(images)
@@ -118,13 +118,13 @@ def gathered(world: World, engine: dict) -> tuple[set[bool], set[bool]]:
 
 
 @pytest.mark.parametrize("reshard", [False, True])
-def test_fsdp2_frees_weights_after_the_forward_as_told(reshard: bool) -> None:
+def test_fsdp2_frees_weights_after_the_forward_as_configured(reshard: bool) -> None:
     processes, engine = ENGINES["fsdp2"]
     for trained, target in run(gathered, processes, {**engine, "reshard_after_forward": reshard}):
         assert trained == {reshard} and target == {True}
 
 
-def test_replicas_hold_whole_shards_each() -> None:
+def test_each_replica_holds_all_shards() -> None:
     for local, pieces, full in run(sharded_elements, 2, {"strategy": "fsdp2", "replicas": 2}):
         assert local == pieces == full
 
@@ -147,7 +147,7 @@ def test_shards_of_unequal_length_train_the_same(name: str) -> None:
 
 
 def products(world: World, engine: dict) -> tuple[Counter, Counter]:
-    """Returns how often each block's first MLP product ran in a step: of trained blocks, of the target's."""
+    """Returns how often the first MLP layer of each trained block, and of each target block, ran in a step."""
     built, step = an_engine(world, engine)
     counts: tuple[Counter, Counter] = Counter(), Counter()
     roots = built.module, built.target_module  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def counting(counts: dict[str, int], mode: str) -> Iterator[None]:
     counts[mode] = counter.count
 
 
-def test_selective_checkpointing_repeats_no_product() -> None:
+def test_selective_checkpointing_repeats_no_matrix_product() -> None:
     counts: dict[str, int] = {}
     for mode in ("none", "selective", "full"):
         built, step = an_engine(ALONE, {"strategy": "plain"}, checkpointing=mode)

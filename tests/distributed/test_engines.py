@@ -1,4 +1,4 @@
-"""The same training, number by number, under every engine."""
+"""Training gives the same numbers under every engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENGINES = {
     "zero2": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero2.json"}),
     "zero3": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero3_small.json"}),
 }
-SHORT = {  # variants, over fewer steps: the file for large models, which keeps small ones gathered, and offload
+SHORT = {  # other files, tested over fewer steps: large buckets, which keep a small model gathered, and offload
     f"{name}": (2, {"strategy": "deepspeed", "ds_config": f"ds_configs/{name}.json"})
     for name in ("zero3", "zero2_offload", "zero3_offload")
 }
@@ -40,7 +40,7 @@ def reference(precision: str = "fp32", clip: float | None = None, steps: int = S
 
 
 def worst(found: dict, expected: dict, kind: str) -> float:
-    """Returns the largest difference among the state's tensors of one kind; NaN, a gap in a tensor, counts."""
+    """Returns the largest difference between tensors of one kind, or infinity if a tensor has gaps (NaN)."""
     names = {name for name in expected["state"] if name.startswith(kind)}
     assert names and names == {name for name in found["state"] if name.startswith(kind)}
     differences = [float((found["state"][n] - expected["state"][n]).abs().max()) for n in names]
@@ -59,7 +59,7 @@ def test_fp32_training_equals_one_process(name: str, accumulation: int) -> None:
     settings = {**engine, "precision": "fp32", "accumulation": accumulation}
     results = run(curve, processes, settings, {}, {}, STEPS)
     expected = reference()
-    assert expected["losses"][-1] < 0.7 * expected["losses"][0]  # the comparison is of a training that moves
+    assert expected["losses"][-1] < 0.7 * expected["losses"][0]  # the training makes progress
     for found in results:
         assert loss_difference(found, expected) <= 1e-5
         assert max(abs(a - b) for a, b in zip(found["norms"], expected["norms"], strict=True)) <= 1e-5
@@ -86,29 +86,29 @@ def test_compiled_blocks_train_the_same(name: str) -> None:
     assert max(abs(a - b) for a, b in zip(found["losses"], reference()["losses"][:4], strict=True)) <= 1e-5
 
 
-# One process with accumulation, in bf16 as well: what only the engine's own arithmetic can change.
-BF16_LOSS = 2e-3  # bf16 keeps 8 bits: products differ by 2^-9 = 2e-3 of their size where sums are cut differently
+# bf16 has 8 bits: products differ by up to 2^-9 = 2e-3 of their size if sums are divided differently.
+BF16_LOSS = 2e-3
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_bf16_training_stays_with_one_process(name: str) -> None:
+def test_bf16_training_is_close_to_one_process(name: str) -> None:
     processes, engine = ENGINES[name]
     found = run(curve, processes, {**engine, "precision": "bf16"}, {}, {}, FEW_STEPS)[0]
     expected, exact = reference("bf16", steps=FEW_STEPS), reference(steps=FEW_STEPS)
     assert loss_difference(found, expected) <= BF16_LOSS
     assert worst(found, expected, "target.") <= 5e-3
-    # in fp32 this engine would stay within 1e-5 (see above); in which dtype each product runs: test_precision
+    # in fp32 the difference would be within 1e-5 (see above); test_precision checks the dtype of each product
     assert loss_difference(found, exact) > 2e-5 and loss_difference(expected, exact) > 2e-5
 
 
 def travels_in(world: World, engine: dict) -> list[dict[str, str]]:
-    """Returns in which dtype each of the model's and the target's weights is sent."""
+    """Returns the communication dtypes of the model's and of the target's weights."""
     built, _ = make(world, EngineConfig(**engine, precision="bf16"), AdamWConfig(), masks_config())
     parts = (built.module, built.target_module)  # type: ignore[attr-defined]
     return [{n: str(getattr(p, "comm_dtype", p.dtype)) for n, p in part.named_parameters()} for part in parts]
 
 
-def test_zero3_sends_the_target_in_bf16_and_the_rest_as_told() -> None:
+def test_zero3_sends_the_target_in_bf16_and_the_rest_as_configured() -> None:
     processes, engine = SHORT["zero3"]
     for communication in ("fp32", "bf16"):
         model, target = run(travels_in, processes, {**engine, "zero_communication": communication})[0]
@@ -128,9 +128,9 @@ def test_an_fp8_target_trains_close_to_a_bf16_one(name: str) -> None:
     settings = {**engine, "precision": "bf16", "target_precision": "fp8"}
     found = run(curve, processes, settings, {}, {}, FEW_STEPS, alone=name == "plain")[0]
     expected = reference("bf16", steps=FEW_STEPS)
-    # fp8 moves the loss by 7e-5; a bf16 target would stay within 2e-6, one never quantised anew leaves by 2e-3
+    # fp8 changes the loss by 7e-5, a bf16 target by 2e-6, and fp8 copies that are never renewed by 2e-3
     assert 2e-5 < loss_difference(found, expected) <= 3e-4
-    assert worst(found, expected, "target.") <= 2e-3  # fp32 values of the same weights, after other gradients
+    assert worst(found, expected, "target.") <= 2e-3  # fp32 values of the target; the gradients differ
 
 
 def test_one_process_with_accumulation_equals_without() -> None:
@@ -146,7 +146,7 @@ def test_clipping_is_the_same(name: str) -> None:
         curve, processes, {**engine, "precision": "fp32", "accumulation": 2}, {"clip_norm": 0.1}, {}, FEW_STEPS
     )[0]
     expected = reference("fp32", 0.1, FEW_STEPS)
-    assert min(expected["norms"]) > 0.1  # it does clip
+    assert min(expected["norms"]) > 0.1  # clipping is active
     assert loss_difference(expected, reference(steps=FEW_STEPS)) > 1e-5
     assert loss_difference(found, expected) <= 1e-5
     assert worst(found, expected, "target.") <= 1e-6
@@ -174,9 +174,9 @@ def test_packed_and_ragged_masks_under_engines(name: str, masks: dict) -> None:
 
 
 def spoiled_step(world: World, engine: dict, accumulation: int, late: bool = False) -> tuple[str, bool]:
-    """Returns what a NaN in one process's images raised, and whether any state moved.
+    """Returns the error that a NaN in one process's images raised, and whether any state changed.
 
-    `late` stops the step on the device, as on a GPU: the next step, which is a good one, raises.
+    `late` stops the step on the device, as on a GPU: the next step raises, although it is good.
     """
     settings = EngineConfig(**engine, precision="fp32", accumulation=accumulation)
     built, step = make(world, settings, AdamWConfig(), masks_config())
@@ -196,7 +196,7 @@ def spoiled_step(world: World, engine: dict, accumulation: int, late: bool = Fal
 
 
 @pytest.mark.parametrize("name", ["plain", *ENGINES])
-def test_nan_on_one_process_stops_all_before_anything_moves(name: str) -> None:
+def test_nan_on_one_process_stops_all_before_anything_changes(name: str) -> None:
     processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
     for message, moved in run(spoiled_step, processes, engine, 2, alone=name == "plain"):
         assert f"step 2: process {processes - 1} has loss nan" in message
@@ -204,7 +204,7 @@ def test_nan_on_one_process_stops_all_before_anything_moves(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "hsdp"])
-def test_a_step_stopped_on_the_device_moves_nothing(name: str) -> None:
+def test_a_step_stopped_on_the_device_changes_nothing(name: str) -> None:
     processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
     for message, moved in run(spoiled_step, processes, engine, 1, True, alone=name == "plain"):
         assert f"step 2: process {processes - 1} has loss nan" in message
@@ -212,7 +212,7 @@ def test_a_step_stopped_on_the_device_moves_nothing(name: str) -> None:
 
 
 def spoiled_gradient(world: World, engine: dict) -> tuple[str, bool]:
-    """Returns what an infinite gradient under a finite loss raised, and whether any state moved."""
+    """Returns the error that an infinite gradient with a finite loss raised, and whether any state changed."""
     built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
     step(part(0, world))
     before = full_state(world, built)
@@ -229,7 +229,7 @@ def spoiled_gradient(world: World, engine: dict) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"])
-def test_infinite_gradient_under_a_finite_loss_moves_nothing(name: str) -> None:
+def test_an_infinite_gradient_with_a_finite_loss_changes_nothing(name: str) -> None:
     processes, engine = {**SHORT, **ENGINES}.get(name, (1, {"strategy": "plain"}))
     for message, moved in run(spoiled_gradient, processes, engine, alone=name == "plain"):
         assert "the gradient norm is" in message and "step 1" in message
@@ -237,7 +237,7 @@ def test_infinite_gradient_under_a_finite_loss_moves_nothing(name: str) -> None:
 
 
 def target_follows(world: World, engine: dict) -> tuple[float, float, bool]:
-    """Returns how much the target's output moves when the encoder does and when it follows, and if that was exact."""
+    """Returns the change of the target's output by the encoder and by the update, and if the update was exact."""
     built, _ = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
     images = images_of(part(0, world))
     start = built.target(images).clone()
@@ -264,7 +264,7 @@ def test_the_targets_output_follows_its_update(name: str) -> None:
 
 
 def sharded_elements(world: World, engine: dict) -> tuple[int, int, int]:
-    """Returns the elements of the target's local shards, of its pieces here, and of the full target."""
+    """Returns the number of elements in the target's local shards, in its pieces here, and in the full target."""
     built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
     step(part(0, world))
     pieces = [p for p in built.pieces() if p.name.startswith("target.")]
@@ -295,7 +295,7 @@ def apex_on_fsdp2(world: World) -> str:
     return ""
 
 
-def test_foreign_kernels_are_refused_on_sharded_tensors() -> None:
+def test_apex_kernels_are_refused_for_sharded_tensors() -> None:
     assert "whose kernels don't support fsdp2's sharded tensors; set optimizer.impl=torch" in run(apex_on_fsdp2, 1)[0]
 
 

@@ -1,4 +1,4 @@
-"""The finetuning run: accumulation equals the large batch, every launcher trains the same, a kill costs nothing."""
+"""Finetuning runs: accumulation equals the large batch, all launchers train the same, and killed runs resume."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_config(path: Path, data: Path, batch: int = 8, epochs: int = 3) -> Pat
 
 
 def train(world: World, path: str, engine: dict[str, Any], steps: int, state: bool = True) -> dict[str, Any]:
-    """Returns the losses of some steps and the full state after them, or the shapes that this process has parts of."""
+    """Returns the losses of some steps, and the full state after them or only the shapes of its tensors."""
     config = load_config(path, kind=FinetuneConfig)
     config = config.replace(engine=config.engine.replace(**engine), stop_after=steps)
     task = FinetuneTask(config, world, starting=True)
@@ -69,7 +69,7 @@ def train(world: World, path: str, engine: dict[str, Any], steps: int, state: bo
 
 @functools.cache
 def whole_batch(path: str) -> dict[str, Any]:
-    """Returns 5 steps on 32 images at once, in one process."""
+    """Returns the result of 5 steps with 32 images each, in one process."""
     return run(train, 1, path, {"strategy": "plain"}, 5, alone=True)[0]
 
 
@@ -115,13 +115,13 @@ def test_launchers_train_the_same(data, tmp_path):
         assert sorted(found) == sorted(expected)
         for step, (loss, norm) in expected.items():
             assert found[step] == (pytest.approx(loss, abs=2e-4), pytest.approx(norm, rel=1e-2)), (name, step)
-        # of 50 images; the sums' rounding may move one across the middle
+        # of 50 images; rounding may change the prediction for one
         assert [row["top1"] for row in rows(config.with_suffix("")) if "top1" in row] == pytest.approx(
             accuracy, abs=0.021
         )
 
 
-def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
     arguments = ("--processes", "2", *ZERO3)
     whole, broken = (write_config(tmp_path / f"{name}.yaml", data) for name in ("whole", "broken"))
     finish(launch(whole, *arguments), whole)
@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert len(losses(broken.with_suffix(""))) < 18, "it ended before it was killed"
+    assert len(losses(broken.with_suffix(""))) < 18, "the run ended before it was killed"
     assert "resumed from" in finish(launch(broken, *arguments), broken)
     assert losses(broken.with_suffix("")) == losses(whole.with_suffix(""))
     assert final_hashes(broken.with_suffix("")) == final_hashes(whole.with_suffix(""))
@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path):
 
 
 def test_wide_giant_blocks_train_under_zero3(tmp_path, data):
-    """ViT-g/16's width with 2 blocks: what fits in a test of the path that the 40-block model takes."""
+    """Tests the path of ViT-g/16 with its width, but with 2 of its 40 blocks."""
     path = write_config(tmp_path / "giant.yaml", data, batch=4)
     small = "name: vit_tiny, image_size: 32, patch_size: 4, width: 48, depth: 3, heads: 3"
     path.write_text(path.read_text().replace(small, "name: vit_giant, image_size: 32, patch_size: 16, depth: 2"))

@@ -1,4 +1,4 @@
-"""Finetuning, number by number, under every engine: layer-wise rates, drop path, frozen blocks, no target."""
+"""Finetuning gives the same numbers under every engine: layer-wise rates, drop path, frozen blocks, no target."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SCHEDULE = FinetuneSchedule(
 
 
 def curve(world: World, engine: dict, frozen: int = 0, steps: int = STEPS, resume: str | None = None) -> dict[str, Any]:
-    """Returns global losses, gradient norms and the state of a finetuning that goes on from `resume`."""
+    """Returns global losses, gradient norms and the state of a finetuning that resumes from `resume`, if given."""
     module = build_classifier(MODEL.replace(frozen_blocks=frozen), seed=1)
     built = build_engine(world, EngineConfig(**{"precision": "fp32", **engine}), OPTIMIZER.adamw(BATCH))
     built.prepare(module, groups=functools.partial(layer_decay_groups, layer_decay=OPTIMIZER.layer_decay))
@@ -48,12 +48,12 @@ def curve(world: World, engine: dict, frozen: int = 0, steps: int = STEPS, resum
     losses, norms = [], []
     for step in range(first, steps):
         for micro in built.accumulate(part(0, world)):
-            places = micro.position + np.arange(len(micro))
-            drop = drop_factors(module.drop_rates, seed=7, step=step, samples=places)
-            labels = torch.from_numpy(places % 4)
+            positions = micro.position + np.arange(len(micro))
+            drop = drop_factors(module.drop_rates, seed=7, step=step, samples=positions)
+            labels = torch.from_numpy(positions % 4)
             built.backward(cross_entropy(built.model(images_of(micro), drop), labels))
         info = built.step(SCHEDULE(step), step)
-        built.evaluate(images_of(part(0, world)))  # must leave the training as it is
+        built.evaluate(images_of(part(0, world)))  # must not change the training
         losses.append(float(world.mean(info.loss.clone())))
         norms.append(float(info.grad_norm))
     if resume is not None:
@@ -76,7 +76,7 @@ def agree(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert float((found["logits"] - expected["logits"]).abs().max()) <= 1e-5
 
 
-def test_the_reference_moves_as_the_rates_say() -> None:
+def test_weights_change_in_proportion_to_their_rates() -> None:
     found, start = reference(), build_classifier(MODEL, seed=1).state_dict()
     assert found["losses"][-1] < found["losses"][0]
     moved = {
@@ -94,7 +94,7 @@ def test_finetuning_equals_one_process(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_frozen_blocks_stay_and_are_saved(name: str, tmp_path) -> None:
+def test_frozen_blocks_do_not_change_and_are_saved(name: str, tmp_path) -> None:
     expected, start = reference(2), build_classifier(MODEL, seed=1).state_dict()
     frozen = [n for n in start if n.startswith(("encoder.patch_embed.", "encoder.blocks.0.", "encoder.blocks.1."))]
     processes, engine = ENGINES[name]
@@ -109,7 +109,7 @@ def test_frozen_blocks_stay_and_are_saved(name: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero3"])
-def test_bf16_finetuning_stays_with_one_process(name: str) -> None:
+def test_bf16_finetuning_is_close_to_one_process(name: str) -> None:
     processes, engine = ENGINES[name]
     expected = run(curve, 1, {"strategy": "plain", "precision": "bf16"}, alone=True)[0]
     found = run(curve, processes, {**engine, "precision": "bf16"})[0]

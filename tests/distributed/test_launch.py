@@ -1,4 +1,4 @@
-"""launch/pretrain.py under python, its own processes, torchrun, deepspeed and srun's variables."""
+"""launch/pretrain.py with python, child processes, torchrun, deepspeed and the variables of srun."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_clear_text_and_code_2(name: str, data: Path, tmp_path: Path) -> None:
+def test_bad_input_gives_one_message_and_code_2(name: str, data: Path, tmp_path: Path) -> None:
     arguments, text = BAD[name]
     config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
     log = finish(start(config, *arguments), config, code=2)
@@ -104,13 +104,13 @@ def test_resume_none_and_another_run_are_refused(data: Path, tmp_path: Path) -> 
     run = tmp_path / "run"
     shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000009")
     log = finish(start(config, f"resume={run}/checkpoints/step-00000003"), config, code=2)
-    assert "step-00000009 is newer and in the same folder" in log
+    assert "step-00000009 in the same folder is newer" in log
     shutil.rmtree(run / "checkpoints")
     log = finish(start(config, *FEW), config)
-    assert "moved to metrics-1.jsonl" in log and (run / "metrics-1.jsonl").exists()
+    assert "renamed it to metrics-1.jsonl" in log and (run / "metrics-1.jsonl").exists()
 
 
-def test_divergence_stops_with_code_2_and_keeps_the_state_before(data: Path, tmp_path: Path) -> None:
+def test_divergence_exits_with_code_2_and_saves_the_state_before(data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
     rates = ("optimizer.start_lr=1e30", "optimizer.lr=1e30", "evaluate.every=0")
     log = finish(start(config, "--processes", "2", *rates), config, code=2)
@@ -118,5 +118,7 @@ def test_divergence_stops_with_code_2_and_keeps_the_state_before(data: Path, tmp
     assert f"step {bad}: process 0 has loss nan, process 1 has loss nan" in log and "Traceback" not in log
     assert sorted(losses(tmp_path / "run")) == list(range(1, bad + 1))
     assert [p.name for p in (tmp_path / "run" / "stopped").iterdir()] == [f"step-{bad:08d}"]
-    log = finish(start(config, "schedule.stop_after=3", "evaluate.every=0"), config)  # not from the diverged state
+    log = finish(
+        start(config, "schedule.stop_after=3", "evaluate.every=0"), config
+    )  # must not start from the diverged state
     assert "done: 3 steps" in log and "resumed" not in log

@@ -1,7 +1,7 @@
-"""The real step against a loop in plain PyTorch, written image by image from the paper and the published recipe.
+"""Compares the real step with a loop in plain PyTorch, written image by image from the paper and the published recipe.
 
-Engines are compared with each other through one shared step; this loop shares none of it: schedules, average, groups,
-targets, gather and loss are its own. Other engines are held to the same numbers by test_engines and tests/golden.
+Tests that compare engines share the real step. This loop shares none of it: it has its own schedules, average, groups,
+targets, gather and loss. test_engines and tests/golden compare the other engines.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ijepa_scale.schedules import Schedule
 from tests.distributed.training import BATCH, MODEL, full_state, images_of, make, masks_config, part
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-STEPS = 8  # warm-up for 4 of them, the rest on the cosine
+STEPS = 8  # 4 of warm-up, then the cosine
 STEEP = Schedule(
     steps_per_epoch=4, epochs=2, warmup_epochs=1, ipe_scale=1.25, start_lr=1e-3, lr=1e-2, final_lr=1e-3,
     weight_decay=0.2, final_weight_decay=2.0, momentum=(0.5, 0.9),
 )  # fmt: skip
-# eps as large as small gradients: those that are 0 but for rounding (of the keys' biases) then move nothing
+# a large eps, so that gradients that are 0 except for rounding (of the keys' biases) change nothing
 OPTIMIZER = AdamWConfig(betas=(0.8, 0.95), eps=1e-5)
-TOLERANCE, MOMENT_TOLERANCE = 1e-6, 1e-7  # 2e-7 and 3e-8 were found: sums in another order
+TOLERANCE, MOMENT_TOLERANCE = 1e-6, 1e-7  # 2e-7 and 3e-8 were measured: sums are in another order
 CASES: dict[
     str, tuple[dict[str, Any], dict[str, Any], float | None, int]
 ] = {  # masks, objective, clipping, accumulation
@@ -43,9 +43,9 @@ CASES: dict[
 }
 
 
-def places_of(sampler: MaskSampler, step: int, place: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the places of one image's context blocks and of its target blocks."""
-    masks = sampler(step, place, 1, BATCH)
+def patches_of(sampler: MaskSampler, step: int, position: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the patches of one image's context blocks and of its target blocks."""
+    masks = sampler(step, position, 1, BATCH)
     if isinstance(masks, DenseMasks):
         return list(masks.context[:, 0]), list(masks.targets[:, 0])
     contexts = list(masks.context_index.split(list(masks.context_layout.lengths)))
@@ -73,7 +73,7 @@ def literal(masks: BlockMaskConfig, objective: RegressionConfig, clip: float | N
     )
     losses, norms = [], []
     for step in range(STEPS):
-        # 4 steps an epoch, 2 epochs stretched by 1.25: the curves end at s = 10
+        # 4 steps per epoch, and 2 epochs stretched by 1.25, so the curves end at s = 10
         s = step + 1
         wave = 0.5 * (1 + math.cos(math.pi * (s - 4) / 6))
         for group in optimizer.param_groups:
@@ -83,9 +83,9 @@ def literal(masks: BlockMaskConfig, objective: RegressionConfig, clip: float | N
 
         images = images_of(part(step, ALONE))
         terms = []
-        for place in range(BATCH):
-            image = images[place : place + 1]
-            contexts, targets = places_of(sampler, step, place)
+        for position in range(BATCH):
+            image = images[position : position + 1]
+            contexts, targets = patches_of(sampler, step, position)
             with torch.no_grad():
                 tokens = target(image)[0]
                 tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, False, keepdim=True) + 1e-5).sqrt()
@@ -121,8 +121,8 @@ def test_the_real_step_equals_the_literal_loop(name: str) -> None:
     changes, distances, clip, accumulation = CASES[name]
     masks, objective = masks_config(**changes), RegressionConfig(**distances)
     expected = literal(masks, objective, clip)
-    assert expected["losses"][-1] < 0.5 * expected["losses"][0]  # the comparison is of a training that moves
-    assert clip is None or min(expected["norms"]) > clip  # it does clip
+    assert expected["losses"][-1] < 0.5 * expected["losses"][0]  # the training makes progress
+    assert clip is None or min(expected["norms"]) > clip  # clipping is active
     settings = EngineConfig(strategy="plain", precision="fp32", accumulation=accumulation)
     optimizer = OPTIMIZER.replace(clip_norm=clip)
     built, step = make(ALONE, settings, optimizer, masks, objective=objective, schedule=STEEP)
@@ -141,7 +141,7 @@ def test_the_real_step_equals_the_literal_loop(name: str) -> None:
     assert all(torch.equal(after[tensor], found[tensor]) for tensor in found)
 
 
-def test_the_meters_hold_what_a_loop_over_places_finds() -> None:
+def test_the_meters_equal_a_loop_over_patches() -> None:
     masks, num_patches = masks_config(num_context_blocks=2, allow_overlap=True), MODEL.grid[0] * MODEL.grid[1]
     built, step = make(ALONE, EngineConfig(strategy="plain", precision="fp32"), OPTIMIZER, masks, schedule=STEEP)
     for index in range(STEPS):
@@ -151,17 +151,17 @@ def test_the_meters_hold_what_a_loop_over_places_finds() -> None:
     target.load_state_dict({n: kept[f"target.{n}"].view(p.shape) for n, p in target.named_parameters()}, strict=False)
     drawn = MaskSampler(masks, MODEL.grid, seed=5)(STEPS, 0, BATCH, BATCH)
     assert isinstance(drawn, DenseMasks)
-    places = Wanted.of(drawn, BATCH, num_patches).patches
+    patches = Wanted.of(drawn, BATCH, num_patches).patches
     with torch.no_grad():
         tokens = target(images_of(part(STEPS, ALONE)))
-        assert tokens.std(-1, False).sub(1).abs().max() > 5e-3  # the final norm has moved: normalising anew shows
+        assert tokens.std(-1, False).sub(1).abs().max() > 5e-3  # trained norm: normalising again matters
         tokens = F.layer_norm(tokens, (MODEL.width,), eps=1e-5)
     squares, freedom = torch.zeros(tokens.shape[-1]), 0
-    for place in range(num_patches):
-        here = tokens[(places == place).any(dim=1), place]
-        if len(here):
-            squares += (here - here.mean(dim=0)).square().sum(dim=0)
-            freedom += len(here) - 1
+    for patch in range(num_patches):
+        found = tokens[(patches == patch).any(dim=1), patch]
+        if len(found):
+            squares += (found - found.mean(dim=0)).square().sum(dim=0)
+            freedom += len(found) - 1
     step.meters.flush()
     info = step(part(STEPS, ALONE))
     means = step.meters.flush()

@@ -1,4 +1,4 @@
-"""Optimisers other than AdamW under engines: the same training as one process, and checkpoints."""
+"""Optimisers other than AdamW: engines train as one process does, and checkpoints resume."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.distributed.test_engines import ENGINES, loss_difference, worst
 from tests.distributed.test_engines import reference as adamw_reference
 from tests.distributed.training import full_state, make, masks_config, part
 
-LARS = LarsConfig(trust_coefficient=20.0)  # at the schedule's learning rates, a training that moves
+LARS = LarsConfig(trust_coefficient=20.0)  # large enough for progress at the schedule's learning rates
 HALF, STEPS = 4, 8
 PLAIN = (1, {"strategy": "plain"})
 
 
 def curve(world: World, engine: dict, folder: str = "", first: int = 0, last: int = STEPS) -> dict:
-    """Returns losses, norms and state after steps `first` to `last`, from and to checkpoints in `folder`."""
+    """Returns losses, norms and state of steps `first` to `last`, with checkpoints in `folder`."""
     built, step = make(world, EngineConfig(**engine, precision="fp32"), LARS, masks_config())
     if first:
         checkpoint = store.Checkpoint(Path(folder) / f"step-{first:08d}")
@@ -61,7 +61,7 @@ def test_lars_equals_one_process(name: str) -> None:
 
 
 @pytest.mark.parametrize(("writer", "reader"), [("plain", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "plain")])
-def test_lars_goes_on_from_any_engine(writer: str, reader: str, tmp_path: Path) -> None:
+def test_lars_resumes_from_any_engine(writer: str, reader: str, tmp_path: Path) -> None:
     processes, engine = ENGINES.get(writer, PLAIN)
     run(curve, processes, engine, str(tmp_path), 0, HALF, alone=writer == "plain")
     processes, engine = ENGINES.get(reader, PLAIN)
@@ -78,14 +78,14 @@ def read_by_adamw(world: World, folder: str) -> str:
     return ""
 
 
-def test_states_of_another_optimizer_are_named(tmp_path: Path) -> None:
+def test_states_of_another_optimizer_are_refused(tmp_path: Path) -> None:
     run(curve, *PLAIN, str(tmp_path), 0, 1, alone=True)
     text = run(read_by_adamw, 1, str(tmp_path), alone=True)[0]
     assert "optimizer.exp_avg.encoder.patch_embed.proj.weight is missing" in text
 
 
 def reductions(world: World, engine: dict) -> int:
-    """Returns the collectives of the optimiser's step alone."""
+    """Returns the number of collectives in the optimiser's step."""
     built, step = make(world, EngineConfig(**engine, precision="fp32"), LARS, masks_config())
     step(part(0, world))
     for parameter in built.module.parameters():
@@ -96,11 +96,11 @@ def reductions(world: World, engine: dict) -> int:
 
 
 def test_lars_reduces_the_norms_of_a_group_at_once() -> None:
-    assert run(reductions, *ENGINES["fsdp2"]) == [2, 2]  # two of the four groups decay
+    assert run(reductions, *ENGINES["fsdp2"]) == [2, 2]  # one for each of the two groups that decay
 
 
 def stopped(world: World, engine: dict) -> tuple[str, bool]:
-    """Returns what a NaN stopped on the device raised a step later, and whether any state moved."""
+    """Returns the error that a NaN raised one step later, and whether any state changed."""
     built, step = make(world, EngineConfig(**engine, precision="fp32"), LARS, masks_config())
     built._watch = FiniteWatch(world, late=True)
     step(part(0, world))
@@ -115,7 +115,7 @@ def stopped(world: World, engine: dict) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("name", ["plain", "ddp", "fsdp2"])
-def test_a_stopped_step_moves_nothing(name: str) -> None:
+def test_a_stopped_step_changes_nothing(name: str) -> None:
     processes, engine = ENGINES.get(name, PLAIN)
     for message, moved in run(stopped, processes, engine, alone=name == "plain"):
         assert f"step 1: process {processes - 1} has loss nan" in message

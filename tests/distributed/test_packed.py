@@ -1,4 +1,4 @@
-"""A packed batch equals each image computed alone with dense attention: predictions, loss and gradients in fp32."""
+"""A packed batch gives the predictions, loss and gradients of single images with dense attention, in fp32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ENGINES = {
     "fsdp2": (2, {"strategy": "fsdp2"}),
     "zero3": (2, {"strategy": "deepspeed", "ds_config": "ds_configs/zero3_small.json"}),
 }
-# Checkpointing, and what compiled graphs run in. Without inductor, whose work on the CPU takes a minute each time.
+# Checkpointing mode and compile backend. Not inductor, which takes a minute per case on the CPU.
 VARIANTS = [("none", None), ("none", "eager"), ("full", None), ("full", "aot_eager")]
 TOLERANCE = 1e-5
 MASKS = masks_config(context="packed")
@@ -42,7 +42,7 @@ Result = tuple[Tensor, Tensor, dict[str, Tensor]]  # predictions in the packed o
 
 
 def sharp_jepa(config: ModelConfig, seed: int) -> JEPA:
-    """Returns a model whose attention is far from the even one of fresh weights, which would hide what it does."""
+    """Returns a model with uneven attention. The almost uniform attention of fresh weights would hide errors."""
     module = build_jepa(config, seed)
     with torch.no_grad():
         for part in module.modules():
@@ -53,15 +53,15 @@ def sharp_jepa(config: ModelConfig, seed: int) -> JEPA:
 
 
 def per_image(world: World) -> Result:
-    """Returns the result of this process's images, each alone and dense; the gradients are those of all processes."""
+    """Returns the result for this process's images, each computed alone and dense. Gradients are of all images."""
     module = sharp_jepa(MODEL, seed=3).to(world.device)
     target = build_target(module)
     sampler = MaskSampler(MASKS, MODEL.grid, seed=5)
-    images = images_of(part(0, dataclasses.replace(world, rank=0, size=1))).to(world.device)  # of all processes
+    images = images_of(part(0, dataclasses.replace(world, rank=0, size=1))).to(world.device)  # all processes
     predictions, losses = [], []
-    for place in range(BATCH):
-        image = images[place : place + 1]
-        packed = sampler(0, place, 1, BATCH).map(lambda tensor: tensor.to(world.device))
+    for position in range(BATCH):
+        image = images[position : position + 1]
+        packed = sampler(0, position, 1, BATCH).map(lambda tensor: tensor.to(world.device))
         assert isinstance(packed, PackedMasks)
         shape = (MASKS.num_target_blocks, 1, -1)
         masks = DenseMasks(packed.context_index.view(1, 1, -1), packed.target_index.view(shape))
@@ -70,7 +70,7 @@ def per_image(world: World) -> Result:
         prediction = module(image, masks)
         index = packed.target_index.view(MASKS.num_target_blocks, -1)
         losses.append(Regression(RegressionConfig()).compare(prediction, features[0][index], masks))
-        if place * world.size // BATCH == world.rank:
+        if position * world.size // BATCH == world.rank:
             predictions.append(prediction)
     torch.stack(losses).mean().backward()
     by_block = zip(*(prediction.unbind() for prediction in predictions), strict=True)
@@ -80,7 +80,7 @@ def per_image(world: World) -> Result:
 
 
 def packed_batch(world: World, settings: EngineConfig) -> Result:
-    """Returns the result of this process's images in one packed batch under an engine."""
+    """Returns the result for this process's images in one packed batch under an engine."""
     engine, step = make(world, settings, AdamWConfig(), MASKS)
     (micro,) = engine.accumulate(part(0, world))
     images = images_of(micro)
@@ -95,7 +95,7 @@ def packed_batch(world: World, settings: EngineConfig) -> Result:
 
 
 def full_gradients(engine: Engine) -> dict[str, Tensor]:
-    """Returns the gradients of all processes together, each whole."""
+    """Returns the full gradients, reduced over all processes."""
     module: nn.Module = engine.module  # type: ignore[attr-defined]
     gradients = {}
     for name, parameter in module.named_parameters():
@@ -110,7 +110,7 @@ def full_gradients(engine: Engine) -> dict[str, Tensor]:
 
 
 def differences(world: World, engine: dict, variants: list[tuple[str, str | None]]) -> list[tuple[float, ...]]:
-    """Returns, of each variant, the largest difference of predictions, loss and gradients, and the largest gradient."""
+    """Returns, for each variant, the largest difference of predictions, loss, gradients, and the largest gradient."""
     prediction, loss, gradients = per_image(world)
     training.build_jepa = sharp_jepa  # type: ignore[assignment]
     compiled_blocks = parallelize.compile_blocks
@@ -133,4 +133,4 @@ def test_packed_equals_each_image_alone(name: str) -> None:
     for results in run(differences, processes, engine, VARIANTS, alone=name == "plain"):
         for variant, (prediction, loss, gradient, largest) in zip(VARIANTS, results, strict=True):
             assert prediction <= TOLERANCE and loss <= TOLERANCE and gradient <= TOLERANCE, variant
-            assert largest > 1e3 * TOLERANCE  # the gradients that were compared are some
+            assert largest > 1e3 * TOLERANCE  # the compared gradients aren't all tiny

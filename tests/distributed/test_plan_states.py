@@ -1,4 +1,4 @@
-"""The bytes of states that the plan foretells, against those that real engines hold after backward and step."""
+"""Compares the plan's prediction of state bytes with the bytes that real engines hold after a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 
 def states(world: World, strategy: str) -> dict[str, int]:
-    """Returns the bytes of this process's states after one step, and the bytes of what DeepSpeed gathers."""
+    """Returns the bytes of this process's states after one step, and the bytes per element that DeepSpeed gathers."""
     zero = strategy.startswith("zero")
     engine = {"strategy": "deepspeed", "ds_config": f"ds_configs/{strategy}.json"} if zero else {"strategy": strategy}
     if strategy == "fsdp2":
@@ -52,11 +52,11 @@ def states(world: World, strategy: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("strategy", ENGINES)
-def test_states_are_what_engines_hold(strategy: str) -> None:
+def test_predicted_states_are_those_of_the_engines(strategy: str) -> None:
     predicted = state_bytes(MODEL, strategy, world=2, reshard_after_forward=True)
     copies = target_copy_bytes(MODEL, Spread(strategy=strategy, world=2))
     for found in run(states, 2, strategy):
         for kind in ("weights", "optimizer", "target"):
             assert getattr(predicted, kind) == pytest.approx(found[kind], rel=0.1), kind
         assert found["copies"] == pytest.approx(copies, rel=0.1)
-        assert found.get("gathered", 4) == 4  # fp32 under autocast too, as planning.communication counts
+        assert found.get("gathered", 4) == 4  # fp32 under autocast too, as planning.communication assumes

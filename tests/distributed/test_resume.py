@@ -1,4 +1,4 @@
-"""Killed at a random step, a run goes on as if it had never stopped, bit for bit."""
+"""A run that is killed at a random step resumes as if it had never stopped, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_resume_after_kill_equals_an_uninterrupted_run(case: str, tmp_path: Path
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert len(losses(tmp_path / "broken")) < 20, "it ended before it was killed"
+    assert len(losses(tmp_path / "broken")) < 20, "the run ended before it was killed"
 
     log = finish(start(broken, *CASES[case]), broken)
     assert "resumed from" in log

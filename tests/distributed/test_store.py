@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, and readable by any engine on any number of processes."""
+"""Checkpoints are complete or absent, verified, and readable by any engine on any number of processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(world: World, engine: dict, folder: str) -> None:
     store.save(Path(folder), HALF, built.pieces(), world=world, extra={"note": 1}, keep=2)
 
 
-def go_on(world: World, engine: dict, folder: str) -> tuple[list[float], dict]:
+def resume(world: World, engine: dict, folder: str) -> tuple[list[float], dict]:
     built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
     path = store.newest(Path(folder))
     assert path is not None
@@ -54,12 +54,12 @@ PATHS = [
 
 
 @pytest.mark.parametrize(("writer", "reader"), PATHS, ids=[f"{w} to {r}" for w, r in PATHS])
-def test_any_engine_goes_on_from_any(writer: str, reader: str, tmp_path: Path) -> None:
+def test_any_engine_resumes_from_any(writer: str, reader: str, tmp_path: Path) -> None:
     processes, engine = ENGINES.get(writer, PLAIN)
     run(write, processes, engine, str(tmp_path), alone=writer == "plain")
     processes, engine = ENGINES.get(reader, PLAIN)
     expected = reference()["losses"][HALF:STEPS]
-    for losses, _ in run(go_on, processes, engine, str(tmp_path), alone=reader == "plain"):
+    for losses, _ in run(resume, processes, engine, str(tmp_path), alone=reader == "plain"):
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 1e-5
 
 
@@ -67,7 +67,7 @@ def pieces(value: float) -> list[Piece]:
     return [Piece(name="a", tensor=torch.full((6,), value), start=0, shape=(2, 3))]
 
 
-def test_keeps_the_newest_and_cleans_up(tmp_path: Path) -> None:
+def test_save_keeps_the_newest_and_cleans_up(tmp_path: Path) -> None:
     (tmp_path / ".unfinished-step-00000009").mkdir()
     for step in (1, 2, 3):
         store.save(tmp_path, step, pieces(step), world=ALONE, extra={}, keep=2)
@@ -83,7 +83,7 @@ def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
         store.Checkpoint(tmp_path / "step-00000002")
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = store.save(tmp_path, 1, pieces(1), world=ALONE, extra={}, keep=2)
     file = path / "process-00000.safetensors"
     intact = file.read_bytes()
@@ -99,7 +99,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"sha256": "0", "body": {"format": 1}}', "[1]"])
-def test_a_damaged_manifest_is_named(text: str, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_refused(text: str, tmp_path: Path) -> None:
     path = store.save(tmp_path, 1, pieces(1), world=ALONE, extra={}, keep=2)
     (path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match="manifest.json is damaged; remove"):
@@ -107,7 +107,7 @@ def test_a_damaged_manifest_is_named(text: str, tmp_path: Path) -> None:
 
 
 def reseal(path: Path, **changes: object) -> None:
-    """Changes the manifest's body as a foreign or later writer would, its hash fitting."""
+    """Changes the manifest's body and its hash, as another or a later program would."""
     import hashlib
 
     body = {**json.loads((path / "manifest.json").read_text())["body"], **changes}
@@ -125,7 +125,7 @@ def test_other_formats_and_outside_files_are_refused(tmp_path: Path) -> None:
         store.Checkpoint(path)
 
 
-def test_another_model_is_refused_by_tensor(tmp_path: Path) -> None:
+def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
     path = store.save(tmp_path, 1, pieces(1), world=ALONE, extra={}, keep=2)
     with pytest.raises(CheckpointError, match=r"a has shape \(2, 3\), the model \(3, 3\)"):
         store.Checkpoint(path).load([Piece(name="a", tensor=torch.zeros(9), start=0, shape=(3, 3))])
@@ -133,7 +133,7 @@ def test_another_model_is_refused_by_tensor(tmp_path: Path) -> None:
         store.Checkpoint(path).load([Piece(name="b", tensor=torch.zeros(6), start=0, shape=(2, 3))])
 
 
-def test_a_gap_is_named(tmp_path: Path) -> None:
+def test_a_gap_is_refused(tmp_path: Path) -> None:
     half = [Piece(name="a", tensor=torch.ones(3), start=0, shape=(2, 3))]
     path = store.save(tmp_path, 1, half, world=ALONE, extra={}, keep=2)
     with pytest.raises(CheckpointError, match="a has only 3 of the 6 elements from 0 on"):
@@ -150,7 +150,7 @@ def test_an_older_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> Non
     assert store.newest(tmp_path) is None
 
 
-def test_the_trained_encoder_comes_out_of_a_checkpoint(tmp_path: Path) -> None:
+def test_the_trained_encoder_loads_from_a_checkpoint(tmp_path: Path) -> None:
     built, step = make(ALONE, EngineConfig(strategy="plain", precision="fp32"), AdamWConfig(), masks_config())
     step(part(0, ALONE))
     extra = {"config": {"model": MODEL.values()}}

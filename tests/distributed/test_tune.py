@@ -1,4 +1,4 @@
-"""launch/tune.py over two processes: other spreads are measured, and the file says what was tuned."""
+"""launch/tune.py on two processes measures several strategies, and writes the best to tuned.yaml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small I-JEPA training for the distributed tests: real masks, real step, given images."""
+"""A small I-JEPA training for the distributed tests, with the real masks and step but random images."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def masks_config(**changes: Any) -> BlockMaskConfig:
 
 
 def images_of(batch: Batch) -> torch.Tensor:
-    """Stands for augmentation: the crops as they are, to [-2, 2]."""
+    """Replaces augmentation: returns the crops, scaled to [-2, 2]."""
     return (batch.pixels.view(-1, 32, 32, 3).permute(0, 3, 1, 2).float() / 63.75 - 2.0).contiguous()
 
 
 def part(step: int, world: World, *, spoil: tuple[int, int] | None = None) -> Batch:
-    """Returns this process's part of the global batch of `step`; `spoil` = (step, process) plants a NaN."""
+    """Returns this process's part of the global batch of `step`; `spoil` = (step, process) adds NaNs."""
     generator = np.random.default_rng(step)
     images = torch.from_numpy(generator.integers(0, 256, (BATCH, 3, 32, 32), dtype=np.uint8)).permute(0, 2, 3, 1)
     size = BATCH // world.size
@@ -68,7 +68,7 @@ def make(
     schedule: Schedule = SCHEDULE,
     seed: int = 3,
 ) -> tuple[Engine, TrainStep]:
-    """Returns an engine with the model of `seed`, and the real step over it; masks are those of seed 5."""
+    """Returns an engine with the model of `seed`, and the real step that uses it, with masks of seed 5."""
     module = build_jepa(MODEL, seed=seed)
     target = build_target(module)
     built = build_engine(world, engine, optimizer)
@@ -86,7 +86,7 @@ def make(
 
 
 def full_state(world: World, engine: Engine) -> dict[str, torch.Tensor]:
-    """Returns every full tensor that the engine would save, put together from all processes' pieces."""
+    """Returns every full tensor that the engine would save, assembled from the pieces of all processes."""
     mine = [(p.name, p.start, p.tensor.clone(), p.shape) for p in engine.pieces() if p.write]
     full: dict[str, torch.Tensor] = {}
     for pieces in world.gather_objects(mine):

@@ -1,10 +1,10 @@
-"""Records what training computes: losses, weights, moments and target after 20 steps, and the first 50 batches.
+"""Records the results of training: losses, weights, moments and target after 20 steps, and the first 50 batches.
 
     python -m tests.golden.record            # writes curves.json, batches.json and the two checkpoints
     python -m tests.golden.record --only pretrain-plain
 
-Record anew only where a change is meant to move numbers, and say so in its commit. On the machine they were made on,
-runs must equal the files bit for bit; elsewhere, losses and norms within 1e-6.
+Record again only if a change is meant to change numbers, and say so in its commit. On the machine that recorded the
+files, runs must equal them bit for bit; on others, losses and norms must agree within 1e-6.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ ENGINES: dict[str, tuple[int, tuple[str, ...]]] = {
     "zero2": (2, ("engine.strategy=deepspeed", f"engine.ds_config={ROOT}/ds_configs/zero2.json")),
     "zero3": (2, ("engine.strategy=deepspeed", f"engine.ds_config={ROOT}/ds_configs/zero3_small.json")),
 }
-# What each engine is run with, and settings that one process is enough for.
+# Settings that run under every engine (EVERYWHERE), and settings that run in one process only (PLAIN).
 EVERYWHERE = {
     "pretrain": ("masks.context=truncate",),
     "pretrain-packed": ("masks.context=packed", "engine.accumulation=2"),
@@ -104,7 +104,7 @@ MASKS = {
 
 
 def machine() -> dict[str, str]:
-    """Returns what decides the last bit of a result: processor and the versions of what computes."""
+    """Returns what determines the last bit of a result: the processor and the versions of torch and numpy."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     wanted = ("model name", "cpu family", "model\t", "stepping", "flags")
@@ -117,7 +117,7 @@ def machine() -> dict[str, str]:
 
 
 def write_images(folder: Path) -> Path:
-    """Writes 50 PNG images of 2 classes into shards: what is decoded is the same everywhere."""
+    """Writes 50 PNG images of 2 classes into shards. PNG decodes to the same pixels everywhere."""
     generator = np.random.default_rng(7)
     samples = []
     for index in range(50):
@@ -140,7 +140,7 @@ def config_file(name: str, folder: Path, data: Path) -> Path:
 
 
 def train(world: World, path: str, overrides: tuple[str, ...]) -> None:
-    """Runs a case in this process, one of its processes."""
+    """Runs a case in this process, which is one of the case's processes."""
     if Path(path).name.startswith("finetune"):
         finetune(load_config(path, overrides, kind=FinetuneConfig), world)
     else:
@@ -157,7 +157,7 @@ def tensor_hash(*tensors: Tensor) -> str:
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
-    """Returns hash and norm of each kind of tensor that a checkpoint holds."""
+    """Returns the hash and the norm of each kind of tensor in a checkpoint."""
     full = Checkpoint(checkpoint).full("")
     assert all(name.startswith(KINDS) for name in full), sorted(full)
     found = {}
@@ -170,7 +170,7 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def curve(name: str, folder: Path, data: Path) -> dict[str, Any]:
-    """Returns the losses, gradient norms and final state of a case, each in processes of its own."""
+    """Runs a case in new processes, and returns its losses, gradient norms and final state."""
     processes, overrides = CASES[name]
     run(train, processes, str(config_file(name, folder, data)), overrides, alone=processes == 1)
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
@@ -184,7 +184,7 @@ def curve(name: str, folder: Path, data: Path) -> dict[str, Any]:
 
 
 def batches(folder: Path, data: Path) -> dict[str, Any]:
-    """Returns sample ids, crop sizes and a hash of pixels and masks of the first 50 batches, for each mask setting."""
+    """Returns sample ids, crop sizes and pixel hashes of the first 50 batches, and mask hashes for each setting."""
     path = config_file("batches", folder, data)
     config = load_config(path)
     source = build_source("shards", data)
@@ -200,13 +200,13 @@ def batches(folder: Path, data: Path) -> dict[str, Any]:
 
 
 def mask_hash(masks: Any) -> str:
-    """Returns a hash of all tensors of a mask, in the order of their names."""
+    """Returns a hash of all tensors of masks, in the order of their fields."""
     tensors: dict[str, Tensor] = {}
     masks.map(lambda tensor: tensors.setdefault(str(len(tensors)), tensor))
     return tensor_hash(*tensors.values())
 
 
-# Of the runs that the checkpoints here are of: their images are the same whatever writes PNG files.
+# Overrides of the runs of the checkpoints. Synthetic images don't depend on the library that writes PNG files.
 CHECKPOINTS = {
     "pretrain": ("data.reader=synthetic", "data.train=null", "data.synthetic_samples=40"),
     "finetune": ("data.reader=synthetic", "data.train=null", "data.synthetic_samples=40", "model.num_classes=40"),
@@ -214,7 +214,7 @@ CHECKPOINTS = {
 
 
 def write_checkpoint(name: str, folder: Path) -> dict[str, Any]:
-    """Writes a checkpoint of step 10 into this folder, and returns the losses of the 10 steps that follow it."""
+    """Writes a checkpoint of step 10 into this folder, and returns the losses of the next 10 steps."""
     path = config_file(name, folder, folder)
     shutil.rmtree(folder / name, ignore_errors=True)
     run(train, 1, str(path), (*CHECKPOINTS[name], "checkpoint.every=10", *ENGINES["plain"][1]), alone=True)

@@ -1,4 +1,4 @@
-"""What training computed when the files here were recorded is what it computes now, and old checkpoints resume."""
+"""Training still gives the recorded results, and recorded checkpoints resume."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from tests.distributed.harness import run
 from tests.golden import record
 
-# On another machine: of losses and gradient norms, absolute below 1 and relative above.
-TOLERANCE, BF16_TOLERANCE = 1e-6, 5e-3  # bf16 rounds what differs in the last bit to neighbours 2^-8 apart
+# For losses and gradient norms on other machines: absolute below 1, relative above.
+TOLERANCE, BF16_TOLERANCE = 1e-6, 5e-3  # the last fp32 bit may decide between bf16 neighbours, 2^-8 apart
 CURVES = json.loads((record.HERE / "curves.json").read_text())
 BATCHES = json.loads((record.HERE / "batches.json").read_text())
 SAME_MACHINE = CURVES["machine"] == record.machine()
@@ -35,7 +35,7 @@ def test_the_files_hold_every_case() -> None:
 
 
 @pytest.mark.parametrize("name", record.CASES)
-def test_training_computes_what_it_did(name: str, data: Path, tmp_path: Path) -> None:
+def test_training_gives_the_recorded_results(name: str, data: Path, tmp_path: Path) -> None:
     found, expected = record.curve(name, tmp_path, data), CURVES["cases"][name]
     if SAME_MACHINE:
         assert found == expected
@@ -48,9 +48,9 @@ def test_training_computes_what_it_did(name: str, data: Path, tmp_path: Path) ->
         assert found["state"][kind]["norm"] == pytest.approx(expected["state"][kind]["norm"], rel=1e-4)
 
 
-def test_samples_crops_and_masks_are_what_they_were(data: Path, tmp_path: Path) -> None:
+def test_samples_crops_and_masks_are_the_recorded_ones(data: Path, tmp_path: Path) -> None:
     found: dict[str, Any] = record.batches(tmp_path, data)
-    assert found["batches"] == BATCHES["batches"]  # decoded from PNG: the same everywhere
+    assert found["batches"] == BATCHES["batches"]  # PNG decodes to the same pixels everywhere
     assert found["masks"] == BATCHES["masks"]
 
 

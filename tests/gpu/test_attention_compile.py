@@ -57,7 +57,7 @@ def test_each_forced_kernel_runs_and_agrees_with_the_reference(name: str) -> Non
         torch.testing.assert_close(ours, theirs, atol=BF16, rtol=BF16)
 
 
-def test_auto_takes_flash_in_bf16_and_efficient_in_fp32() -> None:
+def test_auto_chooses_flash_in_bf16_and_efficient_in_fp32() -> None:
     assert choose_backend("auto", [TARGET, PREDICTOR], torch.bfloat16, "cuda") == "flash"
     assert choose_backend("auto", [TARGET, PREDICTOR], torch.float32, "cuda") == "efficient"
 
@@ -71,7 +71,7 @@ def test_a_kernel_that_cannot_run_here_is_refused_and_never_replaced() -> None:
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa4"])
-def test_other_flash_kernels_where_they_are_installed(name: str) -> None:
+def test_other_flash_kernels_if_installed(name: str) -> None:
     try:
         force_backend(name, "cuda")
     except ValueError as error:
@@ -84,7 +84,7 @@ def test_other_flash_kernels_where_they_are_installed(name: str) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [32, 80, 88, 20])
-def test_some_tokens_ask_in_packed_sequences(head_dim: int) -> None:
+def test_packed_sequences_with_fewer_queries_than_keys(head_dim: int) -> None:
     layout, queries = SequenceLayout.of((17, 1, 68, 110), "cuda"), SequenceLayout.of((3, 1, 60, 20), "cuda")
     (q,) = tensors(queries.total, 4, head_dim, count=1)
     k, v = tensors(layout.total, 4, head_dim, count=2)
@@ -98,18 +98,18 @@ def test_some_tokens_ask_in_packed_sequences(head_dim: int) -> None:
 
 def test_packed_equals_each_image_alone_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((parallelize, "compile_blocks"), (training, "build_jepa")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # put back what is replaced
+        monkeypatch.setattr(module, name, getattr(module, name))  # restores what `differences` replaces
     torch.backends.cuda.matmul.allow_tf32 = False
     variants = [(mode, backend) for mode in ("none", "full", "selective") for backend in (None, "inductor")]
     results = differences(world(), {"strategy": "plain"}, variants)
     for variant, (prediction, loss, gradient, _) in zip(variants, results, strict=True):
-        assert max(prediction, loss, gradient) <= 1e-4, variant  # other kernels for other shapes
+        assert max(prediction, loss, gradient) <= 1e-4, variant  # different shapes run different kernels
 
 
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_two_graphs_per_role_in_bf16(monkeypatch: pytest.MonkeyPatch, checkpointing: str, masks: str) -> None:
-    """Here packed sequences go through the variable-length kernel, which the CPU can't run."""
+    """On a GPU, packed sequences use the variable-length kernel, which doesn't exist on the CPU."""
     torch._dynamo.reset()
     backend = CountingBackend()
     compiled = functools.partial(parallelize.compile_blocks, backend=backend)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Finetuning's augmentation on a GPU: the CPU's numbers, without a synchronisation."""
+"""Finetuning's augmentation on a GPU equals the CPU's, and doesn't synchronise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_augmentation_equals_the_cpus():
     images, targets = FinetuneAugment(config, SIZE, num_classes=7, seed=0)(batch)
     found, soft = FinetuneAugment(config, SIZE, num_classes=7, seed=0, device="cuda")(batch)
     torch.testing.assert_close(soft.cpu(), targets)
-    # resizing may differ by a level, which posterize or equalize can carry further in a few pixels
+    # resizing may differ by one level, which posterize or equalize can increase in a few pixels
     assert (found.cpu() - images).abs().mean() < 0.02
 
 

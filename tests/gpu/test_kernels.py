@@ -1,4 +1,4 @@
-"""The kernels on a GPU: Triton against the references, no synchronisation, fp8, and apex where it is NVIDIA's."""
+"""The kernels on a GPU: Triton against the references, no synchronisation, fp8, and NVIDIA's apex if installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.kernels.test_target_loss import inputs as loss_inputs
 from tests.unit.kernels.test_target_update import lists, ulps
 
 pytestmark = pytest.mark.gpu
-# fp32: sums in another order. bf16: rounded once here and twice there where the upstream gradient isn't 1.
+# fp32: sums are in another order. bf16: one rounds once, the other twice if the upstream gradient isn't 1.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3 * 2**-8}
 
 
@@ -48,7 +48,7 @@ def test_target_loss(shape, dtype, compiled):
             close(found, expected)
 
 
-def test_target_loss_has_the_same_bits_again_and_reads_nothing_outside():
+def test_target_loss_is_deterministic_and_checks_bounds():
     prediction, tokens, lookup, weights = on_gpu(*loss_inputs(3000, 700, 1280))
     values = [target_loss(prediction, tokens, lookup, weights, implementation="triton") for _ in range(3)]
     assert torch.equal(values[0], values[1]) and torch.equal(values[1], values[2])
@@ -99,7 +99,7 @@ def test_fp8_linear(rows, fast, biased):
     found = fp8_linear(*given, fast_accumulation=fast)
     expected = fp8_linear(*given, implementation="reference")
     assert found.dtype == torch.bfloat16 and found.shape == expected.shape
-    # bf16's rounding of result and bias; the tensor cores' sums keep fewer bits in fast accumulation
+    # result and bias are rounded to bf16; sums of tensor cores have fewer bits with fast accumulation
     limit = (2e-2 if fast else 5e-3) * expected.float().norm()
     assert (found.float() - expected.float()).norm() <= limit
 
@@ -129,7 +129,7 @@ def test_nothing_synchronises():
 
 
 def apex(module: str):
-    """Returns a module of NVIDIA's apex; skips where it isn't there: the PyPI name is another project."""
+    """Returns a module of NVIDIA's apex, or skips the test if it isn't installed. apex on PyPI is another project."""
     try:
         importlib.import_module("amp_C")
         return importlib.import_module(module)

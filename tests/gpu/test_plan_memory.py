@@ -1,4 +1,4 @@
-"""The foretold peak of a step against `torch.cuda.max_memory_allocated`, ViT-B/16 in bf16. Run: pytest -m gpu."""
+"""Compares the predicted peak memory of a step with the measured one, ViT-B/16 in bf16. Run: pytest -m gpu."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ def test_the_peak_is_within_a_tenth(checkpointing: str, context: str) -> None:
         measured = torch.cuda.max_memory_allocated() - before
         tokens = micro_batches(masks, draws[step : step + 1], MODEL.grid, BATCH)[0]
         predicted = footprint(MODEL, tokens, Spread(strategy="plain"), checkpointing=checkpointing)
-        if step:  # the first one makes the optimiser's states, and whatever libraries keep
+        if step:  # the first step also creates the optimiser's states and the workspaces of libraries
             assert predicted.peak == pytest.approx(measured, rel=0.1), f"at the {predicted.moment}"

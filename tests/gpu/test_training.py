@@ -1,4 +1,4 @@
-"""The training step on one GPU: it learns, agrees with the CPU, survives a checkpoint. Run: pytest -m gpu."""
+"""The training step on one GPU: agreement with the CPU, no synchronisation, checkpoints. Run: pytest -m gpu."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def losses(kind: str, **engine: object) -> list[float]:
 def test_fp32_agrees_with_the_cpu() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     found, expected = losses("cuda:0"), losses("cpu")
-    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-4  # other kernels, 20 steps
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-4  # different kernels, over 20 steps
 
 
 CHANGES = (
@@ -41,17 +41,17 @@ CHANGES = (
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_bf16_stays_with_fp32(change: dict) -> None:
+def test_bf16_is_close_to_fp32(change: dict) -> None:
     found, expected = losses("cuda:0", precision="bf16", **change), losses("cuda:0")
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-2
     assert found[-1] < 0.7 * found[0]
 
 
 def steps_without_waiting(world: World, engine: dict, masks: dict) -> list[float]:
-    """Returns the losses of steps during which nothing may make the host wait."""
+    """Returns the losses of steps that fail if anything makes the host wait."""
     _, step = make(world, EngineConfig(**engine, precision="bf16"), AdamWConfig(), masks_config(**masks))
     batches = [part(index, world).to(world.device) for index in range(6)]
-    found = [step(batch).loss for batch in batches[:3]]  # compiled kernels, optimiser states
+    found = [step(batch).loss for batch in batches[:3]]  # compiles kernels, and creates optimiser states
     torch.cuda.set_sync_debug_mode("error")
     try:
         found += [step(batch).loss for batch in batches[3:]]
@@ -65,7 +65,7 @@ def steps_without_waiting(world: World, engine: dict, masks: dict) -> list[float
 @pytest.mark.parametrize("strategy", ["plain", "ddp", "fsdp2"])
 def test_the_step_does_not_synchronise(strategy: str, change: dict, context: str) -> None:
     if strategy == "fsdp2" and change.get("target_precision"):
-        pytest.skip("fp8 is refused where weights are sharded")
+        pytest.skip("fp8 is refused for sharded weights")
     found = run(steps_without_waiting, 1, {"strategy": strategy, **change}, {"context": context}, device="cuda:0")[0]
     assert all(0 < loss < 1 for loss in found)
 

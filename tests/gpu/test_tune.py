@@ -1,4 +1,4 @@
-"""Tuning on one GPU: an impossible micro-batch is survived and told, and a small one measured. Run: pytest -m gpu."""
+"""Tuning on one GPU: out of memory is reported, and a small micro-batch is measured. Run: pytest -m gpu."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure(children: Children, config: PretrainConfig) -> Outcome:
     return children.run(measure_steps, job, limit_s=300)
 
 
-def test_an_impossible_micro_batch_is_survived() -> None:
+def test_out_of_memory_is_reported() -> None:
     children = Children()
     outcome = measure(children, CONFIG)
     assert outcome.kind == "memory" and outcome.reason.startswith("out of memory (in the first steps)")
@@ -37,7 +37,7 @@ def test_an_impossible_micro_batch_is_survived() -> None:
     assert 0 < values["peak_bytes"] <= values["worst_bytes"] and len(values["step_s"]) == 3
 
 
-def test_the_machine_is_looked_at_in_a_child() -> None:
+def test_a_child_process_describes_the_machine() -> None:
     outcome = Children().run(describe_machine, (CONFIG, ["cuda:0"], 1), limit_s=120)
     machine = machine_of(outcome.values[0])
     assert machine.kind == "cuda" and machine.memory_bytes == torch.cuda.get_device_properties(0).total_memory

@@ -1,4 +1,4 @@
-"""From a configuration to what is read, and in which order."""
+"""Builds the data source and the sample order that a configuration names. Must not know any reader's format."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ijepa_scale.registry import SOURCES
 
 
 def training_source(data: DataConfig, image_size: tuple[int, int]) -> SampleSource | StreamSource:
-    """Returns what the training images of a run come from; `image_size` is that of synthetic ones.
+    """Returns the source of a run's training images. `image_size` is the size of synthetic images.
 
     Raises:
-        ConfigError: `data.reader` names no reader.
-        DataError: data that isn't named, can't be read, or is remote without a cache.
+        ConfigError: `data.reader` is unknown.
+        DataError: `data.train` is missing, the data can't be read, or it is remote and there is no cache.
     """
     return SOURCES.get(data.reader)(data, image_size)
 
@@ -27,30 +27,32 @@ def training_source(data: DataConfig, image_size: tuple[int, int]) -> SampleSour
 def build_source(
     reader: str, pattern: str | Path | None, *, num_samples: int = 1_281_167, image_size: tuple[int, int] = (256, 256)
 ) -> SampleSource:
-    """Returns the samples that `reader` finds under `pattern`, in any order; the sizes are those of synthetic ones.
+    """Returns the samples that `reader` finds under `pattern`, for random access.
+
+    `num_samples` and `image_size` apply to synthetic images only.
 
     Raises:
-        ConfigError: there is no such reader.
-        DataError: no pattern, a remote one, a reader without random access, or data that can't be read.
+        ConfigError: the reader is unknown.
+        DataError: the pattern is missing or remote, the reader has no random access, or the data can't be read.
     """
     member = SOURCES.get(reader)
     if pattern is not None and scheme_of(str(pattern)) is not None:
-        expand(pattern)  # says that these shards must be local
+        expand(pattern)  # raises, since these shards must be local
     section = getattr(member, "Config", DataConfig)
     train = None if pattern is None else str(pattern)
     source = member(section(reader=reader, train=train, batch_size=1, synthetic_samples=num_samples), image_size)
     if isinstance(source, StreamSource):
-        raise DataError(f"reader {reader!r} gives samples in its own order; use shards or imagefolder here")
+        raise DataError(f"reader {reader!r} gives samples in its own order only; use shards or imagefolder here")
     return source
 
 
 def training_order(
     data: DataConfig, source: SampleSource | StreamSource, batch_size: int, *, seed: int, steps_per_epoch: int | None
 ) -> SampleOrder | StreamOrder:
-    """Returns the order of the samples; `steps_per_epoch` is the length that a stream is said to have.
+    """Returns the order of the samples. `steps_per_epoch` sets the length of an epoch for streams only.
 
     Raises:
-        DataError: a batch larger than the set, or a stream without a length.
+        DataError: the batch is larger than the data set, or the source is a stream and `steps_per_epoch` is None.
     """
     if isinstance(source, StreamSource):
         if steps_per_epoch is None:

@@ -1,7 +1,7 @@
-"""The package's own readers: what `data.reader` names, each from its settings to a source.
+"""The readers of the package, which build the source that `data.reader` names. Must not know the order of samples.
 
-A reader is registered in `registry.SOURCES`: a function or class that takes the section `data` and the size of
-synthetic images, and returns a `SampleSource`. Its `Config`, where it has one, is a subclass of `DataConfig`.
+A reader is a function or class in `registry.SOURCES`. It takes the section `data` and the size of synthetic images, and
+returns a `SampleSource`. It may have `Config`, a subclass of `DataConfig`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def read_shards(data: DataConfig, image_size: tuple[int, int]) -> ShardSource:
     """Returns the samples of tar shards, local or remote.
 
     Raises:
-        DataError: shards that aren't named, can't be read, or are remote without a cache.
+        DataError: `data.train` is missing, the shards can't be read, or they are remote and there is no cache.
     """
     pattern = _named(data)
     if scheme_of(pattern) is None:
@@ -32,10 +32,10 @@ def read_shards(data: DataConfig, image_size: tuple[int, int]) -> ShardSource:
 
 
 def read_stream(data: DataConfig, image_size: tuple[int, int]) -> StreamSource:
-    """Returns tar shards that are read from beginning to end by `webdataset`.
+    """Returns a stream of tar shards, which `webdataset` reads from beginning to end.
 
     Raises:
-        DataError: shards that aren't named, or an address that isn't allowed.
+        DataError: `data.train` is missing, or its address isn't allowed.
     """
     if data.train is None:
         raise DataError("reader 'stream' has no data to read; name shards, e.g. data.train=/data/{000..127}.tar")
@@ -46,7 +46,7 @@ def read_folder(data: DataConfig, image_size: tuple[int, int]) -> ImageFolderSou
     """Returns the images of class folders.
 
     Raises:
-        DataError: no folder is named, or it holds no images in class folders.
+        DataError: `data.train` is missing, or it has no images in class folders.
     """
     return ImageFolderSource(_named(data))
 

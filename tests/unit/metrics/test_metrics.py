@@ -171,7 +171,7 @@ def test_jsonl_refuses_a_damaged_file(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     text = f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n'
     path.write_text(text)
-    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is .*not a JSON object with a step; mend it or move"):
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is .*not a JSON object with a step; fix it or move"):
         JsonlSink(path, drop_from=2)
     assert path.read_text() == text
 
