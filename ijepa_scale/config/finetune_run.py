@@ -33,7 +33,7 @@ class ClassifierConfig(Section, at="model"):
     init: str | None = Field(
         None, description="Run folder, checkpoint, .pth.tar, .safetensors or timm:NAME; null: random weights."
     )
-    weights: Literal["target", "context"] = Field("target", description="Which encoder of the file.")
+    weights: Literal["target", "context"] = Field("target", description="Which encoder of the file to load.")
     keep_head: bool = Field(False, description="Load the file's classification layer too, its classes being the same.")
 
     def _problems(self) -> Iterator[str]:
@@ -54,12 +54,14 @@ class ClassifierConfig(Section, at="model"):
 class FinetuneOptimizerConfig(Section, at="optimizer"):
     """AdamW with a learning rate that falls from the head to the patches, its warm-up and cosine."""
 
-    impl: form.AdamWCode = Field("auto", description="Whose code it is.")
+    impl: form.AdamWCode = Field("auto", description="Implementation; auto is PyTorch's fused kernel.")
     base_lr: form.AtLeast0 | None = Field(None, description="Rate of 256 images; 1e-3 where lr is null.")
     lr: form.AtLeast0 | None = Field(None, description="Absolute learning rate, instead of base_lr.")
     min_lr: form.AtLeast0 = Field(1e-6, description="Absolute rate that the cosine ends at, before layer-wise scaling.")
     weight_decay: form.AtLeast0 = Field(0.05, description="Constant; none on 1-D parameters and position embeddings.")
-    layer_decay: float = Field(0.75, gt=0, le=1, description="Rate of a block over the next one's; 1: all the same.")
+    layer_decay: float = Field(
+        0.75, gt=0, le=1, description="Learning rate of each block divided by the next one's; 1: one rate for all."
+    )
     betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: form.AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
     clip_norm: form.Positive | None = Field(None, description="Largest norm of the gradient; null clips nothing.")
@@ -116,9 +118,11 @@ class ClassifierEvaluationConfig(Section, at="evaluate"):
     """Accuracy on held-out images, over all processes, each image once."""
 
     data: str | None = Field(None, description="Tar pattern or folder of class folders; null: no evaluation.")
-    reader: Literal["shards", "imagefolder"] = Field("shards", description="How they are stored.")
-    every_epochs: form.Epochs = Field(1.0, gt=0, description="Between evaluations; one is made at the end.")
-    batch_size: form.Images = Field(64, description="Images of a process and forward pass.")
+    reader: Literal["shards", "imagefolder"] = Field("shards", description="How the images are stored.")
+    every_epochs: form.Epochs = Field(
+        1.0, gt=0, description="Epochs between evaluations; there is always one at the end."
+    )
+    batch_size: form.Images = Field(64, description="Images per process and forward pass.")
     crop_fraction: float | None = Field(
         None, gt=0, le=1, description="Centre crop / resized side; null: 0.875, and 1 above 224 and up to 64 pixels."
     )

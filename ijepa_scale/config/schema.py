@@ -48,14 +48,14 @@ class ModelConfig(EncoderConfig, at="model"):
     predictor_width: form.Count = Field(384, description="Width of a token in the predictor.")
     predictor_depth: form.Count | None = Field(None, description="Number of blocks of the predictor.")
     rescale_residual: bool = Field(
-        False, description="Divide attn.proj and mlp.fc2 by sqrt(2 * layer), as the paper says."
+        False, description="Divide attn.proj and mlp.fc2 by sqrt(2 * layer): the released code means to, and doesn't."
     )
 
 
 class MaskConfig(Section, at="masks", registry=SAMPLERS, selector="sampler"):
     """Context and target blocks of patches."""
 
-    sampler: str = Field("multiblock", description="Draw of the blocks; reference is the published one.")
+    sampler: str = Field("multiblock", description="How masks are drawn; reference is the published draw.")
     context: Literal["truncate", "packed"] = Field(
         "truncate",
         description="Cut contexts to the shortest of their group, or keep every token in one packed sequence.",
@@ -78,7 +78,9 @@ class BlockMaskConfig(MaskConfig):
 class ObjectiveConfig(Section, at="objective", registry=OBJECTIVES, selector="loss"):
     """What training minimises."""
 
-    loss: str = Field("smooth_l1", description="Distance of predicted from target features; the paper's text has l2.")
+    loss: str = Field(
+        "smooth_l1", description="Distance between predicted and target features; the paper's text has l2."
+    )
 
 
 class RegressionConfig(ObjectiveConfig):
@@ -95,7 +97,7 @@ class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="na
     zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)  # of ZeRO, under which it can run
     zero_reason: ClassVar[str] = ""  # why not under the others
 
-    name: str = Field("adamw", description="Optimiser.")
+    name: str = Field("adamw", description="The optimiser.")
     lr: form.AtLeast0 = Field(1e-3, description="Learning rate at the end of the warm-up.")
     start_lr: form.AtLeast0 = Field(2e-4, description="Learning rate at the start of the warm-up.")
     final_lr: form.AtLeast0 = Field(1e-6, description="Learning rate that the cosine ends at.")
@@ -118,19 +120,21 @@ class AdamWConfig(OptimizerConfig):
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
-    impl: form.AdamWCode = Field("auto", description="Whose code it is.")
+    impl: form.AdamWCode = Field("auto", description="Implementation; auto is PyTorch's fused kernel.")
     betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: form.AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
 
 
 class ScheduleConfig(Section, at="schedule"):
-    """How long, and along which curves."""
+    """Length of the run and the curves of its rates."""
 
     epochs: form.Epochs = Field(300.0, gt=0, description="Length of the run.")
     warmup_epochs: form.Epochs = Field(40.0, ge=0, description="Length of the warm-up.")
     ipe_scale: float = Field(1.0, ge=1, description="Stretches the curves beyond the end of the run.")
     momentum: form.Shares = Field((0.996, 1.0), description="EMA of the target encoder, at the first and last step.")
-    steps_per_epoch: form.Steps | None = Field(None, ge=1, description="Null: as many as the data has batches.")
+    steps_per_epoch: form.Steps | None = Field(
+        None, ge=1, description="Length of an epoch; null: as many steps as the data has batches."
+    )
     stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step; the curves stay as they are.")
 
     def _problems(self) -> Iterator[str]:
@@ -139,16 +143,16 @@ class ScheduleConfig(Section, at="schedule"):
 
 
 class EngineConfig(Section, at="engine"):
-    """How the step is spread over processes and what it is computed in."""
+    """How the step is spread over processes, and its precision and kernels."""
 
     strategy: Literal["auto", "plain", "ddp", "fsdp2", "deepspeed"] = Field(
-        "auto", description="What spreads the step."
+        "auto", description="How training is spread over processes."
     )
     ds_config: str | None = Field(None, description="DeepSpeed's JSON: stage, buckets and offload only.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Kind of device.")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 is autocast over fp32 masters.")
     target_precision: Literal["fp8"] | None = Field(
-        None, description="Of the target's forward: that of `precision`, or fp8 (Hopper and later)."
+        None, description="Precision of the target's forward; null: that of `precision`. fp8 needs Hopper or later."
     )
     accumulation: form.Count = Field(1, description="Micro-batches of an optimiser step.")
     checkpointing: Literal["none", "full", "selective"] = Field(
@@ -159,9 +163,9 @@ class EngineConfig(Section, at="engine"):
     cuda_graphs: bool = Field(False, description="Replay the target's forward as a CUDA graph; not under fsdp2.")
     attention: Attention = Field("auto", description="Kernel of dense attention.")
     zero_communication: Literal["fp32", "bf16"] = Field(
-        "fp32", description="What ZeRO gathers weights and reduces gradients in, under bf16."
+        "fp32", description="Type in which ZeRO gathers weights and reduces gradients, under bf16."
     )
-    triton: form.Kernels = Field((), description="Our kernels in place of PyTorch's, on CUDA.")
+    triton: form.Kernels = Field((), description="Triton kernels to use instead of PyTorch's, on CUDA.")
     layer_norm: Literal["torch", "triton", "apex"] = Field(
         "torch", description="Kernel of layer norms; triton is ours."
     )
@@ -173,7 +177,7 @@ class EngineConfig(Section, at="engine"):
     def _problems(self) -> Iterator[str]:
         strategy, precision = self.strategy, self.precision
         if self.target_precision == "fp8" and precision != "bf16":
-            yield f"target_precision is fp8 but precision is {precision}; set precision=bf16 beside it"
+            yield f"target_precision is fp8 but precision is {precision}; set precision=bf16 too"
         if strategy == "deepspeed" and self.ds_config is None:
             yield "strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json"
         if strategy not in ("auto", "deepspeed") and self.ds_config is not None:
@@ -193,7 +197,7 @@ class EngineConfig(Section, at="engine"):
 
 
 class SinkConfig(Section, at="logging.sinks", registry=SINKS):
-    """Where a sink writes the rows."""
+    """Settings of a metrics sink."""
 
 
 class LoggingConfig(Section, at="logging"):
@@ -202,9 +206,9 @@ class LoggingConfig(Section, at="logging"):
     every: form.Steps = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
     tensorboard: bool = Field(True, description="Write the rows for TensorBoard too.")
     progress: Literal["auto", "bar", "lines", "none"] = Field(
-        "auto", description="On the terminal; auto is a bar there, and lines elsewhere."
+        "auto", description="How progress is shown; auto is a bar on a terminal, and lines elsewhere."
     )
-    sinks: dict[str, SinkConfig] = Field({}, description="Sinks that take the rows too, each with its own settings.")
+    sinks: dict[str, SinkConfig] = Field({}, description="Further sinks of the rows, each with its own settings.")
 
 
 class CheckpointConfig(Section, at="checkpoint"):
@@ -217,21 +221,23 @@ class CheckpointConfig(Section, at="checkpoint"):
 class EvaluateConfig(Section, at="evaluate", registry=EVALUATORS, selector="evaluator"):
     """The check of the target encoder while it trains."""
 
-    evaluator: str = Field("knn", description="What is measured.")
+    evaluator: str = Field("knn", description="What evaluates the target encoder.")
     every: form.Steps = Field(0, ge=0, description="Steps between evaluations; 0: never.")
 
 
 class KnnConfig(EvaluateConfig):
-    """The online k-nearest-neighbour check of the target encoder, with the untrained one's figure."""
+    """Accuracy of k nearest neighbours, next to that of the untrained encoder."""
 
     train: str | None = Field(None, description="Labelled images that vote.")
     test: str | None = Field(None, description="Labelled held-out images.")
-    reader: Literal["shards", "imagefolder"] = Field("shards", description="How they are stored.")
-    max_train: form.Images = Field(10_000, description="Images taken of those that vote, evenly spread.")
-    max_test: form.Images = Field(2_000, description="Images taken of those held out, evenly spread.")
+    reader: Literal["shards", "imagefolder"] = Field("shards", description="How the images are stored.")
+    max_train: form.Images = Field(
+        10_000, description="Largest number of images that vote, evenly spread over the set."
+    )
+    max_test: form.Images = Field(2_000, description="Largest number of held-out images, evenly spread over the set.")
     neighbors: form.Count = Field(20, description="Neighbours that vote.")
     temperature: form.Positive = Field(0.07, description="Temperature of the votes' softmax.")
-    batch_size: form.Images = Field(64, description="Images of a process and forward pass.")
+    batch_size: form.Images = Field(64, description="Images per process and forward pass.")
 
     def _problems(self) -> Iterator[str]:
         if self.every and (self.train is None or self.test is None):
@@ -242,7 +248,7 @@ class RunConfig(Section):
     """What every run has."""
 
     folder: str = Field("runs/pretrain", description="Folder of logs, checkpoints and the resolved configuration.")
-    seed: int = Field(0, ge=0, description="Decides weights, order, crops and masks.")
+    seed: int = Field(0, ge=0, description="Seed of weights, order, crops and masks.")
     resume: str = Field("auto", description="The newest checkpoint of the folder (auto), none, or a checkpoint folder.")
     engine: EngineConfig = EngineConfig()
     logging: LoggingConfig = LoggingConfig()

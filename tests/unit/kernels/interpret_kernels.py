@@ -60,7 +60,7 @@ def losses() -> dict[str, dict[str, float]]:
 
 
 def loss_rules() -> dict[str, object]:
-    """Returns what the kernel does beside numbers: the same bits again, a second backward, an index outside."""
+    """Returns what the kernel does apart from its numbers: the same bits again, a second backward, an index outside."""
     prediction, tokens, lookup, weights = inputs(5, 7, 300)
     loss = target_loss(prediction, tokens, lookup, weights, implementation="triton")
     again = target_loss(prediction, tokens, lookup, weights, implementation="triton")
