@@ -97,17 +97,24 @@ def test_resume_none_and_another_run_are_refused(data: Path, tmp_path: Path) -> 
     finish(start(config, *FEW), config)
     log = finish(start(config, *FEW, "resume=none"), config, code=2)
     assert "resume is none but" in log and "step-00000003 exists" in log
-    log = finish(start(config, *FEW, "seed=1", "augment.flip=0.25"), config, code=2)
-    assert "seed was 0, is 1" in log and "augment.flip was 0.5, is 0.25" in log
+    changes = {
+        "seed=1": "seed was 0, is 1",
+        "augment.flip=0.25": "augment.flip was 0.5, is 0.25",
+        "model.predictor_width=12": "model.predictor_width was",
+        "masks.allow_overlap=true": "masks.allow_overlap was False, is True",
+        "objective.beta=2.0": "objective.beta was 1.0, is 2.0",
+    }
+    log = finish(start(config, *FEW, *changes), config, code=2)
+    assert [said for said in changes.values() if said not in log] == []
     log = finish(start(config, *FEW), config)
     assert "done: 3 steps, no steps were left" in log
     run = tmp_path / "run"
     shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000009")
     log = finish(start(config, f"resume={run}/checkpoints/step-00000003"), config, code=2)
-    assert "step-00000009 is newer and in the same folder" in log
+    assert "step-00000009 in the same folder is newer" in log
     shutil.rmtree(run / "checkpoints")
     log = finish(start(config, *FEW), config)
-    assert "moved to metrics-1.jsonl" in log and (run / "metrics-1.jsonl").exists()
+    assert "renamed it to metrics-1.jsonl" in log and (run / "metrics-1.jsonl").exists()
 
 
 def test_divergence_stops_with_code_2_and_keeps_the_state_before(data: Path, tmp_path: Path) -> None:
