@@ -97,8 +97,15 @@ def test_resume_none_and_another_run_are_refused(data: Path, tmp_path: Path) -> 
     finish(start(config, *FEW), config)
     log = finish(start(config, *FEW, "resume=none"), config, code=2)
     assert "resume is none but" in log and "step-00000003 exists" in log
-    log = finish(start(config, *FEW, "seed=1", "augment.flip=0.25"), config, code=2)
-    assert "seed was 0, is 1" in log and "augment.flip was 0.5, is 0.25" in log
+    changes = {
+        "seed=1": "seed was 0, is 1",
+        "augment.flip=0.25": "augment.flip was 0.5, is 0.25",
+        "model.predictor_width=12": "model.predictor_width was",
+        "masks.allow_overlap=true": "masks.allow_overlap was False, is True",
+        "objective.beta=2.0": "objective.beta was 1.0, is 2.0",
+    }
+    log = finish(start(config, *FEW, *changes), config, code=2)
+    assert [said for said in changes.values() if said not in log] == []
     log = finish(start(config, *FEW), config)
     assert "done: 3 steps, no steps were left" in log
     run = tmp_path / "run"

@@ -19,8 +19,12 @@ from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, Regre
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
 from ijepa_scale.masks import DenseMasks, MaskSampler, Wanted
+from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models.registry import build_jepa
+from ijepa_scale.objectives.regression import Regression
 from ijepa_scale.schedules import Schedule
+from ijepa_scale.train.step import TrainStep
+from tests.distributed import training
 from tests.distributed.training import BATCH, MODEL, full_state, images_of, make, masks_config, part
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -169,3 +173,19 @@ def test_the_meters_equal_a_loop_over_patches() -> None:
     assert (means["loss"], means["grad_norm"]) == pytest.approx((float(info.loss), float(info.grad_norm)), abs=1e-6)
     tokens_of_blocks = drawn.context.shape[2], drawn.targets.shape[2]
     assert (means["context_tokens"], means["target_tokens"]) == tokens_of_blocks and len(set(tokens_of_blocks)) == 2
+
+
+def test_a_grid_may_be_wider_than_high(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MODEL", MODEL.replace(image_size=(16, 64)))
+    built, _ = make(ALONE, EngineConfig(strategy="plain", precision="fp32"), OPTIMIZER, masks_config())
+    step = TrainStep(
+        built,
+        augment=lambda batch: images_of(batch).reshape(-1, 3, 16, 64),
+        masks=MaskSampler(masks_config(), (4, 16), seed=5),
+        schedule=STEEP,
+        objective=Regression(RegressionConfig()),
+        batch_size=BATCH,
+        meters=Meters(ALONE.device),
+    )
+    step(part(0, ALONE))
+    assert 0.0 < step.meters.flush()["target_std"] < 2.0

@@ -233,6 +233,15 @@ def test_a_section_that_does_not_fit_is_refused() -> None:
     assert text == "objective.loss is 'wrong', whose Config must be a subclass of ObjectiveConfig"
 
 
+def test_a_name_has_one_class() -> None:
+    registry = Registry("objective", {"l2": "ijepa_scale.objectives.regression:Regression"})
+    assert registry.register("turn")(Cosine) is registry.register("turn")(Cosine) is registry.get("turn")
+    for name in ("l2", "turn"):
+        with pytest.raises(ConfigError, match=f"objective '{name}' is registered already; register Board as another"):
+            registry.register(name)(Board)
+    assert registry.names() == ("l2", "turn") and registry.get("turn") is Cosine
+
+
 def test_sinks_have_sections_by_name(added: None, empty: Path, tmp_path: Path) -> None:
     config = load_config(empty, ["logging.sinks.board.project=007", "logging.every=3"])
     assert config.logging == LoggingConfig(every=3, sinks={"board": BoardConfig(project="007")})
@@ -294,6 +303,9 @@ def test_a_plugin_is_named_on_the_command_line_only(empty: Path, tmp_path: Path)
     assert "choose one of smooth_l1, l2, cosine, or name the module" in launch(tmp_path, *chosen).stderr
     missing = launch(tmp_path, "--plugin", "no_such_module", *chosen)
     assert missing.returncode == 2 and "--plugin no_such_module: no such module" in missing.stderr
+    (tmp_path / "broken_plugin.py").write_text("import no_such_package\n")
+    broken = launch(tmp_path, "--plugin", "broken_plugin", *chosen)
+    assert "No module named 'no_such_package'" in broken.stderr and "no such module" not in broken.stderr
     empty.write_text("plugin: angle_plugin")
     assert "c.yaml: plugin: unknown; " in refusal(load_config, empty)
 

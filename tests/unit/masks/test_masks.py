@@ -199,9 +199,11 @@ def test_multiblock_reaches_every_patch_and_truncation_keeps_the_whole_image() -
 def test_multiblock_draws_scale_and_aspect_independently() -> None:
     config, grid = BlockMaskConfig(), (28, 28)
     draw = MultiblockDraw(config, grid, seed=0)
-    sizes = np.array([draw.block_sizes(step, group=0)[0] for step in range(400)])
+    both = np.array([draw.block_sizes(step, group=0) for step in range(400)])
+    sizes, context_area = both[:, 0], both[:, 1].prod(axis=1)
     area, aspect = sizes.prod(axis=1), sizes[:, 0] / sizes[:, 1]
-    assert abs(np.corrcoef(area, aspect)[0, 1]) < 0.15  # 3 standard errors of 400 draws
+    found = np.corrcoef([area, aspect, context_area])
+    assert np.abs(found - np.eye(3)).max() < 0.15  # 3 standard errors of 400 draws
     assert 0.70 < aspect.min() < 0.8 and 1.4 < aspect.max() < 1.6
 
 

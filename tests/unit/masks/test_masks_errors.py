@@ -42,6 +42,11 @@ def test_published_configurations_pass(grid, group, name) -> None:
             "a context block of 13x13 patches without a target block of 14x14 keeps at most 0 on a grid of 14x14",
         ),
         (
+            BlockMaskConfig(min_keep=28, target_scale=(0.5, 0.5), target_aspect=(1.0, 1.0), context_scale=(1.0, 1.0)),
+            (8, 8),
+            "a context block of 8x8 patches without a target block of 6x6 keeps at most 28 on a grid of 8x8",
+        ),
+        (
             BlockMaskConfig(sampler="reference", target_scale=(1.0, 1.0), target_aspect=(1.0, 1.0)),
             (14, 14),
             "lower masks.target_scale (currently up to 1), raise masks.context_scale (currently from 0.85), "

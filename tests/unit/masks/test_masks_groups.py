@@ -50,6 +50,14 @@ def test_groups_draw_their_corners_independently(name: str) -> None:
     assert len(set(corners)) == 4 * BATCH
 
 
+def test_sizes_depend_on_seed_step_and_group() -> None:
+    def sizes(seed: int, step: int, group: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return MultiblockDraw(BlockMaskConfig(), (96, 96), seed=seed).block_sizes(step, group)
+
+    found = [sizes(*key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert all(len(set(each)) == 4 for each in zip(*found, strict=True))
+
+
 def test_a_part_of_a_group_is_a_part_of_its_draw() -> None:
     config = BlockMaskConfig(group_size=SIZE)
     masks, whole = MaskSampler(config, GRID, seed=0)(2, 5, 2, BATCH), drawn(config, 2, 1, 0)

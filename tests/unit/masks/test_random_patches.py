@@ -10,9 +10,9 @@ from ijepa_scale.masks import DenseMasks, MaskSampler, PackedMasks
 from ijepa_scale.masks.random_patches import RandomMaskConfig
 
 
-def sampler(**changes) -> MaskSampler:
+def sampler(*, seed: int = 3, **changes) -> MaskSampler:
     config = RandomMaskConfig(**{"min_keep": 3, "group_size": 4, "num_context_blocks": 2, **changes})
-    return MaskSampler(config, (8, 10), seed=3)
+    return MaskSampler(config, (8, 10), seed=seed)
 
 
 def test_targets_have_their_size_and_contexts_hold_no_target_patch() -> None:
@@ -24,6 +24,13 @@ def test_targets_have_their_size_and_contexts_hold_no_target_patch() -> None:
     for image in range(4):
         taken = set(masks.targets[:, image].flatten().tolist())
         assert not taken & set(masks.context[:, image].flatten().tolist())
+        for blocks in (masks.targets, masks.context):
+            assert len({tuple(block.tolist()) for block in blocks[:, image]}) == len(blocks)  # each its own draw
+
+
+def test_sizes_are_rounded_to_the_nearest() -> None:
+    lengths = sampler(target_ratio=0.11, context_ratio=0.195).longest()  # 8.8 and 15.6 of 80 patches
+    assert (lengths.target, lengths.context) == (9, 16)
 
 
 def test_every_patch_is_drawn_equally_often() -> None:
@@ -37,6 +44,7 @@ def test_masks_depend_on_seed_step_and_position_alone() -> None:
     whole, part = draw(2, 0, 4, 8), draw(2, 2, 2, 8)
     assert (whole.targets[:, 2:] == part.targets).all() and (whole.context[:, 2:] == part.context).all()
     assert not (draw(3, 0, 4, 8).targets == whole.targets).all()
+    assert not (sampler(seed=4)(2, 0, 4, 8).targets == whole.targets).all()
     assert not (draw(2, 4, 4, 8).targets == whole.targets).all()
     assert isinstance(draw(2, 0, 8, 8), PackedMasks)
 
@@ -47,6 +55,11 @@ def test_the_longest_masks_are_those_drawn() -> None:
 
 
 def test_impossible_configurations_are_refused() -> None:
+    for lengths in ({"target_ratio": 0.05}, {"context_ratio": 0.05}):  # 4 of 80 patches
+        sampler(min_keep=3, **lengths)
+        with pytest.raises(ConfigError, match="each must hold more than min_keep"):
+            sampler(min_keep=4, **lengths)
+    sampler(context_ratio=0.4)  # 32 patches, all that 4 targets of 12 may leave
     with pytest.raises(ConfigError, match=r"but of 80 patches a target holds 8 and the context 32, and"):
         sampler(min_keep=10, target_ratio=0.1)
     with pytest.raises(ConfigError, match=r"needs 40 patches, but 4 targets of 12 may leave only 32 of 80; lower"):

@@ -7,10 +7,12 @@ import torch
 
 from ijepa_scale.config import LoggingConfig
 from ijepa_scale.errors import DataError
+from ijepa_scale.masks import DenseMasks, Wanted
 from ijepa_scale.metrics.meters import Meters, feature_std
 from ijepa_scale.metrics.progress import Progress, describe, duration
 from ijepa_scale.metrics.row import FIELDS, training_row
 from ijepa_scale.metrics.sinks import JsonlSink, Sinks, TensorBoardSink, open_sinks, read_rows
+from ijepa_scale.metrics.targets import TargetMeters
 from ijepa_scale.schedules import Hyper
 
 HYPER = Hyper(lr=9.1e-4, weight_decay=0.05, momentum=0.996)
@@ -124,6 +126,20 @@ def test_feature_std_compares_like_places():
     features = torch.tensor([[[1.0], [5.0]], [[7.0], [20.0]], [[3.0], [20.0]]])
     assert feature_std(features, places, 6).item() == pytest.approx(math.sqrt((2.0 + 2.0 + 0.0) / 3))
     assert math.isnan(feature_std(features[:1], places[:1], 6).item())
+
+
+@pytest.mark.parametrize("images", [20, 40])
+def test_the_alarm_of_a_step_looks_at_32_images_at_most(images):
+    generator = torch.Generator().manual_seed(0)
+    tokens = 1.0 + 2.0 * torch.randn(images, 5, 8, generator=generator)
+    places = torch.rand(images, 12, generator=generator).argsort(dim=1)[:, :5]
+    masks = DenseMasks(torch.zeros(1, images, 7, dtype=torch.int64), places[None, :, :3])
+    meters = Meters("cpu")
+    TargetMeters(meters, 12)(tokens, masks, Wanted(places, torch.arange(3 * images)))
+    expected = feature_std(torch.nn.functional.layer_norm(tokens[:32], (8,)), places[:32], 12)
+    values = meters.flush()
+    assert values["target_std"] == pytest.approx(expected.item(), abs=1e-5)
+    assert (values["context_tokens"], values["target_tokens"]) == (7.0, 3.0)
 
 
 def test_training_row_has_every_field():

@@ -136,8 +136,10 @@ def test_targets_pass_on_no_gradients():
 def test_the_fused_loss_is_called_with_the_same_inputs(masks, config, monkeypatch):
     """The kernel needs CUDA, so its reference replaces it here: this tests the arguments of the call."""
 
+    called = []
+
     def on_the_cpu(*given, implementation, **options):
-        assert implementation == "triton"
+        called.append(implementation)
         return target_loss(*given, implementation="reference", **options)
 
     monkeypatch.setattr(regression, "target_loss", on_the_cpu)
@@ -146,6 +148,7 @@ def test_the_fused_loss_is_called_with_the_same_inputs(masks, config, monkeypatc
     prediction = torch.randn(target.shape, generator=torch.Generator().manual_seed(4), requires_grad=True)
     wanted = Wanted(torch.arange(NUM_PATCHES).expand(3, -1), target_index(masks, NUM_PATCHES))
     found = build_objective(config, triton=("target_loss",))(prediction, tokens, masks, wanted)
+    assert called == ["triton"]
     expected = loss_of(prediction, target, masks, config)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, prediction)[0] for loss in (found, expected)))
@@ -173,4 +176,12 @@ def test_cosine_is_one_minus_the_cosine_with_the_normalised_target(masks):
 
 def test_an_objective_without_a_fused_kernel_refuses_it():
     with pytest.raises(ConfigError, match="engine.triton names target_loss but objective.loss is cosine"):
-        build_objective(CosineConfig(), triton=("target_loss",))
+        build_objective(CosineConfig(), triton=("target_update", "target_loss"))
+    build_objective(CosineConfig(), triton=("target_update",))  # not a part of the objective
+
+
+def test_cosine_refuses_shapes_that_differ():
+    tokens, masks = tokens_of(2), random_masks(1, 1, 2)
+    wanted = Wanted(torch.arange(NUM_PATCHES).expand(2, -1), target_index(masks, NUM_PATCHES))
+    with pytest.raises(ValueError, match=r"prediction \(1, 3, 8\) and target \(2, 3, 8\) differ in shape"):
+        Cosine(CosineConfig())(torch.zeros(1, 3, 8), tokens, masks, wanted)

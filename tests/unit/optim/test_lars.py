@@ -11,7 +11,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models import build_jepa
 from ijepa_scale.optim.groups import parameter_groups, set_hyper
-from ijepa_scale.optim.kind import build_optimizer
+from ijepa_scale.optim.kind import build_optimizer, optimizer_kind
 from ijepa_scale.optim.lars import LarsConfig
 from ijepa_scale.schedules import Hyper
 
@@ -99,6 +99,7 @@ def test_found_inf_stops_weights_and_momentum() -> None:
     first, *others = states
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
     assert all(state.abs().sum() > 0 for state in first[len(first) // 2 :])
+    assert optimizer_kind(CONFIG, "ddp").stopped_on_device(CONFIG)  # engines rely on it
 
 
 def test_zero_is_refused() -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from ijepa_scale.checkpoint import store
 from ijepa_scale.checkpoint.sources import read_weights
-from ijepa_scale.config import load_config
+from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.shards.write import Sample, write_shards
 from ijepa_scale.engine.world import World
@@ -25,6 +25,7 @@ from ijepa_scale.evaluate.predictions import ImageClassifier
 from ijepa_scale.schedules import FinetuneSchedule
 from ijepa_scale.train.finetune import FinetuneTask, finetune
 from ijepa_scale.train.preflight import Preflight
+from ijepa_scale.train.pretrain import pretrain
 from launch import export, predict
 
 ROOT = Path(__file__).parents[3]
@@ -279,10 +280,28 @@ def test_an_empty_class_folder_is_refused(data, tmp_path):
         finetune(config, ALONE)
 
 
-def test_a_run_with_other_settings_is_not_continued(finished, data):
-    config = configure(finished[0].parent, data, "augment.mixup=0.3")
-    with pytest.raises(CheckpointError, match="augment.mixup was 0.8, is 0.3"):
+def test_a_run_with_other_settings_is_not_continued(finished, tmp_path):
+    changes = ("augment.mixup=0.3", "optimizer.lr=1e-3", "data.batch_size=12", "data.window_shards=3", "seed=1")
+    config = configure(finished[0].parent, write_colors(tmp_path / "other", per_class=10), *changes)
+    with pytest.raises(CheckpointError) as caught:
         finetune(config, ALONE)
+    for said in (
+        "augment.mixup was 0.8, is 0.3",
+        "optimizer.lr was 0.003, is 0.001",
+        "batch size of all processes was 6, is 12",
+        "data.window_shards was 8, is 3",
+        "seed was 0, is 1",
+        "; data was ",
+    ):
+        assert said in str(caught.value), said
+
+
+def test_a_run_of_another_kind_is_not_continued(finished, data):
+    config = PretrainConfig(folder=str(finished[0]), data={"train": str(data), "batch_size": 4, "workers": 0},
+        engine={"strategy": "plain", "device": "cpu"}, model={"name": "vit_tiny", "image_size": 32, "patch_size": 4},
+        masks={"min_keep": 3, "group_size": 4})  # fmt: skip
+    with pytest.raises(CheckpointError, match="belongs to a finetune run, but this is a pretrain run; set another fol"):
+        pretrain(config, ALONE)
 
 
 def test_export_from_the_command_line(finished, tmp_path, capsys):
