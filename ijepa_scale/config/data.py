@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ijepa_scale.config import form
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import SOURCES
+
+
+def _known_reader(name: str) -> str:
+    if name not in SOURCES.names():
+        raise ValueError(
+            f"choose one of {', '.join(SOURCES.names())}, or name the module that registers it with --plugin"
+        )
+    return name
+
+
+Reader = Annotated[str, AfterValidator(_known_reader)]
 
 
 class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):

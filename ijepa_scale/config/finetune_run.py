@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from ijepa_scale.config import form
-from ijepa_scale.config.data import CropConfig, DataConfig
+from ijepa_scale.config.data import CropConfig, DataConfig, Reader
 from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.config.schema import AdamWConfig, EncoderConfig, ModelConfig, RunConfig
 from ijepa_scale.config.section import Section
@@ -118,7 +118,7 @@ class ClassifierEvaluationConfig(Section, at="evaluate"):
     """Accuracy on held-out images, over all processes, each image once."""
 
     data: str | None = Field(None, description="Tar pattern or folder of class folders; null: no evaluation.")
-    reader: Literal["shards", "imagefolder"] = Field("shards", description="How the images are stored.")
+    reader: Reader = Field("shards", description="How the images are stored, as in data.reader; not stream.")
     every_epochs: form.Epochs = Field(
         1.0, gt=0, description="Epochs between evaluations; there is always one at the end."
     )

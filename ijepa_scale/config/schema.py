@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from ijepa_scale.config import form
-from ijepa_scale.config.data import AugmentConfig, DataConfig
+from ijepa_scale.config.data import AugmentConfig, DataConfig, Reader
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import EVALUATORS, OBJECTIVES, OPTIMIZERS, SAMPLERS, SINKS
 
@@ -230,7 +230,7 @@ class KnnConfig(EvaluateConfig):
 
     train: str | None = Field(None, description="Labelled images that vote.")
     test: str | None = Field(None, description="Labelled held-out images.")
-    reader: Literal["shards", "imagefolder"] = Field("shards", description="How the images are stored.")
+    reader: Reader = Field("shards", description="How the images are stored, as in data.reader; not stream.")
     max_train: form.Images = Field(
         10_000, description="Largest number of images that vote, evenly spread over the set."
     )

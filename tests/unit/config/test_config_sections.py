@@ -237,7 +237,7 @@ def test_a_name_has_one_class() -> None:
     registry = Registry("objective", {"l2": "ijepa_scale.objectives.regression:Regression"})
     assert registry.register("turn")(Cosine) is registry.register("turn")(Cosine) is registry.get("turn")
     for name in ("l2", "turn"):
-        with pytest.raises(ConfigError, match=f"objective '{name}' is registered already; register Board as another"):
+        with pytest.raises(ConfigError, match=f"objective '{name}' is already registered; give Board another name"):
             registry.register(name)(Board)
     assert registry.names() == ("l2", "turn") and registry.get("turn") is Cosine
 
