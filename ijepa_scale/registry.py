@@ -114,6 +114,8 @@ def load_plugin(module: str) -> None:
         ConfigError: there is no such module.
     """
     try:
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise ModuleNotFoundError(name=module)
         importlib.import_module(module)
         PLUGINS.extend({module} - {*PLUGINS})
     except ModuleNotFoundError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ijepa_scale.config.finetune_run import FinetuneConfig
@@ -23,12 +23,17 @@ def renamed(content: Mapping[str, Any], kind: type, notes: list[str]) -> dict[st
     return nest({moved.get(key, key): value for key, value in found.items()})
 
 
-def stored(content: Mapping[str, Any], kind: type[Section]) -> dict[str, Any]:
-    """Returns what a checkpoint stores of a configuration, or of some sections, in today's layout.
+def stored(
+    content: Mapping[str, Any], kind: type[Section], *, sections: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Returns what a checkpoint stores of a configuration, with these of its sections (None: all) in today's layout.
 
-    A setting that it doesn't know has its default. Keys that are no settings stay as they are.
+    A setting that it doesn't know has its default. Other keys stay as they are: they are not read as settings, so a
+    component that they name need not be there.
     """
-    fields = {name: field for name, field in kind.model_fields.items() if name in content}
+    fields = {
+        name: field for name, field in kind.model_fields.items() if name in content and name in (sections or content)
+    }
     ours = {
         name: content[name] for name, field in fields.items() if not nested(field)[0] or isinstance(content[name], dict)
     }

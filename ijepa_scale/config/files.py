@@ -60,7 +60,7 @@ def read_config(
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}  # of dotted keys, those of later layers later
     layers = list(_files(Path(path), (), notes, finetuning=kind is FinetuneConfig, num_processes=num_processes))
-    below: Mapping[str, Any] = reduce(_laid, (content for _, content in layers), {})
+    below: Mapping[str, Any] = reduce(lambda low, high: _laid(low, high), (content for _, content in layers), {})
     layers.append(("command line", nest(_parse_overrides(overrides, kind, below))))
     for origin, content in layers:
         layer = renamed(content, kind, notes)
@@ -138,17 +138,18 @@ def _parse_overrides(texts: Sequence[str], kind: type[Section], below: Mapping[s
     return found
 
 
-def _laid(below: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+def _laid(below: Mapping[str, Any], layer: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     """Returns `layer` over `below`: sections are merged, and of two exclusive settings the one below goes."""
     merged = dict(below)
     for key, value in layer.items():
         old = merged.get(key)
         if isinstance(value, Mapping):
-            merged[str(key)] = _laid(old if isinstance(old, Mapping) else {}, value)
+            merged[str(key)] = _laid(old if isinstance(old, Mapping) else {}, value, f"{at}.{key}".strip("."))
         elif value is not None or not isinstance(old, Mapping):  # an empty section sets nothing
             merged[str(key)] = value
-            if value is not None and layer.get(EXCLUSIVE.get(key, "")) is None:
-                merged.pop(EXCLUSIVE.get(key, ""), None)
+            other = EXCLUSIVE.get((at, str(key)), "")
+            if value is not None and layer.get(other) is None:
+                merged.pop(other, None)
     return merged
 
 

@@ -10,7 +10,15 @@ from pydantic import AfterValidator, Field
 from ijepa_scale.config import form
 from ijepa_scale.config.data import CropConfig, DataConfig, Reader
 from ijepa_scale.config.rand_augment_notation import parse
-from ijepa_scale.config.schema import AdamWConfig, EncoderConfig, ModelConfig, RunConfig
+from ijepa_scale.config.schema import (
+    AdamWConfig,
+    CheckpointConfig,
+    EncoderConfig,
+    EngineConfig,
+    LoggingConfig,
+    ModelConfig,
+    RunConfig,
+)
 from ijepa_scale.config.section import Section
 
 LR_BATCH = 256  # images that `base_lr` is for. Source: arXiv 2111.06377, appendix A.1
@@ -144,6 +152,9 @@ class FinetuneConfig(RunConfig):
     data: DataConfig = DataConfig(batch_size=1024)
     augment: FinetuneAugmentConfig = FinetuneAugmentConfig()
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: ClassifierEvaluationConfig = ClassifierEvaluationConfig()
 
     def _problems(self) -> Iterator[str]:

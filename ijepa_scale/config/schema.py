@@ -94,8 +94,8 @@ class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="na
 
     # The table of per-parameter states: engines, checkpoints, the planner and exports read it.
     state_names: ClassVar[tuple[str, ...]] = ()
-    zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)  # of ZeRO, under which it can run
-    zero_reason: ClassVar[str] = ""  # why not under the others
+    zero_stages: ClassVar[tuple[int, ...]] = ()  # of ZeRO, under which it can run
+    zero_reason: ClassVar[str] = "ZeRO hands it flat slices of many weights, which it doesn't declare to take"
 
     name: str = Field("adamw", description="The optimiser.")
     lr: form.AtLeast0 = Field(1e-3, description="Learning rate at the end of the warm-up.")
@@ -119,6 +119,7 @@ class AdamWConfig(OptimizerConfig):
     """AdamW. Learning rates are absolute, per optimiser step; no batch-size scaling is applied."""
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     impl: form.AdamWCode = Field("auto", description="Implementation; auto is PyTorch's fused kernel.")
     betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
@@ -208,7 +209,9 @@ class LoggingConfig(Section, at="logging"):
     progress: Literal["auto", "bar", "lines", "none"] = Field(
         "auto", description="How progress is shown; auto is a bar on a terminal, and lines elsewhere."
     )
-    sinks: dict[str, SinkConfig] = Field({}, description="Further sinks of the rows, each with its own settings.")
+    sinks: dict[str, SinkConfig] = Field(
+        {}, description="Further sinks, each with its own settings; false removes one."
+    )
 
 
 class CheckpointConfig(Section, at="checkpoint"):
@@ -250,9 +253,6 @@ class RunConfig(Section):
     folder: str = Field("runs/pretrain", description="Folder of logs, checkpoints and the resolved configuration.")
     seed: int = Field(0, ge=0, description="Seed of weights, order, crops and masks.")
     resume: str = Field("auto", description="The newest checkpoint of the folder (auto), none, or a checkpoint folder.")
-    engine: EngineConfig = EngineConfig()
-    logging: LoggingConfig = LoggingConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
 
 
 class PretrainConfig(RunConfig):
@@ -265,4 +265,7 @@ class PretrainConfig(RunConfig):
     objective: ObjectiveConfig = RegressionConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = KnnConfig()

@@ -29,9 +29,10 @@ from ijepa_scale.errors import ConfigError
 from ijepa_scale.nearest import unknown
 from ijepa_scale.registry import Registry
 
-# Of two such settings of a section, giving one takes the other back.
+# Of two such settings of a section, giving one takes the other back: (section, setting) -> the other.
 EXCLUSIVE = {
-    "batch_size": "batch_size_per_process", "batch_size_per_process": "batch_size", "base_lr": "lr", "lr": "base_lr"
+    ("data", "batch_size"): "batch_size_per_process", ("data", "batch_size_per_process"): "batch_size",
+    ("optimizer", "base_lr"): "lr", ("optimizer", "lr"): "base_lr",
 }  # fmt: skip
 
 
@@ -125,15 +126,15 @@ class Section(BaseModel):
         if many:
             for name in given:
                 declared._require(name)
-            kinds = {name: declared.member(name) for name in given}
-            fields: dict[str, Any] = {name: (kind, kind()) for name, kind in kinds.items()}
+            given = {name: {} if each is True else each for name, each in given.items() if each is not False}
+            fields: dict[str, Any] = {name: (declared.member(name), ...) for name in given}
             return dict(create_model("Several", __base__=Section, **fields).model_validate(given))
         chosen = given.get(declared.selector)
         if isinstance(chosen, str) and chosen not in declared.names():
             return handler({declared.selector: chosen})  # says so, and nothing about the other keys
-        default = field.get_default(call_default_factory=True)
-        ours = {name: getattr(default, name) for name in default.model_fields_set}
-        ours = {name: own for name, own in ours.items() if given.get(EXCLUSIVE.get(name, "")) is None}
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        ours = {name: getattr(default, name) for name in default.model_fields_set} if default is not None else {}
+        ours = {name: own for name, own in ours.items() if given.get(EXCLUSIVE.get((declared.at, name), "")) is None}
         return declared.chosen(given).model_validate({**ours, **given})
 
     @model_validator(mode="after")
@@ -161,7 +162,7 @@ def settings(kind: type[Section], values: Any = None, prefix: str = "") -> Itera
         if declared is None or many:
             yield f"{prefix}{name}", field
         if declared is not None and many:
-            for key, each in (value or {}).items():
+            for key, each in value.items() if isinstance(value, Mapping) else ():
                 yield from settings(declared.member(key), each, f"{prefix}{name}.{key}.")
         elif declared is not None:
             yield from settings(declared.chosen(value), value, f"{prefix}{name}.")

@@ -20,6 +20,8 @@ class _Loader(yaml.SafeLoader):
         """Returns the mapping of a node, refusing a key that stands twice."""
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is a list or a mapping", problem_mark=key_node.start_mark)
             if key_node.value in seen and key_node.value != "<<":
                 problem = f"the key {key_node.value!r} stands twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)

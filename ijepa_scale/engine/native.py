@@ -21,7 +21,7 @@ from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.optim.groups import GroupFunction, set_hyper
-from ijepa_scale.optim.kind import build_optimizer, optimizer_kind
+from ijepa_scale.optim.kind import build_optimizer, check_states, optimizer_kind
 from ijepa_scale.schedules import Hyper
 
 
@@ -97,6 +97,7 @@ class NativeEngine(BaseEngine):
         state = self.optimizer.state[parameter]
         if not state:  # before the first step: create it, so that loading has memory to write to
             state.update(self._kind.new_state(parameter))
+        check_states(self._optimizer_config, state)
         for key in self._optimizer_config.state_names:
             yield self._piece(f"optimizer.{key}.{name}", state[key])
 

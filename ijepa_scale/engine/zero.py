@@ -30,7 +30,7 @@ from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
 from ijepa_scale.optim.groups import GroupFunction, set_hyper
-from ijepa_scale.optim.kind import build_optimizer, optimizer_kind
+from ijepa_scale.optim.kind import build_optimizer, check_states, optimizer_kind
 from ijepa_scale.schedules import Hyper
 
 
@@ -216,6 +216,7 @@ class ZeroEngine(BaseEngine):
         state = self.zero.optimizer.state[master]
         if not state:
             state.update(self._kind.new_state(master))
+        check_states(self._optimizer_config, state)
         return state
 
     def _start(self, parameter: Any) -> int:

@@ -42,7 +42,9 @@ class ImageClassifier:
                 f"{self.checkpoint} is from a pretraining run, which has no classes; finetune it first: "
                 "launch/finetune.py --config C.yaml model.init=RUN"
             )
-        config = FinetuneConfig(**stored(checkpoint.extra["config"], FinetuneConfig))
+        used = ("model", "augment", "evaluate")
+        found = stored(checkpoint.extra["config"], FinetuneConfig, sections=used)
+        config = FinetuneConfig(**{name: found[name] for name in used})
         self._config = config.model
         self.classes = checkpoint.extra["classes"] or [str(number) for number in range(self._config.num_classes)]
         self._device = _usable(device)

@@ -27,6 +27,12 @@ class GroupMasks:
     def dense(self) -> DenseMasks:
         """Returns the masks as rectangular tensors. All images must keep the same number of context tokens."""
         blocks, images, _ = self.context.shape
+        lengths = self.context.sum(axis=2)
+        if lengths.min() != lengths.max():
+            raise ValueError(
+                f"contexts of a group have {lengths.min()} to {lengths.max()} tokens; a sampler must cut them to one "
+                "length if masks.context is truncate"
+            )
         patches = patches_of(self.context).reshape(blocks, images, -1)
         return DenseMasks(torch.from_numpy(patches), torch.from_numpy(self.targets.copy()))
 

@@ -6,6 +6,7 @@ Only process 0 writes; the others get a `Sinks` without members. Other sinks hav
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from ijepa_scale.config import LoggingConfig
-from ijepa_scale.errors import DataError
+from ijepa_scale.errors import ConfigError, DataError, UserError
 from ijepa_scale.registry import SINKS
 
 JSONL_NAME = "metrics.jsonl"
@@ -140,9 +141,10 @@ class Sinks:
             member.write(row)
 
     def close(self) -> None:
-        """Closes every member."""
-        for member in self._members:
-            member.close()
+        """Closes every member, the others too if one fails."""
+        with contextlib.ExitStack() as stack:
+            for member in reversed(self._members):
+                stack.callback(member.close)
 
     def __enter__(self) -> Sinks:
         return self
@@ -168,7 +170,16 @@ def open_sinks(
     if logging.tensorboard:
         members.append(TensorBoardSink(folder / TENSORBOARD_NAME, drop_from))
     for name, config in logging.sinks.items():
-        members.append(SINKS.get(name)(config, folder, drop_from=drop_from, run=run))
+        try:
+            members.append(SINKS.get(name)(config, folder, drop_from=drop_from, run=run))
+        except UserError:
+            raise
+        except Exception as error:  # whatever the service's client raises
+            said = str(error).strip().splitlines() or ["no message"]
+            raise ConfigError(
+                f"logging.sinks.{name} can't be opened ({type(error).__name__}: {said[0]}); correct its settings or "
+                f"the service's, or remove it with logging.sinks.{name}=false"
+            ) from error
     return Sinks(members)
 
 

@@ -5,6 +5,7 @@ Must not know any engine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -86,3 +87,17 @@ def build_optimizer(
     """
     kind = optimizer_kind(config, strategy)
     return kind.build(check_groups(module, groups(module)), config, offload=offload)
+
+
+def check_states(config: OptimizerConfig, state: Mapping[str, Any]) -> None:
+    """Compares a parameter's states with those that the section declares; others would be lost in a checkpoint.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    found = {name for name, value in state.items() if isinstance(value, Tensor) and name != "step"}
+    if found != {*config.state_names}:
+        raise ConfigError(
+            f"optimizer.name is {config.name}, which keeps the states {', '.join(sorted(found)) or '(none)'}, but "
+            f"{type(config).__name__}.state_names are {', '.join(config.state_names) or '(none)'}; correct them"
+        )

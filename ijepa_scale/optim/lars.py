@@ -18,7 +18,6 @@ class LarsConfig(OptimizerConfig):
     """LARS: SGD with momentum, in which each weight's step is scaled by its norm over its gradient's."""
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
-    zero_stages: ClassVar[tuple[int, ...]] = ()
     zero_reason: ClassVar[str] = "LARS needs the norm of each weight, but ZeRO stores slices of many flattened weights"
 
     name: str = Field("lars", description="Optimiser.")

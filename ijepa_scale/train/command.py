@@ -18,6 +18,8 @@ from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.setup import with_strategy
 from ijepa_scale.train.task import Task
 
+logger = logging.getLogger(__name__)
+
 
 def launch(description: str, kind: type[Task]) -> None:
     """Reads flags and configuration, and trains in each process of the run. Print flags print and exit."""
@@ -32,14 +34,16 @@ def launch(description: str, kind: type[Task]) -> None:
     if flags.print_config:
         print("\n".join([*(f"# {note}" for note in loaded.notes), to_yaml(loaded.config)]))
         return
-    main = partial(train_here, kind)
+    main = partial(train_here, kind, loaded.notes)
     processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
 
 
-def train_here(kind: type[Task], config: Any, launch: Launch, device: torch.device) -> None:
+def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, device: torch.device) -> None:
     """Trains in this process, of the run, and prints the result if it is the main process."""
     level = logging.INFO if launch.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
+    for note in notes:  # what was renamed, or left out of a published file
+        logger.info("%s", note)
     config = with_strategy(config, launch, device)
     with processes.world_of(launch, device, alone=config.engine.strategy == "plain") as world:
         result = run_task(kind, config, world)

@@ -111,8 +111,13 @@ class Loop:
             raise CheckpointError(
                 f"{path} belongs to a {kind} run, but this is a {self.task.kind} run; set another folder"
             )
-        before = {name: stored(checkpoint.extra[name], type(self.config)) for name in ("identity", "config")}
-        _check_identity(path, before["identity"], self.task.identity())
+        sections = self.task.identity_sections
+        config_kind, extra = type(self.config), checkpoint.extra
+        before = {name: stored(extra[name], config_kind, sections=sections) for name in ("identity", "config")}
+        ours = self.task.identity()
+        if "optimizer.name" in ours:
+            before["identity"].setdefault("optimizer.name", "adamw")  # the only one in version 0.1.0
+        _check_identity(path, before["identity"], ours)
         for line in _changes(before["config"], self.config.values()):
             logger.warning("setting changed since %s: %s", path.name, line)
         checkpoint.load(self.task.engine.pieces())

@@ -108,6 +108,10 @@ class PretrainTask(Task):
         self._evaluator: Evaluator | None = None
         self._checked = config.engine.target_precision != "fp8"
 
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint must agree in: its optimiser's states mean nothing to another optimiser."""
+        return {**super().identity(), "optimizer.name": self.config.optimizer.name}
+
     def step(self, batch: Batch) -> StepInfo:
         """Takes one optimiser step, or raises before anything has changed. Before the first, checks an fp8 target."""
         if not self._checked:

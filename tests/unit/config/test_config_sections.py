@@ -152,11 +152,11 @@ def test_one_message_names_everything() -> None:
     )
     assert text.splitlines() == [
         "seed is -1; give at least 0",
-        "engine.strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json",
-        "logging.evry: unknown; did you mean logging.every?",
         "model.name is 3; give text",
         "model.patch_size is 0; give at least 1",
         "optimizer is 5; it is a section, set optimizer.<name> instead",
+        "engine.strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json",
+        "logging.evry: unknown; did you mean logging.every?",
     ]
 
 
@@ -259,6 +259,19 @@ def test_sinks_have_sections_by_name(added: None, empty: Path, tmp_path: Path) -
         load_config, path, ["logging.sinks.bord.project=x"]
     )
     assert "logging.sinks.board.project" in help_text(PretrainConfig, "logging")
+
+
+@pytest.mark.parametrize("given", ["wandb", "[wandb]", "3"])
+def test_sinks_that_are_no_mapping_are_refused(given: str, empty: Path) -> None:
+    text = refusal(load_config, empty, [f"logging.sinks={given}"])
+    assert text.startswith("command line: logging.sinks is ") and "give a mapping" in text
+
+
+def test_a_sink_can_be_removed(empty: Path) -> None:
+    empty.write_text("logging: {sinks: {wandb: {project: x}, mlflow: }}")
+    assert set(load_config(empty).logging.sinks) == {"wandb", "mlflow"}
+    assert set(load_config(empty, ["logging.sinks.wandb=false"]).logging.sinks) == {"mlflow"}
+    assert "choose one of wandb, mlflow" in refusal(load_config, empty, ["logging.sinks.wnadb=false"])
 
 
 def test_an_unknown_sink_is_refused(empty: Path) -> None:

@@ -69,3 +69,23 @@ def test_without_the_flag_a_file_cannot_name_them(tmp_path: Path) -> None:
         "logging.sinks",
     ):
         assert said in found.stderr, said
+
+
+@pytest.mark.parametrize("name", ["../my_components.py", "my components", ".mine"])
+def test_what_is_no_module_name_is_refused(name: str, tmp_path: Path) -> None:
+    found = launch(tmp_path, "--plugin", name)
+    assert found.returncode == 2 and f"--plugin {name}: no such module; give a name that Python" in found.stderr
+
+
+def test_another_optimizer_does_not_continue_a_run(tmp_path: Path) -> None:
+    plugin = ("--plugin", "my_components", "schedule.stop_after=1", "evaluate.every=0")
+    assert launch(tmp_path, *plugin).returncode == 0
+    found = launch(tmp_path, *plugin, "optimizer={name: lars, nesterov_momentum: null}", "schedule.stop_after=2")
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+
+
+def test_a_removed_sink_does_not_keep_a_run_from_continuing(tmp_path: Path) -> None:
+    plugin = ("--plugin", "my_components", "evaluate.every=0")
+    assert launch(tmp_path, *plugin, "schedule.stop_after=1").returncode == 0
+    found = launch(tmp_path, *plugin, "logging.sinks.lines=false", "schedule.stop_after=2")
+    assert found.returncode == 0 and "resumed from" in found.stderr, found.stderr
