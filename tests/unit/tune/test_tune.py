@@ -101,7 +101,7 @@ def test_mistakes_end_with_code_2(tiny: Path, capsys: pytest.CaptureFixture) -> 
     assert main(["--config", str(tiny), "--processes", "3"]) == 2
     assert "batch 4 is not divisible by 3 processes x accumulation 1; try 3" in capsys.readouterr().err
     assert main(["--config", str(tiny), "--devices", "tpu"]) == 2
-    assert "can't detect the machine: device 'tpu' isn't one" in capsys.readouterr().err
+    assert "can't detect the machine: device 'tpu' is unknown" in capsys.readouterr().err
 
 
 def test_a_launcher_that_has_started_processes_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
