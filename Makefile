@@ -9,11 +9,11 @@ TORCH := torch==2.11.0 torchvision==0.26.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 CHECKED := ijepa_scale kernels launch benchmarks tests setup.py
 
-.PHONY: help install demo docs test lint clean
+.PHONY: help install demo docs test test-all lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s  %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## Make .venv and install the package into it (PYTHON=python3.12 picks another Python)
 
@@ -40,9 +40,14 @@ lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
 
-test: lint ## Check style and types, then run all tests
-	$(PYTEST) -n 2 --dist loadfile tests/unit $(wildcard tests/parity)
-	$(if $(wildcard tests/distributed),$(PYTEST) -n 2 tests/distributed tests/golden)
+SHORT ?= -m "not long"
+
+test: lint ## Check style and types, then run the tests (about 12 minutes on 2 cores)
+	$(PYTEST) $(SHORT) -n 2 --dist loadfile tests/unit $(wildcard tests/parity)
+	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed tests/golden)
+
+test-all: ## Check style and types, then run all tests, long forms too
+	$(MAKE) test SHORT=
 
 clean: ## Delete caches (not .venv, runs or datasets)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
