@@ -79,7 +79,9 @@ def test_zero_variants_train_the_same(name: str) -> None:
     assert worst(found, expected, "optimizer.") <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["plain", "fsdp2", "zero3"])
+@pytest.mark.parametrize(
+    "name", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp2", "zero3"))]
+)
 def test_compiled_blocks_train_the_same(name: str) -> None:
     processes, engine = ENGINES.get(name, (1, {"strategy": "plain"}))
     found = run(curve, processes, {**engine, "precision": "fp32", "compile": True}, {}, {}, 4, alone=name == "plain")[0]

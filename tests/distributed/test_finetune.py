@@ -95,6 +95,7 @@ def launch(config: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> Any
     return start(config, *arguments, launcher=launcher, script=LAUNCH)
 
 
+@pytest.mark.long
 def test_launchers_train_the_same(data, tmp_path):
     alone = write_config(tmp_path / "alone.yaml", data)
     finish(launch(alone), alone)
@@ -121,6 +122,7 @@ def test_launchers_train_the_same(data, tmp_path):
         )
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
     arguments = ("--processes", "2", *ZERO3)
     whole, broken = (write_config(tmp_path / f"{name}.yaml", data) for name in ("whole", "broken"))
@@ -142,6 +144,7 @@ def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
     assert top[0] == top[1]
 
 
+@pytest.mark.long
 def test_wide_giant_blocks_train_under_zero3(tmp_path, data):
     """Tests the path of ViT-g/16 with its width, but with 2 of its 40 blocks."""
     path = write_config(tmp_path / "giant.yaml", data, batch=4)

@@ -45,7 +45,8 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+# "devices" starts the same children
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n == "processes" else n for n in LAUNCHES])
 def test_launchers_train_the_same(name: str, data: Path, expected: dict, tmp_path: Path) -> None:
     launcher, arguments = LAUNCHES[name]
     config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")

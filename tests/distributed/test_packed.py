@@ -127,7 +127,7 @@ def differences(world: World, engine: dict, variants: list[tuple[str, str | None
     return found
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ["plain", *(pytest.param(n, marks=pytest.mark.long) for n in ENGINES if n != "plain")])
 def test_packed_equals_each_image_alone(name: str) -> None:
     processes, engine = ENGINES[name]
     for results in run(differences, processes, engine, VARIANTS, alone=name == "plain"):

@@ -15,7 +15,7 @@ from tests.distributed.commands import ZERO3, final_hashes, finish, losses, rows
 CASES = {"plain": (), "zero3 x2": ("--processes", "2", *ZERO3)}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["plain", pytest.param("zero3 x2", marks=pytest.mark.long)])
 def test_resume_after_kill_equals_an_uninterrupted_run(case: str, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     whole = write_config(tmp_path / "whole.yaml", data, tmp_path / "whole")
