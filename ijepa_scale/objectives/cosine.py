@@ -7,7 +7,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ijepa_scale.config import ObjectiveConfig
-from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import Masks, Wanted
 from ijepa_scale.objectives.targets import check_shapes, mean_over_images, normalise_targets, select_targets
 
@@ -24,11 +23,7 @@ class Cosine:
     Config = CosineConfig
 
     def __init__(self, config: CosineConfig, *, fused: bool = False) -> None:
-        if fused:
-            raise ConfigError(
-                "engine.triton names target_loss but objective.loss is cosine, which has no fused kernel; remove "
-                "target_loss from engine.triton"
-            )
+        """The section has no settings besides the name, and there is no fused kernel."""
 
     def __call__(self, prediction: Tensor, tokens: Tensor, masks: Masks, wanted: Wanted) -> Tensor:
         """Returns the mean distance.

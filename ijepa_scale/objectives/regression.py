@@ -25,6 +25,8 @@ class Regression:
 
     Config = RegressionConfig
 
+    has_fused_kernel = True
+
     def __init__(self, config: RegressionConfig, *, fused: bool = False) -> None:
         """With `fused`, one Triton kernel does normalisation, selection, loss and gradient (CUDA only)."""
         self._config = config
