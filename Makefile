@@ -43,7 +43,7 @@ lint: $(STAMP) ## Check style and types
 SHORT ?= -m "not long"
 
 test: lint ## Check style and types, then run the tests (about 12 minutes on 2 cores)
-	$(PYTEST) $(SHORT) -n 2 --dist loadfile tests/unit $(wildcard tests/parity)
+	$(PYTEST) $(SHORT) -n 2 --dist loadfile tests/unit tests/lowering $(wildcard tests/parity)
 	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed tests/golden)
 
 test-all: ## Check style and types, then run all tests, long forms too
