@@ -40,7 +40,9 @@ class Fp8Linear(nn.Module):
 
     def rows(self, input: Tensor, start: int, stop: int) -> Tensor:
         """Returns only the outputs [start, stop) of `forward`."""
-        return fp8_linear(input, self.weight[start:stop], self.weight_scale[start:stop], self.bias[start:stop])
+        # Not a slice: for a sliced bias, Inductor (torch 2.11) fails with an assertion, and it removes a `clone`.
+        bias = self.bias.index_select(0, torch.arange(start, stop, device=self.bias.device))
+        return fp8_linear(input, self.weight[start:stop], self.weight_scale[start:stop], bias)
 
 
 def cosine(features: Tensor, expected: Tensor) -> tuple[float, float]:
