@@ -71,7 +71,7 @@ def trace(gpu: Gpu, masks: str, *, precision: str = "bf16", checkpointing: str =
     target = build_target(jepa)
     with fake_mode():
         for part in (jepa, target):
-            _move(part)
+            place(part, "cuda")
         ReplicatedTarget(target, precision=precision)
         checkpoint_blocks(jepa, checkpointing)
         for part in (jepa, target):
@@ -92,11 +92,12 @@ def _on_gpu(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
 
-def _move(module: nn.Module) -> None:
-    """Moves a module to the pretended GPU; `Module.to` would copy."""
+def place(module: nn.Module, device: str) -> None:
+    """Gives a module of a fake mode parameters and buffers on a device; `Module.to` can't."""
     for part in module.modules():
         for name, value in part._parameters.items():
             if value is not None:
-                part._parameters[name] = nn.Parameter(_on_gpu(value), requires_grad=value.requires_grad)
+                empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+                part._parameters[name] = nn.Parameter(empty, requires_grad=value.requires_grad)
         for name, value in part._buffers.items():
-            part._buffers[name] = None if value is None else _on_gpu(value)
+            part._buffers[name] = None if value is None else torch.empty(value.shape, device=device)
