@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -193,6 +194,15 @@ def _inductor_default() -> str | None:
 def child_environment(**changes: str) -> dict[str, str]:
     """Returns this process's environment with `changes`, for starting a child process."""
     return {**os.environ, **changes}
+
+
+def c_compiler() -> str | None:
+    """Returns the C compiler that Triton uses: CC, else gcc, else clang; None if there is none.
+
+    Source: `_build` of `triton/runtime/build.py`.
+    """
+    named = os.environ.get("CC")
+    return named if named is not None else shutil.which("gcc") or shutil.which("clang")
 
 
 def default_threads(processes: int) -> None:

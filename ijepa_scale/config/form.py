@@ -52,12 +52,15 @@ class Form:
         self.unit, self.bounds = note.unit, _bounds(marks)
         self.words = note.words or " or ".join(map(_words, self.types))
         self.choices = [word for hint in self.types for word in _literals(hint)]
-        self.takes_text = any(hint is str or typing.get_origin(hint) is Literal for hint in self.types)
+        text = any(hint is str or typing.get_origin(hint) is Literal for hint in self.types)
+        self.takes_text = text and bool not in self.types  # otherwise a text in YAML's sense: true is no text
 
     def remedy(self, error: str) -> str:
         """Returns what to do about an error of pydantic's."""
         null = " or null" * self.nullable
         if error == "literal_error":
+            if len(self.types) > 1:
+                return f"give {self.words}{null}"
             return f"choose {'one of ' * (len(self.choices) > 1)}{', '.join(self.choices)}{',' * self.nullable}{null}"
         if error == "finite_number":
             return "give a finite number"
@@ -129,6 +132,7 @@ CropScale = Annotated[Pair, AfterValidator(Within(1e-4, 1.0))]
 CropRatio = Annotated[Pair, AfterValidator(Within(1e-2, 1e2))]
 Interpolation = Literal["bilinear", "bicubic"]
 AdamWCode = Literal["auto", "torch", "apex", "deepspeed"]
+Switch = Annotated[Literal["auto"] | bool, Note("", "auto, true or false")]
 Kernels = Annotated[tuple[Literal["target_loss", "target_update"], ...], BeforeValidator(_names)]
 ImageSize = Annotated[
     tuple[int, int], BeforeValidator(_square), Note("pixels", "one number, or [height, width]"),

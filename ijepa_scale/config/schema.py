@@ -159,7 +159,9 @@ class EngineConfig(Section, at="engine"):
     checkpointing: Literal["none", "full", "selective"] = Field(
         "none", description="Recompute activations: none, all, or all but matrix products."
     )
-    compile: bool = Field(False, description="torch.compile, block by block.")
+    compile: form.Switch = Field(
+        "auto", description="torch.compile, block by block; auto is on for CUDA, where it can, and off on the CPU."
+    )
     compile_cache: str | None = Field(None, description="Folder of compiled kernels; null: in the user's cache folder.")
     cuda_graphs: bool = Field(False, description="Replay the target's forward as a CUDA graph; not under fsdp2.")
     attention: Attention = Field("auto", description="Kernel of dense attention.")
@@ -193,8 +195,8 @@ class EngineConfig(Section, at="engine"):
                 yield f"zero_communication is bf16 but strategy is {said}: only ZeRO reads it; set it to fp32"
             if precision != "bf16":
                 yield f"zero_communication is bf16 but precision is {precision}; set one to the other's"
-        if self.compile_cache is not None and not self.compile:
-            yield f"compile_cache is {self.compile_cache!r} but compile is false; set compile=true, or it to null"
+        if self.compile_cache is not None and self.compile is False:
+            yield f"compile_cache is {self.compile_cache!r} but compile is false; set compile=auto, or it to null"
 
 
 class SinkConfig(Section, at="logging.sinks", registry=SINKS):

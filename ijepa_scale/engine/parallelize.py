@@ -1,4 +1,4 @@
-"""Applies activation checkpointing and compilation to a model, from outside the model.
+"""Applies activation checkpointing and compilation to a model, from outside the model, and decides on compilation.
 
 The order is checkpointing, compilation, then the engine's sharding. Each works block by block.
 """
@@ -6,8 +6,11 @@ The order is checkpointing, compilation, then the engine's sharding. Each works 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +21,14 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from ijepa_kernels.linear import onednn
 from ijepa_scale import environment
 from ijepa_scale.config import EngineConfig
+from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.vit import Block
+from ijepa_scale.planning.strategy import resolve_compile
 
 logger = logging.getLogger(__name__)
 
 RECOMPILE_LIMIT = 16
+_LEAST_CAPABILITY = (7, 0)  # of NVIDIA GPUs. Source: `create_backend` of `torch/_inductor/scheduler.py`
 
 # Selective checkpointing keeps the results of these expensive operations. It recomputes norms, GELU and additions.
 _KEPT_OPERATIONS = [
@@ -67,11 +73,50 @@ def _kept_operations() -> list[torch._ops.OpOverload]:
     return _KEPT_OPERATIONS + ([torch.ops.mkldnn._linear_pointwise.default] if onednn.is_available() else [])
 
 
+def choose_compile(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """Returns the configuration with `compile: auto` replaced, and logs the choice with its reason.
+
+    Raises:
+        ConfigError: `compile` is true and this machine can't compile for the device.
+    """
+    problem = compile_problem(device)
+    if config.compile is True and problem is not None:
+        raise ConfigError(f"engine.compile is true but {problem}, or set engine.compile=false")
+    chosen, reason = resolve_compile(config, device=device.type, problem=problem)
+    if config.compile == "auto":
+        logger.info("engine.compile is %s: %s", str(chosen.compile).lower(), reason)
+    return chosen
+
+
+def compile_problem(device: torch.device) -> str | None:
+    """Returns why torch.compile can't work for this device, with a remedy; None if nothing is known to be missing.
+
+    On GPUs it writes Triton kernels, and Triton builds the code that launches them with a C compiler. Compiles nothing.
+    """
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+        return (
+            f"torch.compile needs a GPU of compute capability {_LEAST_CAPABILITY[0]}.{_LEAST_CAPABILITY[1]} and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; use a newer GPU"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "torch.compile needs Triton, which isn't installed; install the triton that this PyTorch names"
+    if environment.c_compiler() is None:
+        return "Triton needs a C compiler and finds none; install gcc, or set CC"
+    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    if not header.is_file():
+        return f"Triton needs Python's headers and {header} doesn't exist; install python3-dev, or Python with headers"
+    return None
+
+
 def compile_parts(config: EngineConfig, *parts: nn.Module | None) -> None:
     """Compiles the blocks of each part if the config says so, with the config's cache folder.
 
     Graph breaks and too many graphs raise errors; torch.compile never falls back to eager mode.
     """
+    assert config.compile != "auto", "choose_compile comes first"
     if not config.compile:
         return
     folder = environment.export_compile_cache(config.compile_cache)

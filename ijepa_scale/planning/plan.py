@@ -19,7 +19,7 @@ from ijepa_scale.planning.footprint import Footprint, footprint, largest_micro_b
 from ijepa_scale.planning.parameters import ParameterCounts, count_parameters
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.planning.step_time import StepTime, step_time
-from ijepa_scale.planning.strategy import resolve_engine
+from ijepa_scale.planning.strategy import resolve_compile, resolve_engine
 from ijepa_scale.planning.tokens import Tokens, draw_masks
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -43,6 +43,7 @@ class Plan:
     """The needs and the duration of a run. Bytes are per GPU, FLOPs per image."""
 
     config: PretrainConfig
+    compiled: bool  # whether blocks are compiled
     cluster: Cluster
     mfu: float
     parameters: ParameterCounts
@@ -112,6 +113,7 @@ def plan(
     images, source, steps = _length(config, batch_size, num_images)
     return Plan(
         config=config,
+        compiled=engine.compile is True,
         cluster=cluster,
         mfu=mfu,
         parameters=count_parameters(config.model),
@@ -173,7 +175,7 @@ def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, s
         raise ConfigError(
             f"{cluster.num_gpus} GPUs don't split into engine.replicas {engine.replicas}; choose a divisor"
         )
-    return engine, reason
+    return resolve_compile(engine, device="cuda")[0], reason
 
 
 def _spread(

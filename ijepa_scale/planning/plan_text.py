@@ -132,7 +132,7 @@ def _activations(plan: Plan) -> Iterator[str]:
             f"           {mode:<10}{_gb(each.kept):>7}: encoder {_gb(each.encoder)}, predictor {_gb(each.predictor)}, "
             f"loss {_gb(each.loss)}, bf16 weights {_gb(each.kept_casts)}{mark}"
         )
-    if plan.config.engine.compile:
+    if plan.compiled:
         yield "           (figures for eager mode: compiled blocks keep less, so these are upper bounds)"
 
 

@@ -1,4 +1,4 @@
-"""Chooses the strategy for `engine.strategy: auto`, with the reason. Uses formulas only; queries no device."""
+"""Chooses `engine.strategy` and `engine.compile` where they are auto, with the reason. Queries no device."""
 
 from __future__ import annotations
 
@@ -106,3 +106,20 @@ def resolve_engine(
         replicas=choice.replicas,
     )
     return resolved, choice.reason
+
+
+def resolve_compile(engine: EngineConfig, *, device: str, problem: str | None = None) -> tuple[EngineConfig, str]:
+    """Returns the engine's configuration with `compile: auto` replaced, and the reason for the log.
+
+    `device` is "cpu" or "cuda". `problem` says why this machine can't compile for its GPU; None if it can. Without
+    compilation, `compile_cache` becomes null, since nothing is kept in it.
+    """
+    if engine.compile != "auto":
+        return engine, "as configured"
+    if device != "cuda":
+        return engine.replace(
+            compile=False, compile_cache=None
+        ), f"compiled blocks gain nothing on the {device.upper()}"
+    if problem is not None:
+        return engine.replace(compile=False, compile_cache=None), problem
+    return engine.replace(compile=True), "compiled blocks read and write less memory on a GPU"

@@ -13,6 +13,7 @@ from ijepa_scale.config.schema import EncoderConfig
 from ijepa_scale.data.sources.open import training_source
 from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
+from ijepa_scale.engine.parallelize import choose_compile
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.strategy import resolve_engine
@@ -25,7 +26,7 @@ _SYNTHETIC_SIDE = 256  # smallest side of synthetic images, pixels
 
 
 def with_strategy(config: Config, launch: Launch, device: torch.device) -> Config:
-    """Resolves `engine.strategy: auto`, logs the choice with its reason, and returns the new configuration.
+    """Returns the configuration with `auto` resolved in `engine.strategy` and `engine.compile`, and logs each reason.
 
     For a classifier it assumes the memory of pretraining its encoder, an upper bound.
     """
@@ -42,7 +43,7 @@ def with_strategy(config: Config, launch: Launch, device: torch.device) -> Confi
         optimizer_states=optimizer.state_names,
     )
     logger.info("engine.strategy is %s: %s", engine.strategy, reason)
-    return config.replace(engine=engine)
+    return config.replace(engine=choose_compile(engine, device))
 
 
 def encoder_of(config: PretrainConfig | FinetuneConfig) -> EncoderConfig:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ijepa_scale.config import EngineConfig
+from ijepa_scale.engine.parallelize import compile_problem
 from ijepa_scale.engine.world import choose_device
 from ijepa_scale.environment import Launch
 from ijepa_scale.planning.hardware import peak_flops
@@ -28,6 +29,7 @@ class Machine:
     cores: int  # host cores that this program may use
     memory_bytes: float  # memory of its device that one process may take
     peak_flops: float | None = None  # of all devices together; None if it isn't known
+    compile_problem: str | None = None  # why blocks can't be compiled here; None if they can
 
     @property
     def room(self) -> float:
@@ -66,6 +68,7 @@ def describe(engine: EngineConfig, devices: list[str] | None, processes: int) ->
         cores=cores,
         memory_bytes=min(torch.cuda.get_device_properties(device).total_memory for device in chosen),
         peak_flops=None if peak is None else peak * processes,
+        compile_problem=compile_problem(chosen[0]),
     )
 
 

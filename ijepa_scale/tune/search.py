@@ -111,8 +111,10 @@ class Search:
 
     def _compilation(self) -> None:
         """Tries the fastest candidate so far compiled, or eager if the configuration compiles."""
-        best = self.winner
-        if best is not None:
+        best, problem = self.winner, self._space.machine.compile_problem
+        if best is not None and not best.candidate.engine.compile and problem is not None:
+            self._leave_out("compile True", problem)
+        elif best is not None:
             self._vary(best.candidate, compile=not best.candidate.engine.compile)
 
     def _attention(self) -> None:

@@ -13,7 +13,7 @@ from ijepa_scale.config import EngineConfig, PretrainConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.footprint import footprint
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
-from ijepa_scale.planning.strategy import resolve_engine
+from ijepa_scale.planning.strategy import resolve_compile, resolve_engine
 from ijepa_scale.train.setup import global_batch
 from ijepa_scale.tune.machine import Machine
 from ijepa_scale.tune.worst import Lengths, worst_tokens
@@ -98,7 +98,7 @@ class Space:
         self.share = self.batch_size // machine.processes
         self.config, self.machine, self.worst = config, machine, worst
         self._ds_configs = ds_configs
-        self.engine, self.reason = resolve_engine(
+        engine, self.reason = resolve_engine(
             config.engine,
             config.model,
             world=machine.processes,
@@ -107,6 +107,7 @@ class Space:
             device_memory_bytes=machine.memory_bytes,
             optimizer_states=config.optimizer.state_names,
         )
+        self.engine, _ = resolve_compile(engine, device=machine.kind, problem=machine.compile_problem)
         if self.engine.strategy == "plain" and machine.processes > 1:
             raise ConfigError(
                 f"engine.strategy is plain but {machine.processes} processes are requested; set engine.strategy=auto, "

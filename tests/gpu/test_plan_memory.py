@@ -48,7 +48,7 @@ def test_the_peak_is_within_a_tenth(checkpointing: str, context: str) -> None:
     before = torch.cuda.memory_allocated()
     module = build_jepa(MODEL, seed=0)
     target = build_target(module)
-    settings = EngineConfig(strategy="plain", precision="bf16", checkpointing=checkpointing)
+    settings = EngineConfig(strategy="plain", precision="bf16", checkpointing=checkpointing, compile=False)
     engine = build_engine(world, settings, AdamWConfig())
     engine.prepare(module, target)
     generator = torch.Generator(device="cuda").manual_seed(0)

@@ -22,7 +22,7 @@ def world(kind: str) -> World:
 
 
 def losses(kind: str, **engine: object) -> list[float]:
-    settings = EngineConfig(**{"strategy": "plain", "precision": "fp32", **engine})
+    settings = EngineConfig(**{"strategy": "plain", "precision": "fp32", "compile": False, **engine})
     _, step = make(world(kind), settings, AdamWConfig(), masks_config())
     return [float(step(part(index, world(kind))).loss) for index in range(STEPS)]
 
@@ -34,7 +34,7 @@ def test_fp32_agrees_with_the_cpu() -> None:
 
 
 CHANGES = (
-    {}, {"accumulation": 2}, {"checkpointing": "full"}, {"compile": True}, {"target_precision": "fp8"},
+    {}, {"accumulation": 2}, {"checkpointing": "full"}, {"compile": True}, {"target_precision": "fp8", "compile": True},
     {"triton": ("target_loss", "target_update")}, {"layer_norm": "triton"},
     {"compile": True, "triton": ("target_loss", "target_update")},
 )  # fmt: skip
@@ -49,7 +49,9 @@ def test_bf16_is_close_to_fp32(change: dict) -> None:
 
 def steps_without_waiting(world: World, engine: dict, masks: dict) -> list[float]:
     """Returns the losses of steps that fail if anything makes the host wait."""
-    _, step = make(world, EngineConfig(**engine, precision="bf16"), AdamWConfig(), masks_config(**masks))
+    _, step = make(
+        world, EngineConfig(**{"compile": False, **engine}, precision="bf16"), AdamWConfig(), masks_config(**masks)
+    )
     batches = [part(index, world).to(world.device) for index in range(6)]
     found = [step(batch).loss for batch in batches[:3]]  # compiles kernels, and creates optimiser states
     torch.cuda.set_sync_debug_mode("error")
@@ -60,8 +62,11 @@ def steps_without_waiting(world: World, engine: dict, masks: dict) -> list[float
     return [float(loss) for loss in found]
 
 
+STEP_CHANGES = ({}, {"accumulation": 2}, {"compile": True}, {"target_precision": "fp8", "compile": True})
+
+
 @pytest.mark.parametrize("context", ["truncate", "packed"])
-@pytest.mark.parametrize("change", [{}, {"accumulation": 2}, {"compile": True}, {"target_precision": "fp8"}], ids=str)
+@pytest.mark.parametrize("change", STEP_CHANGES, ids=str)
 @pytest.mark.parametrize("strategy", ["plain", "ddp", "fsdp2"])
 def test_the_step_does_not_synchronise(strategy: str, change: dict, context: str) -> None:
     if strategy == "fsdp2" and change.get("target_precision"):
@@ -81,16 +86,16 @@ def test_a_bad_step_stops_on_the_device(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero3"])
 def test_wrapped_engines_on_one_gpu(strategy: str) -> None:
-    engine = {"strategy": strategy}
+    engine: dict = {"strategy": strategy, "compile": False}
     if strategy.startswith("zero"):
-        engine = {"strategy": "deepspeed", "ds_config": f"ds_configs/{strategy}.json"}
+        engine |= {"strategy": "deepspeed", "ds_config": f"ds_configs/{strategy}.json"}
     found = run(curve, 1, {**engine, "precision": "fp32"}, {}, {}, STEPS, device="cuda:0")[0]["losses"]
     expected = losses("cuda:0")
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-4
 
 
 def test_checkpoint_round_trip(tmp_path: Path) -> None:
-    settings = EngineConfig(strategy="plain", precision="bf16")
+    settings = EngineConfig(strategy="plain", precision="bf16", compile=False)
     built, step = make(world("cuda:0"), settings, AdamWConfig(), masks_config())
     for index in range(3):
         step(part(index, world("cuda:0")))

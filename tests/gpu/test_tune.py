@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 CONFIG = PretrainConfig(
     model=ModelConfig(name="vit_huge", patch_size=14),
     data=DataConfig(reader="synthetic", batch_size=4096, synthetic_samples=4096),
-    engine=EngineConfig(strategy="plain", device="cuda"),
+    engine=EngineConfig(strategy="plain", device="cuda", compile=False),
 )
 
 

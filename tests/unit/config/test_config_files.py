@@ -141,6 +141,7 @@ def test_layers_lie_over_one_another(tmp_path: Path) -> None:
         ("model.image_size=[64,96]", "model.image_size", (64, 96)),
         ("model={depth: 3}", "model.depth", 3),
         ("engine.compile=true", "engine.compile", True),
+        ("engine.compile=auto", "engine.compile", "auto"),
         ("optimizer.clip_norm=null", "optimizer.clip_norm", None),
         ("data.train={000..127}.tar", "data.train", "{000..127}.tar"),
         ("data.train=a/{000..127}.tar", "data.train", "a/{000..127}.tar"),
@@ -203,8 +204,8 @@ def test_all_unknown_keys_come_in_one_message(tmp_path: Path) -> None:
         ("optimizer.lr=null", "optimizer.lr is None; give a number"),
         ("data.workers=2.5", "data.workers is 2.5; give a whole number"),
         ("optimizer.clip_norm=x", "optimizer.clip_norm is 'x'; give a number or null"),
-        ("engine.compile=maybe", "engine.compile is 'maybe'; give true or false"),
-        ("engine.compile=1", "engine.compile is 1; give true or false"),
+        ("engine.compile=maybe", "engine.compile is 'maybe'; give auto, true or false"),
+        ("engine.compile=1", "engine.compile is 1; give auto, true or false"),
         ("folder=null", "folder is None; give text"),
         ("model=3", "model is 3; it is a section, set model.<name> instead"),
         ("folder=${oc.env:HOME}", "folder is '${oc.env:HOME}'; interpolations aren't read, write the value itself"),
@@ -228,8 +229,8 @@ def test_all_unknown_keys_come_in_one_message(tmp_path: Path) -> None:
             "engine.zero_communication is bf16 but precision is fp32; set one to the other's",
         ),
         (
-            "engine.compile_cache=kernels",
-            "engine.compile_cache is 'kernels' but compile is false; set compile=true, or it to null",
+            "engine={compile: false, compile_cache: kernels}",
+            "engine.compile_cache is 'kernels' but compile is false; set compile=auto, or it to null",
         ),
     ],
 )
@@ -242,8 +243,8 @@ def test_settings_that_take_effect_are_taken(empty: Path) -> None:
     zero = ["engine.zero_communication=bf16", "engine.ds_config=ds_configs/zero3.json"]
     for overrides in (zero, [*zero, "engine.strategy=deepspeed"]):
         assert load_config(empty, overrides).engine.zero_communication == "bf16"
-    compiled = load_config(empty, ["engine.compile=true", "engine.compile_cache=kernels"]).engine
-    assert compiled.compile_cache == "kernels"
+    for overrides in ([], ["engine.compile=true"]):
+        assert load_config(empty, [*overrides, "engine.compile_cache=kernels"]).engine.compile_cache == "kernels"
 
 
 def test_problems_of_several_sections_come_together(tmp_path: Path) -> None:
@@ -346,7 +347,7 @@ def test_yaml_is_that_of_version_1_1(text: str, value: object) -> None:
         ("folder: 2024-01-31", "folder is datetime.date(2024, 1, 31); give text"),
         ("folder: on", "folder is True; give text"),
         ("folder: 0012", "folder is 10; give text"),
-        ("engine: {compile: 'on'}", "engine.compile is 'on'; give true or false"),
+        ("engine: {compile: 'on'}", "engine.compile is 'on'; give auto, true or false"),
         ("resume: no", "resume is False; give text"),
         ("1: a", "1: unknown; there are"),
         ("model: {on: 1}", "model.True: unknown; there are model.name"),

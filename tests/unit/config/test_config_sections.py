@@ -106,8 +106,8 @@ def test_every_setting_says_what_it_is(kind: type[Section]) -> None:
         ("accumulation", True, "a whole number"),
         ("accumulation", 1.0, "a whole number"),
         ("accumulation", "1", "a whole number"),
-        ("compile", 1, "true or false"),
-        ("compile", "true", "true or false"),
+        ("compile", 1, "auto, true or false"),
+        ("compile", "true", "auto, true or false"),
         ("ds_config", 3, "text or null"),
     ],
 )

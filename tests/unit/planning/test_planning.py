@@ -15,7 +15,7 @@ from ijepa_scale.planning.flops import encoder_forward_flops, mask_flops, train_
 from ijepa_scale.planning.hardware import peak_flops
 from ijepa_scale.planning.memory import state_bytes
 from ijepa_scale.planning.parameters import count_parameters
-from ijepa_scale.planning.strategy import choose_strategy, resolve_engine
+from ijepa_scale.planning.strategy import choose_strategy, resolve_compile, resolve_engine
 from tests.unit.planning.nominal_flops import step_flops
 
 HUGE14 = ModelConfig(name="vit_huge", patch_size=14)
@@ -262,6 +262,13 @@ def test_auto_is_replaced_in_the_engines_configuration() -> None:
     assert resolve_engine(named, HUGE14, **where) == (named, "strategy ddp as configured")
     resolved, reason = resolve_engine(EngineConfig(ds_config="z.json"), HUGE14, **where)
     assert resolved.strategy == "deepspeed" and reason == "ds_config names z.json"
+
+
+def test_planned_gpus_compile_unless_the_configuration_says_otherwise() -> None:
+    assert resolve_compile(EngineConfig(), device="cuda")[0].compile is True
+    assert resolve_compile(EngineConfig(compile=False), device="cuda") == (EngineConfig(compile=False), "as configured")
+    found, reason = resolve_compile(EngineConfig(compile_cache="c"), device="cuda", problem="no compiler; install gcc")
+    assert found == EngineConfig(compile=False) and reason == "no compiler; install gcc"
 
 
 def test_resolve_applies_overrides() -> None:

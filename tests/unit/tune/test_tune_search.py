@@ -106,7 +106,7 @@ def test_the_worst_step_disqualifies_though_drawn_masks_ran() -> None:
 def test_what_the_plan_leaves_out_is_never_started() -> None:
     where = space(config(batch=2048, model="vit_huge"), machine(kind="cuda", gigabytes=80))
     search, probe, _ = searched(speed(), where)
-    label = "plain, 2048 images x 1, checkpointing none, eager, attention auto"
+    label = "plain, 2048 images x 1, checkpointing none, compiled, attention auto"  # auto compiles on CUDA
     assert search.found.left_out[label].endswith("of 80.0 GB by the plan")
     assert label not in [each.label for each in probe.asked]
 
@@ -118,6 +118,12 @@ def test_compilation_then_attention_are_tried_on_the_fastest() -> None:
     ]  # fmt: skip
     assert search.winner is not None and search.winner.candidate.engine.attention == "math"
     assert search.found.left_out["attention flash"] == "attention auto is flash on this machine"
+
+
+def test_a_machine_that_cannot_compile_is_measured_eager_and_the_reason_is_reported() -> None:
+    search, probe, _ = searched(speed(), space(at=machine(kind="cuda", compile_problem="no compiler; install gcc")))
+    assert not any(each.engine.compile for each in probe.asked)
+    assert search.found.left_out["compile True"] == "no compiler; install gcc"
 
 
 def test_every_spread_is_tried_on_several_processes() -> None:
