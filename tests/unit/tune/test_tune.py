@@ -42,7 +42,8 @@ def test_from_the_command_line_to_a_file_that_pretraining_takes(tiny: Path, caps
     tuned = load_config(written)
     assert tuned.engine.strategy == "plain" and 8 // tuned.engine.accumulation in (4, 8)
     assert f"winner     plain, {8 // tuned.engine.accumulation} images x {tuned.engine.accumulation}" in said
-    engine = tuned.engine.replace(strategy="auto", accumulation=1)
+    assert tuned.engine.compile is False  # what auto means on the CPU
+    engine = tuned.engine.replace(strategy="auto", accumulation=1, compile="auto")
     base = load_config(tiny, ["data.batch_size=8"])
     assert tuned.replace(engine=engine, data=base.data) == base  # the training is the same
     assert tuned.data.workers in (1, 2, 4, 8, 16, 32, 64)
@@ -135,7 +136,7 @@ def test_only_what_differs_is_written_over_the_base(tiny: Path, tmp_path: Path) 
         "engine.strategy": "ddp",
         "engine.accumulation": 2,
         "engine.checkpointing": "none",
-        "engine.compile": False,
+        "engine.compile": "auto",
         "engine.attention": "auto",
     }
     write_overrides(tmp_path / "deep" / "er" / "tuned.yaml", tiny, settings, tuned, "why\nand where")
