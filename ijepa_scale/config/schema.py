@@ -164,7 +164,7 @@ class EngineConfig(Section, at="engine"):
     )
     compile_cache: str | None = Field(None, description="Folder of compiled kernels; null: in the user's cache folder.")
     cuda_graphs: bool = Field(False, description="Replay the target's forward as a CUDA graph; not under fsdp2.")
-    attention: Attention = Field("auto", description="Kernel of dense attention.")
+    attention: Attention = Field("auto", description="Kernel of dense attention; auto is chosen for each network.")
     zero_communication: Literal["fp32", "bf16"] = Field(
         "fp32", description="Type in which ZeRO gathers weights and reduces gradients, under bf16."
     )

@@ -1,4 +1,4 @@
-"""Selects the attention kernel that the config names, tests it with the run's shapes and logs it.
+"""Gives each network the attention kernel that the config names or auto finds, after a test with its shapes.
 
 Must not know how weights are sharded or trained.
 """
@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ijepa_kernels.attention.backend import HeadShape, backend_for, choose_backend, packed_backend, packed_problem
+from ijepa_kernels.attention.backend import (
+    HeadShape,
+    activate,
+    backend_for,
+    choose_backend,
+    packed_backend,
+    packed_problem,
+)
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.models.layers import Attention
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer
 
@@ -25,29 +33,39 @@ logger = logging.getLogger(__name__)
 _REMEDY = "set engine.attention=auto or another kernel; on CUDA only math and efficient run with engine.precision=fp32"
 
 
-def use_attention(config: EngineConfig, module: nn.Module, target: nn.Module | None, world: World) -> None:
-    """Sets the kernel for dense attention in this process to `config.attention`, and logs the kernel of each network.
+def use_attention(config: EngineConfig, module: nn.Module, target: nn.Module | None, world: World) -> dict[str, str]:
+    """Gives each network its kernel for dense attention, `config.attention` or the first of auto's order, and logs it.
 
-    Runs each head shape once on the device, which synchronises.
+    Returns the kernels by role: target, context, predictor. Runs each network's shapes on the device, which
+    synchronises.
 
     Raises:
         ConfigError: the kernel can't run on this device, or can't run these shapes in this precision.
     """
     dtype, device = _dtype(config), world.device
-    shapes = list(head_shapes(module, target))
-    tried = [each for shape in shapes for each in (shape, _some_queries(shape))]
+    names: dict[str, str] = {}
+    said = []
     try:
-        chosen = choose_backend(config.attention, tried, dtype, device)
+        activate(config.attention, device)
+        for network, shape in _networks(module, target):
+            kernel = choose_backend(config.attention, list(_tried(shape)), dtype, device)
+            for part in network.modules():
+                if isinstance(part, Attention):
+                    part.kernel = kernel
+            names[shape.role] = backend_for(shape, dtype, device, kernel)
+            said.append(f"{names[shape.role]} for {shape}")
+            if device.type == "cuda" and kernel == "math" and world.is_main:
+                logger.warning(
+                    "attention of %s stores all scores: engine.attention is math, or no fused kernel runs here", shape
+                )
     except ValueError as error:
         raise ConfigError(f"engine.{error}; {_REMEDY}") from error
     if world.is_main:
-        each = ", ".join(f"{backend_for(shape, dtype, device)} for {shape}" for shape in shapes)
+        packed = packed_backend(dtype, device)
         logger.info(
-            "engine.attention %s is %s on %s: %s; packed sequences: %s",
-            config.attention, chosen, device, each, packed_backend(dtype, device),
-        )  # fmt: skip
-        if device.type == "cuda" and chosen == "math":
-            logger.warning("attention stores all scores: engine.attention is math, or no fused kernel runs here")
+            "engine.attention %s on %s: %s; packed sequences: %s", config.attention, device, ", ".join(said), packed
+        )
+    return names
 
 
 def require_packed(config: EngineConfig, module: nn.Module, world: World) -> None:
@@ -56,17 +74,24 @@ def require_packed(config: EngineConfig, module: nn.Module, world: World) -> Non
     Raises:
         ConfigError: they can't.
     """
-    for shape in head_shapes(module, None):
-        problem = packed_problem(shape, _dtype(config), world.device)
-        if problem is not None:
-            raise ConfigError(
-                f"engine.attention is {config.attention} and masks.context is packed, but {problem}; "
-                "set masks.context=truncate, or engine.attention=auto"
-            )
+    for network, shape in _networks(module, None):
+        kernel = next(part.kernel for part in network.modules() if isinstance(part, Attention))
+        for tried in (shape, _some_queries(shape)):
+            problem = packed_problem(tried, _dtype(config), world.device, kernel)
+            if problem is not None:
+                raise ConfigError(
+                    f"engine.attention is {config.attention} and masks.context is packed, but {problem}; "
+                    "set masks.context=truncate, or engine.attention=auto"
+                )
 
 
 def head_shapes(module: nn.Module, target: nn.Module | None) -> Iterator[HeadShape]:
     """Yields the attention shape of each network, with one token for each patch of an image."""
+    return (shape for _, shape in _networks(module, target))
+
+
+def _networks(module: nn.Module, target: nn.Module | None) -> Iterator[tuple[nn.Module, HeadShape]]:
+    """Yields target, context encoder and predictor, those there are, with their shapes."""
     first: Any  # a block, possibly in a checkpointing wrapper
     for part, role, trained in ((target, "target", False), (module, "context", True)):
         for child in () if part is None else part.modules():
@@ -78,9 +103,22 @@ def head_shapes(module: nn.Module, target: nn.Module | None) -> Iterator[HeadSha
                 continue
             heads = int(first.attn.heads)
             tokens = child.grid[0] * child.grid[1]
-            yield HeadShape(
-                role=role, heads=heads, head_dim=width // heads, queries=tokens, tokens=tokens, trained=trained
+            yield (
+                child,
+                HeadShape(
+                    role=role, heads=heads, head_dim=width // heads, queries=tokens, tokens=tokens, trained=trained
+                ),
             )
+
+
+def _tried(shape: HeadShape) -> Iterator[HeadShape]:
+    """Yields the shapes that a kernel must run: all tokens, the last block's, and the odd numbers that masks leave."""
+    yield shape
+    yield _some_queries(shape)
+    if shape.trained and shape.tokens > 2:
+        odd = (shape.tokens - 1) // 2 * 2 - 1
+        yield _some_queries(dataclasses.replace(shape, tokens=odd))
+        yield dataclasses.replace(shape, queries=odd, tokens=odd)
 
 
 def _some_queries(shape: HeadShape) -> HeadShape:

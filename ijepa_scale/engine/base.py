@@ -63,7 +63,7 @@ class BaseEngine(Engine):
     ) -> None:
         if self._sharding is not None and self._config.target_precision == "fp8":
             raise ConfigError(f"engine.target_precision is fp8 but {self._sharding}: {NO_FP8}")
-        use_attention(self._config, module, target, self.world)
+        self.attention = use_attention(self._config, module, target, self.world)
         use_layer_norm(self._config, self.world.device, module, target)
         checkpoint_blocks(module, self._config.checkpointing)
         self.module: Any = module.to(self.world.device)

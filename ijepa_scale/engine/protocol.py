@@ -48,6 +48,7 @@ class Engine(Protocol):
 
     world: World
     triton: tuple[str, ...]  # names of the Triton kernels that the step uses
+    attention: dict[str, str]  # the kernel of each network's dense attention, by role; known once prepared
 
     @abstractmethod
     def prepare(

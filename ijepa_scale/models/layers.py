@@ -88,6 +88,7 @@ class Attention(nn.Module):
                 f"try width {max(1, round(width / heads)) * heads} or other heads"
             )
         self.heads = heads
+        self.kernel: str | None = None  # of dense attention, see `attention`; the engine sets it
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
@@ -109,10 +110,10 @@ class Attention(nn.Module):
             q = self.qkv.rows(queries, 0, width).unflatten(-1, (self.heads, -1))
             k, v = self.qkv.rows(x, width, 3 * width).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         if layout is not None:
-            return self.proj(attention(q, k, v, layout, query_layout).flatten(1))
+            return self.proj(attention(q, k, v, layout, query_layout, kernel=self.kernel).flatten(1))
         # transpose after unbind: then the gradients of q, k and v are joined in one copy instead of two
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v, kernel=self.kernel).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

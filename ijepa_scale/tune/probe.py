@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from ijepa_kernels.attention.backend import HeadShape, backend_for
 from ijepa_scale.config import PretrainConfig
-from ijepa_scale.config.architectures import resolve
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
@@ -108,7 +106,7 @@ def measure_steps(job: StepJob, process: ProcessInfo) -> dict[str, Any]:
         "wait_s": wait_s,
         "peak_bytes": peak,
         "flops_per_image": _flops_per_image(run, job, len(batch)),
-        "attention": _attention(run),
+        "attention": ", ".join(dict.fromkeys(run.engine.attention.values())),
     }
     process.note(phase="in the step with the longest masks", **drawn)
     memory.reset()
@@ -197,15 +195,6 @@ def _flops_per_image(run: PretrainTask, job: StepJob, share: int) -> float:
         for step in range(job.warmup, job.warmup + job.steps)
     ]
     return sum(counts) / len(counts)
-
-
-def _attention(run: PretrainTask) -> str:
-    """Returns the name of the kernel that runs the dense attention of this model's encoder on this device."""
-    dtype = torch.bfloat16 if run.config.engine.precision == "bf16" else torch.float32
-    sizes = resolve(run.config.model)
-    tokens = sizes.num_patches
-    shape = HeadShape("encoder", sizes.heads, sizes.width // sizes.heads, tokens, tokens)
-    return backend_for(shape, dtype, run.world.device)
 
 
 def measure_loader(job: LoaderJob, process: ProcessInfo) -> dict[str, Any]:

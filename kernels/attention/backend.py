@@ -1,38 +1,34 @@
-"""Chooses the kernel of dense attention: tries it, forces it for the whole process, and names it.
+"""Chooses the kernel of dense attention for each network: tries it with the network's shapes, and names it.
 
 PyTorch's SDPA picks a kernel at each call and silently takes a slower one where a faster one can't run. Here the
-kernel is chosen once, at the start; SDPA then raises an error for a call that this kernel can't run.
+kernel is chosen once, at the start, and passed to `attention`; a call that this kernel can't run is then an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import attention as torch_attention
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ijepa_kernels.attention import SequenceLayout, attention
+from ijepa_kernels.attention.dense import SDPA_KERNELS
 
 BACKENDS = ("auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4")
 ON_CPU = ("auto", "flash", "math")  # the kernels available on the CPU
 
-# The order in which auto tries the kernels on CUDA. None has been measured on a GPU yet, so the order claims no speed.
-# Flash comes first because packed sequences run in the same kernel, so both layouts round alike. Efficient also takes
-# fp32. Math holds all scores in memory. cuDNN, FA3 and FA4 run only when named: cuDNN plans anew for each shape, and
-# the lengths of truncated contexts change with each step; FA3 and FA4 need packages of their own.
+# The order in which auto tries the kernels on CUDA, for each network by itself. None has been measured on a GPU yet, so
+# the order claims no speed. Flash comes first because packed sequences run in the same kernel, so both layouts round
+# alike. Efficient also takes fp32. Math holds all scores in memory. cuDNN, FA3 and FA4 run only when named: cuDNN plans
+# anew for each shape, and the lengths of truncated contexts change with each step; FA3 and FA4 need packages of their
+# own.
 AUTO_ORDER = ("flash", "efficient", "math")
 
-_SWITCHES = {
-    "flash": torch.backends.cuda.enable_flash_sdp,
-    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
-    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
-    "math": torch.backends.cuda.enable_math_sdp,
-}
 _NAMES = {
     SDPBackend.FLASH_ATTENTION: "flash",
     SDPBackend.CUDNN_ATTENTION: "cudnn",
@@ -57,8 +53,8 @@ class HeadShape:
         return f"{self.role} ({self.heads} heads of head_dim {self.head_dim}, {self.queries} of {self.tokens} tokens)"
 
 
-def force_backend(name: str, device: torch.device | str) -> None:
-    """Restricts SDPA to the named kernel in this process; `auto` restores PyTorch's own choice.
+def activate(name: str, device: torch.device | str) -> None:
+    """Checks that the device has the kernel. Replaces PyTorch's flash kernel by FA3 or FA4, if named, or restores it.
 
     Raises:
         ValueError: the name is unknown, the CPU has no such kernel, or the package of FA3 or FA4 is missing.
@@ -67,14 +63,7 @@ def force_backend(name: str, device: torch.device | str) -> None:
         raise ValueError(f"attention {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if torch.device(device).type != "cuda" and name not in ON_CPU:
         raise ValueError(f"attention {name} needs a CUDA device and this one is {device}; choose {', '.join(ON_CPU)}")
-    _activate(_IMPLEMENTATIONS.get(name))
-    kernel = "flash" if name in _IMPLEMENTATIONS else name
-    for other, switch in _SWITCHES.items():
-        switch(name == "auto" or other == kernel)
-
-
-def _activate(implementation: str | None) -> None:
-    """Replaces PyTorch's own flash kernel by FA3 or FA4, or restores it for None."""
+    implementation = _IMPLEMENTATIONS.get(name)
     active = _current_implementation()
     if implementation == active:
         return
@@ -104,28 +93,33 @@ def _current_implementation() -> str | None:
     return None if current is None else current()
 
 
-def choose_backend(name: str, shapes: Sequence[HeadShape], dtype: torch.dtype, device: torch.device | str) -> str:
-    """Forces a kernel that can run all `shapes` and returns its name; on the CPU `auto` stays PyTorch's own choice.
+def choose_backend(
+    name: str, shapes: Sequence[HeadShape], dtype: torch.dtype, device: torch.device | str
+) -> str | None:
+    """Returns the kernel in which all `shapes`, those of one network, can run: `name`, or for auto the first that can.
 
-    Runs each shape once, forward and, where it is trained, backward. Synchronises.
+    On the CPU auto returns None: PyTorch's own choice. Runs each shape once in each kernel that is tried, forward and,
+    where it is trained, backward. Synchronises. Call `activate` first.
 
     Raises:
-        ValueError: the kernel can't run these shapes in this dtype on this device, or `force_backend` refuses it.
+        ValueError: no such kernel can run these shapes in this dtype on this device.
     """
-    names = AUTO_ORDER if name == "auto" and torch.device(device).type == "cuda" else (name,)
+    names: Sequence[str | None] = (name,)
+    if name == "auto":
+        names = AUTO_ORDER if torch.device(device).type == "cuda" else (None,)
     problems: list[str] = []
-    for candidate in names:
-        force_backend(candidate, device)
-        problems = [problem for shape in shapes if (problem := _dense_problem(shape, dtype, device)) is not None]
+    for kernel in names:
+        problems = [each for shape in shapes if (each := _dense_problem(shape, dtype, device, kernel)) is not None]
         if not problems:
-            return candidate
+            return kernel
     raise ValueError(f"attention {name} can't run {'; nor '.join(problems)}")
 
 
-def backend_for(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> str:
-    """Returns the name of the kernel that SDPA would now use for this shape; "none" if no kernel can run it."""
+def backend_for(shape: HeadShape, dtype: torch.dtype, device: torch.device | str, kernel: str | None = None) -> str:
+    """Returns the name of the kernel in which SDPA runs this shape: `kernel`, or its own choice; "none" if it can't."""
     inputs = _dense(shape, dtype, device)
-    with warnings.catch_warnings():
+    forced = contextlib.nullcontext() if kernel is None else sdpa_kernel(SDPA_KERNELS[kernel])
+    with warnings.catch_warnings(), forced:
         warnings.simplefilter("ignore")  # SDPA warns why other kernels can't run
         try:
             name = _NAMES[SDPBackend(torch._fused_sdp_choice(*inputs))]
@@ -142,19 +136,26 @@ def packed_backend(dtype: torch.dtype, device: torch.device | str) -> str:
     return "one dense call for each run of equal lengths"
 
 
-def packed_problem(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> str | None:
-    """Returns why packed sequences of these heads can't run forward and backward; None if they can."""
-    layout = SequenceLayout.of((shape.tokens, max(1, shape.tokens // 2)), device)
-    q, k, v = (
-        torch.zeros(layout.total, shape.heads, shape.head_dim, dtype=dtype, device=device, requires_grad=shape.trained)
-        for _ in range(3)
+def packed_problem(
+    shape: HeadShape, dtype: torch.dtype, device: torch.device | str, kernel: str | None = None
+) -> str | None:
+    """Returns why packed sequences of these heads can't run forward and backward; None if they can.
+
+    `kernel` is that of dense calls. Tries a sequence of all tokens next to a shorter one.
+    """
+    layout, queries = (
+        SequenceLayout.of((longest, max(1, longest // 2)), device) for longest in (shape.tokens, shape.queries)
     )
-    return _problem(f"packed {shape}", (q, k, v), lambda: attention(q, k, v, layout))
+    q, k, v = (
+        torch.zeros(each.total, shape.heads, shape.head_dim, dtype=dtype, device=device, requires_grad=shape.trained)
+        for each in (queries, layout, layout)
+    )
+    return _problem(f"packed {shape}", (q, k, v), lambda: attention(q, k, v, layout, queries, kernel=kernel))
 
 
-def _dense_problem(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> str | None:
+def _dense_problem(shape: HeadShape, dtype: torch.dtype, device: torch.device | str, kernel: str | None) -> str | None:
     q, k, v = _dense(shape, dtype, device)
-    return _problem(str(shape), (q, k, v), lambda: F.scaled_dot_product_attention(q, k, v))
+    return _problem(str(shape), (q, k, v), lambda: attention(q, k, v, kernel=kernel))
 
 
 def _dense(shape: HeadShape, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:

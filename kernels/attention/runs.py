@@ -6,21 +6,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ijepa_kernels.attention.dense import dense_attention
 from ijepa_kernels.attention.layout import runs_of
 
 
-def attention_by_runs(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+def attention_by_runs(
+    q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int, int]], kernel: str | None = None
+) -> Tensor:
     """Returns block-diagonal attention of (total, heads, head_dim) tensors.
 
-    Makes one SDPA call for each (count, query length, key length) of `runs`.
+    Makes one dense call, in `kernel`, for each (count, query length, key length) of `runs`.
     """
     pieces = []
     for queries, keys, one_q, one_k, one_v in _split(runs, (q,), (k, v)):
         dense = [one_q.unflatten(0, queries), one_k.unflatten(0, keys), one_v.unflatten(0, keys)]
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in dense))
+        one_q, one_k, one_v = (x.transpose(1, 2) for x in dense)
+        out = dense_attention(one_q, one_k, one_v, kernel)
         pieces.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(pieces) if pieces else q
 
@@ -36,19 +39,21 @@ def _split(
 
 
 @torch.library.custom_op("ijepa_kernels::attention_by_runs", mutates_args=())
-def opaque_attention_by_runs(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> Tensor:
+def opaque_attention_by_runs(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, kernel: str | None = None
+) -> Tensor:
     """Returns `attention_by_runs` as one operation, which torch.compile doesn't specialise to the lengths.
 
     Reads `cu_queries` and `cu_keys` (S + 1,) on the host. That is free on the CPU and a synchronisation on CUDA,
     where only fp32 takes this path. Gradients are summed in fp32.
     """
-    out = attention_by_runs(q, k, v, _runs_between(cu_queries, cu_keys))
+    out = attention_by_runs(q, k, v, _runs_between(cu_queries, cu_keys), kernel)
     # without tokens `out` is q itself, and an output may not be an input
     return out.contiguous() if len(q) else q.new_empty(q.shape)
 
 
 @opaque_attention_by_runs.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, kernel: str | None = None) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -83,11 +88,11 @@ def _(
 
 
 def _save_inputs(ctx, inputs, output) -> None:  # noqa: ANN001
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:-1])
 
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
-    return *_opaque_backward(gradient, *ctx.saved_tensors), None, None
+    return *_opaque_backward(gradient, *ctx.saved_tensors), None, None, None
 
 
 opaque_attention_by_runs.register_autograd(_backward, setup_context=_save_inputs)

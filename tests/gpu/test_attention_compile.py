@@ -7,11 +7,10 @@ import functools
 import pytest
 import torch
 import torch._dynamo
-import torch.nn.functional as F
 from torch.nn import attention as torch_attention
 
 from ijepa_kernels.attention import SequenceLayout, attention
-from ijepa_kernels.attention.backend import HeadShape, backend_for, choose_backend, force_backend, packed_problem
+from ijepa_kernels.attention.backend import HeadShape, activate, backend_for, choose_backend, packed_problem
 from ijepa_kernels.attention.reference import attention_reference
 from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine import parallelize
@@ -33,7 +32,7 @@ BF16 = 2e-2  # 8 bits of mantissa, on values of order 1
 @pytest.fixture(autouse=True)
 def restored():
     yield
-    force_backend("auto", "cuda")
+    activate("auto", "cuda")
 
 
 def world() -> World:
@@ -48,10 +47,10 @@ def tensors(*shape: int, count: int, dtype: torch.dtype = torch.bfloat16) -> lis
 @pytest.mark.parametrize("name", ["flash", "cudnn", "efficient", "math"])
 def test_each_forced_kernel_runs_and_agrees_with_the_reference(name: str) -> None:
     assert choose_backend(name, [TARGET, PREDICTOR], torch.bfloat16, "cuda") == name
-    assert backend_for(TARGET, torch.bfloat16, "cuda") == backend_for(PREDICTOR, torch.bfloat16, "cuda") == name
+    assert {backend_for(shape, torch.bfloat16, "cuda", name) for shape in (TARGET, PREDICTOR)} == {name}
     q, k, v = (x.requires_grad_() for x in tensors(2, 12, 77, 80, count=3))
     (upstream,) = tensors(2, 12, 77, 80, count=1)
-    got, expected = attention(q, k, v), attention_reference(q, k, v)
+    got, expected = attention(q, k, v, kernel=name), attention_reference(q, k, v)
     torch.testing.assert_close(got, expected, atol=BF16, rtol=BF16)
     for ours, theirs in zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (got, expected)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=BF16, rtol=BF16)
@@ -67,18 +66,18 @@ def test_a_kernel_that_cannot_run_here_is_refused_and_never_replaced() -> None:
         choose_backend("flash", [TARGET], torch.float32, "cuda")
     q = torch.zeros(1, 2, 3, 16, device="cuda")
     with pytest.raises(RuntimeError, match="No available kernel"):
-        F.scaled_dot_product_attention(q, q, q)  # still forced
+        attention(q, q, q, kernel="flash")
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa4"])
 def test_other_flash_kernels_if_installed(name: str) -> None:
     try:
-        force_backend(name, "cuda")
+        activate(name, "cuda")
     except ValueError as error:
         pytest.skip(str(error))
     assert torch_attention.current_flash_attention_impl() == name.upper()
     assert choose_backend(name, [TARGET, PREDICTOR], torch.bfloat16, "cuda") == name
-    assert backend_for(TARGET, torch.bfloat16, "cuda") == name
+    assert backend_for(TARGET, torch.bfloat16, "cuda", name) == name
     if name == "fa4" and torch.__version__.startswith("2.11"):
         assert "windowed attention not supported" in (packed_problem(PREDICTOR, torch.bfloat16, "cuda") or "")
 

@@ -80,6 +80,7 @@ from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.parallelize import compile_parts
 from ijepa_scale.models.layers import Block
 blocks = torch.nn.Sequential(torch.nn.ModuleList([Block(8, 2, 16)]))
+blocks[0][0].attn.kernel = "flash"  # as the engine sets it on a GPU
 compile_parts(EngineConfig(compile=True, compile_cache=sys.argv[1]), blocks)
 with torch.no_grad():
     blocks[0][0](torch.zeros(2, 3, 8))

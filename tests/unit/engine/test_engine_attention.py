@@ -7,26 +7,24 @@ from typing import get_args
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ijepa_kernels.attention.backend import BACKENDS, force_backend
-from ijepa_scale.config import EngineConfig, ModelConfig
-from ijepa_scale.config.schema import Attention
+from ijepa_kernels.attention.backend import BACKENDS
+from ijepa_scale.config import EngineConfig, ModelConfig, schema
+from ijepa_scale.engine import attention as engine_attention
 from ijepa_scale.engine.attention import head_shapes, require_packed, use_attention
 from ijepa_scale.engine.parallelize import checkpoint_blocks
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.models.layers import Attention
 from ijepa_scale.models.registry import build_jepa, build_target
 
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 MODEL = ModelConfig(name="vit_tiny", image_size=32, patch_size=8, width=48, depth=2, heads=3, predictor_width=24)
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-        yield
-    force_backend("auto", "cpu")
+def kernels_of(network):
+    """Returns the kernels of a network's attention layers, without repetitions."""
+    return tuple({part.kernel for part in network.modules() if isinstance(part, Attention)})
 
 
 @pytest.fixture
@@ -36,7 +34,7 @@ def networks():
 
 
 def test_the_config_lists_all_kernels():
-    assert get_args(Attention) == BACKENDS
+    assert get_args(schema.Attention) == BACKENDS
     with pytest.raises(ConfigError, match="engine.attention is 'flahs'; choose one of auto, flash"):
         EngineConfig(attention="flahs")
 
@@ -50,12 +48,35 @@ def test_each_network_gives_a_shape(networks):
 
 
 @pytest.mark.parametrize("name,kernel", [("auto", "flash"), ("math", "math")])
-def test_the_kernels_are_logged(networks, caplog, name, kernel):
+def test_the_kernels_are_set_returned_and_logged(networks, caplog, name, kernel):
     with caplog.at_level(logging.INFO):
-        use_attention(EngineConfig(attention=name, precision="fp32"), *networks, WORLD)
-    assert f"engine.attention {name} is {name} on cpu: {kernel} for target (3 heads of head_dim 16" in caplog.text
+        found = use_attention(EngineConfig(attention=name, precision="fp32"), *networks, WORLD)
+    assert found == dict.fromkeys(("target", "context", "predictor"), kernel)
+    assert f"engine.attention {name} on cpu: {kernel} for target (3 heads of head_dim 16" in caplog.text
     assert f"{kernel} for predictor (3 heads of head_dim 8" in caplog.text
     assert "packed sequences: one dense call for each run of equal lengths" in caplog.text
+    assert {kernels_of(network) for network in networks} == {(None if name == "auto" else name,)}
+
+
+def test_each_network_has_its_own_kernel(networks, monkeypatch, caplog):
+    """As on a GPU whose flash kernel doesn't take the predictor's heads."""
+    tried = []
+
+    def choose(name, shapes, dtype, device):
+        tried.extend(shapes)
+        return "math" if shapes[0].role == "predictor" else "flash"
+
+    monkeypatch.setattr(engine_attention, "choose_backend", choose)
+    module, target = networks
+    found = use_attention(EngineConfig(precision="fp32"), module, target, WORLD)
+    assert found == {"target": "flash", "context": "flash", "predictor": "math"}
+    assert kernels_of(target) == kernels_of(module.encoder) == ("flash",)
+    assert kernels_of(module.predictor) == ("math",)
+    assert [(each.queries, each.tokens) for each in tried if each.role == "target"] == [(16, 16), (8, 16)]
+    context = [(each.queries, each.tokens) for each in tried if each.role == "context"]
+    assert context == [(16, 16), (8, 16), (6, 13), (13, 13)]  # odd numbers too, as masks leave them
+    checkpoint_blocks(module, "selective")
+    assert kernels_of(module.predictor) == ("math",)
 
 
 def test_an_unavailable_kernel_is_refused(networks):
@@ -64,9 +85,13 @@ def test_an_unavailable_kernel_is_refused(networks):
 
 
 def test_packed_contexts_need_a_kernel_too(networks):
-    checkpoint_blocks(networks[0], "full")  # as the engine does
+    module, _ = networks
+    checkpoint_blocks(module, "full")  # as the engine does
     config = EngineConfig(attention="math")
-    require_packed(config, networks[0], WORLD)
-    message = "is math and masks.context is packed, but packed context.* in bfloat16 on cpu.*set masks.context=truncate"
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), pytest.raises(ConfigError, match=message):
-        require_packed(config, networks[0], WORLD)
+    require_packed(config, module, WORLD)
+    for part in module.predictor.modules():
+        if isinstance(part, Attention):
+            part.kernel = "cudnn"
+    message = "is math and masks.context is packed, but packed predictor.* on cpu.*set masks.context=truncate"
+    with pytest.raises(ConfigError, match=message):
+        require_packed(config, module, WORLD)
