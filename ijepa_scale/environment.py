@@ -196,6 +196,18 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def hidden_gpus() -> str | None:
+    """Returns the variable by which the user hides all GPUs from CUDA or ROCm, as NAME='value'; None if there is none.
+
+    Source: "CUDA_VISIBLE_DEVICES" in the CUDA C++ programming guide: an invalid index hides itself and all after it.
+    """
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        value = os.environ.get(name)
+        if value is not None and (not value.strip() or value.strip().startswith("-")):
+            return f"{name}={value!r}"
+    return None
+
+
 def c_compiler() -> str | None:
     """Returns the C compiler that Triton uses: CC, else gcc, else clang; None if there is none.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ijepa_scale import environment
 from ijepa_scale.config import EngineConfig
+from ijepa_scale.engine.gpus import gpu_in_machine, why_unusable
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 
@@ -76,11 +77,12 @@ def choose_device(config: EngineConfig, launch: Launch, device: str | None = Non
     """Returns the device of this process: `device`, else the one that the config names, else a GPU if there is one.
 
     Raises:
-        ConfigError: the device is unknown, or this host has fewer GPUs than processes.
+        ConfigError: the device is unknown, this host has fewer GPUs than processes, or it has a GPU that this PyTorch
+            can't use.
     """
     kind = device or config.device
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = "cuda" if torch.cuda.is_available() else _cpu_without_gpu(launch)
     if kind == "cuda":
         # if srun binds a GPU to each task, each task sees a single GPU as cuda:0
         bound = launch.launcher == "srun" and torch.cuda.device_count() == 1
@@ -91,6 +93,8 @@ def choose_device(config: EngineConfig, launch: Launch, device: str | None = Non
         raise ConfigError(f"device {kind!r} is unknown; give cpu, cuda or cuda:N") from error
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
+        if not count:
+            raise ConfigError(f"process {launch.rank} needs {chosen} but {why_unusable()}, or set engine.device=cpu")
         if (chosen.index or 0) >= count:
             raise ConfigError(
                 f"process {launch.rank} needs {chosen} but this host has {count} GPUs; start at most {count} processes "
@@ -98,6 +102,22 @@ def choose_device(config: EngineConfig, launch: Launch, device: str | None = Non
             )
         torch.cuda.set_device(chosen)
     return chosen
+
+
+def _cpu_without_gpu(launch: Launch) -> str:
+    """Returns "cpu" if this machine has no GPU, or if the user hides it, which is logged; refuses it otherwise."""
+    gpu = gpu_in_machine()
+    if gpu is None:
+        return "cpu"
+    hidden = environment.hidden_gpus()
+    if hidden is None:
+        raise ConfigError(
+            f"engine.device is auto and this machine has {gpu}, but {why_unusable()}, or set engine.device=cpu to use "
+            "the CPU"
+        )
+    if launch.rank == 0:
+        logger.warning("engine.device is auto and %s hides %s: this run uses the CPU", hidden, gpu)
+    return "cpu"
 
 
 def start_world(launch: Launch, device: torch.device, *, alone: bool = False) -> World:

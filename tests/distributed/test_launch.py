@@ -77,7 +77,7 @@ BAD = {
     ),
     "masks": (("masks.min_keep=60",), "min_keep"),
     "device": (("--devices", "gpu:0"), "device 'gpu:0' is unknown; give cpu, cuda or cuda:N"),
-    "no such GPU": (("--devices", "cuda:64"), "needs cuda:64 but this host has"),
+    "no such GPU": (("--devices", "cuda:64"), "needs cuda:64 but "),
     "two counts": (("--processes", "3", "--devices", "cpu"), "--processes is 3 but --devices names 1"),
     "one GPU twice": (("--devices", "cuda:0", "cuda:0"), "--devices names cuda:0 twice"),
     "no steps": (("schedule.stop_after=0",), "the run has 0 steps"),
