@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline import BaselineStep
-from ijepa_scale import rng
+from ijepa_scale import environment, rng
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
@@ -78,7 +78,9 @@ def configured(settings: Sequence[str]) -> PretrainConfig:
 
 
 def alone(device: torch.device) -> World:
-    """Returns the world of a single process."""
+    """Returns the world of a single process, with the allocator that training sets up on GPUs."""
+    if device.type == "cuda":
+        environment.export_allocator()
     return World(rank=0, size=1, local_rank=0, local_size=1, device=device)
 
 

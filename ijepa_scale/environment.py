@@ -20,6 +20,8 @@ from pathlib import Path
 
 from ijepa_scale.errors import ConfigError
 
+_ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -136,6 +138,19 @@ def export(launch: Launch) -> None:
 def export_accelerator(device_type: str) -> None:
     """Tells DeepSpeed which accelerator to use. Call it before `deepspeed` is imported."""
     os.environ["DS_ACCELERATOR"] = device_type
+
+
+def export_allocator() -> None:
+    """Makes PyTorch's allocator on GPUs grow segments in place, unless the user has configured the allocator.
+
+    Lengths change from step to step; fixed segments fragment under such sizes until memory runs out. PyTorch reads the
+    variable at its first allocation on a GPU: call this before. Children inherit it.
+
+    Source: `CUDAAllocatorConfig::instance` of `c10/cuda/CUDAAllocatorConfig.h`: torch 2.11 asks for the older names of
+    `_ALLOCATOR_NAMES` first and other versions for PYTORCH_ALLOC_CONF, so any of the three counts as the user's.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_NAMES):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def export_compile_cache(folder: str | None) -> Path:

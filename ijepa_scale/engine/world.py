@@ -76,6 +76,8 @@ class World:
 def choose_device(config: EngineConfig, launch: Launch, device: str | None = None) -> torch.device:
     """Returns the device of this process: `device`, else the one that the config names, else a GPU if there is one.
 
+    Sets up PyTorch's allocator for a GPU, so call it before CUDA allocates.
+
     Raises:
         ConfigError: the device is unknown, this host has fewer GPUs than processes, or it has a GPU that this PyTorch
             can't use.
@@ -100,6 +102,7 @@ def choose_device(config: EngineConfig, launch: Launch, device: str | None = Non
                 f"process {launch.rank} needs {chosen} but this host has {count} GPUs; start at most {count} processes "
                 "per host, or set engine.device=cpu"
             )
+        environment.export_allocator()
         torch.cuda.set_device(chosen)
     return chosen
 

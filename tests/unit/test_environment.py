@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from ijepa_scale.environment import Launch, detect_launch, export_compile_cache, first_host
+from ijepa_scale.environment import (
+    Launch,
+    child_environment,
+    detect_launch,
+    export_allocator,
+    export_compile_cache,
+    first_host,
+)
 from ijepa_scale.errors import ConfigError
 
 TORCHRUN = {
@@ -71,6 +81,45 @@ def test_first_host(nodes: str, first: str) -> None:
 def test_refusals(variables: dict[str, str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         detect_launch(variables)
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_segments_are_expandable_unless_the_user_has_set_the_allocator(name, monkeypatch) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    for each in names:
+        monkeypatch.setenv(each, "")
+        monkeypatch.delenv(each)
+    if name is not None:
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+    export_allocator()
+    found = {each: os.environ[each] for each in names if each in os.environ}
+    expected = ("PYTORCH_ALLOC_CONF", "expandable_segments:True") if name is None else (name, "max_split_size_mb:128")
+    assert found == dict([expected])
+
+
+READS = """
+import os
+import torch
+from ijepa_scale import environment
+for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+    os.environ.pop(name, None)
+torch.cuda.is_available(), torch.cuda.device_count()  # what choose_device asks before
+environment.export_allocator()
+print(os.environ["PYTORCH_ALLOC_CONF"])
+os.environ["PYTORCH_ALLOC_CONF"] = "no_such_key:True"
+try:
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # reads the variable first
+    print("not read")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a PyTorch built for GPUs")
+def test_pytorch_reads_the_allocators_variable_after_its_import() -> None:
+    done = subprocess.run([sys.executable, "-c", READS], capture_output=True, text=True, env=child_environment())
+    assert done.stdout.splitlines()[0] == "expandable_segments:True"
+    assert "Unrecognized key 'no_such_key'" in done.stdout, done
 
 
 def test_the_compile_cache_is_the_one_that_was_named(tmp_path, monkeypatch) -> None:
