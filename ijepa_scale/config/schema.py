@@ -153,7 +153,8 @@ class EngineConfig(Section, at="engine"):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Kind of device.")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 is autocast over fp32 masters.")
     target_precision: Literal["fp8"] | None = Field(
-        None, description="Precision of the target's forward; null: that of `precision`. fp8 needs Hopper or later."
+        None,
+        description="Precision of the target's forward; null: that of `precision`. fp8: Hopper or later, compiled.",
     )
     accumulation: form.Count = Field(1, description="Micro-batches of an optimiser step.")
     checkpointing: Literal["none", "full", "selective"] = Field(

@@ -77,12 +77,20 @@ def choose_compile(config: EngineConfig, device: torch.device) -> EngineConfig:
     """Returns the configuration with `compile: auto` replaced, and logs the choice with its reason.
 
     Raises:
-        ConfigError: `compile` is true and this machine can't compile for the device.
+        ConfigError: `compile` is true and this machine can't compile for the device, or the target is fp8 on a GPU
+            and its blocks aren't compiled.
     """
     problem = compile_problem(device)
     if config.compile is True and problem is not None:
         raise ConfigError(f"engine.compile is true but {problem}, or set engine.compile=false")
     chosen, reason = resolve_compile(config, device=device.type, problem=problem)
+    if device.type == "cuda" and chosen.target_precision == "fp8" and not chosen.compile:
+        # on the CPU the tests run it: products in fp8 are slow there in any case
+        raise ConfigError(
+            f"engine.target_precision is fp8 but engine.compile is {str(config.compile).lower()} ({reason}): without "
+            "compilation, quantising reads each input twice, which costs more than fp8 products gain; set "
+            "engine.compile=auto, or engine.target_precision=null"
+        )
     if config.compile == "auto":
         logger.info("engine.compile is %s: %s", str(chosen.compile).lower(), reason)
     return chosen

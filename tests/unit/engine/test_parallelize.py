@@ -58,6 +58,18 @@ def test_a_named_value_stays_and_nothing_is_logged(gpu, caplog, value, device):
     assert not caplog.text
 
 
+def test_an_fp8_target_is_refused_on_a_gpu_unless_its_blocks_are_compiled(gpu, monkeypatch):
+    fp8 = EngineConfig(target_precision="fp8")
+    assert choose_compile(fp8, CUDA).compile is True
+    assert choose_compile(fp8.replace(compile=False), CPU).target_precision == "fp8"
+    text = "target_precision is fp8 but engine.compile is {}: .* reads each input twice.*; set engine.compile=auto, or"
+    with pytest.raises(ConfigError, match=text.format(r"false \(as configured\)")):
+        choose_compile(fp8.replace(compile=False), CUDA)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=text.format(r"auto \(Triton needs a C compiler .*\)")):
+        choose_compile(fp8, CUDA)
+
+
 @pytest.mark.parametrize(
     ("missing", "problem"),
     [
