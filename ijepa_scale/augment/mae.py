@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_kernels.crop_resize import crop_resize
+from ijepa_kernels.crop_resize import crop_resize, warm_up
 from ijepa_scale import rng
 from ijepa_scale.augment import levels
 from ijepa_scale.augment.erasing import RandomErasing
@@ -22,6 +22,7 @@ from ijepa_scale.augment.rand_augment import RandAugment
 from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.decode import longest_sides
 
 _JITTER = (levels.brightness, levels.contrast, levels.color)
 
@@ -45,6 +46,7 @@ class FinetuneAugment:
     ) -> None:
         self.config, self.image_size, self.seed = config, image_size, seed
         self.device = torch.device(device)
+        self._cold = True  # the resizing kernels aren't compiled yet
         self._mixing = Mixing(config, num_classes=num_classes, seed=seed)
         self._erase = RandomErasing(config.random_erasing, seed=seed) if config.random_erasing else None
         self._rand_augment = None
@@ -66,14 +68,16 @@ class FinetuneAugment:
         batch = batch.to(self.device)
         config = self.config
         flip = rng.uniform(self.seed, "finetune.flip", batch.epoch, batch.sample_ids, 1)[:, 0] < config.flip
-        options: dict[str, Any] = {"interpolation": config.interpolation, "flip": flip if config.flip else None}
-        if self._rand_augment is None and not config.color_jitter:
-            normalise = (self._scale.tolist(), self._shift.tolist())
-            images = crop_resize(
-                batch.pixels, batch.sizes, self.image_size, **options, normalise=normalise, dtype=torch.float32
-            )
-        else:
-            pixels = crop_resize(batch.pixels, batch.sizes, self.image_size, **options)
+        changes = self._rand_augment is not None or config.color_jitter
+        options: dict[str, Any] = {"interpolation": config.interpolation}
+        if not changes:
+            options |= {"normalise": (self._scale.tolist(), self._shift.tolist()), "dtype": torch.float32}
+        if self._cold:
+            self._cold = False
+            warm_up(self.image_size, longest_sides(self.image_size, config.crop_ratio), **options, device=self.device)
+        pixels = crop_resize(batch.pixels, batch.sizes, self.image_size, flip=flip if config.flip else None, **options)
+        images = pixels
+        if changes:
             if self._rand_augment is not None:
                 pixels = self._rand_augment(pixels, epoch=batch.epoch, sample_ids=batch.sample_ids)
             if config.color_jitter:

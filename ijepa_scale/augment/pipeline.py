@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_kernels.crop_resize import crop_resize
+from ijepa_kernels.crop_resize import crop_resize, warm_up
 from ijepa_scale import rng
 from ijepa_scale.augment import color
 from ijepa_scale.augment.blur import GaussianBlur
 from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.decode import longest_sides
 
 # Columns of a sample's draws. Add new columns at the end, so that the earlier draws don't change.
 _FLIP, _JITTER, _FACTORS, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _DRAWS = (
@@ -51,22 +52,31 @@ class Augment:
         self.device = torch.device(device)
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (config.mean, config.std))
         self._scale, self._shift = (1.0 / (255.0 * std)).float(), (-mean / std).float()  # (3,) on the host
+        self._cold = True  # the resizing kernels aren't compiled yet
         self._blur = GaussianBlur(image_size, max_sigma=_SIGMAS[1], device=self.device) if config.blur else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        """Returns (B, 3, h, w) float32 normalised images on this object's device; doesn't synchronise."""
+        """Returns (B, 3, h, w) float32 normalised images on this object's device; doesn't synchronise.
+
+        The first call compiles the kernels for crops of all sizes.
+        """
         batch = batch.to(self.device)
         config = self.config
         draws = rng.uniform(self.seed, "augment", batch.epoch, batch.sample_ids, _DRAWS)
         flip = draws[:, _FLIP] < config.flip if config.flip else None
-        options = {"interpolation": config.interpolation, "flip": flip}
-        if not (config.color_jitter or config.grayscale or config.solarize or self._blur is not None):
-            normalise = (self._scale.tolist(), self._shift.tolist())  # host tensors: no synchronisation
-            return crop_resize(
-                batch.pixels, batch.sizes, self.image_size, **options, normalise=normalise, dtype=torch.float32
-            )
-        images = crop_resize(batch.pixels, batch.sizes, self.image_size, **options).float()
+        changes = config.color_jitter or config.grayscale or config.solarize or self._blur is not None
+        options: dict[str, Any] = {"interpolation": config.interpolation}
+        if not changes:
+            options["normalise"] = (self._scale.tolist(), self._shift.tolist())  # host tensors: no synchronisation
+            options["dtype"] = torch.float32
+        if self._cold:
+            self._cold = False
+            warm_up(self.image_size, longest_sides(self.image_size, config.crop_ratio), **options, device=self.device)
+        images = crop_resize(batch.pixels, batch.sizes, self.image_size, flip=flip, **options)
+        if not changes:
+            return images
+        images = images.float()
         images = self._photometric(images.mul_(1.0 / 255.0), draws).mul_(255.0)
         scale, shift = (to_device(values, self.device)[:, None, None] for values in (self._scale, self._shift))
         return images.mul_(scale).add_(shift)

@@ -110,8 +110,20 @@ def decode_crop(
 def largest_crop(output: tuple[int, int], ratio: tuple[float, float]) -> int:
     """Returns the largest number of pixels that `decode_crop` returns for an `output` (height, width)."""
     height, width = (2 * side + 1 for side in output)  # the longest sides that aren't halved once more
+    longest = _longest_sides(output, ratio)
+    return math.ceil(max(height * longest[1], width * longest[0]))
+
+
+def longest_sides(output: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int]:
+    """Returns the largest height and the largest width of crops that `decode_crop` returns for an `output`."""
+    height, width = _longest_sides(output, ratio)
+    return max(2 * output[0] + 1, math.ceil(height)), max(2 * output[1] + 1, math.ceil(width))
+
+
+def _longest_sides(output: tuple[int, int], ratio: tuple[float, float]) -> tuple[float, float]:
+    """Returns bounds of the height and the width of crops whose other side isn't halved once more."""
     # a crop's sides are rounded to whole pixels, by half a pixel at most, and again when it is reduced
-    return math.ceil(max(height * (ratio[1] * (height + 1) + 2), width * ((width + 1) / ratio[0] + 2)))
+    return (2 * output[1] + 2) / ratio[0] + 2, ratio[1] * (2 * output[0] + 2) + 2
 
 
 def _cut_drawn(

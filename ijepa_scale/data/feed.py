@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -54,6 +55,8 @@ class DeviceFeed:
 
     def _copy(self, slot: int, batch: Batch, stream: torch.cuda.Stream) -> tuple[torch.cuda.Event, Batch]:
         """Starts the copy of a batch to the device."""
+        # the pixels are in a page-locked buffer; a copy of labels from pageable memory would wait for the stream
+        batch = dataclasses.replace(batch, labels=batch.labels.pin_memory())
         with torch.cuda.stream(stream):
             copied = batch.to(self._device)
             done = torch.cuda.Event()

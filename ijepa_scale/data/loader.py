@@ -78,6 +78,8 @@ class TrainLoader:
         self._slot_bytes = 3 * largest_crop(image_size, augment.crop_ratio) * self._images_per_step
         self._steps = range(start_step, max(start_step, stop_step))
         self._workers, self._prefetch = workers, prefetch
+        # one buffer in use by the caller, two being copied to the device, the others filled by workers
+        self._num_slots = workers * prefetch + 3
         self._device = torch.device(device)
 
     @property
@@ -85,13 +87,17 @@ class TrainLoader:
         """The number of samples replaced so far."""
         return self.bad.total()
 
+    @property
+    def buffer_bytes(self) -> int:
+        """The bytes of the buffers that batches are decoded into; page-locked if batches are delivered to a GPU."""
+        return self._num_slots * self._slot_bytes
+
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
         self.num_seen, self.bad = 0, Counter()
-        # one buffer in use by the caller, two being copied to the device, the others filled by workers
-        slots = Slots(self._workers * self._prefetch + 3, self._slot_bytes)
+        slots = Slots(self._num_slots, self._slot_bytes)
         feed = DeviceFeed(slots, self._device)
         parts = self._make_parts()
         batches = ordered_loader(

@@ -68,11 +68,12 @@ class ClassifierCheck:
         """Returns the accuracy of `classify`. Synchronises and communicates, so all processes must call it."""
         world, total = self._world, self._source.num_samples
         ids = local_ids(np.arange(total), world.rank, world.size)
-        reader = EvalReader(self._source, self._image_size, ids=ids, **self._options, **self._normalisation)  # type: ignore[arg-type]
+        options = {**self._options, "pin_memory": world.device.type == "cuda"}
+        reader = EvalReader(self._source, self._image_size, ids=ids, **options, **self._normalisation)  # type: ignore[arg-type]
         parts = []
         for batch in reader:
             logits = classify(batch.images.to(world.device, non_blocking=True)).float()
-            labels = batch.labels.to(world.device)
+            labels = batch.labels.to(world.device, non_blocking=True)
             losses = F.cross_entropy(logits, labels, reduction="none")
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             parts.append(torch.stack([losses, best[:, 0], (best == labels[:, None]).any(dim=1)], dim=1).double())

@@ -57,6 +57,7 @@ class OnlineKnn:
             batch_size=self._config.batch_size,
             mean=self._images.mean,
             std=self._images.std,
+            pin_memory=self._world.device.type == "cuda",
         )
         return gather_features(
             extract_features(forward, reader, self._world.device), self._world.gather, len(split.ids)

@@ -23,6 +23,7 @@ from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
 from ijepa_scale.provenance import provenance
+from ijepa_scale.train.setup import check_host_memory
 from ijepa_scale.train.task import Result, Task
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,9 @@ class Loop:
             progress = Progress(last, mode=mode, first_step=self.start)
             if self.start == 0 and task.evaluates(0):
                 self._evaluate(0, sinks, progress)
-            for batch in task.meters.timed(task.loader(self.start)):
+            loader = task.loader(self.start)
+            check_host_memory(loader, self.world)
+            for batch in task.meters.timed(loader):
                 if batch.step == 0:
                     with task.meters.paused():
                         task.first_batch(batch, self.folder)

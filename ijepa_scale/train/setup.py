@@ -10,12 +10,15 @@ import torch
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.config.schema import EncoderConfig
+from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sources.open import training_source
 from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.parallelize import choose_compile
+from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.host_memory import host_bytes
 from ijepa_scale.planning.strategy import resolve_engine
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
@@ -66,6 +69,27 @@ def global_batch(config: PretrainConfig | FinetuneConfig, processes: int) -> int
             f"batch {batch} is not divisible by {processes} processes x accumulation {accumulation}; try {near}"
         )
     return batch
+
+
+def check_host_memory(loader: TrainLoader, world: World) -> None:
+    """Checks that all processes of each host can page-lock their loader's buffers. Communicates one number.
+
+    Page-locked memory can't be swapped: beyond the limit of the control group the kernel kills the run.
+
+    Raises:
+        ConfigError: on some host they can't; raised on every process.
+    """
+    if world.device.type != "cuda":
+        return
+    needed = world.local_size * loader.buffer_bytes
+    rooms = world.gather(torch.tensor(host_bytes(), device=world.device))  # before any process locks its own
+    room = int(rooms.min())  # host sync: once per run
+    if room < needed:
+        raise ConfigError(
+            f"the loaders of {world.local_size} processes page-lock {needed / 1e9:.2f} GB for batches but a host has "
+            f"{room / 1e9:.2f} GB left (within its control group's limit); lower data.prefetch or data.workers, "
+            "or give the job more memory"
+        )
 
 
 def open_training_source(config: PretrainConfig | FinetuneConfig, *, log: bool) -> SampleSource | StreamSource:

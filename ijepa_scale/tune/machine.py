@@ -14,6 +14,7 @@ from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.parallelize import compile_problem
 from ijepa_scale.engine.world import choose_device
 from ijepa_scale.environment import Launch
+from ijepa_scale.host_memory import host_bytes, system_file
 from ijepa_scale.planning.hardware import peak_flops
 
 MARGIN = 0.05  # share of the memory kept free for fragmentation, and for libraries later in a long run
@@ -72,23 +73,6 @@ def describe(engine: EngineConfig, devices: list[str] | None, processes: int) ->
     )
 
 
-def host_bytes() -> int:
-    """Returns the bytes of host memory that this program may take, within the limits of Linux, cgroup and ulimit -v."""
-    lines = _read(Path("/proc/meminfo")).splitlines()
-    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        most, taken = _read(Path(limit)).strip(), _read(Path(used)).strip()
-        if most.isdigit() and taken.isdigit():
-            found.append(max(0, int(most) - int(taken)))
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if address_space != resource.RLIM_INFINITY:
-        found.append(address_space)
-    return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 class PeakMemory:
     """Measures the peak memory, in bytes, that this process has taken on its device since `reset`."""
 
@@ -111,21 +95,13 @@ class PeakMemory:
             free, total = torch.cuda.mem_get_info(self._device)
             others = total - free - torch.cuda.memory_reserved(self._device)
             return int(torch.cuda.max_memory_allocated(self._device) + max(0, others))
-        lines = _read(Path("/proc/self/status")).splitlines()
+        lines = system_file(Path("/proc/self/status")).splitlines()
         found = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
         return found[0] if found else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _processor() -> str:
     """Returns the processor's name."""
-    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    lines = system_file(Path("/proc/cpuinfo")).splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _read(path: Path) -> str:
-    """Returns the text of one of Linux's system files; empty if it doesn't exist."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,8 +57,7 @@ def crop_resize(
     if implementation == "auto":
         implementation = "triton" if pixels.device.type == "cuda" else "cpu"
     if implementation == "triton":
-        kernel = _triton()
-        return kernel(
+        return _triton().crop_resize(
             pixels, sizes, output, interpolation=interpolation, flip=flip, normalise=(scale, shift), dtype=dtype
         )
     run = _on_cpu if implementation == "cpu" else crop_resize_reference
@@ -72,16 +72,38 @@ def crop_resize(
     return levels.float().mul_(factors[0]).add_(factors[1]).to(dtype)
 
 
-def _triton() -> Callable[..., Tensor]:
-    """Returns the Triton kernel's function."""
+def warm_up(
+    output: tuple[int, int],
+    sides: tuple[int, int],
+    *,
+    interpolation: str = "bilinear",
+    normalise: tuple[Sequence[float], Sequence[float]] | None = None,
+    dtype: torch.dtype = torch.uint8,
+    device: torch.device,
+) -> None:
+    """Compiles what `crop_resize` runs on a GPU for crops of up to `sides` (height, width); elsewhere does nothing.
+
+    Otherwise a kernel would be compiled in the first step whose crops need it. The arguments are those of
+    `crop_resize`.
+    """
+    if device.type == "cuda":
+        scale, shift = ((1.0,) * 3, (0.0,) * 3) if normalise is None else (tuple(values) for values in normalise)
+        kernels = _triton()
+        kernels.warm_up(
+            output, sides, interpolation=interpolation, normalise=(scale, shift), dtype=dtype, device=device
+        )
+
+
+def _triton() -> Any:
+    """Returns the module of the Triton kernel."""
     try:
-        from ijepa_kernels.crop_resize.triton import crop_resize as kernel
+        import ijepa_kernels.crop_resize.triton as kernels
     except ImportError as error:
         raise ValueError(
             f"Triton is needed for crop_resize on CUDA and can't be imported ({error}); install triton, "
             "or choose implementation='reference'"
         ) from None
-    return kernel
+    return kernels
 
 
 def _on_cpu(
@@ -137,4 +159,4 @@ def _check(
         raise ValueError(f"flip is {np.shape(flip)} for {len(sizes)} images; give ({len(sizes)},)")
 
 
-__all__ = ["IMPLEMENTATIONS", "INTERPOLATIONS", "cost", "crop_resize", "crop_resize_reference"]
+__all__ = ["IMPLEMENTATIONS", "INTERPOLATIONS", "cost", "crop_resize", "crop_resize_reference", "warm_up"]

@@ -128,17 +128,54 @@ def crop_resize(
     Doesn't synchronise. Compiles once for each filter, dtype and range of shrinking factors.
     """
     out = torch.empty(len(sizes), 3, *output, dtype=dtype, device=pixels.device)
-    if not out.numel():
-        return out
-    radius = _RADIUS[interpolation]
-    widest = 2 * radius * max(1.0, float((sizes / np.array(output)).max()))
-    taps = -(-(math.ceil(widest) + 1) // _TAPS) * _TAPS
+    if out.numel():
+        taps = _taps(float((sizes / np.array(output)).max()), interpolation)
+        _launch(pixels, sizes, out, interpolation=interpolation, flip=flip, normalise=normalise, taps=taps)
+    return out
+
+
+def warm_up(
+    output: tuple[int, int],
+    sides: tuple[int, int],
+    *,
+    interpolation: str,
+    normalise: tuple[tuple[float, ...], tuple[float, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Compiles every variant that `crop_resize` runs for crops of up to `sides` (height, width)."""
+    out = torch.empty(1, 3, *output, dtype=dtype, device=device)
+    pixels, one = torch.zeros(4, dtype=torch.uint8, device=device), np.ones((1, 2), dtype=np.int64)
+    most = max(side / short for side, short in zip(sides, output, strict=True))
+    for taps in range(_taps(1.0, interpolation), _taps(most, interpolation) + 1, _TAPS):
+        for begin in (0, 1):  # Triton compiles again for pixels that begin at an odd byte, as micro-batches do
+            crop = pixels[begin : begin + 3]
+            _launch(crop, one, out, interpolation=interpolation, flip=None, normalise=normalise, taps=taps)
+
+
+def _taps(shrinking: float, interpolation: str) -> int:
+    """Returns the number of taps of a filter that shrinks by this factor, in steps of `_TAPS`."""
+    widest = 2 * _RADIUS[interpolation] * max(1.0, shrinking)
+    return -(-(math.ceil(widest) + 1) // _TAPS) * _TAPS
+
+
+def _launch(
+    pixels: Tensor,
+    sizes: np.ndarray,
+    out: Tensor,
+    *,
+    interpolation: str,
+    flip: np.ndarray | None,
+    normalise: tuple[tuple[float, ...], tuple[float, ...]],
+    taps: int,
+) -> None:
+    """Writes the resized crops to `out`."""
+    output = tuple(out.shape[2:])
     grid = (len(sizes), triton.cdiv(output[0], _TILE), triton.cdiv(output[1], _TILE))
     _kernel[grid](
         pixels, _crop_table(sizes, flip, pixels.device), out, *output, *normalise[0], *normalise[1],
         TAPS=taps, CUBIC=interpolation == "bicubic", TILE=_TILE, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
-    return out
 
 
 def _crop_table(sizes: np.ndarray, flip: np.ndarray | None, device: torch.device) -> Tensor:

@@ -2,9 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from ijepa_kernels.crop_resize import triton as kernels
+from ijepa_scale.augment import mae, pipeline
+from ijepa_scale.config import AugmentConfig
+from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.decode import _cut_drawn, longest_sides
 from tests.unit.kernels.kernel_harness import CAPABILITIES, run
 
 COMPILE = """
@@ -20,6 +27,13 @@ source = ASTSource(fn=_kernel, signature=signature, constexprs=constants)
 compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options={{"num_warps": 4}})
 print(len(compiled.asm["cubin"]))
 """
+
+
+def a_batch(count):
+    return Batch(
+        pixels=torch.zeros(count * 20 * 20 * 3, dtype=torch.uint8), sizes=np.full((count, 2), 20),
+        sample_ids=np.arange(count), labels=torch.zeros(count, dtype=torch.int64), step=0, epoch=0, position=0,
+    )  # fmt: skip
 
 
 def test_the_kernel_equals_the_reference_under_the_interpreter():
@@ -38,12 +52,52 @@ def test_the_kernel_compiles(capability, tmp_path):
         assert int(run("-c", text, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1]) > 1000
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("output", [(32, 32), (32, 48)], ids=str)
+def test_the_warm_up_compiles_every_variant_that_crops_can_need(monkeypatch, interpolation, output):
+    """A stand-in for the kernel records what Triton compiles for: the number of taps, and where pixels begin."""
+    variants = set()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda pixels, *_, TAPS, **__: variants.add((TAPS, pixels.data_ptr() % 16 == 0))
+
+    monkeypatch.setattr(kernels, "_kernel", Kernel())
+    ratio, options = (3 / 4, 4 / 3), {"interpolation": interpolation, "dtype": torch.float32}
+    ones = ((1.0,) * 3, (0.0,) * 3)
+    kernels.warm_up(output, longest_sides(output, ratio), **options, normalise=ones, device=torch.device("cpu"))
+    warm, needed = frozenset(variants), set()
+    variants.clear()
+    rng = np.random.default_rng(0)
+    for side in rng.integers(2, 400, (300, 2)):
+        pixels = np.zeros((*side, 3), dtype=np.uint8)
+        crop = _cut_drawn(pixels, rng.random(40).tolist(), output, (0.05, 1.0), ratio)
+        for begin in (0, 1):
+            flat = torch.zeros(crop.size + 16, dtype=torch.uint8)[begin : begin + crop.size]
+            kernels.crop_resize(flat, np.array([crop.shape[:2]]), output, **options, flip=None, normalise=ones)
+    needed = frozenset(variants)
+    assert len({taps for taps, _ in needed}) > 1 and needed <= warm and len(warm) <= 8
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.5])
+def test_augmentations_warm_up_in_their_first_call_only(monkeypatch, jitter):
+    for module, made in (
+        (pipeline, pipeline.Augment(AugmentConfig(color_jitter=jitter), (16, 16), seed=0)),
+        (mae, mae.FinetuneAugment(FinetuneAugmentConfig(color_jitter=jitter, rand_augment=None), (16, 16),
+                                  num_classes=2, seed=0)),
+    ):  # fmt: skip
+        calls = []
+        monkeypatch.setattr(module, "warm_up", lambda *sides, calls=calls, **options: calls.append((sides, options)))
+        for _ in range(2):
+            made(a_batch(2))
+        ((sides, options),) = calls
+        assert sides[0] == (16, 16) and ("normalise" in options) == (not jitter)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_full_size_on_a_gpu(interpolation):
-    import numpy as np
-
     from ijepa_kernels.crop_resize import crop_resize
     from tests.unit.kernels.test_crop_resize import some_crops
 

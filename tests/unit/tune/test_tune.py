@@ -8,7 +8,8 @@ import pytest
 
 from ijepa_scale.config import load_config
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.tune.machine import describe, host_bytes
+from ijepa_scale.host_memory import host_bytes
+from ijepa_scale.tune.machine import describe
 from ijepa_scale.tune.overrides import as_arguments, overrides_of, write_overrides
 from ijepa_scale.tune.report import found_text, head_text
 from ijepa_scale.tune.run import Options, tune
