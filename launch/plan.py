@@ -13,7 +13,7 @@ import sys
 
 from ijepa_scale.errors import UserError
 from ijepa_scale.planning.devices import GPUS_PER_NODE, Cluster, parse_gpus
-from ijepa_scale.planning.plan import MFU, plan
+from ijepa_scale.planning.plan import plan
 from ijepa_scale.planning.plan_text import plan_json, plan_text
 from ijepa_scale.planning.reading import read_pretraining
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help=f"(default {GPUS_PER_NODE})")
     network = "GB/s per GPU and direction between nodes (default: usual for the GPU, e.g. 25 for A100, 50 for H100)"
     parser.add_argument("--network", type=float, help=network)
-    parser.add_argument("--mfu", type=float, default=MFU, help=f"assumed share of the peak FLOP/s (default {MFU})")
+    parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s (default: estimated from memory traffic)")
     parser.add_argument("--images", type=int, help="number of training images (default: ImageNet-1k's or -22k's)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. engine.accumulation=4")

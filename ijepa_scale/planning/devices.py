@@ -1,4 +1,4 @@
-"""A table of GPUs by common name: memory, links and networks, with sources. Doesn't query devices.
+"""A table of GPUs by common name: memory, its bandwidth, links and networks, with sources. Doesn't query devices.
 
 Sizes come from the makers' data sheets, in decimal GB, and are a few percent below what `torch.cuda` reports. Link
 bandwidths count one direction, half of what data sheets state. Peaks of matrix products are in `hardware`.
@@ -23,6 +23,7 @@ class Device:
     name: str  # as on the command line
     title: str  # roughly what `torch.cuda.get_device_name` returns
     memory_bytes: float
+    memory_bandwidth: float  # bytes per second, both directions together
     link_bandwidth: float  # to the other GPUs of a node
     network_bandwidth: float  # between nodes, per GPU, in typical nodes
 
@@ -78,33 +79,34 @@ class Cluster:
 _400_GBIT, _200_GBIT = 50.0, 25.0
 _G5 = 1.6  # AWS's instance page of G5: 100 Gb/s for all 8 GPUs
 
-# name, title, memory in GB, link and network bandwidth in GB/s and one direction. GPUs without NVLink to all others in
-# the node use PCIe: 32 GB/s for 4.0 x16, 64 GB/s for 5.0 x16 (PCI-SIG); bridges between pairs aren't counted.
-_GIGABYTES: tuple[tuple[str, str, float, float, float], ...] = (
-    ("a100-40gb", "NVIDIA A100-SXM4-40GB", 40, 300, _200_GBIT),  # NVIDIA A100 data sheet: NVLink 600 GB/s both ways
-    ("a100-80gb", "NVIDIA A100-SXM4-80GB", 80, 300, _200_GBIT),  # the same
-    ("a100-40gb-pcie", "NVIDIA A100-PCIE-40GB", 40, 32, _200_GBIT),  # the same, PCIe 4.0
-    ("a100-80gb-pcie", "NVIDIA A100 80GB PCIe", 80, 32, _200_GBIT),  # the same
-    ("a800-80gb", "NVIDIA A800-SXM4-80GB", 80, 200, _200_GBIT),  # NVIDIA A800 data sheet: NVLink 400 GB/s
-    ("h100", "NVIDIA H100 80GB HBM3", 80, 450, _400_GBIT),  # NVIDIA H100 data sheet, SXM: NVLink 900 GB/s
-    ("h100-pcie", "NVIDIA H100 PCIe", 80, 64, _400_GBIT),  # NVIDIA H100 PCIe product brief, PCIe 5.0
-    ("h100-nvl", "NVIDIA H100 NVL", 94, 64, _400_GBIT),  # NVIDIA H100 data sheet, NVL
-    ("h800", "NVIDIA H800", 80, 200, _400_GBIT),  # NVIDIA H800 data sheet, SXM: NVLink 400 GB/s
-    ("h20", "NVIDIA H20", 96, 450, _400_GBIT),  # NVIDIA H20 data sheet: NVLink 900 GB/s
-    ("h200", "NVIDIA H200", 141, 450, _400_GBIT),  # NVIDIA H200 data sheet, SXM
-    ("h200-nvl", "NVIDIA H200 NVL", 141, 64, _400_GBIT),  # the same, NVL; its bridges join 2 or 4
-    ("b200", "NVIDIA B200", 180, 900, _400_GBIT),  # NVIDIA DGX B200 data sheet: 1440 GB over 8, NVLink 1.8 TB/s
-    ("a30", "NVIDIA A30", 24, 32, _200_GBIT),  # NVIDIA A30 data sheet
-    ("a40", "NVIDIA A40", 48, 32, _200_GBIT),  # NVIDIA A40 data sheet
-    ("a10", "NVIDIA A10", 24, 32, _200_GBIT),  # NVIDIA A10 data sheet
-    ("a10g", "NVIDIA A10G", 24, 32, _G5),  # AWS's instance page of G5
-    ("l4", "NVIDIA L4", 24, 32, _200_GBIT),  # NVIDIA L4 data sheet
-    ("l40", "NVIDIA L40", 48, 32, _200_GBIT),  # NVIDIA L40 data sheet
-    ("l40s", "NVIDIA L40S", 48, 32, _200_GBIT),  # NVIDIA L40S data sheet
-    ("rtx-a6000", "NVIDIA RTX A6000", 48, 32, _200_GBIT),  # NVIDIA RTX A6000 data sheet
-    ("rtx-4090", "NVIDIA GeForce RTX 4090", 24, 32, _200_GBIT),  # Ada white paper
-    ("rtx-3090", "NVIDIA GeForce RTX 3090", 24, 32, _200_GBIT),  # GA102 white paper
-    ("mi300x", "AMD Instinct MI300X", 192, 448, _400_GBIT),  # AMD MI300X data sheet: 7 links of 128 GB/s both ways
+# name, title, memory in GB, its bandwidth in GB/s, link and network bandwidth in GB/s and one direction. GPUs without
+# NVLink to all others in the node use PCIe: 32 GB/s for 4.0 x16, 64 GB/s for 5.0 x16 (PCI-SIG); bridges between pairs
+# aren't counted.
+_GIGABYTES: tuple[tuple[str, str, float, float, float, float], ...] = (
+    ("a100-40gb", "NVIDIA A100-SXM4-40GB", 40, 1555, 300, _200_GBIT),  # NVIDIA A100 data sheet: NVLink 600 both ways
+    ("a100-80gb", "NVIDIA A100-SXM4-80GB", 80, 2039, 300, _200_GBIT),  # the same
+    ("a100-40gb-pcie", "NVIDIA A100-PCIE-40GB", 40, 1555, 32, _200_GBIT),  # the same, PCIe 4.0
+    ("a100-80gb-pcie", "NVIDIA A100 80GB PCIe", 80, 1935, 32, _200_GBIT),  # the same
+    ("a800-80gb", "NVIDIA A800-SXM4-80GB", 80, 2039, 200, _200_GBIT),  # NVIDIA A800 data sheet: NVLink 400 GB/s
+    ("h100", "NVIDIA H100 80GB HBM3", 80, 3350, 450, _400_GBIT),  # NVIDIA H100 data sheet, SXM: NVLink 900 GB/s
+    ("h100-pcie", "NVIDIA H100 PCIe", 80, 2000, 64, _400_GBIT),  # NVIDIA H100 PCIe product brief, PCIe 5.0
+    ("h100-nvl", "NVIDIA H100 NVL", 94, 3900, 64, _400_GBIT),  # NVIDIA H100 data sheet, NVL
+    ("h800", "NVIDIA H800", 80, 3350, 200, _400_GBIT),  # NVIDIA H800 data sheet, SXM: NVLink 400 GB/s
+    ("h20", "NVIDIA H20", 96, 4000, 450, _400_GBIT),  # NVIDIA H20 data sheet: NVLink 900 GB/s
+    ("h200", "NVIDIA H200", 141, 4800, 450, _400_GBIT),  # NVIDIA H200 data sheet, SXM
+    ("h200-nvl", "NVIDIA H200 NVL", 141, 4800, 64, _400_GBIT),  # the same, NVL; its bridges join 2 or 4
+    ("b200", "NVIDIA B200", 180, 8000, 900, _400_GBIT),  # NVIDIA DGX B200 data sheet: 1440 GB over 8, NVLink 1.8 TB/s
+    ("a30", "NVIDIA A30", 24, 933, 32, _200_GBIT),  # NVIDIA A30 data sheet
+    ("a40", "NVIDIA A40", 48, 696, 32, _200_GBIT),  # NVIDIA A40 data sheet
+    ("a10", "NVIDIA A10", 24, 600, 32, _200_GBIT),  # NVIDIA A10 data sheet
+    ("a10g", "NVIDIA A10G", 24, 600, 32, _G5),  # AWS's instance page of G5
+    ("l4", "NVIDIA L4", 24, 300, 32, _200_GBIT),  # NVIDIA L4 data sheet
+    ("l40", "NVIDIA L40", 48, 864, 32, _200_GBIT),  # NVIDIA L40 data sheet
+    ("l40s", "NVIDIA L40S", 48, 864, 32, _200_GBIT),  # NVIDIA L40S data sheet
+    ("rtx-a6000", "NVIDIA RTX A6000", 48, 768, 32, _200_GBIT),  # NVIDIA RTX A6000 data sheet
+    ("rtx-4090", "NVIDIA GeForce RTX 4090", 24, 1008, 32, _200_GBIT),  # Ada white paper
+    ("rtx-3090", "NVIDIA GeForce RTX 3090", 24, 936, 32, _200_GBIT),  # GA102 white paper
+    ("mi300x", "AMD Instinct MI300X", 192, 5300, 448, _400_GBIT),  # AMD MI300X data sheet: 7 links of 128 both ways
 )
 _OTHER_NAMES = {"a100": "a100-80gb", "a100-pcie": "a100-80gb-pcie", "a800": "a800-80gb", "a6000": "rtx-a6000"}
 _FORMS = re.compile(r"-(sxm\d?|hbm\d?e?|nvidia|amd|instinct|geforce)(?=-|$)")
@@ -112,10 +114,7 @@ _FORMS = re.compile(r"-(sxm\d?|hbm\d?e?|nvidia|amd|instinct|geforce)(?=-|$)")
 
 def devices() -> dict[str, Device]:
     """Returns the known GPUs by name."""
-    return {
-        name: Device(name, title, memory * 1e9, link * 1e9, network * 1e9)
-        for name, title, memory, link, network in _GIGABYTES
-    }
+    return {name: Device(name, title, *(1e9 * each for each in figures)) for name, title, *figures in _GIGABYTES}
 
 
 def find_device(name: str) -> Device:

@@ -17,13 +17,14 @@ from ijepa_scale.planning.devices import Cluster
 from ijepa_scale.planning.flops import FlopCount, mask_flops
 from ijepa_scale.planning.footprint import Footprint, footprint, largest_micro_batch, usable_bytes, usual_tokens
 from ijepa_scale.planning.parameters import ParameterCounts, count_parameters
+from ijepa_scale.planning.roofline import Range, estimate_mfu
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.planning.step_time import StepTime, step_time
 from ijepa_scale.planning.strategy import resolve_compile, resolve_engine
 from ijepa_scale.planning.tokens import Tokens, draw_masks
 
 CHECKPOINTING = ("none", "selective", "full")
-MFU = 0.5  # share of the peak that is reached while computing: an assumption
+FP32_MFU = 0.5  # share of the bf16 peak, an assumption: no peak is known for fp32
 IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122  # training images, as counted by ImageNet
 
 
@@ -35,7 +36,8 @@ class PlannedStrategy:
     footprint: Footprint  # with the run's micro-batch and the largest masks drawn
     fits: bool
     largest_micro_batch: int  # images per GPU at once; 0 if not even one fits
-    time: StepTime
+    mfu: Range  # share of the peak that is reached while computing, lowest and highest; equal if it was given
+    time: StepTime  # at the middle of `mfu`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Plan:
     config: PretrainConfig
     compiled: bool  # whether blocks are compiled
     cluster: Cluster
-    mfu: float
+    mfu_source: str  # given, estimated or assumed
     parameters: ParameterCounts
     flops: FlopCount
     tokens: Tokens  # of a mean micro-batch
@@ -71,7 +73,7 @@ def plan(
     config: PretrainConfig,
     cluster: Cluster,
     *,
-    mfu: float = MFU,
+    mfu: float | None = None,
     num_images: int | None = None,
     zero: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -80,7 +82,7 @@ def plan(
     Args:
         config: the run's configuration.
         cluster: the GPUs and their links.
-        mfu: share of the GPUs' peak that is reached while computing.
+        mfu: share of the GPUs' peak that is reached while computing; None estimates it in bf16, see `roofline`.
         num_images: number of training images; None means those of ImageNet-1k, or of 22k if the configuration
             names it.
         zero: the checked section `zero_optimization` of the run's DeepSpeed file.
@@ -89,8 +91,8 @@ def plan(
         ConfigError: the run is impossible: the batch doesn't divide, masks can't be drawn, or no strategy fits the
             states or a single image; the message states numbers and remedies.
     """
-    if not 0 < mfu <= 1:
-        raise ConfigError(f"--mfu is {mfu:g}; give a share of the peak above 0 and at most 1, such as {MFU}")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu is {mfu:g}; give a share of the peak above 0 and at most 1, such as 0.4")
     if num_images is not None and num_images < 1:
         raise ConfigError(f"--images is {num_images}; give the number of training images, such as {IMAGENET_1K}")
     batch_size, micro_batch = _batches(config, cluster.num_gpus)
@@ -106,8 +108,9 @@ def plan(
     if mine.stage and (refusal := optimizer.refusal(mine.stage)) is not None:
         raise ConfigError(refusal)
     spreads = list(dict.fromkeys([mine, *_alternatives(engine, cluster, buckets, optimizer)]))
+    given = FP32_MFU if mfu is None and engine.precision == "fp32" else mfu
     strategies = tuple(
-        _planned(config, cluster, spread, tokens=(mean, largest), flops=flops, mfu=mfu) for spread in spreads
+        _planned(config, engine, cluster, spread, tokens=(mean, largest), flops=flops, mfu=given) for spread in spreads
     )
     _refuse_impossible(config, cluster, strategies, batch_size)
     images, source, steps = _length(config, batch_size, num_images)
@@ -115,7 +118,7 @@ def plan(
         config=config,
         compiled=engine.compile is True,
         cluster=cluster,
-        mfu=mfu,
+        mfu_source="given" if mfu is not None else "estimated" if given is None else "assumed",
         parameters=count_parameters(config.model),
         flops=flops,
         tokens=mean,
@@ -214,15 +217,31 @@ def _alternatives(
 
 def _planned(
     config: PretrainConfig,
+    engine: EngineConfig,
     cluster: Cluster,
     spread: Spread,
     *,
     tokens: tuple[Tokens, Tokens],
     flops: FlopCount,
-    mfu: float,
+    mfu: float | None,
 ) -> PlannedStrategy:
     mean, largest = tokens
-    checkpointing, graphs = config.engine.checkpointing, config.engine.cuda_graphs
+    checkpointing, graphs = engine.checkpointing, engine.cuda_graphs
+    reached = (
+        (mfu, mfu)
+        if mfu is not None
+        else estimate_mfu(
+            config.model,
+            config.masks,
+            mean,
+            flops,
+            cluster.device,
+            spread,
+            compiled=engine.compile is True,
+            fp8=engine.target_precision == "fp8" and spread.target_replicated,
+            checkpointing=checkpointing,
+        )
+    )
     needed = footprint(config.model, largest, spread, checkpointing=checkpointing, cuda_graphs=graphs)
     return PlannedStrategy(
         spread=spread,
@@ -237,8 +256,15 @@ def _planned(
             batch_size=round(mean.images) * spread.accumulation * spread.world,
             cuda_graphs=graphs,
         ),
+        mfu=reached,
         time=step_time(
-            config.model, cluster, spread, flops=flops, micro_batch=mean.images, checkpointing=checkpointing, mfu=mfu
+            config.model,
+            cluster,
+            spread,
+            flops=flops,
+            micro_batch=mean.images,
+            checkpointing=checkpointing,
+            mfu=sum(reached) / 2,
         ),
     )
 

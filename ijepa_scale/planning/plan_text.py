@@ -173,7 +173,7 @@ def _time(plan: Plan) -> Iterator[str]:
     time = plan.chosen.time
     yield (
         f"time       {time.images_per_s:.0f} images/s ({time.images_per_s / plan.cluster.num_gpus:.0f} per GPU), "
-        f"{1e3 * time.step_s:.0f} ms per step, computing at {plan.mfu:.0%} of the peak (assumed, not measured)"
+        f"{1e3 * time.step_s:.0f} ms per step, computing at {_mfu(plan)}"
     )
     yield (
         f"           {plan.steps} steps = {plan.steps * plan.batch_size / plan.num_images:.4g} epochs of "
@@ -185,6 +185,17 @@ def _time(plan: Plan) -> Iterator[str]:
         f"           assumed: collectives reach {LINK_SHARE:.0%} of a link, tensors {USABLE_SHARE:.0%} of the memory; "
         "loading, evaluation and checkpoints take no time"
     )
+
+
+def _mfu(plan: Plan) -> str:
+    low, high = plan.chosen.mfu
+    middle = f"{(low + high) / 2:.0%} of the peak"
+    if plan.mfu_source == "estimated":
+        how = (
+            "from the memory traffic of compiled blocks" if plan.compiled else "from the memory traffic of eager blocks"
+        )
+        return f"{middle} ({low:.0%} to {high:.0%}, estimated {how}, not measured; --mfu replaces it)"
+    return f"{middle} ({'from --mfu' if plan.mfu_source == 'given' else 'assumed'}, not measured)"
 
 
 def _verdict(plan: Plan) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Runs in a process of its own, since it pretends that there is a GPU; prints JSON.
 
-python -m tests.lowering.child graphs | lowered CAPABILITY [SPOIL]
+python -m tests.lowering.child graphs | eager | lowered CAPABILITY [SPOIL]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ijepa_scale.models import layers
 from tests.lowering.cubins import generated
+from tests.lowering.eager import counted
 from tests.lowering.lower import Program, lower
 from tests.lowering.pretend import Gpu
 from tests.lowering.roles import trace
@@ -64,6 +65,7 @@ def lowered(capability: int, cases: Mapping[str, tuple[str, tuple[str, ...]]] = 
 
 def _shown(program: Program) -> dict[str, Any]:
     return {
+        "queries": round(program.queries, 4),
         "calls": [list(dataclasses.astuple(call)) for call in program.calls],
         "kernels": {name: [list(each) for each in generated(source)] for name, source in program.sources.items()},
     }
@@ -90,7 +92,7 @@ def main() -> None:
         layers.Mlp.forward = SPOILS[rest[1]]  # type: ignore[method-assign]
         found: Any = lowered(int(rest[0]), {"dense": ("bf16", ("context",))})
     else:
-        found = graphs() if what == "graphs" else lowered(int(rest[0]))
+        found = {"graphs": graphs, "eager": counted}[what]() if not rest else lowered(int(rest[0]))
     print(json.dumps(found))
 
 

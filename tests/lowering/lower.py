@@ -43,6 +43,7 @@ class Call:
 class Program:
     """What Inductor makes of a graph."""
 
+    queries: float  # share of the block's tokens that it returns
     calls: list[Call] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict, repr=False)  # Triton code by name
 
@@ -61,12 +62,14 @@ def lower(graph: Graph, gpu: Gpu) -> dict[str, Program]:
     module = _on(graph.module, device)
     with mode:
         inputs = [_like(x, device) if isinstance(x, Tensor) else x for x in graph.inputs]
-    tokens = float(next(x for x in inputs if isinstance(x, Tensor)).numel().node.hint)
+    streams = [x.numel() for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    tokens, *queries = [float(size.node.hint) for size in streams if free_symbols(size)]
     found: dict[str, Program] = {}
 
     def inner(lowered: torch.fx.GraphModule, examples: list[Any], **options: Any) -> Any:
         name = "backward" if options.get("is_backward") else "forward"
-        found[name] = _lower(lowered, examples, tokens, gpu, mode, options)
+        found[name] = Program(queries=queries[0] / tokens if queries else 1.0)
+        _lower(found[name], lowered, examples, tokens, gpu, mode, options)
         return lambda *args: None
 
     gpu.activate_triton()
@@ -101,14 +104,15 @@ def _on(module: torch.fx.GraphModule, device: str) -> torch.fx.GraphModule:
 
 
 def _lower(
+    program: Program,
     module: torch.fx.GraphModule,
     examples: list[Any],
     tokens: float,
     gpu: Gpu,
     mode: FakeTensorMode,
     options: dict[str, Any],
-) -> Program:
-    """Runs Inductor on a graph of ATen operations for the GPU, up to the code that it would load."""
+) -> None:
+    """Runs Inductor on a graph of ATen operations for the GPU, up to the code that it would load; fills `program`."""
     with mode:
         inputs = [_like(x, "cuda") if isinstance(x, Tensor) else x for x in examples]
     for node in module.graph.nodes:
@@ -116,7 +120,6 @@ def _lower(
             node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
     module.recompile()
     FakeTensorProp(module, mode=mode).propagate_dont_convert_inputs(*inputs)
-    program = Program()
 
     def stop_before_loading(lowering: GraphLowering) -> Any:
         code, _ = lowering.codegen()
@@ -131,7 +134,6 @@ def _lower(
     finally:
         GraphLowering.compile_to_module = original
     assert len(program.sources) <= sum(call.triton for call in program.calls)
-    return program
 
 
 def _calls(lowering: GraphLowering, tokens: float) -> list[Call]:
