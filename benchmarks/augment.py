@@ -13,7 +13,7 @@ import argparse
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,19 +155,19 @@ def seconds(work: Work, turn: int, device: torch.device) -> float:
 
 def compare(
     pairs: dict[str, tuple[Work, Work]], rounds: int, device: torch.device
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Returns the seconds of our and timm's work in each turn; the first turn warms up and isn't counted."""
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in pairs}
-    for turn in range(rounds + 1):
-        random.seed(turn)
-        np.random.seed(turn)
-        torch.manual_seed(turn)
-        for name, (ours, theirs) in pairs.items():
+) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+    """Yields each pair's name and the seconds of our and timm's work in each turn; the first turn only warms up."""
+    for name, (ours, theirs) in pairs.items():
+        found: tuple[list[float], list[float]] = ([], [])
+        for turn in range(rounds + 1):
+            random.seed(turn)
+            np.random.seed(turn)
+            torch.manual_seed(turn)
             spent = seconds(ours, turn, device), seconds(theirs, turn, torch.device("cpu"))
             if turn:
-                for kept, value in zip(found[name], spent, strict=True):
+                for kept, value in zip(found, spent, strict=True):
                     kept.append(value)
-    return found
+        yield name, found
 
 
 def main() -> None:
@@ -185,7 +185,7 @@ def main() -> None:
         crops = load_crops(class_folders(options.images, Path(scratch)), options.batch)
     about = {"benchmark": "augment", "on": str(device), "batch": options.batch, "size": SIZE[0], "unit": "images/s"}
     lines = []
-    for name, both in compare(recipes(crops, device), options.rounds, device).items():
+    for name, both in compare(recipes(crops, device), options.rounds, device):
         rates = [percentiles([options.batch / value for value in values]) for values in both]
         ratio = percentiles([theirs / ours for ours, theirs in zip(*both, strict=True)])["p50"]
         lines.append([name, *(f"{r['p20']:.0f} - {r['p50']:.0f} - {r['p80']:.0f}" for r in rates), f"{ratio:.2f}"])
@@ -195,7 +195,7 @@ def main() -> None:
     print(f"\nRandAugment's operations at magnitude 9 on {few} images:\n")
     medians = {
         name: [1e6 * percentiles(values)["p50"] / few for values in both]
-        for name, both in compare(operations(crops, device), options.rounds, device).items()
+        for name, both in compare(operations(crops, device), options.rounds, device)
     }
     lines = [[name, *(f"{value:.0f}" for value in values)] for name, values in medians.items()]
     print(table(["microseconds per image", "ours", "timm on PIL"], lines))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ import torch
 from ijepa_kernels.linear import linear
 from ijepa_scale import environment
 
+Row = dict[str, Any]
+SKIPPED = "SKIPPED"  # first word of the line that `report_skip` prints
 
+
+@functools.lru_cache
 def about() -> dict[str, Any]:
-    """Returns date, revision, device and versions, with which each row begins."""
+    """Returns date, revision, device and versions, with which each row begins; looked up once per process."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "revision": environment.git_revision(str(Path(__file__).parent)),
@@ -32,11 +37,36 @@ def about() -> dict[str, Any]:
 
 
 def append(path: Path | None, row: dict[str, Any]) -> None:
-    """Appends a row to the JSONL file `path`; does nothing if it is None."""
+    """Appends a row to the JSONL file `path`; does nothing if it is None.
+
+    The row is one write, handed to the system before this returns. A process that is killed afterwards loses nothing.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps({**about(), **row}) + "\n")
+        with path.open("ab", buffering=0) as file:
+            file.write((json.dumps({**about(), **row}) + "\n").encode())
+
+
+def record(path: Path | None, rows: Iterable[Row]) -> list[Row]:
+    """Returns the rows, after appending each to the JSONL file `path` as soon as it is measured.
+
+    A benchmark yields its rows and leaves the writing to this function. So a killed benchmark keeps what it measured.
+    """
+    found = []
+    for row in rows:
+        append(path, row)
+        found.append(row)
+    return found
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns the rows of a JSONL file; none if it doesn't exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def report_skip(what: str, reason: str) -> None:
+    """Prints that a part of a benchmark can't run here, as the suite reads it (`benchmarks.suite`)."""
+    print(f"{SKIPPED} {what}: {' '.join(reason.split())}", flush=True)
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

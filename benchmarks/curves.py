@@ -82,11 +82,19 @@ def main() -> None:
         own = [f"data.train={shards}", "data.reader=shards", f"data.workers={options.workers}"]
         eager = [*settings_of(options, options.precision), *own, f"schedule.stop_after={options.steps}"]
         settings = {"eager": eager, "fast": [*eager, *options.fast.split()]}
-        curves = {name: [curve(each, seed, device) for seed in SEEDS] for name, each in settings.items()}
+        about = {
+            "model": options.model, "batch": options.batch, "precision": options.precision, "steps": options.steps,
+            "fast": options.fast,
+        }  # fmt: skip
+        curves: dict[str, list[np.ndarray]] = {name: [] for name in settings}
+        for name, each in settings.items():
+            for seed in SEEDS:
+                curves[name].append(curve(each, seed, device))
+                losses = curves[name][-1].tolist()
+                append(options.to, {"benchmark": "curve", **about, "setting": name, "seed": seed, "losses": losses})
     between, seeds = distances(curves)
     row = {
-        "benchmark": "curves", "model": options.model, "batch": options.batch, "precision": options.precision,
-        "steps": options.steps, "fast": options.fast, "unit": "mean distance of losses", "fast_from_eager": between,
+        "benchmark": "curves", **about, "unit": "mean distance of losses", "fast_from_eager": between,
         "seed_from_seed": seeds, "agree": between < seeds,
         "last_losses": {name: [float(run[-1]) for run in runs] for name, runs in curves.items()},
     }  # fmt: skip

@@ -54,6 +54,8 @@ def main() -> None:
             for name, init in starts.items():
                 folder = Path(scratch) / f"{name.split()[0]}-{seed}"
                 found[name].append(accuracy(init, seed, folder, options.overrides))
+                about = {"benchmark": "finetune demo", "start": name, "seed": seed}
+                append(options.to, {**about, "top1": found[name][-1]})
     rows = []
     for name, values in found.items():
         mean, std = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")

@@ -3,101 +3,105 @@
 python -m benchmarks.gpu_suite [--dry-run] [--items NAME ...] [--images FOLDER_OR_TAR] [--folder benchmarks/results]
 python -m benchmarks.gpu_suite --device cpu --quick      # tests the suite itself, with toy sizes
 
-Runs the GPU tests; the compiled step (H/14@224, g/16@224, H/16@448; with truncated masks, packed masks and the fp8
-target; against the eager baseline); the part after backward; training from shards; the kernels; the augmentation; and
-the loss curves. Each item runs in a child process with its own time limit. Writes FOLDER/gpu-<date>-<device>.jsonl, .md
-and .png. Lists items that were skipped or failed with the reason, and then exits with 1.
+First a smoke test of every engine path; then the ceilings, which are products and attention alone; the step of H/14@224
+with truncated masks, packed masks, several mask groups, the fp8 target and fused kernels, against the eager baseline;
+training from shards; the step of g/16@224; the kernels; the loss curves; the part after backward; and the augmentation.
+Each item runs in a child process with its own time limit, and writes each row when it is measured. Writes
+FOLDER/gpu-<date>-<device>.jsonl, and after each item .md and .png. Lists what was skipped or failed with the reason.
+Exits with 1 if an item failed or was skipped for a reason that isn't expected (`benchmarks.suite`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.common import about, draw_bars, table
+from benchmarks.common import Row, about, draw_bars, read_rows, table
 from benchmarks.pictures import folder_of
 from benchmarks.suite import Item, Outcome, exit_code, plan, run_items, summary
-from ijepa_scale.config import EngineConfig
+from ijepa_kernels.fp8_linear import Fp8UnavailableError, check_capability
 
 BUDGET_S = 540.0
 FP8 = "engine.target_precision=fp8"
 PACKED = "masks.context=packed"
+FUSED = f"{FP8} engine.triton=[target_loss,target_update]"
+GROUPS = {"vit_huge": "masks.group_size=32", "vit_giant": "masks.group_size=16"}  # of the ImageNet-22K configurations
+HUGE = ("--model", "vit_huge", "--image-size", "224", "--patch-size", "14", "--batch", "128")
+GIANT = ("--model", "vit_giant", "--image-size", "224", "--patch-size", "16", "--batch", "64")
 TOY = (
     "model.width=48", "model.heads=3", "model.depth=2", "model.predictor_width=24", "model.predictor_depth=1",
     "masks.min_keep=3",
 )  # fmt: skip
 TOY_FLAGS = ("--model", "vit_tiny", "--image-size", "64", "--patch-size", "8", "--batch", "4", "--device", "cpu")
-STEPS = {  # name -> model, image size, patch size, batch, expected seconds
-    "step H/14@224": ("vit_huge", 224, 14, 128, 100),
-    "step g/16@224": ("vit_giant", 224, 16, 64, 85),
-    "step H/16@448": ("vit_huge", 448, 16, 16, 70),
-}
-SIDES = {"truncated": "ours", "packed": f"ours, {PACKED}", "fp8": f"ours, {FP8}"}
+SIDES = {"truncated": "ours", "packed": f"ours, {PACKED}", "fp8": f"ours, {FP8}", "fused": f"ours, {FUSED}"}
+# MFU of H/14@224, 128 images, compiled: in bf16, and with fused kernels and the fp8 target; and times the baseline of
+# the latter. Each is at the upper end of a roofline from the bytes that Inductor's generated code moves (docs).
+BARS: tuple[tuple[str, dict[str, float]], ...] = (
+    (r"\bH100\b", {"bf16": 0.43, "fused": 0.50}),
+    (r"\bH200\b", {"bf16": 0.48, "fused": 0.55, "times": 2.0}),
+    (r"\bA100\b", {"bf16": 0.57}),
+)
 
 
-def fp8_missing(device: str) -> str | None:
-    """Returns why the fp8 target can't be measured; None if it can."""
-    if device == "cpu":
-        return "the fp8 target needs a CUDA device"
-    if "target_precision" not in EngineConfig.model_fields:
-        return "EngineConfig has no target_precision"
+def fp8_missing() -> str | None:
+    """Returns why this machine's GPU can't multiply in fp8; None if it can, or if there is no GPU to ask."""
+    try:
+        if torch.cuda.is_available():
+            check_capability(torch.device("cuda"))
+    except Fp8UnavailableError as error:
+        return str(error)
     return None
 
 
 def gpu_items(rows: Path, images: Path, workers: int) -> list[Item]:
-    """Returns the items to run on a GPU, the most important first."""
-    to, without_fp8 = ("--to", str(rows)), fp8_missing("cuda")
-    variants = ["--variant", PACKED] if without_fp8 else ["--variant", PACKED, "--variant", FP8]
-    items = [_module("tests", "pytest", ("-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider"), 60)]
-    for name, (model, size, patch, batch, seconds) in STEPS.items():
-        flags = ("--model", model, "--image-size", str(size), "--patch-size", str(patch), "--batch", str(batch))
-        steps = ("--precision", "bf16", "--compile", "--part", "step", "--steps", "12", "--device", "cuda")
-        items.append(_module(name, "benchmarks.step", (*flags, *steps, *variants, *to), seconds))
-    huge = ("--model", "vit_huge", "--image-size", "224", "--patch-size", "14", "--batch", "128", "--device", "cuda")
-    shards = ("--images", str(images), "--workers", str(workers), "--compile", "--precision", "bf16", "--steps", "30")
+    """Returns the items to run on a GPU, in order: first what shows whether it works, then the most important."""
+    to, cuda, without_fp8 = ("--to", str(rows)), ("--device", "cuda"), fp8_missing()
+    steps = ("--precision", "bf16", "--compile", "--part", "step", "--steps", "12", *cuda)
+    packed, fp8, fused = (("--variant", each) for each in (PACKED, FP8, FUSED))
+    groups = {model: ("--variant", each) for model, each in GROUPS.items()}
+    source = ("--images", str(images), "--workers", str(workers))
     fast = "engine.compile=true" if without_fp8 else f"engine.compile=true {FP8}"
-    curves = ("--image-size", "224", "--device", "cuda", "--workers", str(workers), "--images", str(images))
-    update = (*huge, "--part", "update", "--precision", "bf16", "--steps", "5", *to)
-    augment = ("--images", str(images), "--device", "cuda", "--rounds", "3", *to)
-    if without_fp8:
-        items.append(Item(name="fp8 target", command=(), expected_s=0, limit_s=0, cannot=without_fp8))
-    return [
-        *items,
-        _module("end to end", "benchmarks.end_to_end", (*huge, *shards, *to), 55),
-        _module("kernels", "benchmarks.kernels", ("--device", "cuda", *to), 40),
-        _module("curves", "benchmarks.curves", (*curves, "--fast", fast, *to), 45),
-        _module("update", "benchmarks.step", update, 30),
-        _module("augment", "benchmarks.augment", augment, 20),
+    of_huge = (*packed, *groups["vit_huge"]) if without_fp8 else (*packed, *groups["vit_huge"], *fp8, *fused)
+    of_giant = (*packed, *groups["vit_giant"]) if without_fp8 else (*packed, *groups["vit_giant"], *fp8)
+    items = [
+        _module("smoke", "benchmarks.smoke", (*cuda, *to), 60),
+        _module("ceilings", "benchmarks.ceilings", (*cuda, *to), 35),
+        _module("step H/14@224", "benchmarks.step", (*HUGE, *steps, *of_huge, *to), 110),
+        _module("end to end", "benchmarks.end_to_end",
+                (*HUGE, *cuda, *source, "--compile", "--precision", "bf16", "--steps", "80", *to), 120),
+        _module("step g/16@224", "benchmarks.step", (*GIANT, *steps, *of_giant, *to), 85),
+        _module("kernels", "benchmarks.kernels", (*cuda, *to), 35),
+        _module("curves", "benchmarks.curves", ("--image-size", "224", *cuda, *source, "--fast", fast, *to), 45),
+        _module("update", "benchmarks.step",
+                (*HUGE, *cuda, "--part", "update", "--precision", "bf16", "--steps", "5", *to), 25),
+        _module("augment", "benchmarks.augment", ("--images", str(images), *cuda, "--rounds", "3", *to), 20),
     ]  # fmt: skip
+    if without_fp8:
+        items.insert(3, Item(name="fp8 target", command=(), expected_s=0, limit_s=0, cannot=without_fp8))
+    return items
 
 
 def quick_items(rows: Path, images: Path) -> list[Item]:
     """Returns the same items with toy sizes for the CPU."""
-    to = ("--to", str(rows))
-    items = [Item(name="tests", command=(), expected_s=0, limit_s=0, cannot="GPU tests need a CUDA device")]
-    for name in STEPS:
-        steps = ("--precision", "bf16", "--part", "step", "--steps", "2", "--variant", PACKED)
-        items.append(_module(name, "benchmarks.step", (*TOY_FLAGS, *steps, *to, *TOY), 15))
-    shards = ("--images", str(images), "--steps", "8")
-    update = ("--part", "update", "--steps", "2")
-    augment = ("--images", str(images), "--batch", "8", "--rounds", "1")
+    to, cpu, source = ("--to", str(rows)), ("--device", "cpu"), ("--images", str(images))
+    steps = ("--precision", "bf16", "--part", "step", "--steps", "2", "--variant", PACKED)
+    groups = ("--variant", "masks.group_size=2")
     return [
-        *items,
-        Item(name="fp8 target", command=(), expected_s=0, limit_s=0, cannot=fp8_missing("cpu")),
-        _module("end to end", "benchmarks.end_to_end", (*TOY_FLAGS, *shards, *to, *TOY), 20),
-        _module("kernels", "benchmarks.kernels", ("--device", "cpu", "--quick", *to), 30),
+        _module("smoke", "benchmarks.smoke", (*cpu, *to), 100),
+        _module("ceilings", "benchmarks.ceilings", (*cpu, "--quick", *to), 10),
+        _module("step H/14@224", "benchmarks.step", (*TOY_FLAGS, *steps, *groups, *to, *TOY), 15),
+        _module("end to end", "benchmarks.end_to_end", (*TOY_FLAGS, *source, "--steps", "8", *to, *TOY), 30),
+        _module("step g/16@224", "benchmarks.step", (*TOY_FLAGS, *steps, *to, *TOY), 15),
+        _module("kernels", "benchmarks.kernels", (*cpu, "--quick", *to), 60),
         _module("curves", "benchmarks.curves",
-                (*TOY_FLAGS, "--images", str(images), "--steps", "4", "--fast", "engine.checkpointing=full", *to, *TOY),
-                20),
-        _module("update", "benchmarks.step", (*TOY_FLAGS, *update, *to, *TOY), 15),
-        _module("augment", "benchmarks.augment", (*augment, *to), 20),
+                (*TOY_FLAGS, *source, "--steps", "4", "--fast", "engine.checkpointing=full", *to, *TOY), 20),
+        _module("update", "benchmarks.step", (*TOY_FLAGS, "--part", "update", "--steps", "2", *to, *TOY), 15),
+        _module("augment", "benchmarks.augment", (*source, *cpu, "--batch", "8", "--rounds", "1", *to), 20),
     ]  # fmt: skip
 
 
@@ -106,44 +110,59 @@ def _module(name: str, module: str, arguments: tuple[str, ...], expected_s: floa
     return Item(name=name, command=("-m", module, *arguments), expected_s=expected_s, limit_s=2 * expected_s + 30)
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Returns a table row for each goal of the GPU run: the goal, the figure found and whether the goal is met."""
+def bars_for(device: str) -> dict[str, float]:
+    """Returns the bars for a GPU by its name; none for others, whose figures are listed without a verdict."""
+    return next((bars for pattern, bars in BARS if re.search(pattern, device)), {})
+
+
+def verdicts(rows: list[Row], device: str) -> list[list[str]]:
+    """Returns a table row for each goal of the GPU run: the goal, its bar on this GPU if any, the figure, the verdict."""
     huge, giant = _step(rows, "vit_huge", 224), _step(rows, "vit_giant", 224)
     end = {row["side"]: row for row in rows if row["benchmark"] == "end to end" and row["model"] == "vit_huge"}
     curves = [row for row in rows if row["benchmark"] == "curves"]
-    times, shares = "times_baseline", "share_of_peak"
-    packed, fp8 = huge.get(SIDES["packed"], {}), huge.get(SIDES["fp8"], {})
-    found: list[tuple[str, Any, float]] = [
-        ("H/14@224 truncated, times the baseline", _middle(huge.get(SIDES["truncated"], {}).get(times)), 2.0),
-        ("H/14@224 truncated, MFU", huge.get(SIDES["truncated"], {}).get(shares), 0.55),
+    bars, grouped = bars_for(device), huge.get(f"ours, {GROUPS['vit_huge']}", {})
+    truncated, packed, fp8, fused = (huge.get(SIDES[side], {}) for side in ("truncated", "packed", "fp8", "fused"))
+    found: list[tuple[str, float | None, float | None]] = [
+        ("H/14@224, MFU", truncated.get("share_of_peak"), bars.get("bf16")),
+        ("H/14@224, times the baseline", _middle(truncated.get("times_baseline")), None),
+        ("H/14@224, fp8 target and fused kernels, MFU", fused.get("share_of_peak"), bars.get("fused")),
+        ("H/14@224, fp8 target and fused kernels, times the baseline", _middle(fused.get("times_baseline")),
+         bars.get("times")),
+        ("H/14@224, fp8 target, times bf16", _middle(fp8.get("times_ours")), 1.15),
+        ("H/14@224, packed, MFU of the truncated", packed.get("share_times_ours"), 0.95),
+        ("H/14@224, 4 mask groups of 32, MFU of one group", grouped.get("share_times_ours"), None),
         ("H/14@224 from shards, of the synthetic step", end.get("ours, from shards", {}).get("of_synthetic"), 0.97),
-        ("g/16@224 truncated, MFU", giant.get(SIDES["truncated"], {}).get(shares), 0.55),
-        ("H/14@224 fp8 target, times bf16", _middle(fp8.get("times_ours")), 1.15),
-        ("H/14@224 packed, MFU of the truncated", packed.get("share_times_ours"), 0.95),
-        ("seeds apart over fast from eager", curves[0]["seed_from_seed"] / max(1e-12, curves[0]["fast_from_eager"])
-         if curves else None, 1.0),
+        ("H/14@224 whole run, images/s of the synthetic step", end.get("ours, whole run", {}).get("of_synthetic"), None),
+        ("g/16@224, MFU", giant.get(SIDES["truncated"], {}).get("share_of_peak"), None),
+        ("200 steps: distance of seeds over that of fast from eager",
+         curves[0]["seed_from_seed"] / max(1e-12, curves[0]["fast_from_eager"]) if curves else None, 1.0),
     ]  # fmt: skip
     return [
-        [what, f"{bar:g}", "not measured" if value is None else f"{value:.3g}", _word(value, bar)]
+        [
+            what,
+            "" if bar is None else f"{bar:g}",
+            "not measured" if value is None else f"{value:.3g}",
+            _word(value, bar),
+        ]
         for what, value, bar in found
     ]
 
 
-def _word(value: float | None, bar: float) -> str:
-    return "" if value is None else "met" if value >= bar else "NOT MET"
+def _word(value: float | None, bar: float | None) -> str:
+    return "" if value is None or bar is None else "met" if value >= bar else "NOT MET"
 
 
 def _middle(values: dict[str, float] | None) -> float | None:
     return None if values is None else values["p50"]
 
 
-def _step(rows: list[dict[str, Any]], model: str, size: int) -> dict[str, dict[str, Any]]:
+def _step(rows: list[Row], model: str, size: int) -> dict[str, Row]:
     """Returns the step benchmark's rows for a model at an image size, by side."""
     chosen = [row for row in rows if row["benchmark"] == "step" and (row["model"], row["image_size"]) == (model, size)]
     return {row["side"]: row for row in chosen}
 
 
-def steps_table(rows: list[dict[str, Any]]) -> str:
+def steps_table(rows: list[Row]) -> str:
     """Returns a table of all measured steps."""
     lines = []
     for row in (row for row in rows if row["benchmark"] == "step"):
@@ -159,16 +178,16 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
     return table(["model", "side", "ms per step", "images/s", "share of peak", "GiB", "times the baseline"], lines)
 
 
-def write(rows: list[dict[str, Any]], outcomes: list[Outcome], path: Path) -> str:
+def write(rows: list[Row], outcomes: list[Outcome], path: Path) -> str:
     """Writes the report as Markdown and a picture next to the rows; returns its main part."""
     head = about()
     title = f"{head['device']}, {head['date']}, revision {head['revision']}, PyTorch {head['torch']}"
-    parts = [f"# {title}", summary(outcomes), table(["goal", "at least", "found", ""], verdicts(rows))]
-    parts += ["## Steps", steps_table(rows)]
+    goals = table(["goal", "at least", "found", ""], verdicts(rows, head["device"]))
+    parts = [f"# {title}", summary(outcomes), goals, "## Steps", steps_table(rows)]
     parts += [f"## {each.name}\n\n```\n{each.output}\n```" for each in outcomes if each.output]
     text = "\n\n".join(parts) + "\n"
     path.with_suffix(".md").write_text(text)
-    bars = {f"{row['model']}@{row['image_size']} {row['side']}": row["images_per_s"]
+    bars = {f"{row['model']}/{row['patch_size']}@{row['image_size']}, {row['side']}": row["images_per_s"]
             for row in rows if row["benchmark"] == "step" and "failed" not in row}  # fmt: skip
     if bars:
         draw_bars(bars, path.with_suffix(".png"), "images per second")
@@ -206,9 +225,11 @@ def main() -> None:
             return
         options.folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        outcomes = run_items(chosen, options.budget)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    print(f"\n{write(rows, outcomes, path)}\n\nwritten to {path} (.md, .png)")
+        outcomes, text = [], ""
+        for outcome in run_items(chosen, options.budget):
+            outcomes.append(outcome)
+            text = write(read_rows(path), outcomes, path)
+    print(f"\n{text}\n\nwritten to {path} (.md, .png)")
     sys.exit(exit_code(outcomes))
 
 

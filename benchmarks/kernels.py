@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import append, percentiles, table
+from benchmarks.common import Row, percentiles, record, table
 from benchmarks.kernel_cases import KERNELS, Case, Setting, Work, settings
 from ijepa_scale.planning.hardware import peak_flops
 
@@ -95,12 +96,11 @@ def measure(case: Case, at: Setting, clock: Clock, rounds: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def run(device: torch.device, *, quick: bool = False, only: list[str] | None = None) -> list[dict[str, Any]]:
-    """Returns a row for each kernel and size; `quick` uses small sizes and few rounds."""
+def run(device: torch.device, *, quick: bool = False, only: list[str] | None = None) -> Iterator[Row]:
+    """Yields a row for each kernel and size; `quick` uses small sizes and few rounds."""
     clock, rounds = Clock(device), 5 if quick else ROUNDS[device.type]
     bandwidth = copy_bandwidth(device, clock, rounds)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    rows = []
     for at in settings(device, quick):
         for name, cases in KERNELS.items():
             if only and name not in only:
@@ -109,8 +109,7 @@ def run(device: torch.device, *, quick: bool = False, only: list[str] | None = N
                 row = measure(case, at, clock, rounds)
                 least = least_ms(case, bandwidth, peak)
                 shares = {way: least / values["p50"] for way, values in row["ways"].items()}
-                rows.append({**row, "copy_bytes_per_s": bandwidth, "peak_flops": peak, "shares": shares})
-    return rows
+                yield {**row, "copy_bytes_per_s": bandwidth, "peak_flops": peak, "shares": shares}
 
 
 def report(rows: list[dict[str, Any]]) -> str:
@@ -146,10 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
-    rows = run(torch.device(options.device), quick=options.quick, only=options.only)
-    for row in rows:
-        append(options.to, row)
-    print(report(rows))
+    print(report(record(options.to, run(torch.device(options.device), quick=options.quick, only=options.only))))
 
 
 if __name__ == "__main__":

@@ -243,21 +243,20 @@ def main() -> None:
         shards = Path(scratch) / "shards"
         make_shards(FolderImages(folder), shards, plan=MakePlan(shard_bytes=SHARD_BYTES))
         found = compare(folder, shards, options.workers, options.rounds, options.epochs)
+        for name, values in found.items():
+            per = {key: percentiles(value) for key, value in values.items()}
+            append(options.to, {"benchmark": "loader", "path": name, "workers": options.workers, **per})
         parts = stages(shards)
+        append(options.to, {"benchmark": "loader stages, us per image", **parts})
     rows = [row for row in _rows(found)]
     print(table(["path", "images per CPU-second, 20-50-80 %", "images per second", "times the classic's"], rows))
     print()
     print(table(["stage", "CPU-microseconds per image"], [[name, f"{value:.0f}"] for name, value in parts.items()]))
     print()
-    resumes = {samples: [resume_seconds(samples) for _ in range(5)] for samples in (1_281_167, 10**9)}
-    for samples, seconds in resumes.items():
-        print(f"resume in mid-epoch of {samples:,} samples: {1e3 * percentiles(seconds)['p50']:.1f} ms")
-    for name, values in found.items():
-        per = {key: percentiles(value) for key, value in values.items()}
-        append(options.to, {"benchmark": "loader", "path": name, "workers": options.workers, **per})
-    append(options.to, {"benchmark": "loader stages, us per image", **parts})
-    for samples, seconds in resumes.items():
-        append(options.to, {"benchmark": "resume", "samples": samples, "seconds": percentiles(seconds)})
+    for samples in (1_281_167, 10**9):
+        seconds = percentiles([resume_seconds(samples) for _ in range(5)])
+        append(options.to, {"benchmark": "resume", "samples": samples, "seconds": seconds})
+        print(f"resume in mid-epoch of {samples:,} samples: {1e3 * seconds['p50']:.1f} ms")
     if options.plot:
         draw(found, parts, options.plot)
 

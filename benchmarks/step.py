@@ -9,8 +9,8 @@ All sides use the same synthetic images on the device, masks and starting weight
 thread, and CPU time is compared pair by pair. On a GPU each side has the device to itself, in one run, timed by events
 after a warm-up. Masks are drawn anew each step, so lengths vary. The share of the peak refers to the data sheet's bf16
 peak on a GPU, and on the CPU to the fastest matrix products of that precision measured in the same run. FLOPs are those
-of the published recipe for all sides. No baseline does the same work as packed masks: compare their share of the peak
-with that of truncated masks. Exits with 1 if losses disagree or a side failed.
+of the published recipe for all sides. No baseline does the same work as packed masks, or as several mask groups in a
+batch: compare their share of the peak with that of truncated masks. Exits with 1 if losses disagree or a side failed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import append, draw_bars, in_turns, percentiles, product_flops, ratios, resident_growth, table
+from benchmarks.common import (
+    append,
+    draw_bars,
+    in_turns,
+    percentiles,
+    product_flops,
+    ratios,
+    record,
+    resident_growth,
+    table,
+)
 from benchmarks.synthetic import (
     Baseline,
     Draws,
@@ -143,6 +153,7 @@ def row_of(side: Measured, sides: list[Measured], peak: float | None) -> dict[st
         "batch": config.data.batch_size,
         "precision": config.engine.precision,
         "context": config.masks.context,
+        "groups": -(-(config.data.batch_size or 0) // config.masks.group_size),
         "compile": config.engine.compile and side.name != BASELINE,
         "checkpointing": "none" if side.name == BASELINE else config.engine.checkpointing,
     }
@@ -169,8 +180,8 @@ def row_of(side: Measured, sides: list[Measured], peak: float | None) -> dict[st
                 row[f"loss_difference_{key}"] = max(abs(a - b) for a, b in pairs)
     if OURS in by_name and share_of(by_name[OURS], peak):
         row["share_times_ours"] = (share_of(side, peak) or 0.0) / (share_of(by_name[OURS], peak) or 1.0)
-    if config.masks.context == "packed":
-        row.pop("times_baseline", None)  # packed masks do different work
+    if BASELINE in by_name and config.masks != by_name[BASELINE].config.masks:
+        row.pop("times_baseline", None)  # other masks are other work
     return row
 
 
@@ -250,9 +261,7 @@ def measure(config: PretrainConfig, options: argparse.Namespace, precision: str)
         if any(disagrees(row) for row in rows):
             print(f"losses disagree by more than {AGREEMENT[precision]:g}")
     if options.part in ("all", "update"):
-        updates = measure_update(config, module, device, options.steps)
-        for row in updates:
-            append(options.to, row)
+        updates = record(options.to, measure_update(config, module, device, options.steps))
         print(f"\n{report_update(updates)}", flush=True)
     return rows, well
 

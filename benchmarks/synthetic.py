@@ -21,6 +21,7 @@ from ijepa_scale import environment, rng
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
+from ijepa_scale.engine.protocol import StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.masks import DenseMasks, Masks, MaskSampler
 from ijepa_scale.metrics.meters import Meters
@@ -151,9 +152,13 @@ class Ours:
             meters=self.meters,
         )
 
+    def take(self, step: int) -> StepInfo:
+        """Runs a step and returns its loss and gradient norm, scalars on the device."""
+        return self._step(batch_of(step, len(self._images), first=self._first))
+
     def __call__(self, step: int) -> Tensor:
         """Runs a step and returns its loss, a scalar on the device."""
-        return self._step(batch_of(step, len(self._images), first=self._first)).loss
+        return self.take(step).loss
 
 
 class Baseline:

@@ -7,14 +7,14 @@ backward. Ours then adds one total gradient norm and the finite check, and the b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.baseline import BaselineStep
-from benchmarks.common import in_turns, percentiles, ratios, table
+from benchmarks.common import Row, in_turns, percentiles, ratios, table
 from benchmarks.synthetic import Ours, images_for
 from ijepa_scale import rng
 from ijepa_scale.config import PretrainConfig
@@ -34,8 +34,8 @@ def gradients_for(module: nn.Module, device: torch.device) -> list[Tensor]:
     ]
 
 
-def measure_update(config: PretrainConfig, module: JEPA, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Returns a row for each comparison: milliseconds of both sides (CPU time on the CPU) and their ratio per round."""
+def measure_update(config: PretrainConfig, module: JEPA, device: torch.device, rounds: int) -> Iterator[Row]:
+    """Yields a row for each comparison: milliseconds of both sides (CPU time on the CPU) and their ratio per round."""
     ours = Ours(config, module, images_for(config, 1, device))
     bf16 = config.engine.precision == "bf16"
     baseline = BaselineStep(config.model, config.seed, device=device, bf16=bf16, module=module)
@@ -64,7 +64,6 @@ def measure_update(config: PretrainConfig, module: JEPA, device: torch.device, r
         WHOLE: (ours_whole, lambda: baseline.update(hyper.lr, hyper.weight_decay, hyper.momentum)),
         NORMS: (lambda: None, baseline.norms),
     }
-    rows = []
     for name, (mine, theirs) in pairs.items():
         timed = _timed(
             {"ours": (lambda: given(ours.engine.module.parameters()), mine),
@@ -77,8 +76,7 @@ def measure_update(config: PretrainConfig, module: JEPA, device: torch.device, r
         }  # fmt: skip
         if name != NORMS:
             row |= {"ours": percentiles(timed["ours"]), "ratio": ratios(timed["baseline"], timed["ours"])}
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _timed(
