@@ -29,7 +29,11 @@ from ijepa_kernels.fp8_linear import Fp8UnavailableError, check_capability
 BUDGET_S = 540.0
 FP8 = "engine.target_precision=fp8"
 PACKED = "masks.context=packed"
-FUSED = f"{FP8} engine.triton=[target_loss,target_update]"
+TRITON = "engine.triton=[target_loss,target_update]"
+FUSED = f"{FP8} {TRITON}"
+WORDS = {  # what the report says instead of settings
+    PACKED: "packed", FP8: "fp8 target", f" {TRITON}": " and Triton kernels", "masks.group_size=": "mask groups of ",
+}  # fmt: skip
 GROUPS = {"vit_huge": "masks.group_size=32", "vit_giant": "masks.group_size=16"}  # of the ImageNet-22K configurations
 HUGE = ("--model", "vit_huge", "--image-size", "224", "--patch-size", "14", "--batch", "128")
 GIANT = ("--model", "vit_giant", "--image-size", "224", "--patch-size", "16", "--batch", "64")
@@ -40,7 +44,7 @@ TOY = (
 TOY_FLAGS = ("--model", "vit_tiny", "--image-size", "64", "--patch-size", "8", "--batch", "4", "--device", "cpu")
 SIDES = {"truncated": "ours", "packed": f"ours, {PACKED}", "fp8": f"ours, {FP8}", "fused": f"ours, {FUSED}"}
 # MFU of H/14@224, 128 images, compiled: in bf16, and with fused kernels and the fp8 target; and times the baseline of
-# the latter. Each is at the upper end of a roofline from the bytes that Inductor's generated code moves (docs).
+# the latter. The roofline behind them counts the bytes that Inductor's generated code moves.
 BARS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bH100\b", {"bf16": 0.43, "fused": 0.50}),
     (r"\bH200\b", {"bf16": 0.48, "fused": 0.55, "times": 2.0}),
@@ -116,7 +120,7 @@ def bars_for(device: str) -> dict[str, float]:
 
 
 def verdicts(rows: list[Row], device: str) -> list[list[str]]:
-    """Returns a table row for each goal of the GPU run: the goal, its bar on this GPU if any, the figure, the verdict."""
+    """Returns a table row for each goal of the GPU run: the goal, its bar on this GPU if any, figure and verdict."""
     huge, giant = _step(rows, "vit_huge", 224), _step(rows, "vit_giant", 224)
     end = {row["side"]: row for row in rows if row["benchmark"] == "end to end" and row["model"] == "vit_huge"}
     curves = [row for row in rows if row["benchmark"] == "curves"]
@@ -132,20 +136,16 @@ def verdicts(rows: list[Row], device: str) -> list[list[str]]:
         ("H/14@224, packed, MFU of the truncated", packed.get("share_times_ours"), 0.95),
         ("H/14@224, 4 mask groups of 32, MFU of one group", grouped.get("share_times_ours"), None),
         ("H/14@224 from shards, of the synthetic step", end.get("ours, from shards", {}).get("of_synthetic"), 0.97),
-        ("H/14@224 whole run, images/s of the synthetic step", end.get("ours, whole run", {}).get("of_synthetic"), None),
+        ("H/14@224 whole run, of the synthetic step", end.get("ours, whole run", {}).get("of_synthetic"), None),
         ("g/16@224, MFU", giant.get(SIDES["truncated"], {}).get("share_of_peak"), None),
         ("200 steps: distance of seeds over that of fast from eager",
          curves[0]["seed_from_seed"] / max(1e-12, curves[0]["fast_from_eager"]) if curves else None, 1.0),
     ]  # fmt: skip
-    return [
-        [
-            what,
-            "" if bar is None else f"{bar:g}",
-            "not measured" if value is None else f"{value:.3g}",
-            _word(value, bar),
-        ]
-        for what, value, bar in found
-    ]
+    return [[what, "" if bar is None else f"{bar:g}", _figure(value), _word(value, bar)] for what, value, bar in found]
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else "over 1000" if value > 1000 else f"{value:.3g}"
 
 
 def _word(value: float | None, bar: float | None) -> str:
@@ -162,19 +162,32 @@ def _step(rows: list[Row], model: str, size: int) -> dict[str, Row]:
     return {row["side"]: row for row in chosen}
 
 
+def model_of(row: Row) -> str:
+    """Returns model, patch size and image size of a step's row."""
+    return f"{row['model']}/{row['patch_size']}@{row['image_size']}"
+
+
+def side_of(row: Row) -> str:
+    """Returns the side of a step's row in words instead of settings."""
+    side: str = row["side"]
+    for setting, words in WORDS.items():
+        side = side.replace(setting, words)
+    return side
+
+
 def steps_table(rows: list[Row]) -> str:
     """Returns a table of all measured steps."""
     lines = []
     for row in (row for row in rows if row["benchmark"] == "step"):
-        name = f"{row['model']}/{row['patch_size']}@{row['image_size']}, {row['batch']} images"
+        name, side = f"{model_of(row)}, {row['batch']} images", side_of(row)
         if "failed" in row:
-            lines.append([name, row["side"], row["failed"], "", "", "", ""])
+            lines.append([name, side, row["failed"], "", "", "", ""])
             continue
         share, peak, times = row["share_of_peak"], row["peak_bytes"], _middle(row.get("times_baseline"))
         spread = f"{row['p20']:.1f} - {row['p50']:.1f} - {row['p80']:.1f}"
         figures = ["" if share is None else f"{share:.1%}", "" if peak is None else f"{peak / 2**30:.1f}"]
         figures.append("" if times is None else f"{times:.2f}")
-        lines.append([name, row["side"], spread, f"{row['images_per_s']:.1f}", *figures])
+        lines.append([name, side, spread, f"{row['images_per_s']:.1f}", *figures])
     return table(["model", "side", "ms per step", "images/s", "share of peak", "GiB", "times the baseline"], lines)
 
 
@@ -187,10 +200,13 @@ def write(rows: list[Row], outcomes: list[Outcome], path: Path) -> str:
     parts += [f"## {each.name}\n\n```\n{each.output}\n```" for each in outcomes if each.output]
     text = "\n\n".join(parts) + "\n"
     path.with_suffix(".md").write_text(text)
-    bars = {f"{row['model']}/{row['patch_size']}@{row['image_size']}, {row['side']}": row["images_per_s"]
-            for row in rows if row["benchmark"] == "step" and "failed" not in row}  # fmt: skip
+    bars = {
+        f"{model_of(row)}, {side_of(row)}": row["images_per_s"]
+        for row in rows
+        if row["benchmark"] == "step" and "failed" not in row
+    }
     if bars:
-        draw_bars(bars, path.with_suffix(".png"), "images per second")
+        draw_bars(bars, path.with_suffix(".png"), f"images per second, {head['device']}")
     return "\n\n".join(parts[1:5])
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like: baseline and loop equal ours, and the suite loses nothing silently."""
+"""The benchmarks compare like with like: baseline and loop equal ours, and clocks start after the warm-up."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_suite
+from benchmarks import end_to_end, pictures
 from benchmarks.baseline_masks import LoopMasks
-from benchmarks.common import in_turns, ratios
+from benchmarks.common import in_turns, ratios, read_rows
 from benchmarks.curves import distances
 from benchmarks.scaling import WireBytes, engine_settings, planned_bytes
 from benchmarks.step import Measured, disagrees, report, row_of
-from benchmarks.suite import Item, exit_code, judge, plan, run_items, summary
 from benchmarks.synthetic import Baseline, Draws, Ours, configured, images_for, start
 from ijepa_scale.config import BlockMaskConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks.reference import sample_reference
+from ijepa_scale.metrics.meters import Meters
 
 TINY = [
     "model.image_size=32", "model.patch_size=4", "model.width=48", "model.depth=3", "model.heads=3",
@@ -125,82 +125,9 @@ def test_planned_bytes_know_every_engine_but_not_the_baseline():
     assert planned_bytes("zero1", config, 2) > planned_bytes("ddp", config, 2) > 0
 
 
-def item(name, code, *, limit_s=20.0, expected_s=1.0, cannot=None):
-    return Item(name=name, command=("-c", code), expected_s=expected_s, limit_s=limit_s, cannot=cannot)
-
-
-def test_suite_names_what_failed_and_what_was_skipped():
-    lines = []
-    items = [
-        item("fine", "print('all is well')"),
-        item("wrong", "raise SystemExit('the bar is not met')"),
-        item("slow", "import time; time.sleep(60)", limit_s=1.0),
-        item("killed", "import os; os.kill(os.getpid(), 9)"),
-        item("not here", "", cannot="it needs a CUDA device"),
-        item("too long", "", expected_s=4000.0),
-    ]
-    outcomes = run_items(items, 1000.0, show=lines.append)
-    found = {each.name: (each.status, each.reason) for each in outcomes}
-    assert found == {
-        "fine": ("done", ""),
-        "wrong": ("failed", "exit code 1: the bar is not met"),
-        "slow": ("failed", "not done after 1 s"),
-        "killed": ("failed", "killed by signal 9"),
-        "not here": ("skipped", "it needs a CUDA device"),
-        "too long": ("skipped", found["too long"][1]),
-    }
-    assert "s of 1000 s left, 4000 s expected" in found["too long"][1]
-    assert "all is well" in lines
-    assert exit_code(outcomes) == 1 and exit_code(outcomes[:1]) == 0
-    assert all(name in summary(outcomes) for name in found)
-    assert "| all | 4004 | 1000 |  |" in plan(items[:4] + items[5:], 1000.0)
-
-
-def test_suite_tells_memory_and_skipped_tests():
-    output = "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\nat the end\n"
-    assert judge(1, output) == (
-        "failed",
-        "out of memory: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
-    )
-    assert judge(0, "SKIPPED [2] tests/gpu/test_a.py: needs two GPUs\n5 passed, 2 skipped") == (
-        "failed",
-        "2 tests skipped: tests/gpu/test_a.py: needs two GPUs",
-    )
-    assert judge(0, "5 passed") == ("done", "")
-
-
-def test_suite_compares_with_its_bars():
-    step = {"benchmark": "step", "model": "vit_huge", "image_size": 224, "share_of_peak": 0.5}
-    rows = [
-        {**step, "side": "ours", "times_baseline": {"p50": 2.5}},
-        {**step, "side": "ours, masks.context=packed", "share_times_ours": 0.99},
-        {"benchmark": "curves", "seed_from_seed": 0.2, "fast_from_eager": 0.1},
-    ]
-    found = [(value, word) for _, _, value, word in gpu_suite.verdicts(rows)]
-    missing = ("not measured", "")
-    assert found == [("2.5", "met"), ("0.5", "NOT MET"), missing, missing, missing, ("0.99", "met"), ("2", "met")]
-
-
 def test_distances_of_curves():
     fast, eager = ([torch.tensor([1.0, 2.0]).numpy(), torch.tensor([2.0, 3.0]).numpy()] for _ in range(2))
     assert distances({"fast": fast, "eager": eager}) == (0.0, 1.0)
-
-
-def test_quick_suite_writes_rows_table_and_picture(tmp_path, monkeypatch, capsys):
-    arguments = ["gpu_suite", "--device", "cpu", "--quick", "--items", "step H/14@224", "tests"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--folder", str(tmp_path)])
-    monkeypatch.setattr(gpu_suite, "folder_of", lambda images, scratch: scratch)
-    with pytest.raises(SystemExit) as stopped:
-        gpu_suite.main()
-    assert stopped.value.code == 1  # the GPU tests can't run here, and that isn't hidden
-    (path,) = tmp_path.glob("*.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["side"] for row in rows] == ["eager baseline", "ours", "ours, masks.context=packed"]
-    assert rows[1]["times_baseline"]["p50"] > 0 and rows[1]["loss_difference_times_baseline"] < 2e-2
-    text = path.with_suffix(".md").read_text()
-    assert "| tests | skipped | 0 | GPU tests need a CUDA device |" in text
-    assert path.with_suffix(".png").stat().st_size > 1000
-    assert "| step H/14@224 | done |" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_fails_its_side():
@@ -216,6 +143,69 @@ def test_losses_that_leave_the_baselines_are_told_apart_from_the_fp8_targets():
     row = {"side": "ours", "precision": "fp32", "loss_difference_times_baseline": 2e-4}
     assert disagrees(row) and not disagrees({**row, "precision": "bf16"})
     assert not disagrees({**row, "side": "ours, engine.target_precision=fp8"}) and not disagrees({"side": "ours"})
+
+
+def test_only_sides_with_the_baselines_masks_are_compared_with_it():
+    config = configured(TINY)
+    draws = Draws(config, torch.device("cpu"))
+    sides = [Measured(name, config, draws) for name in ("eager baseline", "ours")]
+    sides.append(Measured("ours, groups", config.replace(masks=config.masks.replace(group_size=3)), draws))
+    for side in sides:
+        side.seconds, side.steps, side.losses = [1.0, 1.0], [0, 1], [0.5, 0.4]
+    rows = [row_of(side, sides, 1e12) for side in sides]
+    assert ["times_baseline" in row for row in rows] == [False, True, False]
+    assert rows[2]["times_ours"]["p50"] == 1.0 and [row["groups"] for row in rows] == [1, 1, 2]
+
+
+def test_the_clock_starts_after_the_dropped_steps():
+    now = [0.0]
+    meters = Meters("cpu", clock=lambda: now[0])
+
+    def work(batch):
+        now[0] += 100.0 if batch < 3 else 1.0
+        meters.count_step()
+
+    found = end_to_end.windows(range(8), work, meters, first=3, window=2)
+    assert [each["step_ms"] for each in found] == [1000.0, 1000.0]  # the eighth step fills no window
+
+
+def test_held_ahead_counts_the_loaders_buffers(tmp_path, monkeypatch):
+    from ijepa_scale.data import loader
+
+    made = []
+
+    class Counted(loader.Slots):
+        def __init__(self, count, size):
+            made.append(count)
+            super().__init__(count, size)
+
+    monkeypatch.setattr(loader, "Slots", Counted)
+    config = configured([*TINY, "data.workers=3", "data.prefetch=4", "data.synthetic_samples=60"])
+    iter(end_to_end.PretrainTask(config, end_to_end.alone(torch.device("cpu"))).loader(0))
+    assert made == [end_to_end.held_ahead(config)] == [15]
+
+
+def test_end_to_end_refuses_few_steps_on_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["end_to_end", "--device", "cuda", "--steps", "70"])
+    with pytest.raises(SystemExit):
+        end_to_end.main()
+    assert "--steps is 70; on cuda give a multiple of 10, at least 80" in capsys.readouterr().err
+
+
+def test_end_to_end_measures_a_whole_run(tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    flags = ["--model", "vit_tiny", "--image-size", "32", "--patch-size", "4", "--batch", "6", "--device", "cpu"]
+    tiny = [each for each in TINY if "model." in each or "keep" in each]
+    monkeypatch.setattr(pictures, "SYNTHETIC", 24)
+    monkeypatch.setattr(sys, "argv", ["end_to_end", *flags, "--steps", "4", "--workers", "0", "--to", str(rows), *tiny])
+    end_to_end.main()
+    found = {row["side"]: row for row in read_rows(rows)}
+    assert list(found) == [end_to_end.SYNTHETIC, end_to_end.SHARDS, end_to_end.RUN, end_to_end.BASELINE]
+    run = found[end_to_end.RUN]
+    assert (run["steps"], run["checkpoint_every"], run["evaluate_every"]) == (1, 1, 1)  # the second of two steps
+    assert run["p50"] == pytest.approx(6 / run["wall_s"]) and 0 < run["outside_steps_s"] < run["wall_s"]
+    assert found[end_to_end.SHARDS]["dropped_steps"] == 2 + 3
+    assert "The whole run writes a checkpoint every 1 steps" in capsys.readouterr().out
 
 
 def test_revisions_compares_a_checkout_with_itself(tmp_path):
