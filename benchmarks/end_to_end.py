@@ -54,7 +54,7 @@ from ijepa_scale.train.step import TrainStep
 
 WINDOW = {"cpu": 2, "cuda": 5}  # steps between reads of the clock
 WARM_UP = {"cpu": 2, "cuda": 10}  # steps in which kernels are compiled
-LEAST = {"cpu": 2, "cuda": 80}  # measured steps: on a GPU, more than any buffer of batches
+LEAST = {"cpu": 8, "cuda": 80}  # measured steps: on a GPU, more than any buffer of batches
 SYNTHETIC, SHARDS, RUN, BASELINE = (
     "ours, synthetic", "ours, from shards", "ours, whole run", "eager baseline, ImageFolder",
 )  # fmt: skip
@@ -95,9 +95,9 @@ def measure_ours(config: PretrainConfig, device: torch.device, steps: int) -> It
     batch = config.data.batch_size or 0
     run, window, warm = PretrainTask(config, alone(device)), WINDOW[device.type], WARM_UP[device.type]
     step, begin = synthetic_step(run, images_for(config, batch, device)), cpu_seconds()
-    batches = (batch_of(number, batch) for number in range(warm + steps))
+    batches = (batch_of(number, batch) for number in range(warm + steps // 2))
     found = windows(batches, step, run.meters, first=warm, window=window)
-    yield row_of(SYNTHETIC, config, found, cpu_s=cpu_seconds() - begin, dropped=warm, steps=steps)
+    yield row_of(SYNTHETIC, config, found, cpu_s=cpu_seconds() - begin, dropped=warm, steps=steps // 2)
     first, begin = warm + held_ahead(config), cpu_seconds()
     found = windows(run.loader(0), run.step, run.meters, first=first, window=window)
     yield row_of(SHARDS, config, found, cpu_s=cpu_seconds() - begin, dropped=first, steps=steps)
@@ -207,13 +207,13 @@ def row_of(
 
 def measure(settings: list[str], options: argparse.Namespace, folder: Path, shards: Path) -> Iterator[Row]:
     """Yields the rows of all sides, each relative to our synthetic step, which comes first."""
-    device, steps, short = torch.device(options.device), options.steps, options.steps // 2
+    device, steps, half = torch.device(options.device), options.steps, options.steps // 2
     own = [*settings, f"data.train={shards}", "data.reader=shards", f"data.workers={options.workers}"]
     config = configured(own)
     stop = WARM_UP[device.type] + held_ahead(config) + steps
     run = [
-        f"folder={shards.parent / 'run'}", f"schedule.stop_after={short}", f"checkpoint.every={short // 2 or 1}",
-        "checkpoint.keep=1", f"evaluate.every={short // 2 or 1}", f"evaluate.train={shards}",
+        f"folder={shards.parent / 'run'}", f"schedule.stop_after={half}", f"checkpoint.every={half}",
+        "checkpoint.keep=1", f"evaluate.every={half // 2}", f"evaluate.train={shards}",
         f"evaluate.test={shards}", "logging.progress=none",
     ]  # fmt: skip
 
@@ -222,7 +222,7 @@ def measure(settings: list[str], options: argparse.Namespace, folder: Path, shar
         cleared(device)
         yield measure_run(configured([*own, *run]), device)
         cleared(device)
-        yield measure_baseline(config, device, short, folder)
+        yield measure_baseline(config, device, steps // 4, folder)
 
     synthetic = None
     for row in sides():
@@ -276,14 +276,14 @@ def main() -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        help="measured steps of our side, by default 16 on the CPU and 80 on a GPU; of the whole run and the baseline, "
-        "half as many",
+        help="measured steps from shards, by default 16 on the CPU and 80 on a GPU; half as many on synthetic "
+        "images and in the whole run, a quarter with the baseline",
     )
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
     parser.add_argument("--plot", type=Path, help="picture to write")
     options = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING)
-    least, unit = LEAST[options.device], 2 * WINDOW[options.device]
+    least, unit = LEAST[options.device], 4 * WINDOW[options.device]
     options.steps = options.steps or max(16, least)
     if options.steps < least or options.steps % unit:
         parser.error(f"--steps is {options.steps}; on {options.device} give a multiple of {unit}, at least {least}")

@@ -71,19 +71,18 @@ def gpu_items(rows: Path, images: Path, workers: int) -> list[Item]:
     source = ("--images", str(images), "--workers", str(workers))
     fast = "engine.compile=true" if without_fp8 else f"engine.compile=true {FP8}"
     of_huge = (*packed, *groups["vit_huge"]) if without_fp8 else (*packed, *groups["vit_huge"], *fp8, *fused)
-    of_giant = (*packed, *groups["vit_giant"]) if without_fp8 else (*packed, *groups["vit_giant"], *fp8)
     items = [
         _module("smoke", "benchmarks.smoke", (*cuda, *to), 60),
-        _module("ceilings", "benchmarks.ceilings", (*cuda, *to), 35),
-        _module("step H/14@224", "benchmarks.step", (*HUGE, *steps, *of_huge, *to), 110),
+        _module("ceilings", "benchmarks.ceilings", (*cuda, *to), 20),
+        _module("step H/14@224", "benchmarks.step", (*HUGE, *steps, *of_huge, *to), 130),
         _module("end to end", "benchmarks.end_to_end",
-                (*HUGE, *cuda, *source, "--compile", "--precision", "bf16", "--steps", "80", *to), 120),
-        _module("step g/16@224", "benchmarks.step", (*GIANT, *steps, *of_giant, *to), 85),
-        _module("kernels", "benchmarks.kernels", (*cuda, *to), 35),
-        _module("curves", "benchmarks.curves", ("--image-size", "224", *cuda, *source, "--fast", fast, *to), 45),
+                (*HUGE, *cuda, *source, "--compile", "--precision", "bf16", "--steps", "80", *to), 130),
+        _module("step g/16@224", "benchmarks.step", (*GIANT, *steps, *packed, *groups["vit_giant"], *to), 80),
+        _module("kernels", "benchmarks.kernels", (*cuda, *to), 30),
+        _module("curves", "benchmarks.curves", ("--image-size", "224", *cuda, *source, "--fast", fast, *to), 40),
         _module("update", "benchmarks.step",
-                (*HUGE, *cuda, "--part", "update", "--precision", "bf16", "--steps", "5", *to), 25),
-        _module("augment", "benchmarks.augment", ("--images", str(images), *cuda, "--rounds", "3", *to), 20),
+                (*HUGE, *cuda, "--part", "update", "--precision", "bf16", "--steps", "5", *to), 20),
+        _module("augment", "benchmarks.augment", ("--images", str(images), *cuda, "--rounds", "3", *to), 15),
     ]  # fmt: skip
     if without_fp8:
         items.insert(3, Item(name="fp8 target", command=(), expected_s=0, limit_s=0, cannot=without_fp8))

@@ -210,7 +210,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     if options.here:
-        here(options.here, torch.device(options.device), options.to)
+        here(options.here, torch.device("cuda:0" if options.device == "cuda" else "cpu"), options.to)
         return
     known = list(paths(options.device))
     unknown = set(options.only or ()) - set(known)

@@ -189,7 +189,7 @@ def test_end_to_end_refuses_few_steps_on_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["end_to_end", "--device", "cuda", "--steps", "70"])
     with pytest.raises(SystemExit):
         end_to_end.main()
-    assert "--steps is 70; on cuda give a multiple of 10, at least 80" in capsys.readouterr().err
+    assert "--steps is 70; on cuda give a multiple of 20, at least 80" in capsys.readouterr().err
 
 
 def test_end_to_end_measures_a_whole_run(tmp_path, monkeypatch, capsys):
@@ -197,15 +197,15 @@ def test_end_to_end_measures_a_whole_run(tmp_path, monkeypatch, capsys):
     flags = ["--model", "vit_tiny", "--image-size", "32", "--patch-size", "4", "--batch", "6", "--device", "cpu"]
     tiny = [each for each in TINY if "model." in each or "keep" in each]
     monkeypatch.setattr(pictures, "SYNTHETIC", 24)
-    monkeypatch.setattr(sys, "argv", ["end_to_end", *flags, "--steps", "4", "--workers", "0", "--to", str(rows), *tiny])
+    monkeypatch.setattr(sys, "argv", ["end_to_end", *flags, "--steps", "8", "--workers", "0", "--to", str(rows), *tiny])
     end_to_end.main()
     found = {row["side"]: row for row in read_rows(rows)}
     assert list(found) == [end_to_end.SYNTHETIC, end_to_end.SHARDS, end_to_end.RUN, end_to_end.BASELINE]
     run = found[end_to_end.RUN]
-    assert (run["steps"], run["checkpoint_every"], run["evaluate_every"]) == (1, 1, 1)  # the second of two steps
-    assert run["p50"] == pytest.approx(6 / run["wall_s"]) and 0 < run["outside_steps_s"] < run["wall_s"]
+    assert (run["steps"], run["checkpoint_every"], run["evaluate_every"]) == (3, 4, 2)  # not the first of four steps
+    assert run["p50"] == pytest.approx(3 * 6 / run["wall_s"]) and 0 < run["outside_steps_s"] < run["wall_s"]
     assert found[end_to_end.SHARDS]["dropped_steps"] == 2 + 3
-    assert "The whole run writes a checkpoint every 1 steps" in capsys.readouterr().out
+    assert "The whole run writes a checkpoint every 4 steps" in capsys.readouterr().out
 
 
 def test_revisions_compares_a_checkout_with_itself(tmp_path):

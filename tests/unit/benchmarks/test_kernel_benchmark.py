@@ -16,7 +16,7 @@ def rows(monkeypatch):
     monkeypatch.setattr(kernels, "settings", lambda device, quick: [small])
     monkeypatch.setattr(kernel_cases, "compiled", lambda function: function)  # a minute of C++ otherwise
     monkeypatch.setitem(kernels.COPIED, "cpu", 1 << 20)
-    return kernels.run(torch.device("cpu"), quick=True)
+    return list(kernels.run(torch.device("cpu"), quick=True))
 
 
 def test_each_kernel_has_rows_with_times_and_shares(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +13,22 @@ import torch
 from benchmarks import ceilings, gpu_suite, smoke
 from benchmarks.common import read_rows, record
 from benchmarks.suite import Item, Outcome, exit_code, expected, judge, plan, run_item, run_items, summary
+from benchmarks.synthetic import configured
 from ijepa_kernels.attention.backend import force_backend
 from ijepa_kernels.fp8_linear import check_capability
 from ijepa_scale.config import load_config
 from ijepa_scale.engine import norms
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("in*.yaml"))
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted((ROOT / "configs").glob("in*.yaml"))
 
 
 def item(name, code, *, limit_s=20.0, expected_s=1.0, cannot=None):
     return Item(name=name, command=("-c", code), expected_s=expected_s, limit_s=limit_s, cannot=cannot)
 
 
-def test_suite_names_what_failed_and_what_was_skipped():
+def test_suite_names_what_failed_and_what_was_skipped(monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # the suite must not depend on it
     lines = []
     items = [
         item("fine", "print('all is well')"),
@@ -162,6 +166,17 @@ def test_smoke_tells_right_from_wrong_attention_and_lists_what_is_refused(tmp_pa
     assert row["status"] == "skipped" and expected(row["reason"])
 
 
+def test_settings_of_the_gpu_run_are_valid(tmp_path):
+    for settings in smoke.paths("cuda").values():
+        configured([*smoke.COMMON, *smoke.SIZES["cuda"], *settings])
+    items = {each.name: each.command for each in gpu_suite.gpu_items(tmp_path / "rows", tmp_path, 8)}
+    step = items["step H/14@224"]
+    variants = [value for flag, value in zip(step, step[1:], strict=False) if flag == "--variant"]
+    assert variants == [gpu_suite.PACKED, gpu_suite.GROUPS["vit_huge"], gpu_suite.FP8, gpu_suite.FUSED]
+    for variant in variants:
+        configured(["engine.precision=bf16", *variant.split()])
+
+
 def test_ceilings_cover_every_product_of_a_block_and_every_role():
     model = ceilings.model_for(torch.device("cuda"), False)
     found = list(ceilings.products(model, 128))
@@ -205,6 +220,8 @@ def test_dry_run_prints_the_order_and_fits_the_budget(monkeypatch, capsys):
         "all",
     ]  # fmt: skip
     assert float(lines[-1][1]) <= gpu_suite.BUDGET_S
+    told = re.findall(r"^\| \d \| .* \| (\d+) \|$", (ROOT / "docs" / "benchmarks.md").read_text(), re.MULTILINE)
+    assert told == [line[1] for line in lines[2:-1]]
 
 
 def test_quick_suite_writes_rows_table_and_picture(tmp_path, monkeypatch, capsys):
