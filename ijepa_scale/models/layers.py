@@ -53,9 +53,33 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns tokens (..., D) of patches (..., 3 * P * P), each in the order (channel, row, column)."""
-        if self.weight.dtype in (torch.bfloat16, torch.float16):
-            input = input.to(self.weight.dtype)
-        return linear(input, self.weight.flatten(1), self.bias)
+        weight = self.weight.flatten(1)
+        if input.is_cuda:
+            input, weight = aligned(input, weight)
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            input = input.to(weight.dtype)
+        return linear(input, weight, self.bias)
+
+
+def aligned(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns `input` (..., K) and `weight` (D, K), both ending in zeros if a row isn't a multiple of 16 bytes.
+
+    The fastest products on GPUs need that alignment, and the 588 numbers of a 14 x 14 patch lack it in bf16. Zeros add
+    nothing to a sum. They are written while `input` is cast to the product's dtype. The weight is copied in each
+    forward: 3 MB of traffic for ViT-H/14, and as much for its gradient, which has the original shape.
+
+    Source: NVIDIA's "Matrix Multiplication Background User's Guide", section "Tensor Core Requirements".
+    """
+    dtype, device, width = weight.dtype, input.device.type, weight.shape[1]
+    if dtype == torch.float32 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    zeros = -width % (16 // dtype.itemsize)
+    if not zeros:
+        return input, weight
+    padded = input.new_empty((*input.shape[:-1], width + zeros), dtype=dtype)
+    padded[..., :width] = input
+    padded[..., width:] = 0
+    return padded, F.pad(weight.to(dtype), (0, zeros))
 
 
 class PatchEmbed(nn.Module):
