@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ijepa_scale.errors import ConfigError
 
+_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -151,6 +152,22 @@ def export_allocator() -> None:
     """
     if not any(name in os.environ for name in _ALLOCATOR_NAMES):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def export_cublas_workspace() -> None:
+    """Gives cuBLAS the fixed workspaces with which its products repeat bit for bit. Call before the first product.
+
+    Raises:
+        ConfigError: the user has chosen others.
+
+    Source: "Results reproducibility" in cuBLAS's documentation.
+    """
+    found = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES[0])
+    if found not in _WORKSPACES:
+        raise ConfigError(
+            f"engine.deterministic is true but CUBLAS_WORKSPACE_CONFIG is {found!r}; unset it, or set it to "
+            f"{' or '.join(_WORKSPACES)}"
+        )
 
 
 def export_compile_cache(folder: str | None) -> Path:

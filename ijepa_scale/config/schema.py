@@ -164,6 +164,9 @@ class EngineConfig(Section, at="engine"):
         "auto", description="torch.compile, block by block; auto is on for CUDA, where it can, and off on the CPU."
     )
     compile_cache: str | None = Field(None, description="Folder of compiled kernels; null: in the user's cache folder.")
+    deterministic: bool = Field(
+        False, description="Repeat results bit for bit on the same GPUs, in longer steps; the CPU does in any case."
+    )
     cuda_graphs: bool = Field(False, description="Replay the target's forward as a CUDA graph; not under fsdp2.")
     attention: Attention = Field("auto", description="Kernel of dense attention; auto is chosen for each network.")
     zero_communication: Literal["fp32", "bf16"] = Field(
