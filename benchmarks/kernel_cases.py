@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ijepa_kernels import crop_resize as crops
 from ijepa_kernels import fp8_linear as fp8
-from ijepa_kernels import layer_norm as norm
 from ijepa_kernels import target_loss as loss
 from ijepa_kernels import target_update as update
 from ijepa_kernels.attention import SequenceLayout, attention
@@ -234,28 +233,6 @@ def target_update(at: Setting) -> Iterator[Case]:
     )
 
 
-def layer_norm(at: Setting) -> Iterator[Case]:
-    """Yields forward and backward of a block's norm: from fp32 to the dtype of the following linear layer."""
-    rows, width = at.images * at.tokens, at.sizes.width
-    inputs = [at.random(rows, width, dtype=torch.float32), at.random(width, dtype=torch.float32)]
-    inputs = [x.requires_grad_() for x in (*inputs, inputs[1].clone())]
-    upstream = at.random(rows, width)
-
-    def way(run: Callable[..., Tensor], **options: str) -> Work:
-        return with_backward(lambda *given: run(*given, dtype=at.dtype, **options), inputs, upstream)
-
-    ways = {"eager": way(norm.layer_norm_reference), "compiled": way(compiled(norm.layer_norm_reference))}
-    sizes = {"input_bytes": 4, "output_bytes": upstream.element_size()}
-    both = [norm.cost(rows, width, backward=backward, **sizes) for backward in (False, True)]
-    yield triton_case(
-        "layer_norm",
-        f"({rows}, {width})",
-        {**ways, "triton": way(norm.layer_norm, implementation="triton")},
-        {name: both[0][name] + both[1][name] for name in both[0]},
-        at,
-    )
-
-
 def fp8_linear(at: Setting) -> Iterator[Case]:
     """Yields the two layers of an MLP in fp8, eager and compiled together with quantisation, and in bf16."""
     for inputs, outputs in ((at.sizes.width, at.sizes.mlp_width), (at.sizes.mlp_width, at.sizes.width)):
@@ -298,6 +275,5 @@ KERNELS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "crop_resize": crop_resize,
     "target_loss": target_loss,
     "target_update": target_update,
-    "layer_norm": layer_norm,
     "fp8_linear": fp8_linear,
 }

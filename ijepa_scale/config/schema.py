@@ -173,9 +173,7 @@ class EngineConfig(Section, at="engine"):
         "fp32", description="Type in which ZeRO gathers weights and reduces gradients, under bf16."
     )
     triton: form.Kernels = Field((), description="Triton kernels to use instead of PyTorch's, on CUDA.")
-    layer_norm: Literal["torch", "triton", "apex"] = Field(
-        "torch", description="Kernel of layer norms; triton is ours."
-    )
+    layer_norm: Literal["torch", "apex"] = Field("torch", description="Kernel of layer norms; apex isn't compiled.")
     replicas: form.Count = Field(1, description="fsdp2: groups of processes that each hold everything (HSDP).")
     reshard_after_forward: bool = Field(
         False, description="fsdp2: free context and predictor weights between forward and backward."
@@ -199,6 +197,8 @@ class EngineConfig(Section, at="engine"):
                 yield f"zero_communication is bf16 but strategy is {said}: only ZeRO reads it; set it to fp32"
             if precision != "bf16":
                 yield f"zero_communication is bf16 but precision is {precision}; set one to the other's"
+        if self.layer_norm == "apex" and self.compile is True:
+            yield "layer_norm is apex but compile is true: torch.compile can't trace apex; set layer_norm=torch"
         if self.compile_cache is not None and self.compile is False:
             yield f"compile_cache is {self.compile_cache!r} but compile is false; set compile=auto, or it to null"
 

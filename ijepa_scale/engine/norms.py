@@ -12,18 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ijepa_kernels.layer_norm import layer_norm
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.layers import LayerNorm
-
-
-class TritonLayerNorm(LayerNorm):
-    """A layer norm that runs our kernel and returns fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns `input` normalised along the last dimension."""
-        return layer_norm(input, self.weight.float(), self.bias.float(), eps=self.eps, implementation="triton")
 
 
 class ApexLayerNorm(LayerNorm):
@@ -35,7 +26,10 @@ class ApexLayerNorm(LayerNorm):
 
 
 def use_layer_norm(config: EngineConfig, device: torch.device, *parts: nn.Module | None) -> None:
-    """Makes every layer norm of the parts use the kernel that the configuration names.
+    """Makes every layer norm of the parts use the kernel that the configuration names: PyTorch's or apex's.
+
+    On GPUs blocks are compiled, and Inductor fuses PyTorch's norm with the casts and additions next to it. Nothing could
+    be fused with a kernel of our own.
 
     Raises:
         ConfigError: the kernel isn't installed, or the device isn't a GPU.
@@ -47,13 +41,11 @@ def use_layer_norm(config: EngineConfig, device: torch.device, *parts: nn.Module
             f"engine.layer_norm is {config.layer_norm} but the device is {device.type}; its kernel needs CUDA: "
             "set engine.layer_norm=torch"
         )
-    if config.layer_norm == "apex":
-        _apex()
-    kind = {"triton": TritonLayerNorm, "apex": ApexLayerNorm}[config.layer_norm]
+    _apex()
     for part in parts:
         for norm in () if part is None else part.modules():
             if type(norm) is LayerNorm:
-                norm.__class__ = kind
+                norm.__class__ = ApexLayerNorm
 
 
 def _apex() -> Callable[..., Any]:

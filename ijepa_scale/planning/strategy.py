@@ -120,6 +120,8 @@ def resolve_compile(engine: EngineConfig, *, device: str, problem: str | None = 
         return engine.replace(
             compile=False, compile_cache=None
         ), f"compiled blocks gain nothing on the {device.upper()}"
+    if engine.layer_norm == "apex":
+        problem = "torch.compile can't trace apex's layer norm"
     if problem is not None:
         return engine.replace(compile=False, compile_cache=None), problem
     return engine.replace(compile=True), "compiled blocks read and write less memory on a GPU"

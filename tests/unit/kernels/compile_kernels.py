@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from ijepa_kernels.layer_norm import triton as layer_norm
 from ijepa_kernels.rows import tile
 from ijepa_kernels.target_loss import triton as target_loss
 from ijepa_kernels.target_update import triton as target_update
@@ -40,27 +39,8 @@ def updates() -> dict[str, list[int]]:
     return found
 
 
-def norms() -> dict[str, list[int]]:
-    """Returns the bytes of code of the norm's two passes."""
-    found = {}
-    for width, dtype in ((1280, "*bf16"), (384, "*fp32")):
-        options = tile(width)
-        warps = options.pop("num_warps")
-        common = {"weight": "*fp32", "mean": "*fp32", "inverse": "*fp32", "num_rows": "i32", "width": "i32"}
-        signature = {**common, "x": "*fp32", "bias": "*fp32", "out": dtype, "stride": "i32", "eps": "fp32"}
-        ordered = {name: signature[name] for name in layer_norm._forward_kernel.arg_names if name in signature}
-        found[f"layer_norm {width}"] = compiled_bytes(layer_norm._forward_kernel, ordered, options, num_warps=warps)
-        signature = {**common, "upstream": dtype, "x": "*fp32", "gradient": "*fp32", "partial_weight": "*fp32",
-                     "partial_bias": "*fp32", "upstream_stride": "i32", "stride": "i32"}  # fmt: skip
-        ordered = {name: signature[name] for name in layer_norm._backward_kernel.arg_names if name in signature}
-        found[f"layer_norm backward {width}"] = compiled_bytes(
-            layer_norm._backward_kernel, ordered, options, num_warps=warps
-        )
-    return found
-
-
 def main() -> None:
-    print(json.dumps({**losses(), **updates(), **norms()}))
+    print(json.dumps({**losses(), **updates()}))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ import json
 
 import torch
 
-from ijepa_kernels.layer_norm import layer_norm
 from ijepa_kernels.target_loss import target_loss
 from ijepa_kernels.target_update import prepare, target_update
-from tests.unit.kernels.test_layer_norm import inputs as norm_inputs
 from tests.unit.kernels.test_target_loss import inputs
 from tests.unit.kernels.test_target_update import lists, ulps
 
@@ -131,42 +129,9 @@ def update_rules() -> dict[str, str]:
     return {"other": text, "without": max(off(a, b) for a, b in zip(target, expected, strict=True))}
 
 
-def norms() -> dict[str, dict[str, float]]:
-    """Returns for each case the distances of the result and of the three gradients."""
-    found = {}
-    for shape in ((13, 100), (2, 3, 37), (1, 3), (600, 256), (3, 1408), (0, 16), (2, 0, 16)):
-        for dtype, result in (
-            (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)
-        ):  # fmt: skip
-            x, weight, bias, upstream = norm_inputs(shape, dtype=dtype, result=result)
-            if result == dtype:
-                x = x.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_()
-                upstream = upstream.repeat_interleave(2, dim=-1)[..., ::2]
-            pair = []
-            for implementation in ("triton", "reference"):
-                out = layer_norm(x, weight, bias, dtype=result, implementation=implementation)
-                pair.append((out.detach(), *torch.autograd.grad(out, (x, weight, bias), upstream)))
-            names = ("out", "x", "weight", "bias")
-            key = f"{shape}, {str(dtype)[6:]} to {str(result)[6:]}"
-            found[key] = {name: off(a, b) for name, a, b in zip(names, *pair, strict=True)}
-    return found
-
-
-def norm_rules() -> dict[str, float | bool]:
-    """Returns that torch.compile takes the kernel whole, with its gradients, and that bits repeat."""
-    values = norm_inputs((600, 40))
-    compiled = torch.compile(
-        lambda *given: layer_norm(*given, implementation="triton"), fullgraph=True, backend="aot_eager"
-    )
-    outs = [run(*values[:3]) for run in (compiled, lambda *given: layer_norm(*given, implementation="triton"))]
-    gradients = [torch.autograd.grad(out, values[:3], values[3]) for out in outs]
-    return {"compiled": all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))}
-
-
 def main() -> None:
     found = {"target_loss": losses(), "target_loss rules": loss_rules()}
     found |= {"target_update": updates(), "target_update rules": update_rules()}
-    found |= {"layer_norm": norms(), "layer_norm rules": norm_rules()}
     print(json.dumps(found))
 
 

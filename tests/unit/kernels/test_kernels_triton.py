@@ -47,22 +47,8 @@ def test_target_update_wants_a_table_of_its_tensors(interpreted):
     assert found["without"] < 1e-6
 
 
-def test_layer_norm_equals_the_reference(interpreted):
-    found = interpreted["layer_norm"]
-    assert len(found) == 21
-    for name, off in found.items():
-        dtype, result = name.rpartition(", ")[2].split(" to ")
-        assert off["out"] < TOLERANCE[result], (name, off)
-        assert off["x"] < (TOLERANCE[dtype] if dtype == "bfloat16" else 3e-6), (name, off)  # two means are subtracted
-        assert max(off["weight"], off["bias"]) < 3e-6, (name, off)  # sums over all rows, in fp32
-
-
-def test_layer_norm_compiles_whole(interpreted):
-    assert interpreted["layer_norm rules"]["compiled"]
-
-
 def test_the_kernels_compile(tmp_path):
     found = json.loads(run("-m", "tests.unit.kernels.compile_kernels", TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
-    assert len(found) == 10
+    assert len(found) == 6
     for name, sizes in found.items():
         assert len(sizes) == len(CAPABILITIES) and min(sizes) > 1000, (name, sizes)

@@ -267,6 +267,11 @@ def test_auto_is_replaced_in_the_engines_configuration() -> None:
 def test_planned_gpus_compile_unless_the_configuration_says_otherwise() -> None:
     assert resolve_compile(EngineConfig(), device="cuda")[0].compile is True
     assert resolve_compile(EngineConfig(compile=False), device="cuda") == (EngineConfig(compile=False), "as configured")
+    apex = EngineConfig(layer_norm="apex")
+    assert resolve_compile(apex, device="cuda") == (
+        apex.replace(compile=False),
+        "torch.compile can't trace apex's layer norm",
+    )
     found, reason = resolve_compile(EngineConfig(compile_cache="c"), device="cuda", problem="no compiler; install gcc")
     assert found == EngineConfig(compile=False) and reason == "no compiler; install gcc"
 
