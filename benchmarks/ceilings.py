@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Row, percentiles, record, report_skip, table
 from benchmarks.kernels import Clock
 from ijepa_kernels.attention import SequenceLayout, attention
-from ijepa_kernels.attention.backend import ON_CPU, force_backend
+from ijepa_kernels.attention.backend import ON_CPU, activate
 from ijepa_kernels.fp8_linear import FP8, Fp8UnavailableError, check_capability
 from ijepa_scale.config import BlockMaskConfig, ModelConfig
 from ijepa_scale.config.architectures import IMAGE_CHANNELS, Architecture, resolve
@@ -218,31 +217,34 @@ def measure_attention(model: ModelConfig, clock: Clock, device: torch.device, pe
                 "shape": [len(heads.lengths), sum(heads.lengths), heads.heads, heads.head_dim],
             }  # fmt: skip
             try:
-                force_backend("auto" if backend == VARLEN else backend, device)
-                spent = timed(attend(heads, backend == VARLEN or not heads.dense, device), clock, ROUNDS[device.type])
+                activate("auto" if backend == VARLEN else backend, device)
+                kernel = None if backend in (VARLEN, "auto") else backend
+                spent = timed(
+                    attend(heads, backend == VARLEN or not heads.dense, kernel, device), clock, ROUNDS[device.type]
+                )
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
             except RuntimeError as error:  # the backend doesn't take this shape
                 yield {**row, "refused": str(error).partition("\n")[0][:300]}
                 continue
             finally:
-                force_backend("auto", device)
+                activate("auto", device)
             yield {**row, **rates(spent, heads.flops, peak)}
 
 
 def _installed(name: str, device: torch.device) -> bool:
     """Returns whether SDPA has this kernel, and prints why if not."""
     try:
-        force_backend(name, device)
+        activate(name, device)
     except ValueError as error:
         report_skip(f"attention {name}", str(error))
         return False
     finally:
-        force_backend("auto", device)
+        activate("auto", device)
     return True
 
 
-def attend(heads: Heads, packed: bool, device: torch.device) -> Callable[[], Any]:
+def attend(heads: Heads, packed: bool, kernel: str | None, device: torch.device) -> Callable[[], Any]:
     """Returns a call of attention, with backward where it is trained, on views of one tensor as in a block."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -255,7 +257,7 @@ def attend(heads: Heads, packed: bool, device: torch.device) -> Callable[[], Any
         q, k, v = qkv.unbind(-3)
         if packed:
             return attention(q, k, v, layout)
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return attention(*(x.transpose(1, 2) for x in (q, k, v)), kernel=kernel).transpose(1, 2)
 
     upstream = torch.ones(*shape, heads.heads, heads.head_dim, device=device, dtype=dtype)
     return (lambda: torch.autograd.grad(forward(), qkv, upstream)) if heads.trained else forward

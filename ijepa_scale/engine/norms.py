@@ -28,8 +28,8 @@ class ApexLayerNorm(LayerNorm):
 def use_layer_norm(config: EngineConfig, device: torch.device, *parts: nn.Module | None) -> None:
     """Makes every layer norm of the parts use the kernel that the configuration names: PyTorch's or apex's.
 
-    On GPUs blocks are compiled, and Inductor fuses PyTorch's norm with the casts and additions next to it. Nothing could
-    be fused with a kernel of our own.
+    On GPUs blocks are compiled, and Inductor fuses PyTorch's norm with the casts and additions next to it. Nothing
+    could be fused with a kernel of our own.
 
     Raises:
         ConfigError: the kernel isn't installed, or the device isn't a GPU.

@@ -14,7 +14,7 @@ from benchmarks import ceilings, gpu_suite, smoke
 from benchmarks.common import read_rows, record
 from benchmarks.suite import Item, Outcome, exit_code, expected, judge, plan, run_item, run_items, summary
 from benchmarks.synthetic import configured
-from ijepa_kernels.attention.backend import force_backend
+from ijepa_kernels.attention.backend import activate
 from ijepa_kernels.fp8_linear import check_capability
 from ijepa_scale.config import load_config
 from ijepa_scale.engine import norms
@@ -68,7 +68,7 @@ def test_expected_skips_pass_and_others_do_not():
 def test_reasons_that_the_package_gives_are_expected(monkeypatch):
     monkeypatch.setitem(sys.modules, "fused_layer_norm_cuda", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for refuse in (norms._apex, lambda: force_backend("fa3", "cuda"), lambda: check_capability(torch.device("cuda"))):
+    for refuse in (norms._apex, lambda: activate("fa3", "cuda"), lambda: check_capability(torch.device("cuda"))):
         with pytest.raises(ValueError) as caught:
             refuse()
         assert expected(str(caught.value)), caught.value
@@ -162,7 +162,7 @@ def test_smoke_tells_right_from_wrong_attention_and_lists_what_is_refused(tmp_pa
     cpu, known = torch.device("cpu"), smoke.paths("cpu")
     assert smoke.measure("plain, packed", known["plain, packed"], cpu)["status"] == "ok"
     right = layers.attention
-    monkeypatch.setattr(layers, "attention", lambda q, k, v, *layout: right(1.1 * q, k, v, *layout))
+    monkeypatch.setattr(layers, "attention", lambda q, *rest, **named: right(1.1 * q, *rest, **named))
     assert smoke.measure("plain, packed", known["plain, packed"], cpu)["status"] == "failed"
     (row,) = smoke.everywhere(["fsdp2, fp8 target"], "cpu", tmp_path / "rows.jsonl")
     assert row["status"] == "skipped" and expected(row["reason"])

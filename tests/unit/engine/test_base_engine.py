@@ -59,7 +59,7 @@ def test_an_inexact_fp8_target_stops_the_run() -> None:
     ("settings", "text"),
     [
         ({"attention": "cudnn"}, "engine.attention cudnn needs a CUDA device"),
-        ({"layer_norm": "triton"}, "engine.layer_norm is triton but the device is cpu"),
+        ({"layer_norm": "apex"}, "engine.layer_norm is apex but the device is cpu"),
         ({**ZERO3, "cuda_graphs": True}, "cuda_graphs is true but the target's weights are sharded"),
     ],
 )
