@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+from ijepa_kernels.fused_tail import triton as fused_tail
 from ijepa_kernels.layer_norm import triton as layer_norm
 from ijepa_kernels.rows import tile
 from ijepa_kernels.target_loss import triton as target_loss
 from ijepa_kernels.target_update import triton as target_update
-from tests.unit.kernels.kernel_harness import compiled_bytes
+from tests.unit.kernels.kernel_harness import CAPABILITIES, compiled_bytes
 
 
 def losses() -> dict[str, list[int]]:
@@ -40,6 +41,24 @@ def updates() -> dict[str, list[int]]:
     return found
 
 
+def tails() -> dict[str, list[int]]:
+    """Returns the bytes of code of the tail, with and without fp8, which sm_80 lacks, and of its counting of steps."""
+    signature = {"tensors": "*i64", "rates": "*fp64", "factors": "*fp32", "flag": "*fp32", "num": "i32"}
+    constants = {"FLAG": True, "BLOCK": fused_tail.COUNTED}
+    found = {"fused_tail count": compiled_bytes(fused_tail._count_kernel, signature, constants, num_warps=4)}
+    signature = {"tensors": "*i64", "chunks": "*i64", "gradients": "*i64", "factors": "*fp32", "flag": "*fp32",
+                 "gradient_scale": "*fp32", "weight": "fp32"}  # fmt: skip
+    for name, quantised, rest, options in (
+        ("fp8", True, True, {"capabilities": CAPABILITIES[1:]}), ("least", False, False, {})
+    ):  # fmt: skip
+        constants = {**dict.fromkeys(("EMA", "FLAG", "SCALED", "ALIGNED"), rest), "QUANTISED": quantised,
+                     "BLOCK": fused_tail.BLOCK}  # fmt: skip
+        found[f"fused_tail {name}"] = compiled_bytes(
+            fused_tail._kernel, signature, constants, num_warps=fused_tail.WARPS, **options
+        )
+    return found
+
+
 def norms() -> dict[str, list[int]]:
     """Returns the bytes of code of the norm's two passes."""
     found = {}
@@ -60,7 +79,7 @@ def norms() -> dict[str, list[int]]:
 
 
 def main() -> None:
-    print(json.dumps({**losses(), **updates(), **norms()}))
+    print(json.dumps({**losses(), **updates(), **tails(), **norms()}))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def compiled_bytes(kernel, signature: dict[str, str], constants: dict[str, object], **options: int) -> list[int]:
+def compiled_bytes(
+    kernel, signature: dict[str, str], constants: dict[str, object], capabilities=CAPABILITIES, **options: int
+) -> list[int]:
     """Returns the bytes of the machine code of a Triton kernel for each capability; needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -30,5 +32,5 @@ def compiled_bytes(kernel, signature: dict[str, str], constants: dict[str, objec
     source = ASTSource(
         fn=kernel, signature={**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
     )
-    targets = [GPUTarget("cuda", capability, 32) for capability in CAPABILITIES]
+    targets = [GPUTarget("cuda", capability, 32) for capability in capabilities]
     return [len(triton.compile(source, target=target, options=options).asm["cubin"]) for target in targets]
