@@ -128,7 +128,7 @@ Aspects = Annotated[Pair, AfterValidator(Within(1e-3, 1e3))]
 CropScale = Annotated[Pair, AfterValidator(Within(1e-4, 1.0))]
 CropRatio = Annotated[Pair, AfterValidator(Within(1e-2, 1e2))]
 Interpolation = Literal["bilinear", "bicubic"]
-AdamWCode = Literal["auto", "torch", "apex", "deepspeed"]
+AdamWCode = Literal["auto", "torch", "apex", "deepspeed", "fused_tail"]
 Kernels = Annotated[tuple[Literal["target_loss", "target_update"], ...], BeforeValidator(_names)]
 ImageSize = Annotated[
     tuple[int, int], BeforeValidator(_square), Note("pixels", "one number, or [height, width]"),
