@@ -48,10 +48,10 @@ class _Product(torch.autograd.Function):
 def _weight_gradient(gradient: Tensor, input: Tensor) -> Tensor:
     """Returns gradient^T @ input, (out, in) fp32, for bf16 tensors with a row per token.
 
-    On CUDA it is the product's own fp32 sum. PyTorch has no such product on the CPU, so there it is rounded to bf16, as
+    It is the product's own fp32 sum. PyTorch has no such product on the CPU; there the result is rounded to bf16, as
     under autocast.
     """
-    if gradient.device.type == "cuda":
+    if gradient.device.type != "cpu":
         return torch.mm(gradient.t(), input, out_dtype=torch.float32)
     return (gradient.t() @ input).float()
 

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK, BLOCK, WARPS = 16384, 1024, 4  # values per program, values at a time, warps
 COUNTED = 256  # weights that a program of the first launch counts
-# Columns of the table: value, exp_avg, exp_avg_sq, target, copy, target_copy, quantised, scales, step, then these.
-SIZE, LENGTH, GROUP, COLUMNS = (tl.constexpr(column) for column in (9, 10, 11, 12))
-RATES, FACTORS = tl.constexpr(8), tl.constexpr(8)  # numbers of a group, and of a weight
+# A row of the table has 12 columns: value, exp_avg, exp_avg_sq, target, copy, target_copy, quantised, scales, step, and
+# then the number of values (9), values of a chunk (10) and the group (11). A group and a weight have 8 numbers each.
 
 
 @triton.jit
@@ -34,9 +33,9 @@ def _count_kernel(tensors, rates, factors, flag, num, FLAG: tl.constexpr, BLOCK:
     """Counts the step of each weight, and writes the factors of its update, computed in fp64, as fp32."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < num
-    row = tensors + COLUMNS * index
+    row = tensors + 12 * index
     counter = tl.load(row + 8, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-    rate = rates + RATES * tl.load(row + GROUP, mask=inside, other=0)
+    rate = rates + 8 * tl.load(row + 11, mask=inside, other=0)
     step = tl.load(counter, mask=inside, other=0.0)
     if FLAG:
         step += tl.where(tl.load(flag) == 0.0, 1.0, 0.0)
@@ -48,7 +47,7 @@ def _count_kernel(tensors, rates, factors, flag, num, FLAG: tl.constexpr, BLOCK:
     wide = step.to(tl.float64)
     correction1 = 1.0 - tl.exp(wide * tl.load(rate + 4))
     correction2 = 1.0 - tl.exp(wide * tl.load(rate + 5))
-    factor = factors + FACTORS * index
+    factor = factors + 8 * index
     tl.store(factor, (1.0 - lr * weight_decay).to(tl.float32), mask=inside)
     tl.store(factor + 1, beta1.to(tl.float32), mask=inside)
     tl.store(factor + 2, (1.0 - beta1).to(tl.float32), mask=inside)
@@ -103,8 +102,8 @@ def _kernel(
         chunk = tl.program_id(0).to(tl.int64)
         index = tl.load(chunks + 2 * chunk)
         begin = tl.load(chunks + 2 * chunk + 1)
-        row = tensors + COLUMNS * index
-        length = tl.minimum(tl.load(row + LENGTH), tl.load(row + SIZE) - begin).to(tl.int32)
+        row = tensors + 12 * index
+        length = tl.minimum(tl.load(row + 10), tl.load(row + 9) - begin).to(tl.int32)
         value = tl.load(row).to(tl.pointer_type(tl.float32)) + begin
         gradient = tl.load(gradients + index).to(tl.pointer_type(tl.float32)) + begin
         exp_avg = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + begin
@@ -118,7 +117,7 @@ def _kernel(
             exp_avg, exp_avg_sq = tl.multiple_of(exp_avg, 16), tl.multiple_of(exp_avg_sq, 16)
             target, copy = tl.multiple_of(target, 16), tl.multiple_of(copy, 16)
             target_copy, length = tl.multiple_of(target_copy, 16), tl.multiple_of(length, 16)
-        factor = factors + FACTORS * index
+        factor = factors + 8 * index
         numbers = (
             tl.load(factor), tl.load(factor + 1), tl.load(factor + 2), tl.load(factor + 3),
             tl.load(factor + 4), tl.load(factor + 5), tl.load(factor + 6), tl.load(factor + 7),
@@ -140,7 +139,7 @@ def _kernel(
         if QUANTISED:
             if tl.load(row + 6) != 0:
                 quantised = tl.load(row + 6).to(tl.pointer_type(tl.float8e4nv)) + begin
-                scales = tl.load(row + 7).to(tl.pointer_type(tl.float32)) + begin // tl.load(row + LENGTH)
+                scales = tl.load(row + 7).to(tl.pointer_type(tl.float32)) + begin // tl.load(row + 10)
                 if ALIGNED:
                     quantised = tl.multiple_of(quantised, 16)
                 fp8_scale = tl.div_rn(tl.maximum(tl.max(largest, axis=0), 1e-12), 448.0)  # as quantise_rows
@@ -166,7 +165,7 @@ class Table(AddressTable):
         self.aligned = aligned([row[:7] for row in self.addresses]) and aligned(multiples)
         self.has_quantised = any(weight.quantised is not None for weight in weights)
         self.num_weights = len(weights)
-        self.factors = torch.empty(len(weights), FACTORS.value, device=weights[0].value.device)
+        self.factors = torch.empty(len(weights), 8, device=weights[0].value.device)
         self._gradients: tuple[list[tuple[int, ...]], Tensor] | None = None
 
     def gradients(self, weights: Sequence[Weight]) -> tuple[Tensor, bool]:
@@ -221,6 +220,6 @@ def _columns(weights: Sequence[Weight]) -> list[list[Tensor | None]]:
 
 
 def _numbers(rate: Rates) -> list[float]:
-    """Returns what the first launch reads of a group: RATES numbers, with the logarithms of both betas."""
+    """Returns what the first launch reads of a group: 8 numbers, with the logarithms of both betas."""
     logarithms = [math.log(beta) if beta else -math.inf for beta in rate.betas]
     return [rate.lr, rate.weight_decay, *rate.betas, *logarithms, rate.eps, 0.0]

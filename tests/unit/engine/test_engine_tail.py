@@ -136,8 +136,8 @@ def test_copies_are_the_rounded_weights_after_each_step(target_precision) -> Non
         for part in layers:
             assert torch.equal(part.weight_copy, part.weight.bfloat16())
             assert torch.equal(part.bias_copy, part.bias.bfloat16())
-        for (name, value), copy in zip(engine._replicated.values.items(), engine._replicated.copies, strict=True):
-            assert copy is None or torch.equal(copy, value.bfloat16()), name
+        for (name, value), rounded in zip(engine._replicated.values.items(), engine._replicated.copies, strict=True):
+            assert rounded is None or torch.equal(rounded, value.bfloat16()), name
     fresh = pretraining("fused_tail", precision="bf16", target_precision=target_precision)
     for mine, value in zip(fresh._replicated.shards, engine._replicated.shards, strict=True):
         mine.copy_(value)

@@ -55,16 +55,23 @@ def gradients_of(weights, step):
     generator = torch.Generator().manual_seed(1000 + step)
     scales = (1e-4, 1.0, 30.0)
     return [
-        weight._replace(gradient=scales[index % 3] * torch.randn(weight.value.shape, generator=generator))
+        weight._replace(gradient=(scales[index % 3] * torch.randn(weight.value.shape, generator=generator)).to(
+            weight.value.device
+        ))
         for index, weight in enumerate(weights)
-    ]
+    ]  # fmt: skip
 
 
-def clone(weights):
-    """Returns weights with memory of their own."""
+def clone(weights, device="cpu"):
+    """Returns weights with memory of their own on a device, as far from wide loads' alignment as they were."""
 
     def copied(part):
-        return tuple(map(copied, part)) if isinstance(part, tuple) else part.clone() if torch.is_tensor(part) else part
+        if isinstance(part, tuple):
+            return tuple(map(copied, part))
+        if not torch.is_tensor(part):
+            return part
+        shift = part.storage_offset()
+        return torch.empty(part.numel() + shift, dtype=part.dtype, device=device)[shift:].view(part.shape).copy_(part)
 
     return [Weight(*map(copied, weight)) for weight in weights]
 
@@ -103,14 +110,14 @@ class Chain:
         return [self.optimizer.state[leaf][name] for leaf in self.leaves]
 
 
-def compare(implementation, cases=WEIGHTS, scale=None, shift=0, steps=STEPS, bad=BAD):
+def compare(implementation, cases=WEIGHTS, scale=None, shift=0, steps=STEPS, bad=BAD, device="cpu"):
     """Returns the largest differences from the chain after `steps` steps, and whether stopped steps `moved` anything.
 
     Values, targets, scales and counters: absolute; they are at most 0.1 in size. Moments: in units of each one's
     largest value. Copies: in steps of their format.
     """
-    chain = Chain(clone(weights_of(cases, shift=shift)))
-    weights = weights_of(cases, shift=shift)
+    chain = Chain(clone(weights_of(cases, shift=shift), device))
+    weights = clone(weights_of(cases, shift=shift), device)
     held = any(weight.target is not None for weight in weights)
     table = prepare(weights) if implementation == "triton" else None
     moved = False
@@ -120,10 +127,11 @@ def compare(implementation, cases=WEIGHTS, scale=None, shift=0, steps=STEPS, bad
         chain.step([weight.gradient for weight in given], momentum, 1.0 if scale is None else scale, not stop)
         if stop:
             given = [weight._replace(gradient=torch.full_like(weight.gradient, torch.nan)) for weight in given]
-            before = clone(given)
+            before = clone(given, device)
         fused_tail(
-            given, RATES, momentum=momentum if held else None, stopped=torch.full((), 2.0 * stop) if bad else None,
-            gradient_scale=None if scale is None else torch.full((), scale), table=table,
+            given, RATES, momentum=momentum if held else None,
+            stopped=torch.full((), 2.0 * stop, device=device) if bad else None,
+            gradient_scale=None if scale is None else torch.full((), scale, device=device), table=table,
             implementation=implementation,
         )  # fmt: skip
         if stop:
