@@ -106,6 +106,11 @@ class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="na
     final_weight_decay: form.AtLeast0 = Field(0.4, description="Weight decay at the end.")
     clip_norm: form.Positive | None = Field(None, description="Largest norm of the gradient; null clips nothing.")
 
+    @property
+    def renews_copies(self) -> bool:
+        """Whether it renews bf16 copies of the weights as it moves them, so that no forward casts weights."""
+        return False
+
     def refusal(self, zero_stage: int) -> str | None:
         """Returns why it can't run under this stage of ZeRO, with the remedy; None where it can."""
         if zero_stage in self.zero_stages:
@@ -127,6 +132,11 @@ class AdamWConfig(OptimizerConfig):
     )
     betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: form.AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
+
+    @property
+    @override
+    def renews_copies(self) -> bool:
+        return self.impl == "fused_tail"
 
     @override
     def refusal(self, zero_stage: int) -> str | None:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from ijepa_scale.config import AdamWConfig, EngineConfig, OptimizerConfig
+from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.base import BaseEngine
 from ijepa_scale.engine.low_copies import renew, use_low_copies
@@ -39,8 +39,8 @@ class NativeEngine(BaseEngine):
 
     @override
     def _distribute(self, groups: GroupFunction) -> None:
-        fused = isinstance(self._optimizer_config, AdamWConfig) and self._optimizer_config.impl == "fused_tail"
-        low = fused and self._config.precision == "bf16" and self._sharding is None  # FSDP2 casts shards as it gathers
+        low = self._optimizer_config.renews_copies and self._config.precision == "bf16"
+        low = low and self._sharding is None  # FSDP2 gathers weights in bf16 already
         self._low_copies = use_low_copies(self.module) if low else {}
         compile_parts(self._config, self.module, self.target_module)
         self._wrap()
