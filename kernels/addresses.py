@@ -65,8 +65,8 @@ def addresses(columns: Sequence[Column]) -> list[tuple[int, ...]]:
 
 
 def aligned(rows: Sequence[Sequence[int]]) -> bool:
-    """Returns whether all of the addresses allow wide loads."""
-    return all(address % ALIGNMENT == 0 for row in rows for address in row)
+    """Returns whether all numbers, addresses or sizes, are multiples of a wide load."""
+    return all(number % ALIGNMENT == 0 for row in rows for number in row)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

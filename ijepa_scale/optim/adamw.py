@@ -74,11 +74,18 @@ class AdamW(OptimizerKind):
 def _fused_tail(groups: list[dict[str, Any]], config: AdamWConfig) -> FusedTailAdamW:
     """Returns our optimiser, after checking that its kernel runs on the parameters' device."""
     if FusedTailAdamW.implementation == "triton":
+        device = groups[0]["params"][0].device
         try:
-            check_device("fused_tail", groups[0]["params"][0].device, "eager")
-        except (ValueError, ImportError) as error:
+            check_device("fused_tail", device, "eager")
+        except ValueError as error:
             raise ConfigError(
-                f"optimizer.impl is fused_tail, which can't run here ({error}); set optimizer.impl=torch"
+                f"optimizer.impl is fused_tail but the device is {device}; its kernel needs CUDA: set "
+                "optimizer.impl=torch"
+            ) from error
+        except ImportError as error:
+            raise ConfigError(
+                f"optimizer.impl is fused_tail, which needs Triton ({error}); install triton, or set "
+                "optimizer.impl=torch"
             ) from error
     return FusedTailAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, new_state=AdamW.new_state)
 

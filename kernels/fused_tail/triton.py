@@ -161,7 +161,7 @@ class Table(AddressTable):
         lengths = [CHUNK if weight.quantised is None else weight.value.shape[1] for weight in weights]
         extra = [(length, weight.group) for length, weight in zip(lengths, weights, strict=True)]
         super().__init__("fused_tail", _columns(weights), lengths, extra)
-        multiples = [[weight.value.numel()] for weight in weights]
+        multiples = [(weight.value.numel(), length) for weight, length in zip(weights, lengths, strict=True)]
         self.aligned = aligned([row[:7] for row in self.addresses]) and aligned(multiples)
         self.has_quantised = any(weight.quantised is not None for weight in weights)
         self.num_weights = len(weights)

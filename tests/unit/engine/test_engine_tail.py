@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -224,7 +225,10 @@ def test_a_weight_without_a_gradient_is_refused() -> None:
 
 def test_it_is_refused_where_its_kernel_cannot_run(monkeypatch) -> None:
     monkeypatch.setattr(FusedTailAdamW, "implementation", "triton")
-    with pytest.raises(ConfigError, match=r"impl is fused_tail, which can't run here .*CUDA.*set optimizer.impl=torch"):
+    with pytest.raises(ConfigError, match="impl is fused_tail but the device is cpu; its kernel needs CUDA: set optim"):
+        pretraining("fused_tail")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match="impl is fused_tail, which needs Triton .*; install triton, or set optimiz"):
         pretraining("fused_tail")
 
 

@@ -39,7 +39,9 @@ def rules() -> dict[str, object]:
         fused_tail(gradients_of(expected, step), RATES, momentum=0.9, implementation="triton")
     fused_tail([], [], implementation="triton")
     same = all(bool((a.value == b.value).all()) for a, b in zip(weights, expected, strict=True))
-    return {"other": text, "without a table": same}
+    shapes = [[((16, 64), 0, "ct8")], [((16, 1001), 0, "ct8")], [((70,), 0, "c")], [((16, 64), 0, "ctb")]]
+    wide = [prepare(weights_of(case, shift=index // 3)).aligned for index, case in enumerate(shapes)]
+    return {"other": text, "without a table": same, "wide loads": wide}
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def test_fused_tail_equals_adamw_target_update_and_copies():
         assert max(off["copy"], off["target_copy"], off["quantised"]) <= 1, (name, off)
     assert found["rules"]["other"].startswith("the table was made for other tensors, or they have moved; call prepare")
     assert found["rules"]["without a table"]
+    assert found["rules"]["wide loads"] == [True, False, False, False]  # odd rows, an odd size, odd addresses
 
 
 def test_layer_norm_equals_the_reference(interpreted):
