@@ -9,8 +9,7 @@ from tests.unit.engine.test_engine_tail import pretraining, state, take
 
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32", "clip": 0.05, "late": True},
-    "bf16": {"precision": "bf16", "late": True},
-    "fp8": {"precision": "bf16", "target_precision": "fp8"},
+    "fp8": {"precision": "bf16", "target_precision": "fp8", "late": True},
 }
 STEPS = 3
 
