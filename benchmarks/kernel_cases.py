@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ijepa_kernels import crop_resize as crops
 from ijepa_kernels import fp8_linear as fp8
+from ijepa_kernels import fused_tail as tail
 from ijepa_kernels import target_loss as loss
 from ijepa_kernels import target_update as update
 from ijepa_kernels.attention import SequenceLayout, attention
@@ -202,9 +203,7 @@ def target_loss(at: Setting) -> Iterator[Case]:
 
 def target_update(at: Setting) -> Iterator[Case]:
     """Yields the update of a whole encoder, with bf16 copies and a flag that stays 0."""
-    width, mlp = at.sizes.width, at.sizes.mlp_width
-    block = [(3 * width, width), (3 * width,), (width, width), (width,), (mlp, width), (mlp,), (width, mlp), (width,)]
-    shapes = [*block, *[(width,)] * 4] * at.sizes.depth
+    shapes = encoder_shapes(at)
     target, source = ([at.random(*shape, dtype=torch.float32) for shape in shapes] for _ in range(2))
     copies, flag = [x.bfloat16() for x in target], torch.zeros((), device=at.device)
     tensors, momentum = sum(x.numel() for x in target), 0.996
@@ -233,6 +232,53 @@ def target_update(at: Setting) -> Iterator[Case]:
     )
 
 
+def fused_tail(at: Setting) -> Iterator[Case]:
+    """Yields the tail of a step of a whole encoder: AdamW, target, bf16 copies of both, and a flag that stays 0."""
+    shapes = encoder_shapes(at)
+    value, gradient, target = ([at.random(*shape, dtype=torch.float32) for shape in shapes] for _ in range(3))
+    weights = [
+        tail.Weight(
+            old, slope, torch.zeros_like(old), torch.zeros_like(old), torch.zeros((), device=at.device),
+            copy=old.bfloat16(), target=behind, target_copy=behind.bfloat16(),
+        )
+        for old, slope, behind in zip(value, gradient, target, strict=True)
+    ]  # fmt: skip
+    rates, flag = [tail.Rates(1e-4, 0.04)], torch.zeros((), device=at.device)
+    options: dict[str, Any] = {"momentum": 0.996, "stopped": flag}
+    table = tail.prepare(weights) if at.device.type == "cuda" else None
+
+    def written_out(weights: list[tail.Weight]) -> None:
+        for weight in weights:
+            old, g, m, v, step, _, copy, behind, behind_copy, _ = weight
+            assert copy is not None and behind is not None and behind_copy is not None
+            step_now = step + 1.0
+            m_now, v_now = torch.lerp(m, g, 0.1), 0.999 * v + 0.001 * g * g
+            root = (1.0 - 0.999**step_now).sqrt()
+            moved = old * (1.0 - 4e-6) - 1e-4 / (1.0 - 0.9**step_now) * m_now / (v_now.sqrt() / root + 1e-8)
+            follows = torch.lerp(behind, moved, 1.0 - 0.996)
+            pairs = ((old, moved), (m, m_now), (v, v_now), (step, step_now), (behind, follows))
+            for state, new in pairs:
+                state.copy_(torch.where(flag == 0, new, state))
+            copy.copy_(old)
+            behind_copy.copy_(behind)
+
+    each = len(weights) // at.sizes.depth
+    blocks = [weights[first : first + each] for first in range(0, len(weights), each)]
+    block = compiled(written_out)  # one graph for all blocks: one of the whole encoder would compile for long
+    values = sum(x.numel() for x in value)
+    yield triton_case(
+        "fused_tail",
+        f"{len(shapes)} tensors, {values / 1e6:.0f} M values",
+        {
+            "eager": lambda: tail.fused_tail(weights, rates, **options),
+            "compiled": lambda: [block(part) for part in blocks],
+            "triton": lambda: tail.fused_tail(weights, rates, table=table, implementation="triton", **options),
+        },
+        tail.cost(values, copy=True, target="bf16"),
+        at,
+    )
+
+
 def fp8_linear(at: Setting) -> Iterator[Case]:
     """Yields the two layers of an MLP in fp8, eager and compiled together with quantisation, and in bf16."""
     for inputs, outputs in ((at.sizes.width, at.sizes.mlp_width), (at.sizes.mlp_width, at.sizes.width)):
@@ -257,6 +303,13 @@ def fp8_linear(at: Setting) -> Iterator[Case]:
         yield Case(kernel="fp8_linear", shape=shape, ways=ways, ours="ours", cost=cost, missing=missing, fp8=True)
 
 
+def encoder_shapes(at: Setting) -> list[tuple[int, ...]]:
+    """Returns the shapes of the weights of an encoder's blocks."""
+    width, mlp = at.sizes.width, at.sizes.mlp_width
+    block = [(3 * width, width), (3 * width,), (width, width), (width,), (mlp, width), (mlp,), (width, mlp), (width,)]
+    return [*block, *[(width,)] * 4] * at.sizes.depth
+
+
 def triton_case(kernel: str, shape: str, ways: dict[str, Work], cost: dict[str, float], at: Setting) -> Case:
     """Returns the case of a kernel that we implement in Triton; without a CUDA device, Triton is listed as missing."""
     missing = {} if at.device.type == "cuda" else {"triton": NEEDS_CUDA}
@@ -275,5 +328,6 @@ KERNELS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "crop_resize": crop_resize,
     "target_loss": target_loss,
     "target_update": target_update,
+    "fused_tail": fused_tail,
     "fp8_linear": fp8_linear,
 }

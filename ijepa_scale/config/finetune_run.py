@@ -62,7 +62,9 @@ class ClassifierConfig(Section, at="model"):
 class FinetuneOptimizerConfig(Section, at="optimizer"):
     """AdamW with a learning rate that falls from the head to the patches, its warm-up and cosine."""
 
-    impl: form.AdamWCode = Field("auto", description="Implementation; auto is PyTorch's fused kernel.")
+    impl: form.AdamWCode = Field(
+        "auto", description="Implementation; auto is PyTorch's fused kernel, fused_tail moves the average too, on CUDA."
+    )
     base_lr: form.AtLeast0 | None = Field(None, description="Rate of 256 images; 1e-3 where lr is null.")
     lr: form.AtLeast0 | None = Field(None, description="Absolute learning rate, instead of base_lr.")
     min_lr: form.AtLeast0 = Field(1e-6, description="Absolute rate that the cosine ends at, before layer-wise scaling.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from ijepa_scale.config import form
 from ijepa_scale.config.data import AugmentConfig, DataConfig, Reader
@@ -105,6 +106,11 @@ class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="na
     final_weight_decay: form.AtLeast0 = Field(0.4, description="Weight decay at the end.")
     clip_norm: form.Positive | None = Field(None, description="Largest norm of the gradient; null clips nothing.")
 
+    @property
+    def renews_copies(self) -> bool:
+        """Whether it renews bf16 copies of the weights as it moves them, so that no forward casts weights."""
+        return False
+
     def refusal(self, zero_stage: int) -> str | None:
         """Returns why it can't run under this stage of ZeRO, with the remedy; None where it can."""
         if zero_stage in self.zero_stages:
@@ -121,9 +127,26 @@ class AdamWConfig(OptimizerConfig):
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
-    impl: form.AdamWCode = Field("auto", description="Implementation; auto is PyTorch's fused kernel.")
+    impl: form.AdamWCode = Field(
+        "auto", description="Implementation; auto is PyTorch's fused kernel, fused_tail moves the target too, on CUDA."
+    )
     betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: form.AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
+
+    @property
+    @override
+    def renews_copies(self) -> bool:
+        return self.impl == "fused_tail"
+
+    @override
+    def refusal(self, zero_stage: int) -> str | None:
+        if self.impl == "fused_tail":
+            return (
+                f"optimizer.impl is fused_tail but the ZeRO stage is {zero_stage}: ZeRO steps flat slices of many "
+                "weights and then gathers them, so target and copies can't move in the same pass; set "
+                "optimizer.impl=torch, or engine.strategy=fsdp2 or ddp"
+            )
+        return super().refusal(zero_stage)
 
 
 class ScheduleConfig(Section, at="schedule"):
@@ -156,6 +179,9 @@ class EngineConfig(Section, at="engine"):
         None,
         description="Precision of the target's forward; null: that of `precision`. fp8: Hopper or later, compiled.",
     )
+    fp8_fast_accumulation: bool = Field(
+        False, description="Sum fp8 products with fewer bits, on CUDA: faster and less exact."
+    )
     accumulation: form.Count = Field(1, description="Micro-batches of an optimiser step.")
     checkpointing: Literal["none", "full", "selective"] = Field(
         "none", description="Recompute activations: none, all, or all but matrix products."
@@ -183,6 +209,8 @@ class EngineConfig(Section, at="engine"):
         strategy, precision = self.strategy, self.precision
         if self.target_precision == "fp8" and precision != "bf16":
             yield f"target_precision is fp8 but precision is {precision}; set precision=bf16 too"
+        if self.fp8_fast_accumulation and self.target_precision != "fp8":
+            yield "fp8_fast_accumulation is true but target_precision is null; set target_precision=fp8, or it to false"
         if strategy == "deepspeed" and self.ds_config is None:
             yield "strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json"
         if strategy not in ("auto", "deepspeed") and self.ds_config is not None:

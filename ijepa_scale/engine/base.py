@@ -74,7 +74,8 @@ class BaseEngine(Engine):
             self.target_module = target.to(self.world.device).requires_grad_(False).eval()
             if self._sharding is None:
                 precision = self._config.target_precision or self._config.precision
-                self._replicated = ReplicatedTarget(target, precision=precision)
+                fast = self._config.fp8_fast_accumulation
+                self._replicated = ReplicatedTarget(target, precision=precision, fast_accumulation=fast)
         self._target_callable: Any = target_forward(
             self._config, target, self.world.device, sharded=self._sharding is not None
         )

@@ -16,10 +16,13 @@ from typing_extensions import override
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.base import BaseEngine
+from ijepa_scale.engine.low_copies import renew, use_low_copies
 from ijepa_scale.engine.parallelize import blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
+from ijepa_scale.engine.tail import FusedTail
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.optim.fused_tail import FusedTailAdamW
 from ijepa_scale.optim.groups import GroupFunction, set_hyper
 from ijepa_scale.optim.kind import build_optimizer, check_states, optimizer_kind
 from ijepa_scale.schedules import Hyper
@@ -36,12 +39,20 @@ class NativeEngine(BaseEngine):
 
     @override
     def _distribute(self, groups: GroupFunction) -> None:
+        low = self._optimizer_config.renews_copies and self._config.precision == "bf16"
+        low = low and self._sharding is None  # FSDP2 gathers weights in bf16 already
+        self._low_copies = use_low_copies(self.module) if low else {}
         compile_parts(self._config, self.module, self.target_module)
         self._wrap()
         self.optimizer = build_optimizer(
             self.module, self._optimizer_config, groups=groups, strategy=self._config.strategy
         )
         self._shards = ([], []) if self.target_module is None else super()._local_shards()
+        self._tail: FusedTail | None = None
+        self._moves_later = False  # between `step` and `update_target`, if the tail is to move weights and target
+        if isinstance(self.optimizer, FusedTailAdamW):
+            followed = [] if self.target_module is None else list(self._followed.parameters())
+            self._tail = FusedTail(self.optimizer, self._low_copies, followed, self._shards, self._replicated)
 
     def _wrap(self) -> None:
         self._callable: Any = self.module
@@ -73,19 +84,40 @@ class NativeEngine(BaseEngine):
 
     @override
     def step(self, hyper: Hyper, step: int) -> StepInfo:
+        assert not self._moves_later, "update_target must follow each step"
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss = self._watch.take()
         stopped = self._watch.check(step, loss, norm)
-        if self._optimizer_config.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._optimizer_config.clip_norm, norm, foreach=True)
+        self._clip(parameters, norm)
         set_hyper(self.optimizer.param_groups, hyper)
         if stopped is not None:
             self.optimizer.found_inf = stopped  # type: ignore[attr-defined]  # stops fused kernels
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._moves_later = self._tail is not None and self.target_module is not None
+        if not self._moves_later:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(loss=loss, grad_norm=norm, stopped=stopped)
+
+    def _clip(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
+        """Clips the gradients, whose norm is `norm`, or leaves it to the tail."""
+        largest = self._optimizer_config.clip_norm
+        if largest is None:
+            return
+        if isinstance(self.optimizer, FusedTailAdamW):
+            self.optimizer.gradient_scale = (largest / (norm + 1e-6)).clamp(max=1.0)  # as PyTorch's clipping
+        else:
+            nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
+
+    @override
+    def update_target(self, momentum: float, info: StepInfo) -> None:
+        if self._tail is None or not self._moves_later:
+            super().update_target(momentum, info)
+            return
+        self._tail.move(momentum, info.stopped)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._moves_later = False
 
     @override
     def _local_shards(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -93,6 +125,7 @@ class NativeEngine(BaseEngine):
 
     @override
     def _trained_pieces(self, name: str, parameter: Any) -> Iterator[Piece]:
+        assert not self._moves_later, "the state can't be saved between step and update_target"
         yield self._piece(f"model.{name}", parameter)
         state = self.optimizer.state[parameter]
         if not state:  # before the first step: create it, so that loading has memory to write to
@@ -104,6 +137,7 @@ class NativeEngine(BaseEngine):
     @override
     def loaded(self, optimizer_step: int) -> None:
         self._kind.set_step(self.optimizer, optimizer_step)
+        renew(self._low_copies)
         if self._replicated:
             self._replicated.loaded()
 

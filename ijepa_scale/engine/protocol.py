@@ -107,7 +107,7 @@ class Engine(Protocol):
 
         On a GPU the host learns of a bad step later: nothing changes from the bad step on, and the next step or
         `settle` raises. A group's learning rate is `hyper.lr` times its `lr_scale`. Weight decay applies only to groups
-        that decay.
+        that decay. If there is a target, `update_target` must follow: an engine may move weights and target together.
 
         Raises:
             NonFiniteError: a loss or the gradient norm is NaN or infinite on some process.

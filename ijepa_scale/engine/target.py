@@ -8,6 +8,7 @@ fp32 values, since in bf16 it would vanish.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,10 @@ LEAST_COSINE = 0.999  # between fp8 and bf16 features, mean over the tokens
 class ReplicatedTarget:
     """A frozen module on this process's device, its fp32 values by name, and their bf16 or fp8 copies."""
 
-    def __init__(self, module: nn.Module, *, precision: str) -> None:
+    def __init__(self, module: nn.Module, *, precision: str, fast_accumulation: bool = False) -> None:
         """Changes `module`, which is on its device, to compute in `precision`: fp32, bf16 or fp8.
+
+        `fast_accumulation` makes fp8 products on CUDA faster and less exact; see `ijepa_kernels.fp8_linear`.
 
         Raises:
             ValueError: `precision` is fp8, and the device or the widths don't support fp8 products.
@@ -37,6 +40,7 @@ class ReplicatedTarget:
         self.values = {name: parameter.detach() for name, parameter in module.named_parameters()}
         self._copies: dict[str, Tensor] = {}
         self._quantised: dict[str, Fp8Linear] = {}
+        self._fast_accumulation = fast_accumulation
         if precision in ("bf16", "fp8"):
             self._round(fp8=precision == "fp8")
 
@@ -54,7 +58,7 @@ class ReplicatedTarget:
                 self._copies[f"{prefix}.{name}"] = parameter.detach()
             if fp8 and part in inside:
                 outer, _, child = prefix.rpartition(".")
-                quantised = Fp8Linear(part)
+                quantised = Fp8Linear(part, fast_accumulation=self._fast_accumulation)
                 setattr(self.module.get_submodule(outer), child, quantised)
                 self._quantised[f"{prefix}.weight"] = quantised
 
@@ -68,10 +72,17 @@ class ReplicatedTarget:
         """The bf16 copies of `shards`, which the target's update must renew; None for values without a copy."""
         return [self._copies.get(name) for name in self.values]
 
-    def updated(self) -> None:
-        """Renews the fp8 copies. Call after the fp32 values and the bf16 copies were updated."""
-        for name, part in self._quantised.items():
-            part.refresh(self.values[name])
+    @property
+    def quantised(self) -> list[tuple[Tensor, Tensor] | None]:
+        """The fp8 copies of `shards` with their scales; None for values without one."""
+        parts = [self._quantised.get(name) for name in self.values]
+        return [None if part is None else (part.weight, part.weight_scale) for part in parts]
+
+    def updated(self, only: Collection[int] | None = None) -> None:
+        """Renews the fp8 copies, or those of `only` these shards. Call after values and bf16 copies were updated."""
+        for index, name in enumerate(self.values):
+            if name in self._quantised and (only is None or index in only):
+                self._quantised[name].refresh(self.values[name])
 
     def loaded(self) -> None:
         """Renews all copies. Call after the fp32 values were loaded."""

@@ -19,8 +19,10 @@ class Fp8Linear(nn.Module):
     weight: Tensor
     weight_scale: Tensor
 
-    def __init__(self, source: Linear) -> None:
+    def __init__(self, source: Linear, *, fast_accumulation: bool = False) -> None:
+        """`fast_accumulation` makes the product on CUDA faster and less exact; see `ijepa_kernels.fp8_linear`."""
         super().__init__()
+        self.fast_accumulation = fast_accumulation
         self.bias = source.bias
         self.register_buffer("weight", torch.empty_like(source.weight, dtype=torch.float8_e4m3fn), persistent=False)
         scale = torch.empty(len(source.weight), 1, device=source.weight.device)
@@ -36,13 +38,16 @@ class Fp8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the projection along the last dimension, bf16."""
-        return fp8_linear(input, self.weight, self.weight_scale, self.bias)
+        return self._product(input, self.weight, self.weight_scale, self.bias)
 
     def rows(self, input: Tensor, start: int, stop: int) -> Tensor:
         """Returns only the outputs [start, stop) of `forward`."""
         # Not a slice: for a sliced bias, Inductor (torch 2.11) fails with an assertion, and it removes a `clone`.
         bias = self.bias.index_select(0, torch.arange(start, stop, device=self.bias.device))
-        return fp8_linear(input, self.weight[start:stop], self.weight_scale[start:stop], bias)
+        return self._product(input, self.weight[start:stop], self.weight_scale[start:stop], bias)
+
+    def _product(self, *tensors: Tensor) -> Tensor:
+        return fp8_linear(*tensors, fast_accumulation=self.fast_accumulation)
 
 
 def cosine(features: Tensor, expected: Tensor) -> tuple[float, float]:

@@ -28,7 +28,7 @@ USABLE_SHARE = 0.92
 class Footprint:
     """Bytes of one process on its device. `peak` isn't the sum: activations are freed while gradients grow."""
 
-    weights: float
+    weights: float  # with their bf16 copies, if the optimiser keeps them
     gradients: float
     optimizer: float
     target: float  # with its bf16 copies, if the engine keeps them
@@ -78,17 +78,18 @@ def footprint(
         device=device,
     )
     copies = target_copy_bytes(model, spread)
+    weights = held.weights + weight_copy_bytes(model, spread)
     moving = buffers(model, spread)
     gradients = held.gradients + moving.gradients
     lasting = spread.strategy == "ddp" or spread.accumulation > 1 or spread.stage == 3
     graph = work.target_work + _image_bytes(model, tokens) if cuda_graphs and spread.target_replicated else 0.0
-    base = held.weights + held.optimizer + held.target + copies + moving.permanent + graph
+    base = weights + held.optimizer + held.target + copies + moving.permanent + graph
     predictor = counts.predictor / counts.trainable
     moments = _moments(work, moving, gradients=gradients, lasting=lasting, predictor=predictor)
     moments["input"] = (gradients if lasting else 0.0) + 2 * _image_bytes(model, tokens)  # augmented
     moment = max(moments, key=lambda name: moments[name])
     return Footprint(
-        weights=held.weights,
+        weights=weights,
         gradients=gradients,
         optimizer=held.optimizer,
         target=held.target + copies,
@@ -107,8 +108,22 @@ def target_copy_bytes(model: ModelConfig, spread: Spread) -> float:
     if spread.precision != "bf16" or not spread.target_replicated:
         return 0.0
     sizes = resolve(model)
-    norms = 2 * sizes.width * (2 * sizes.depth + 1)  # norms stay fp32
-    return BF16_BYTES * (count_parameters(model).target - norms)
+    return BF16_BYTES * (count_parameters(model).target - _norm_weights(sizes.width, sizes.depth))
+
+
+def weight_copy_bytes(model: ModelConfig, spread: Spread) -> float:
+    """Returns the bytes of the bf16 copies of the trained weights that last from step to step."""
+    if not spread.lasting_copies:
+        return 0.0
+    sizes = resolve(model)
+    alone = _norm_weights(sizes.width, sizes.depth) + sizes.predictor_width  # the mask token has no copy either
+    alone += _norm_weights(sizes.predictor_width, sizes.predictor_depth)
+    return BF16_BYTES * (count_parameters(model).trainable - alone)
+
+
+def _norm_weights(width: int, depth: int) -> int:
+    """Returns the number of weights in a network's norms, which stay fp32."""
+    return 2 * width * (2 * depth + 1)
 
 
 @functools.lru_cache(maxsize=256)

@@ -194,6 +194,7 @@ def _spread(
         communication=engine.zero_communication,
         accumulation=engine.accumulation,
         optimizer_states=optimizer.state_names,
+        renews_copies=optimizer.renews_copies,
         zero=zero if engine.strategy == "deepspeed" else ZeroBuckets(),
     )
 
@@ -211,7 +212,7 @@ def _alternatives(
     for reshard in (False, True):
         for groups in replicas:
             yield dataclasses.replace(base, strategy="fsdp2", replicas=groups, reshard_after_forward=reshard)
-    for stage in optimizer.zero_stages:
+    for stage in (stage for stage in optimizer.zero_stages if optimizer.refusal(stage) is None):
         yield dataclasses.replace(base, strategy=f"zero{stage}", communication=engine.zero_communication)
 
 

@@ -50,6 +50,7 @@ class Spread:
     communication: str = "fp32"  # zero with bf16 precision: the dtype of gathers and reductions
     accumulation: int = 1
     optimizer_states: tuple[str, ...] = AdamWConfig.state_names  # fp32, one of each for each weight
+    renews_copies: bool = False  # the optimiser does, of the weights; see `OptimizerConfig.renews_copies`
     zero: ZeroBuckets = field(default_factory=ZeroBuckets)
 
     def __post_init__(self) -> None:
@@ -87,7 +88,12 @@ class Spread:
     @property
     def autocast_copies(self) -> bool:
         """Whether autocast makes bf16 copies of fp32 weights; it needn't under FSDP2, which gathers them in bf16."""
-        return self.precision == "bf16" and self.strategy != "fsdp2"
+        return self.precision == "bf16" and self.strategy != "fsdp2" and not self.renews_copies
+
+    @property
+    def lasting_copies(self) -> bool:
+        """Whether the trained weights have bf16 copies that last from step to step."""
+        return self.precision == "bf16" and self.strategy != "fsdp2" and self.renews_copies
 
     @property
     def label(self) -> str:

@@ -1,30 +1,34 @@
 """The target's update of all tensors in one launch, which writes the bf16 copies in the same pass.
 
-The grid covers chunks of all tensors, one after another. Two tables on the device, made once for a list of tensors,
-locate the chunks: one holds the addresses and size of each tensor, the other (tensor, first value) of each chunk.
+`ijepa_kernels.addresses` makes the tables that locate the tensors and their chunks.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_kernels.choice import check_device
+from ijepa_kernels.addresses import AddressTable, aligned
 
 CHUNK, BLOCK = 16384, 2048  # values per program, and values at a time
-_ALIGNMENT = 16  # bytes that a thread loads at once if all addresses are multiples of it
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor] | None]
+
+
+@triton.jit
+def moved_towards(old, new, weight):
+    """Returns old + weight * (new - old), computed from the nearer end, as `torch.lerp` does."""
+    difference = new - old
+    return tl.where(weight < 0.5, old + weight * difference, new - (1.0 - weight) * difference)
 
 
 @triton.jit
 def _move(target, source, copy, offsets, inside, weight, moving, COPIES: tl.constexpr, FLAG: tl.constexpr):
     """Moves the values at `offsets`; `inside` is their mask, or None."""
     old = tl.load(target + offsets, mask=inside)
-    new = tl.load(source + offsets, mask=inside)
-    difference = new - old
-    moved = tl.where(weight < 0.5, old + weight * difference, new - (1.0 - weight) * difference)
+    moved = moved_towards(old, tl.load(source + offsets, mask=inside), weight)
     if FLAG:
         moved = tl.where(moving, moved, old)
     tl.store(target + offsets, moved, mask=inside)
@@ -58,31 +62,21 @@ def _kernel(
             _move(target, source, copy, offsets, offsets < left, weight, moving, COPIES, FLAG)
 
 
-class Table:
+class Table(AddressTable):
     """The addresses of an update's tensors and the chunks that the grid covers, both on the device."""
 
     def __init__(self, target: list[Tensor], source: list[Tensor], copies: list[Tensor] | None) -> None:
-        device = target[0].device
-        check_device("target_update", device, "eager")
-        self.addresses = _addresses((target, source, copies))
-        sizes = [x.numel() for x in target]
-        chunks = [(index, begin) for index, size in enumerate(sizes) for begin in range(0, size, CHUNK)]
-        rows = torch.tensor([(*row, size) for row, size in zip(self.addresses, sizes, strict=True)], dtype=torch.int64)
-        self.aligned = not bool((rows[:, :3] % _ALIGNMENT).any())
-        self.has_copies = copies is not None
-        self.num_chunks = len(chunks)
-        self.tensors = _to_device(rows, device)
-        self.chunks = _to_device(torch.tensor(chunks, dtype=torch.int64).reshape(-1, 2), device)
+        super().__init__("target_update", _columns((target, source, copies)), [CHUNK] * len(target))
+        self.aligned, self.has_copies = aligned(self.addresses), copies is not None
 
 
 def target_update(table: Table, lists: Lists, momentum: float, found_nonfinite: Tensor | None) -> None:
     """Runs the kernel over the table's tensors, which have been checked.
 
     Raises:
-        ValueError: the table belongs to other tensors: the kernel would write to memory that isn't theirs.
+        ValueError: the table belongs to other tensors.
     """
-    if _addresses(lists) != table.addresses:
-        raise ValueError("the table was made for other tensors, or they have moved; call prepare again with these")
+    table.check(_columns(lists))
     if not table.num_chunks:
         return
     _kernel[(table.num_chunks,)](
@@ -92,12 +86,6 @@ def target_update(table: Table, lists: Lists, momentum: float, found_nonfinite: 
     )  # fmt: skip
 
 
-def _addresses(lists: Lists) -> list[tuple[int, int, int]]:
-    """Returns (target, source, copy) addresses of each tensor; the last is 0 if there are no copies."""
-    columns = [[0] * len(lists[0]) if tensors is None else [x.data_ptr() for x in tensors] for tensors in lists]
-    return list(zip(*columns, strict=True))
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on `device`; copies through pinned memory on CUDA, so that nothing waits."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _columns(lists: Lists) -> tuple[Sequence[Tensor | None], ...]:
+    target, source, copies = lists
+    return target, source, [None] * len(target) if copies is None else copies

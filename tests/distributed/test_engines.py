@@ -175,13 +175,15 @@ def test_packed_and_ragged_masks_under_engines(name: str, masks: dict) -> None:
     assert worst(found, expected, "target.") <= 1e-6
 
 
-def spoiled_step(world: World, engine: dict, accumulation: int, late: bool = False) -> tuple[str, bool]:
+def spoiled_step(
+    world: World, engine: dict, accumulation: int, late: bool = False, impl: str = "auto"
+) -> tuple[str, bool]:
     """Returns the error that a NaN in one process's images raised, and whether any state changed.
 
     `late` stops the step on the device, as on a GPU: the next step raises, although it is good.
     """
     settings = EngineConfig(**engine, precision="fp32", accumulation=accumulation)
-    built, step = make(world, settings, AdamWConfig(), masks_config())
+    built, step = make(world, settings, AdamWConfig(impl=impl), masks_config())
     if late:
         built._watch = FiniteWatch(world, late=True)  # type: ignore[attr-defined]
     for index in range(2):

@@ -34,10 +34,13 @@ SCHEDULE = FinetuneSchedule(
 )
 
 
-def curve(world: World, engine: dict, frozen: int = 0, steps: int = STEPS, resume: str | None = None) -> dict[str, Any]:
+def curve(
+    world: World, engine: dict, frozen: int = 0, steps: int = STEPS, resume: str | None = None, impl: str = "auto"
+) -> dict[str, Any]:
     """Returns global losses, gradient norms and the state of a finetuning that resumes from `resume`, if given."""
     module = build_classifier(MODEL.replace(frozen_blocks=frozen), seed=1)
-    built = build_engine(world, EngineConfig(**{"precision": "fp32", **engine}), OPTIMIZER.adamw(BATCH))
+    settings = EngineConfig(**{"precision": "fp32", **engine})
+    built = build_engine(world, settings, OPTIMIZER.adamw(BATCH).replace(impl=impl))
     built.prepare(module, groups=functools.partial(layer_decay_groups, layer_decay=OPTIMIZER.layer_decay))
     first = 0
     if resume is not None and (found := newest(resume)) is not None:

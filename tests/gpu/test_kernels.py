@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_kernels.fp8_linear import CAPABILITY, fp8_linear, quantise_rows
+from ijepa_kernels.fused_tail import fused_tail
+from ijepa_kernels.fused_tail import prepare as prepare_tail
 from ijepa_kernels.target_loss import target_loss
 from ijepa_kernels.target_update import prepare, target_update
 from tests.unit.kernels.test_fp8_linear import layer
+from tests.unit.kernels.test_fused_tail import LIMITS, RATES, WEIGHTS, check, clone, compare, gradients_of, weights_of
 from tests.unit.kernels.test_target_loss import inputs as loss_inputs
 from tests.unit.kernels.test_target_update import lists, ulps
 
@@ -70,6 +73,21 @@ def test_target_update(momentum, flag, implementation):
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(copies, target, strict=True))
 
 
+def tail_cases() -> list[tuple]:
+    """Returns the weights of the CPU's tests and wide ones; without fp8 copies where Triton has no fp8."""
+    cases = [*WEIGHTS, ((64, 5120), 0, "ct8"), ((1280, 588), 1, "ctb"), ((300, 1280), 2, "c")]
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        return [(shape, group, has.replace("8", "")) for shape, group, has in cases]
+    return cases
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_fused_tail_equals_adamw_target_update_and_copies_over_fifty_steps(scale, shift):
+    cases = [case for case in tail_cases() if not shift or "8" not in case[2]]
+    check(compare("triton", cases, scale=scale, shift=shift, device="cuda"), LIMITS["reference"])
+
+
 @pytest.mark.parametrize("rows", [(300,), (2, 7), (1,), (0,)])
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
@@ -92,6 +110,8 @@ def test_nothing_synchronises():
     loss_given, x = on_gpu(*loss_inputs(64, 32, 256)), torch.ones(64, 256, device="cuda")
     target, source, copies = (on_gpu(*x) for x in lists([(256, 256)]))
     table, flag = prepare(target, source, copies), torch.zeros((), device="cuda")
+    weights = clone(gradients_of(weights_of(tail_cases()), 0), "cuda")
+    tail_table = prepare_tail(weights)
 
     def everything() -> None:
         target_loss(*loss_given, implementation="triton").backward()
@@ -99,6 +119,8 @@ def test_nothing_synchronises():
         target_update(target, source, 0.9, table=table, implementation="triton", **options)
         target_update(target, source, 0.9, implementation="triton", **options)
         target_update(target, source, 0.9, implementation="eager", **options)
+        tail = {"momentum": 0.9, "stopped": flag, "gradient_scale": flag, "implementation": "triton"}
+        fused_tail(weights, RATES, table=tail_table, **tail)
         if torch.cuda.get_device_capability() >= CAPABILITY:
             fp8_linear(x, *quantise_rows(target[0].detach()))
 

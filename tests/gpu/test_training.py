@@ -21,9 +21,9 @@ def world(kind: str) -> World:
     return World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(kind))
 
 
-def losses(kind: str, **engine: object) -> list[float]:
+def losses(kind: str, impl: str = "auto", **engine: object) -> list[float]:
     settings = EngineConfig(**{"strategy": "plain", "precision": "fp32", "compile": False, **engine})
-    _, step = make(world(kind), settings, AdamWConfig(), masks_config())
+    _, step = make(world(kind), settings, AdamWConfig(impl=impl), masks_config())
     return [float(step(part(index, world(kind))).loss) for index in range(STEPS)]
 
 
@@ -47,11 +47,20 @@ def test_bf16_is_close_to_fp32(change: dict) -> None:
     assert found[-1] < 0.7 * found[0]
 
 
-def steps_without_waiting(world: World, engine: dict, masks: dict) -> list[float]:
+@pytest.mark.parametrize(
+    "change", [{}, {"compile": True}, {"checkpointing": "selective"}, {"target_precision": "fp8"}], ids=str
+)
+def test_the_fused_tail_trains_the_same(change: dict) -> None:
+    found, expected = losses("cuda:0", impl="fused_tail"), losses("cuda:0")
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-4
+    found = losses("cuda:0", impl="fused_tail", precision="bf16", **change)
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-2
+
+
+def steps_without_waiting(world: World, engine: dict, masks: dict, impl: str = "auto") -> list[float]:
     """Returns the losses of steps that fail if anything makes the host wait."""
-    _, step = make(
-        world, EngineConfig(**{"compile": False, **engine}, precision="bf16"), AdamWConfig(), masks_config(**masks)
-    )
+    settings = EngineConfig(**{"compile": False, **engine}, precision="bf16")
+    _, step = make(world, settings, AdamWConfig(impl=impl), masks_config(**masks))
     batches = [part(index, world).to(world.device) for index in range(6)]
     found = [step(batch).loss for batch in batches[:3]]  # compiles kernels, and creates optimiser states
     torch.cuda.set_sync_debug_mode("error")
@@ -76,11 +85,19 @@ def test_the_step_does_not_synchronise(strategy: str, change: dict, context: str
 
 
 @pytest.mark.parametrize("strategy", ["plain", "ddp", "fsdp2"])
-def test_a_bad_step_stops_on_the_device(strategy: str) -> None:
+def test_the_fused_tail_does_not_synchronise(strategy: str) -> None:
+    engine = {"strategy": strategy, **({} if strategy == "fsdp2" else {"target_precision": "fp8"})}
+    found = run(steps_without_waiting, 1, engine, {}, "fused_tail", device="cuda:0")[0]
+    assert all(0 < loss < 1 for loss in found)
+
+
+@pytest.mark.parametrize("impl", ["auto", "fused_tail"])
+@pytest.mark.parametrize("strategy", ["plain", "ddp", "fsdp2"])
+def test_a_bad_step_stops_on_the_device(strategy: str, impl: str) -> None:
     from tests.distributed.test_engines import spoiled_step
 
     for late in (False, True):
-        message, moved = run(spoiled_step, 1, {"strategy": strategy}, 1, late, device="cuda:0")[0]
+        message, moved = run(spoiled_step, 1, {"strategy": strategy}, 1, late, impl, device="cuda:0")[0]
         assert "step 2: process 0 has loss nan" in message and not moved
 
 

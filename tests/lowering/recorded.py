@@ -18,10 +18,10 @@ CAPABILITIES = ("80", "90")  # A100; H100 and H200
 AGAIN = "if that is meant, record it: python -m tests.lowering.recorded"
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, module: str = "tests.lowering.child") -> subprocess.Popen[str]:
     """Returns the child process with these arguments, running."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.lowering.child", *arguments], cwd=ROOT, text=True,
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -61,6 +61,7 @@ def traffic(program: dict[str, Any]) -> float:
 
 if __name__ == "__main__":
     programs = measured()
+    programs["own kernels"] = result(start(module="tests.unit.kernels.compile_kernels"))
     FILE.write_text(json.dumps(programs, indent=1) + "\n")
     for name, program in programs["90"].items():
         print(f"{name}: {traffic(program):.1f} bytes per token and channel, {len(program['calls'])} calls")

@@ -10,6 +10,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from ijepa_scale.config import BlockMaskConfig, ModelConfig
+from ijepa_scale.engine.low_copies import use_low_copies
 from ijepa_scale.engine.parallelize import checkpoint_blocks, compile_blocks, set_compile_limits
 from ijepa_scale.engine.target import ReplicatedTarget
 from ijepa_scale.masks import MaskSampler
@@ -52,12 +53,21 @@ class Traced:
         return {role: roles.count(role) for role in dict.fromkeys(roles)}
 
 
-def trace(gpu: Gpu, masks: str, *, precision: str = "bf16", checkpointing: str = "none", steps: int = 5) -> Traced:
+def trace(
+    gpu: Gpu,
+    masks: str,
+    *,
+    precision: str = "bf16",
+    copies: bool = False,
+    checkpointing: str = "none",
+    steps: int = 5,
+) -> Traced:
     """Runs the forward of target, context and predictor for the masks of some steps, without computing anything.
 
     Args:
         masks: dense or packed.
         precision: the target's, bf16 or fp8.
+        copies: whether context and predictor compute with bf16 copies of their weights, as with the fused tail.
         checkpointing: none, selective or full.
         steps: number of batches; their masks, and so their lengths, differ.
     """
@@ -73,6 +83,8 @@ def trace(gpu: Gpu, masks: str, *, precision: str = "bf16", checkpointing: str =
         for part in (jepa, target):
             place(part, "cuda")
         ReplicatedTarget(target, precision=precision)
+        if copies:
+            use_low_copies(jepa)
         checkpoint_blocks(jepa, checkpointing)
         for part in (jepa, target):
             compile_blocks(part, backend=found.compiler)  # type: ignore[arg-type]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
+from ijepa_kernels.fp8_linear import fp8_linear
 from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.target import ReplicatedTarget, check_fp8
 from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.models import build_target
+from ijepa_scale.models import build_target, fp8
 from ijepa_scale.models.fp8 import Fp8Linear
 from tests.unit.models.packing_by_hand import images_of, random_masks, small_jepa
 
@@ -95,6 +97,27 @@ def test_inexact_fp8_features_are_refused(caplog) -> None:
         ConfigError, match=r"too low \(mean 0\.\d+, minimum .*\); expected a mean of at least 0.999; set engine.target"
     ):
         check_fp8(target, images_of(4), WORLD)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_fast_accumulation_reaches_every_fp8_product_and_the_comparison(fast, monkeypatch) -> None:
+    found: list[bool] = []
+
+    def recorded(*given, fast_accumulation):
+        found.append(fast_accumulation)
+        return fp8_linear(*given, fast_accumulation=fast_accumulation)
+
+    monkeypatch.setattr(fp8, "fp8_linear", recorded)
+    config = EngineConfig(strategy="plain", target_precision="fp8", fp8_fast_accumulation=fast)
+    engine: Any = build_engine(WORLD, config, AdamWConfig())
+    jepa = small_jepa(shake=0.02)
+    engine.prepare(jepa, build_target(jepa))
+    engine.target(images_of(2))
+    assert found == [fast] * 4 * 2  # each block's
+    engine.check_fp8(images_of(2))
+    assert found == [fast] * 4 * 2 * 2
+    with pytest.raises(ConfigError, match="fp8_fast_accumulation is true but target_precision is null; set target_pre"):
+        EngineConfig(fp8_fast_accumulation=True)
 
 
 def test_triton_kernels_are_refused_on_the_cpu() -> None:

@@ -23,6 +23,7 @@ from ijepa_scale.masks import MaskSampler
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.models.registry import build_jepa, build_target
 from ijepa_scale.objectives.protocol import build_objective
+from ijepa_scale.optim.fused_tail import FusedTailAdamW
 from ijepa_scale.optim.lars import LarsConfig
 from ijepa_scale.schedules import Hyper
 from ijepa_scale.train.step import TrainStep
@@ -97,9 +98,17 @@ def a_step(late: bool, optimizer=None, **engine) -> tuple[TrainStep, Batch]:
 
 @pytest.mark.parametrize(
     "engine",
-    [{}, {"accumulation": 2}, {"checkpointing": "full"}, {"target_precision": "fp8"}, {"optimizer": LarsConfig()}],
+    [
+        {},
+        {"accumulation": 2},
+        {"checkpointing": "full"},
+        {"target_precision": "fp8"},
+        {"optimizer": LarsConfig()},
+        {"optimizer": AdamWConfig(impl="fused_tail", clip_norm=1.0), "target_precision": "fp8"},
+    ],
 )
-def test_a_step_does_not_wait_for_the_device(engine) -> None:
+def test_a_step_does_not_wait_for_the_device(engine, monkeypatch) -> None:
+    monkeypatch.setattr(FusedTailAdamW, "implementation", "eager")
     step, batch = a_step(late=True, **engine)
     step(batch)  # creates the optimiser's states, and draws the masks of the next step
     with NoWaiting():

@@ -21,14 +21,16 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def compiled_bytes(kernel, signature: dict[str, str], constants: dict[str, object], **options: int) -> list[int]:
-    """Returns the bytes of the machine code of a Triton kernel for each capability; needs no GPU."""
-    import triton
+def compiled(
+    kernel, signature: dict[str, str], constants: dict[str, object], capabilities=CAPABILITIES, **options: int
+) -> dict[str, list[int]]:
+    """Returns registers, spilled bytes and shared bytes of a Triton kernel by capability; needs no GPU."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    source = ASTSource(
-        fn=kernel, signature={**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
-    )
-    targets = [GPUTarget("cuda", capability, 32) for capability in CAPABILITIES]
-    return [len(triton.compile(source, target=target, options=options).asm["cubin"]) for target in targets]
+    from tests.lowering.cubins import usage
+
+    typed = {**signature, **dict.fromkeys(constants, "constexpr")}
+    return {
+        str(capability): list(usage(kernel, typed, constants, None, GPUTarget("cuda", capability, 32), options))
+        for capability in capabilities
+    }

@@ -1,4 +1,4 @@
-"""The Triton kernel: against the reference under the interpreter, and compiled for GPUs that aren't there."""
+"""The Triton kernel: against the reference under the interpreter, and the variants that its warm-up compiles."""
 
 import json
 
@@ -12,21 +12,7 @@ from ijepa_scale.config import AugmentConfig
 from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.decode import _cut_drawn, longest_sides
-from tests.unit.kernels.kernel_harness import CAPABILITIES, run
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from ijepa_kernels.crop_resize.triton import _kernel
-constants = {{"TAPS": 8, "CUBIC": {cubic}, "TILE": 32, "ROWS": 16}}
-factors = [f"{{kind}}_{{colour}}" for kind in ("scale", "shift") for colour in "rgb"]
-signature = {{"pixels": "*u8", "crops": "*i64", "out": "{kind}", "out_height": "i32", "out_width": "i32",
-             **dict.fromkeys(factors, "fp32"), **dict.fromkeys(constants, "constexpr")}}
-source = ASTSource(fn=_kernel, signature=signature, constexprs=constants)
-compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options={{"num_warps": 4}})
-print(len(compiled.asm["cubin"]))
-"""
+from tests.unit.kernels.kernel_harness import run
 
 
 def a_batch(count):
@@ -43,13 +29,6 @@ def test_the_kernel_equals_the_reference_under_the_interpreter():
         # sums in another order tip ties of the rounding, which small whole ratios make common
         assert off["levels"] <= 1 and off["share"] < 0.01, (name, off)
         assert off["normalised"] < 1e-6, (name, off)
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_kernel_compiles(capability, tmp_path):
-    for kind, cubic in (("*bf16", False), ("*fp32", True), ("*u8", False)):
-        text = COMPILE.format(capability=capability, kind=kind, cubic=cubic)
-        assert int(run("-c", text, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1]) > 1000
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

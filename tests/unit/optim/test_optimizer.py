@@ -70,7 +70,7 @@ def test_optimizers_are_found_by_name_with_their_section() -> None:
 
 
 def test_which_implementations_a_flag_on_the_device_stops() -> None:
-    assert AdamW.stopped_on_device(AdamWConfig(impl="torch"))
+    assert all(AdamW.stopped_on_device(AdamWConfig(impl=impl)) for impl in ("auto", "torch", "fused_tail"))
     assert not any(AdamW.stopped_on_device(AdamWConfig(impl=impl)) for impl in ("apex", "deepspeed"))
 
 

@@ -186,6 +186,16 @@ def test_a_plan_holds_the_published_figures() -> None:
     assert giant.num_images == IMAGENET_22K and giant.steps == 44 * (IMAGENET_22K // 2048)
 
 
+def test_a_plan_with_the_fused_tail_names_no_zero_and_counts_copies_of_weights() -> None:
+    config, cluster = published(), Cluster(A100, 8)
+    fused = config.replace(optimizer=config.optimizer.replace(impl="fused_tail"))
+    plain, found = (
+        {each.spread.strategy: each.footprint for each in plan(one, cluster).strategies} for one in (config, fused)
+    )
+    assert plain.keys() - found.keys() == {"zero1", "zero2", "zero3"} and "ddp" in found
+    assert found["ddp"].weights > plain["ddp"].weights and found["fsdp2"].weights == plain["fsdp2"].weights
+
+
 def test_a_plan_names_only_what_the_optimizer_can_run_under() -> None:
     config, cluster = published(), Cluster(A100, 8)
     lars = config.replace(optimizer=LarsConfig())

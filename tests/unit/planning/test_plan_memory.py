@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, ModelConfig, RegressionConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
+from ijepa_scale.engine.low_copies import use_low_copies
 from ijepa_scale.engine.parallelize import _KEPT_OPERATIONS, checkpoint_blocks
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
@@ -23,7 +24,14 @@ from ijepa_scale.objectives.regression import Regression
 from ijepa_scale.objectives.targets import normalise_targets, select_targets
 from ijepa_scale.planning.activations import activations
 from ijepa_scale.planning.devices import find_device
-from ijepa_scale.planning.footprint import footprint, largest_micro_batch, target_copy_bytes, usable_bytes, usual_tokens
+from ijepa_scale.planning.footprint import (
+    footprint,
+    largest_micro_batch,
+    target_copy_bytes,
+    usable_bytes,
+    usual_tokens,
+    weight_copy_bytes,
+)
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.planning.tokens import draw_masks, mean_tokens, micro_batches
 from ijepa_scale.train.step import TrainStep
@@ -107,6 +115,18 @@ def test_fsdp2_makes_no_bf16_copies_of_weights() -> None:
     without = activations(MODEL, step.tokens, casts=False)
     blocks = 4 * 12 * 96**2 + 3 * 12 * 48**2 + 2 * 96 * 48
     assert copies.kept - without.kept == 2 * blocks == copies.kept_casts and without.weight_casts == 0
+
+
+def test_the_fused_tails_copies_of_weights_last_and_replace_autocasts() -> None:
+    tokens = Step("truncate", "bf16", "none").tokens
+    held = sum(2 * value.numel() for value in use_low_copies(build_jepa(MODEL, seed=0)).values())
+    ddp, fused = (Spread(strategy="ddp", world=2, renews_copies=renews) for renews in (False, True))
+    assert weight_copy_bytes(MODEL, ddp) == 0 and weight_copy_bytes(MODEL, fused) == held
+    plain, more = (footprint(MODEL, tokens, spread) for spread in (ddp, fused))
+    assert more.weights - plain.weights == held
+    assert plain.activations - more.activations == activations(MODEL, tokens).kept_casts
+    sharded = Spread(strategy="fsdp2", world=2, renews_copies=True)
+    assert weight_copy_bytes(MODEL, sharded) == 0 == activations(MODEL, tokens, casts=fused.autocast_copies).kept_casts
 
 
 def test_selective_checkpointing_keeps_varlen_attention_as_it_keeps_the_runs() -> None:
