@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ijepa_scale.config import EngineConfig
-from ijepa_scale.engine.world import choose_device
-from ijepa_scale.environment import Launch
+import torch
+
 from ijepa_scale.errors import UserError
 from ijepa_scale.evaluate.predictions import ImageClassifier
 
@@ -24,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu or cuda:N (default: a GPU if there is one)")
     options = parser.parse_args(arguments)
     try:
-        device = choose_device(EngineConfig(), Launch(), options.device)
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         predictor = ImageClassifier(options.model, device)
         for path in options.images:
             (guesses,) = predictor(predictor.load(path)[None], top=max(1, options.top))
