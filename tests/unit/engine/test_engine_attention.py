@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
+from ijepa_kernels.attention import SequenceLayout
 from ijepa_kernels.attention.backend import BACKENDS
 from ijepa_scale.config import EngineConfig, ModelConfig, schema
 from ijepa_scale.engine import attention as engine_attention
@@ -56,6 +57,17 @@ def test_the_kernels_are_set_returned_and_logged(networks, caplog, name, kernel)
     assert f"{kernel} for predictor (3 heads of head_dim 8" in caplog.text
     assert "packed sequences: one dense call for each run of equal lengths" in caplog.text
     assert {kernels_of(network) for network in networks} == {(None if name == "auto" else name,)}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["flash", "math"])
+def test_the_layers_run_in_their_kernel(networks, name, packed):
+    use_attention(EngineConfig(attention=name, precision="fp32"), *networks, WORLD)
+    encoder, layout = networks[0].encoder, SequenceLayout.of((4, 3))
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        encoder.blocks[0](torch.zeros(7, 48), layout) if packed else encoder.blocks[0](torch.zeros(1, 7, 48))
+    ran = {event.key for event in profile.key_averages()}
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in ran) == (name == "flash")
 
 
 def test_each_network_has_its_own_kernel(networks, monkeypatch, caplog):

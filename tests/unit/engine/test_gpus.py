@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ijepa_scale import environment
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine import world
 from ijepa_scale.engine.gpus import gpu_in_machine, why_unusable
@@ -79,6 +80,16 @@ def test_a_build_for_cpus_is_the_reason(with_gpu: None, monkeypatch: pytest.Monk
         choose_device(EngineConfig(), ALONE)
     with pytest.raises(ConfigError, match="process 0 needs cuda:0 but torch .* is built for CPUs only"):
         choose_device(EngineConfig(device="cuda"), ALONE)
+
+
+def test_the_allocator_is_set_up_before_a_gpu_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(environment, "export_allocator", lambda: done.append("allocator"))
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    chosen = choose_device(EngineConfig(), Launch(local_rank=1))
+    assert done == ["allocator", chosen] and chosen == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("value", ["", " ", "-1"])
