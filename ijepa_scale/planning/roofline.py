@@ -62,7 +62,10 @@ def estimate_mfu(
     full checkpointing repeats isn't part of the estimate.
     """
     sizes, counts = resolve(model), count_parameters(model)
-    moved = micro_batch_bytes(sizes, tokens, counts, compiled=compiled, fp8=fp8, checkpointing=checkpointing)
+    casts = not spread.lasting_copies
+    moved = micro_batch_bytes(
+        sizes, tokens, counts, compiled=compiled, fp8=fp8, casts=casts, checkpointing=checkpointing
+    )
     moved += update_bytes(counts, spread) / spread.accumulation
     found = []
     for end in (0, 1):

@@ -30,8 +30,10 @@ LAST_BLOCK = {"forward": (6.0, 42.0), "backward": (22.5, 78.0)}  # of all tokens
 CASTS = BlockTraffic(forward=6.0, backward=6.0)  # per trained parameter: bf16 copies, and their gradients to fp32
 OUTSIDE = {False: 124.0, True: 155.0}  # outside blocks, per patch and channel of whole images; by `Tokens.packed`
 # Per parameter, once a step: AdamW reads four fp32 numbers and writes three, and the norm reads the gradients. The
-# target's update reads two and writes one, and renews its bf16 copies.
+# target's update reads two and writes one, and renews its bf16 copies. In one pass weights are read once, and those of
+# the context are rounded too.
 OPTIMIZER, TARGET = 32.0, 18.0
+FUSED_OPTIMIZER, FUSED_TARGET = 34.0, 10.0
 
 
 def micro_batch_bytes(
@@ -41,11 +43,13 @@ def micro_batch_bytes(
     *,
     compiled: bool,
     fp8: bool,
+    casts: bool,
     checkpointing: str,
 ) -> float:
     """Returns the bytes of forward and backward of one micro-batch in bf16.
 
-    Selective checkpointing repeats the forward's. What full checkpointing repeats isn't counted.
+    With `casts` the trained weights are cast in each micro-batch. Selective checkpointing repeats the forward's
+    bytes. What full checkpointing repeats isn't counted.
     """
     traffic = COMPILED if compiled else EAGER
     again = traffic.forward if checkpointing == "selective" else 0.0
@@ -58,7 +62,7 @@ def micro_batch_bytes(
     share = tokens.predicted / tokens.predictor
     last = scale * (_last("forward", share) + _last("backward", share))
     found += tokens.predictor * sizes.predictor_width * (trained * (sizes.predictor_depth - 1) + last)
-    found += (CASTS.forward + CASTS.backward) * counts.trainable
+    found += (CASTS.forward + CASTS.backward) * counts.trainable * casts
     return found + OUTSIDE[tokens.packed] * target
 
 
@@ -66,7 +70,8 @@ def update_bytes(counts: ParameterCounts, spread: Spread) -> float:
     """Returns the bytes of optimiser and target update on one process, once a step."""
     shards = spread.shards if spread.strategy == "fsdp2" or spread.stage else 1
     held = 1 if spread.target_replicated else spread.shards
-    return OPTIMIZER * counts.trainable / shards + TARGET * counts.target / held
+    optimizer, target = (FUSED_OPTIMIZER, FUSED_TARGET) if spread.renews_copies else (OPTIMIZER, TARGET)
+    return optimizer * counts.trainable / shards + target * counts.target / held
 
 
 def _last(direction: str, share: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ TRACED = [
     ("packed", "fp8", "none"), ("packed", "bf16", "selective"), ("packed", "bf16", "full"),
 ]  # fmt: skip
 # The target's blocks don't depend on the masks, and the others not on the target's precision.
-LOWERED = {
-    "dense": ("bf16", ("target", "context", "predictor")),
-    "packed": ("bf16", ("context", "predictor")),
-    "fp8": ("fp8", ("target",)),
+LOWERED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "dense": ({}, ("target", "context", "predictor")),
+    "packed": ({"masks": "packed"}, ("context", "predictor")),
+    "copies": ({"copies": True}, ("context", "predictor")),  # with the fused tail
+    "fp8": ({"precision": "fp8"}, ("target",)),
 }
 
 
@@ -45,19 +46,18 @@ def graphs() -> list[dict[str, Any]]:
     return found
 
 
-def lowered(capability: int, cases: Mapping[str, tuple[str, tuple[str, ...]]] = LOWERED) -> dict[str, Any]:
+def lowered(capability: int, names: Sequence[str] = (*LOWERED,), roles: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the calls and the kernels' usage of the programs, by "masks role block pass"."""
     gpu = Gpu(capability)
     found: dict[str, Any] = {}
-    for case, (precision, roles) in cases.items():
-        if case != "dense" and capability < 89:  # no fp8 products; packed blocks have the kernels of dense ones
-            continue
-        traced = trace(gpu, "packed" if case == "packed" else "dense", precision=precision, steps=2)
+    for case in names:
+        options, all_roles = LOWERED[case]
+        traced = trace(gpu, **{"masks": "dense", **options}, steps=2)
         seen: set[str] = set()
         for graph in traced.graphs:
             block = "last block" if graph.role in seen else "block"
             seen.add(graph.role)
-            if graph.role in roles:
+            if graph.role in (roles or all_roles):
                 for name, program in lower(graph, gpu).items():
                     found[f"{case} {graph.role} {block} {name}"] = _shown(program)
     return found
@@ -90,9 +90,11 @@ def main() -> None:
     what, *rest = sys.argv[1:]
     if len(rest) > 1:
         layers.Mlp.forward = SPOILS[rest[1]]  # type: ignore[method-assign]
-        found: Any = lowered(int(rest[0]), {"dense": ("bf16", ("context",))})
+        found: Any = lowered(int(rest[0]), ["dense"], ["context"])
+    elif rest:  # sm_80 has no fp8 products, and its other blocks have the kernels of the dense ones
+        found = lowered(int(rest[0]), ["dense"] if rest[0] == "80" else (*LOWERED,))
     else:
-        found = {"graphs": graphs, "eager": counted}[what]() if not rest else lowered(int(rest[0]))
+        found = {"graphs": graphs, "eager": counted}[what]()
     print(json.dumps(found))
 
 

@@ -52,6 +52,7 @@ def test_what_makes_a_step_slower_lowers_the_estimate() -> None:
     assert sum(mfu("h200", "engine={strategy: ddp, target_precision: fp8}")) > sum(mfu("h200", "engine.strategy=ddp"))
     assert sum(mfu("h200", "engine.strategy=fsdp2")) > sum(mfu("h200", "engine.strategy=ddp"))  # each updates a share
     assert sum(mfu("h200", "engine.accumulation=4")) < compiled  # shorter products cast the same weights
+    assert sum(mfu("h200", "optimizer.impl=fused_tail")) > compiled  # fewer casts, and one pass over the weights
     assert sum(mfu("h100")) < compiled  # less bandwidth, the same peak
 
 
