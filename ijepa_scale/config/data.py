@@ -20,6 +20,8 @@ def _known_reader(name: str) -> str:
     return name
 
 
+WITHOUT_MEMBERS = ("imagefolder", "synthetic")  # readers whose samples are one image each
+
 Reader = Annotated[str, AfterValidator(_known_reader)]
 
 
@@ -40,6 +42,18 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     synthetic_samples: form.Images = Field(
         1_281_167, description="Size of the synthetic set; by default ImageNet-1K's."
     )
+    image_member: form.Member | None = Field(
+        None, description="Shards: the image to read of samples with several, by its suffix, like jpg or rgb.png."
+    )
+    label_member: form.Member | None = Field(
+        None, description="Shards: the label to read of samples with several, like cls or coarse.cls."
+    )
+    exif: form.Exif = Field(
+        "ignore", description="Whether images are turned as their EXIF says; torchvision and the recipe ignore it."
+    )
+    decode_scaling: form.DecodeScaling = Field(
+        "none", description="Dct: JPEG crops over twice the image size are decoded at 1/2, 1/4 or 1/8, not exactly."
+    )
     max_bad_fraction: form.Fraction = Field(0.001, description="Share of bad samples above which training stops.")
 
     def _problems(self) -> Iterator[str]:
@@ -48,6 +62,9 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
                 f"batch_size is {self.batch_size} and batch_size_per_process {self.batch_size_per_process}; "
                 "give exactly one of them"
             )
+        for name, member in (("image_member", self.image_member), ("label_member", self.label_member)):
+            if member is not None and self.reader in WITHOUT_MEMBERS:
+                yield f"{name} is {member}, but reader {self.reader} has no samples of several members; set it to null"
 
 
 class CropConfig(Section, at="augment"):

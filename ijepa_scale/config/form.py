@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator
 from types import NoneType, UnionType
@@ -111,6 +112,18 @@ def _square(size: Any) -> Any:
     return (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
 
 
+def member_suffix(text: str) -> str:
+    """Returns a suffix of tar members, like jpg or coarse.cls, in lower case and without a dot in front.
+
+    Raises:
+        ValueError: it is no suffix.
+    """
+    suffix = text.strip().lower().removeprefix(".")
+    if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", suffix):
+        raise ValueError(f"{text!r} is no suffix of a member; give what follows the first dot, like jpg or coarse.cls")
+    return suffix
+
+
 def _names(given: Any) -> Any:
     return () if given is None else (given,) if isinstance(given, str) else given
 
@@ -131,6 +144,9 @@ Aspects = Annotated[Pair, AfterValidator(Within(1e-3, 1e3))]
 CropScale = Annotated[Pair, AfterValidator(Within(1e-4, 1.0))]
 CropRatio = Annotated[Pair, AfterValidator(Within(1e-2, 1e2))]
 Interpolation = Literal["bilinear", "bicubic"]
+Member = Annotated[str, AfterValidator(member_suffix)]
+Exif = Literal["ignore", "apply"]
+DecodeScaling = Literal["none", "dct"]
 AdamWCode = Literal["auto", "torch", "apex", "deepspeed", "fused_tail"]
 Switch = Annotated[Literal["auto"] | bool, Note("", "auto, true or false")]
 Kernels = Annotated[tuple[Literal["target_loss", "target_update"], ...], BeforeValidator(_names)]

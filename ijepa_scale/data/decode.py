@@ -1,34 +1,30 @@
 """Decodes the bytes of one image to the RGB crop that training uses. Knows nothing of files or tensors.
 
-The crop is chosen from the header, so a JPEG that is needed at half the resolution is decoded at half the cost. EXIF
-orientation is ignored, as in torchvision.
+The crop is chosen from the header, so no more rows of a JPEG are decoded than it needs.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import struct
-import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ijepa_scale.errors import SampleError
+from ijepa_scale.config.form import DecodeScaling, Exif, Interpolation
+from ijepa_scale.data.pil_decode import check_pixels, decode_with_pil, orientation_of, turn
 
-MAX_PIXELS = 1 << 26  # 67 million, 200 MB when decoded; below the size at which PIL warns of decompression bombs
 CROP_TRIES = 10
 CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform random numbers needed for one sample's crop
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 _JPEG_MAGIC = b"\xff\xd8\xff"
-_REDUCTIONS = (8, 4, 2)
+_SCALES = (8, 4, 2)  # only these divisors of a JPEG's size make decoding cheaper
 _MCU_ROWS = 16  # the most rows that a JPEG codes together, in any subsampling that the fast decoder reads
 _BYTES_FOLLOW = re.compile(r"extraneous bytes before marker 0xd[0-9a]")
-# the errors that PIL's decoders raise on damaged bytes
-_FAILURES = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -59,20 +55,30 @@ def choose_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def decode(data: bytes | np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class PixelRules:
+    """How encoded images become pixels."""
+
+    exif: Exif = "ignore"  # whether images are turned as their EXIF orientation says
+    decode_scaling: DecodeScaling = "none"  # whether large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size
+
+
+def decode(data: bytes | np.ndarray, exif: Exif = "ignore") -> np.ndarray:
     """Returns the whole image, (H, W, 3) uint8.
 
     Raises:
-        SampleError: not an image, damaged, or larger than `MAX_PIXELS`.
+        SampleError: not an image, damaged, larger than `MAX_PIXELS`, or with pixels of unknown range.
     """
     if isinstance(data, np.ndarray):
         return data
     size = _jpeg_size(data)
     if size is None:
-        return np.asarray(_open(data))
-    _check_pixels(*size)
+        return decode_with_pil(data, exif)
+    check_pixels(*size)
     pixels = _decode_jpeg(data, size, 1)
-    return np.asarray(_open(data)) if pixels is None else pixels
+    if pixels is None:
+        return decode_with_pil(data, exif)
+    return turn(pixels, orientation_of(data)) if exif == "apply" else pixels
 
 
 def decode_crop(
@@ -82,34 +88,46 @@ def decode_crop(
     *,
     scale: tuple[float, float],
     ratio: tuple[float, float],
+    interpolation: Interpolation = "bilinear",
+    rules: PixelRules | None = None,
 ) -> np.ndarray:
     """Returns the drawn crop of an image, (h, w, 3) uint8, still to be resized to `output` (height, width).
 
-    A crop that is at least 2, 4, 8 ... times as large as the output in both directions is returned reduced by that
-    power of two: a JPEG by decoding fewer DCT frequencies, other formats by averaging. Its edges are rounded to the
-    coarser pixels. So the output's sides limit the crop's sides, however large the image is.
+    A crop that is at least twice as large as the output in both directions is returned resized to it, by PIL with
+    `interpolation`. So the output's sides limit the crop's sides, however large the image is.
+
+    With `decode_scaling` dct such a crop of a JPEG is decoded with fewer frequencies, at the smallest of 1/2, 1/4 and
+    1/8 of its size that is not smaller than the output; its edges are then rounded to the coarser pixels.
 
     Raises:
-        SampleError: not an image, damaged, or larger than `MAX_PIXELS`.
+        SampleError: not an image, damaged, larger than `MAX_PIXELS`, or with pixels of unknown range.
     """
-    if isinstance(data, np.ndarray):
-        return _cut_drawn(data, draws, output, scale, ratio)
-    size = _jpeg_size(data)
-    if size is not None:
-        _check_pixels(*size)
-        box = choose_box(*size, draws, scale, ratio)
-        factor = _reduction(box, output)
-        decoded_by = next((step for step in _REDUCTIONS if step <= factor), 1)
-        coarse = _coarse(box, size, factor)
-        pixels = _decode_jpeg(data, size, decoded_by, rows=(coarse[0] + coarse[2]) * factor)
-        if pixels is not None:
-            return _cut(pixels, coarse, factor // decoded_by)
-    return _cut_drawn(np.asarray(_open(data)), draws, output, scale, ratio)
+    rules = rules or PixelRules()
+    pixels = None
+    if not isinstance(data, np.ndarray):
+        size = _jpeg_size(data)
+        if size is not None:
+            check_pixels(*size)
+            orientation = orientation_of(data) if rules.exif == "apply" else 1
+            seen = size[::-1] if orientation > 4 else size  # height and width after turning
+            box = choose_box(*seen, draws, scale, ratio)
+            room = _room(box[2:], output) if rules.decode_scaling == "dct" else 1
+            step = next((step for step in _SCALES if step <= room), 1)
+            coarse = _coarse(box, seen, step)
+            rows = (coarse[0] + coarse[2]) * step if orientation == 1 else None
+            pixels = _decode_jpeg(data, size, step, rows)
+            if pixels is not None:
+                return _fit(_cut(turn(pixels, orientation), coarse), output, interpolation)
+        pixels = decode_with_pil(data, rules.exif)
+    else:
+        pixels = data
+    box = choose_box(pixels.shape[0], pixels.shape[1], draws, scale, ratio)
+    return _fit(_cut(pixels, box), output, interpolation)
 
 
 def largest_crop(output: tuple[int, int], ratio: tuple[float, float]) -> int:
     """Returns the largest number of pixels that `decode_crop` returns for an `output` (height, width)."""
-    height, width = (2 * side + 1 for side in output)  # the longest sides that aren't halved once more
+    height, width = (2 * side + 1 for side in output)  # longer sides are resized if the other one is as long
     longest = _longest_sides(output, ratio)
     return math.ceil(max(height * longest[1], width * longest[0]))
 
@@ -121,44 +139,35 @@ def longest_sides(output: tuple[int, int], ratio: tuple[float, float]) -> tuple[
 
 
 def _longest_sides(output: tuple[int, int], ratio: tuple[float, float]) -> tuple[float, float]:
-    """Returns bounds of the height and the width of crops whose other side isn't halved once more."""
-    # a crop's sides are rounded to whole pixels, by half a pixel at most, and again when it is reduced
+    """Returns bounds of the height and the width of crops whose other side isn't twice the output's."""
+    # a crop's sides are rounded to whole pixels, by half a pixel at most, and again when it is scaled
     return (2 * output[1] + 2) / ratio[0] + 2, ratio[1] * (2 * output[0] + 2) + 2
 
 
-def _cut_drawn(
-    pixels: np.ndarray,
-    draws: Sequence[float],
-    output: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> np.ndarray:
-    """Returns the drawn crop of decoded pixels."""
-    size = (pixels.shape[0], pixels.shape[1])
-    box = choose_box(*size, draws, scale, ratio)
-    factor = _reduction(box, output)
-    return _cut(pixels, _coarse(box, size, factor), factor)
+def _room(size: tuple[int, int], output: tuple[int, int]) -> int:
+    """Returns the largest whole number by which a crop can be reduced and still be as large as the output."""
+    return min(size[0] // output[0], size[1] // output[1])
 
 
-def _reduction(box: Box, output: tuple[int, int]) -> int:
-    """Returns the largest power of two by which the crop can be reduced and still be as large as the output."""
-    room = min(box[2] // output[0], box[3] // output[1])
-    return 1 << (room.bit_length() - 1) if room > 1 else 1
-
-
-def _coarse(box: Box, size: tuple[int, int], factor: int) -> Box:
-    """Returns `box` in units of factor x factor pixels, its edges rounded to whole blocks inside the image."""
-    h, w = (max(1, round(side / factor)) for side in box[2:])
-    top = min(-(-size[0] // factor) - h, round(box[0] / factor))
-    left = min(-(-size[1] // factor) - w, round(box[1] / factor))
+def _coarse(box: Box, size: tuple[int, int], step: int) -> Box:
+    """Returns `box` in units of step x step pixels, its edges rounded to whole blocks inside the image."""
+    h, w = (max(1, round(side / step)) for side in box[2:])
+    top = min(-(-size[0] // step) - h, round(box[0] / step))
+    left = min(-(-size[1] // step) - w, round(box[1] / step))
     return top, left, h, w
 
 
-def _cut(pixels: np.ndarray, box: Box, factor: int) -> np.ndarray:
-    """Returns the crop `box`, given in blocks of factor x factor pixels, with each block averaged to one pixel."""
-    top, left, h, w = (number * factor for number in box)
-    crop = pixels[top : top + h, left : left + w]
-    return np.asarray(Image.fromarray(crop).reduce(factor)) if factor > 1 else crop
+def _cut(pixels: np.ndarray, box: Box) -> np.ndarray:
+    top, left, h, w = box
+    return pixels[top : top + h, left : left + w]
+
+
+def _fit(crop: np.ndarray, output: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
+    """Returns the crop, resized to the output if it is at least twice as large in both directions."""
+    if _room(crop.shape[:2], output) < 2:
+        return crop
+    image = Image.fromarray(np.ascontiguousarray(crop))
+    return np.asarray(image.resize((output[1], output[0]), _FILTERS[interpolation]))
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -220,27 +229,3 @@ def _height_offset(data: bytes) -> int | None:
             return None
         offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return None
-
-
-def _open(data: bytes) -> Image.Image:
-    """Returns the image as PIL decodes it, in RGB; checks its size first."""
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        _check_pixels(image.height, image.width)
-        image.load()
-        if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits: PIL's own conversion would clip
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    except SampleError:
-        raise
-    except UnidentifiedImageError:
-        message = f"not an image of a known format ({', '.join(_FORMATS)}); replace or drop it"
-        raise SampleError(message, "not decodable") from None
-    except (*_FAILURES, Image.DecompressionBombError) as error:
-        message = f"not a decodable image ({type(error).__name__}: {error}); replace or drop it"
-        raise SampleError(message, "not decodable") from None
-
-
-def _check_pixels(height: int, width: int) -> None:
-    if not 0 < height * width <= MAX_PIXELS:
-        raise SampleError(f"image of {width} x {height} pixels; give 1 to {MAX_PIXELS} pixels", "too many pixels")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ijepa_scale.config.form import Exif
 from ijepa_scale.data.decode import decode
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.workers import ordered_loader
@@ -86,6 +87,7 @@ class EvalReader:
         crop_fraction: float | None = None,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        exif: Exif = "ignore",
         workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
@@ -93,7 +95,7 @@ class EvalReader:
         self.ids = np.asarray(ids, dtype=np.int64)
         if crop_fraction is None:
             crop_fraction = _CROP_FRACTION if min(image_size) > _SMALL else 1.0
-        batches = _Batches(source, image_size, crop_fraction, mean, std)
+        batches = _Batches(source, image_size, crop_fraction, mean, std, exif=exif)
         parts = [self.ids[begin : begin + batch_size] for begin in range(0, len(self.ids), batch_size)]
         self._batches = ordered_loader(batches, parts, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
 
@@ -117,7 +119,10 @@ class _Batches(Dataset):
         crop_fraction: float,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        *,
+        exif: Exif,
     ) -> None:
+        self.exif: Exif = exif
         self.source, self.image_size, self.crop_fraction = source, image_size, crop_fraction
         self.scale = torch.tensor([1.0 / (255.0 * value) for value in std])[:, None, None]
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])[:, None, None]
@@ -126,7 +131,7 @@ class _Batches(Dataset):
         images, labels = [], []
         for sample in ids.tolist():
             try:
-                pixels = decode(self.source.read(sample))
+                pixels = decode(self.source.read(sample), self.exif)
             except DataError as error:
                 return f"sample {self.source.name(sample)}: {error}"
             images.append(center_crop(pixels, self.image_size, self.crop_fraction))

@@ -14,13 +14,12 @@ from functools import partial
 import torch
 from torch.utils.data import Dataset
 
-from ijepa_scale.config.data import AugmentConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.data.decode import largest_crop
+from ijepa_scale.data.decode import PixelRules, largest_crop
 from ijepa_scale.data.eval_reader import EvalBatch, EvalReader, spread
 from ijepa_scale.data.feed import DeviceFeed
 from ijepa_scale.data.order import SampleOrder
-from ijepa_scale.data.parts import BadSample, IndexedParts, Item, Parts, StreamParts
+from ijepa_scale.data.parts import BadSample, CropAugment, Crops, IndexedParts, Item, Parts, StreamParts
 from ijepa_scale.data.slots import Slots
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
@@ -49,10 +48,11 @@ class TrainLoader:
         self,
         source: SampleSource | StreamSource,
         order: SampleOrder | StreamOrder,
-        augment: AugmentConfig,
+        augment: CropAugment,
         image_size: tuple[int, int],
         *,
         seed: int,
+        rules: PixelRules | None = None,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
@@ -74,7 +74,8 @@ class TrainLoader:
         self._max_bad_fraction = max_bad_fraction
         self._images_per_step = order.part_size(world)
         self._rank = rank
-        self._make_parts = _parts_of(source, order, augment, image_size, seed=seed, rank=rank, world=world)
+        crops = Crops(augment, image_size, seed, rules or PixelRules())
+        self._make_parts = _parts_of(source, order, crops, rank=rank, world=world)
         self._slot_bytes = 3 * largest_crop(image_size, augment.crop_ratio) * self._images_per_step
         self._steps = range(start_step, max(start_step, stop_step))
         self._workers, self._prefetch = workers, prefetch
@@ -147,19 +148,17 @@ class TrainLoader:
 def _parts_of(
     source: SampleSource | StreamSource,
     order: SampleOrder | StreamOrder,
-    augment: AugmentConfig,
-    image_size: tuple[int, int],
+    crops: Crops,
     *,
-    seed: int,
     rank: int,
     world: int,
 ) -> Callable[[], Parts]:
     """Returns a function that makes the parts for one iteration; a stream restarts with each iteration."""
     if isinstance(source, StreamSource):
         assert isinstance(order, StreamOrder)
-        return partial(StreamParts, source, order, augment, image_size, seed, rank, world)
+        return partial(StreamParts, source, order, crops, rank, world)
     assert isinstance(order, SampleOrder)
-    parts = IndexedParts(source, order, augment, image_size, seed, rank, world)
+    parts = IndexedParts(source, order, crops, rank, world)
     return lambda: parts
 
 

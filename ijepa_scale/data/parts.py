@@ -13,8 +13,8 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from ijepa_scale import rng
-from ijepa_scale.config.data import AugmentConfig
-from ijepa_scale.data.decode import CROP_DRAWS, decode_crop
+from ijepa_scale.config.form import Interpolation
+from ijepa_scale.data.decode import CROP_DRAWS, PixelRules, decode_crop
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSample, StreamSource
@@ -46,6 +46,17 @@ class Item:
     error: str | None = None
 
 
+class CropAugment(Protocol):
+    """The settings of an augmentation that choose and resize crops."""
+
+    @property
+    def crop_scale(self) -> tuple[float, float]: ...  # noqa: D102
+    @property
+    def crop_ratio(self) -> tuple[float, float]: ...  # noqa: D102
+    @property
+    def interpolation(self) -> Interpolation: ...  # noqa: D102
+
+
 class Parts(Protocol):
     """Fills buffers with this process's parts of global batches."""
 
@@ -56,21 +67,41 @@ class Parts(Protocol):
         """Writes the crops of one batch into `pixels` (bytes,) uint8, without gaps; returns what it wrote."""
 
 
+@dataclass(frozen=True)
+class Crops:
+    """Decodes images and cuts out the crops that are drawn by (seed, epoch, sample id)."""
+
+    augment: CropAugment
+    image_size: tuple[int, int]  # height and width that the crops are resized to, pixels
+    seed: int
+    rules: PixelRules
+
+    def draws(self, epoch: int, ids: np.ndarray) -> np.ndarray:
+        """Returns the draws of these samples (B,), (B, CROP_DRAWS) float64 in [0, 1)."""
+        return rng.uniform(self.seed, "crop", epoch, ids, CROP_DRAWS)
+
+    def cut(self, data: bytes | np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Returns the crop that `draws` (CROP_DRAWS,) choose, (h, w, 3) uint8.
+
+        Raises:
+            SampleError: the image can't be decoded.
+        """
+        return decode_crop(
+            data,
+            draws.tolist(),
+            self.image_size,
+            scale=self.augment.crop_scale,
+            ratio=self.augment.crop_ratio,
+            interpolation=self.augment.interpolation,
+            rules=self.rules,
+        )
+
+
 class IndexedParts:
     """Reads, decodes and crops this process's part of a global batch: the samples that `order` names."""
 
-    def __init__(
-        self,
-        source: SampleSource,
-        order: SampleOrder,
-        augment: AugmentConfig,
-        image_size: tuple[int, int],
-        seed: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.source, self.order, self.augment, self.image_size = source, order, augment, image_size
-        self.seed, self.rank, self.world = seed, rank, world
+    def __init__(self, source: SampleSource, order: SampleOrder, crops: Crops, rank: int, world: int) -> None:
+        self.source, self.order, self.crops, self.rank, self.world = source, order, crops, rank, world
         self._prepared: tuple[int, int] | None = None
 
     def epoch(self, step: int) -> int:
@@ -82,14 +113,14 @@ class IndexedParts:
         self._prepare(step)
         epoch = self.order.epoch(step)
         ids = self.order.part(step, self.rank, self.world)
-        draws = _draws(self.seed, epoch, ids)
+        draws = self.crops.draws(epoch, ids)
         sizes = np.empty((len(ids), 2), dtype=np.int64)
         bad = []
         end = 0
         for row, sample in enumerate(ids.tolist()):
             data = self.source.read(sample)
             try:
-                crop = _crop(data, draws[row], self.augment, self.image_size)
+                crop = self.crops.cut(data, draws[row])
             except SampleError as error:
                 bad.append(BadSample(error.kind, self.source.name(sample), str(error)))
                 ids[row], crop = self._replacement(epoch, sample)
@@ -108,13 +139,11 @@ class IndexedParts:
 
     def _replacement(self, epoch: int, bad_id: int) -> tuple[int, np.ndarray]:
         """Returns (sample id, crop) of the first decodable one among the replacements drawn for a bad sample."""
-        draws = rng.uniform(self.seed, "replace", epoch, np.array([bad_id]), _REPLACEMENTS)[0]
+        draws = rng.uniform(self.crops.seed, "replace", epoch, np.array([bad_id]), _REPLACEMENTS)[0]
         for sample in (draws * self.source.num_samples).astype(np.int64):
             data = self.source.read(int(sample))
             try:
-                return int(sample), _crop(
-                    data, _draws(self.seed, epoch, sample[None])[0], self.augment, self.image_size
-                )
+                return int(sample), self.crops.cut(data, self.crops.draws(epoch, sample[None])[0])
             except SampleError:
                 continue  # counted as bad when the order reaches it
         raise DataError(
@@ -126,18 +155,8 @@ class IndexedParts:
 class StreamParts:
     """Decodes and crops the next samples of this worker's stream, and skips bad ones."""
 
-    def __init__(
-        self,
-        source: StreamSource,
-        order: StreamOrder,
-        augment: AugmentConfig,
-        image_size: tuple[int, int],
-        seed: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.source, self.order, self.augment, self.image_size = source, order, augment, image_size
-        self.seed, self.rank, self.world = seed, rank, world
+    def __init__(self, source: StreamSource, order: StreamOrder, crops: Crops, rank: int, world: int) -> None:
+        self.source, self.order, self.crops, self.rank, self.world = source, order, crops, rank, world
         self._samples: Iterator[StreamSample] | None = None
 
     def epoch(self, step: int) -> int:
@@ -150,7 +169,7 @@ class StreamParts:
             worker = get_worker_info()
             number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
             part = self.rank * count + number
-            self._samples = self.source.stream(self.seed, step - number, part, self.world * count)
+            self._samples = self.source.stream(self.crops.seed, step - number, part, self.world * count)
         epoch, size = self.order.epoch(step), self.order.part_size(self.world)
         sizes = np.empty((size, 2), dtype=np.int64)
         ids, labels = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
@@ -161,8 +180,8 @@ class StreamParts:
             kind, reason = sample.kind, sample.reason
             if kind is None:
                 try:
-                    drawn = _draws(self.seed, epoch, np.array([sample.sample_id]))[0]
-                    crop = _crop(sample.data, drawn, self.augment, self.image_size)
+                    drawn = self.crops.draws(epoch, np.array([sample.sample_id]))[0]
+                    crop = self.crops.cut(sample.data, drawn)
                 except SampleError as error:
                     kind, reason = error.kind, str(error)
             if kind is not None:
@@ -179,16 +198,6 @@ class StreamParts:
         return Item(slot, step, sizes, ids, labels, tuple(bad))
 
 
-def _draws(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
-    return rng.uniform(seed, "crop", epoch, ids, CROP_DRAWS)
-
-
-def _crop(
-    data: bytes | np.ndarray, draws: np.ndarray, augment: AugmentConfig, image_size: tuple[int, int]
-) -> np.ndarray:
-    return decode_crop(data, draws.tolist(), image_size, scale=augment.crop_scale, ratio=augment.crop_ratio)
-
-
 def _put(crop: np.ndarray, pixels: np.ndarray, begin: int) -> int:
     """Writes the crop into `pixels` at offset `begin` and returns the offset at which it ends."""
     end = begin + crop.size
@@ -196,4 +205,4 @@ def _put(crop: np.ndarray, pixels: np.ndarray, begin: int) -> int:
     return end
 
 
-__all__ = ["BadSample", "IndexedParts", "Item", "Parts", "StreamParts"]
+__all__ = ["BadSample", "CropAugment", "Crops", "IndexedParts", "Item", "Parts", "StreamParts"]

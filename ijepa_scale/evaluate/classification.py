@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ijepa_scale.config.form import Exif
 from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
@@ -57,10 +58,11 @@ class ClassifierCheck:
         crop_fraction: float,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        exif: Exif = "ignore",
         workers: int = 0,
     ) -> None:
         self._source, self._image_size, self._world = source, image_size, world
-        self._options = {"batch_size": batch_size, "crop_fraction": crop_fraction, "workers": workers}
+        self._options = {"batch_size": batch_size, "crop_fraction": crop_fraction, "workers": workers, "exif": exif}
         self._normalisation = {"mean": mean, "std": std}
         self.labels = check_labels(source, num_classes, "evaluate.data")
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from ijepa_scale.config import PretrainConfig
+from ijepa_scale.config.form import Exif
+from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.engine.world import World
 from ijepa_scale.evaluate.features import Forward
 from ijepa_scale.registry import EVALUATORS
@@ -13,11 +15,13 @@ from ijepa_scale.registry import EVALUATORS
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """The size and normalisation of the encoder's images."""
+    """How the encoder's images are read, sized and normalised."""
 
     size: tuple[int, int]  # height and width, pixels
     mean: tuple[float, ...]  # of RGB values in [0, 1]
     std: tuple[float, ...]
+    exif: Exif = "ignore"
+    members: Members | None = None  # of shards
 
 
 class Evaluator(Protocol):
@@ -46,5 +50,12 @@ def build_evaluator(config: PretrainConfig, world: World) -> Evaluator:
         ConfigError: the name is unknown.
         DataError: images or labels can't be used.
     """
-    images = ImageSettings(size=config.model.image_size, mean=config.augment.mean, std=config.augment.std)
+    data = config.data
+    images = ImageSettings(
+        size=config.model.image_size,
+        mean=config.augment.mean,
+        std=config.augment.std,
+        exif=data.exif,
+        members=Members(data.image_member, data.label_member),
+    )
     return EVALUATORS.get(config.evaluate.evaluator)(config.evaluate, images, world)

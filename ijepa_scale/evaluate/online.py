@@ -12,6 +12,7 @@ from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.class_lists import compare_classes
 from ijepa_scale.evaluate.evaluator import ImageSettings
 from ijepa_scale.evaluate.features import Forward, extract_features, gather_features, local_ids
 from ijepa_scale.evaluate.knn import knn_accuracy
@@ -28,8 +29,12 @@ class OnlineKnn:
 
     def __init__(self, config: KnnConfig, images: ImageSettings, world: World) -> None:
         self._config, self._images, self._world = config, images, world
-        self._train = _Split("evaluate.train", config.reader, config.train, config.max_train)
-        self._test = _Split("evaluate.test", config.reader, config.test, config.max_test)
+        train, test = (
+            build_source(config.reader, pattern, members=images.members) for pattern in (config.train, config.test)
+        )
+        compare_classes(("evaluate.train", train), ("evaluate.test", test), log=world.is_main)
+        self._train = _Split("evaluate.train", train, config.max_train)
+        self._test = _Split("evaluate.test", test, config.max_test)
         self._num_classes = int(max(self._train.labels.max(), self._test.labels.max())) + 1
 
     def run(self, forward: Forward) -> dict[str, float]:
@@ -57,6 +62,7 @@ class OnlineKnn:
             batch_size=self._config.batch_size,
             mean=self._images.mean,
             std=self._images.std,
+            exif=self._images.exif,
             pin_memory=self._world.device.type == "cuda",
         )
         return gather_features(
@@ -67,10 +73,10 @@ class OnlineKnn:
 class _Split:
     """Images chosen evenly from a labelled data set, and their labels."""
 
-    def __init__(self, name: str, reader: str, pattern: str | None, most: int) -> None:
-        self.source: SampleSource = build_source(reader, pattern)
-        self.ids: np.ndarray = spread(self.source.num_samples, most)
-        self.labels = torch.tensor([self.source.label(int(sample)) for sample in self.ids])
+    def __init__(self, name: str, source: SampleSource, most: int) -> None:
+        self.source = source
+        self.ids: np.ndarray = spread(source.num_samples, most)
+        self.labels = torch.from_numpy(source.labels()[self.ids])
         unlabelled = int((self.labels < 0).sum())
         if unlabelled:
             first = self.source.name(int(self.ids[int((self.labels < 0).nonzero()[0])]))

@@ -64,11 +64,13 @@ class ImageClassifier:
     def load(self, path: str | Path) -> Tensor:
         """Returns an image, (3, h, w) float32, resized, centre-cropped and normalised as in evaluation.
 
+        Unlike training by default, turns it as its EXIF orientation says, since a photograph is given as it is seen.
+
         Raises:
             DataError: it can't be read or decoded.
         """
         try:
-            pixels = decode(Path(path).read_bytes())
+            pixels = decode(Path(path).read_bytes(), exif="apply")
         except OSError as error:
             raise DataError(f"image {path} can't be read ({error.strerror}); check the path") from None
         except SampleError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.open import build_source
+from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.source import check_problems
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.class_lists import compare_classes
 from ijepa_scale.evaluate.classification import Accuracy, ClassifierCheck, check_labels
 from ijepa_scale.evaluate.classifier_report import class_names, write_report
 from ijepa_scale.metrics.meters import Meters
@@ -99,6 +101,7 @@ class FinetuneTask(Task):
         self.schedule: FinetuneSchedule = build_finetune_schedule(config, self.batch_size, self.order.steps_per_epoch)
         stop, total = config.stop_after, self.schedule.total_steps
         self.last_step = total if stop is None else min(stop, total)
+        self._labels = hashlib.sha256(labels.tobytes()).hexdigest()[:16]
         self.classes = class_names(source, model.num_classes)
         self._check = self._build_check()
         self.augment = FinetuneAugment(
@@ -135,17 +138,20 @@ class FinetuneTask(Task):
         self.best_top1: float | None = None
         self._evaluated_step = 0
 
+    @override
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint must agree in: also the labels, which a class list may number differently."""
+        return {**super().identity(), "labels": self._labels}
+
     def _build_check(self) -> ClassifierCheck | None:
         config, model = self.config.evaluate, self.config.model
         if config.data is None:
             return None
-        source = build_source(config.reader, config.data)
+        data = self.config.data
+        source = build_source(config.reader, config.data, members=Members(data.image_member, data.label_member))
         check_problems(source.problems(), source.num_samples, 0.0)  # accuracy over fewer images would not be comparable
-        if None not in (self.classes, source.classes) and self.classes != source.classes:
-            raise DataError(
-                f"data.train and evaluate.data have different classes ({_difference(self.classes, source.classes)}), "
-                "so their labels have different meanings; give both the same class folders or classes.json"
-            )
+        assert not isinstance(self.source, StreamSource)
+        compare_classes(("data.train", self.source), ("evaluate.data", source), log=self.world.is_main)
         return ClassifierCheck(
             source,
             model.encoder.image_size,
@@ -155,6 +161,7 @@ class FinetuneTask(Task):
             crop_fraction=config.crop_of(model.encoder.image_size),
             mean=self.config.augment.mean,
             std=self.config.augment.std,
+            exif=data.exif,
             workers=config.workers,
         )
 
@@ -246,9 +253,3 @@ def build_finetune_schedule(config: FinetuneConfig, batch_size: int, steps_per_e
         min_lr=optimizer.min_lr,
         weight_decay=optimizer.weight_decay,
     )
-
-
-def _difference(ours: list[str] | None, theirs: list[str] | None) -> str:
-    """Returns, in words, how the lists differ: the first names that only one has, or the order."""
-    only = sorted(set(ours or ()) ^ set(theirs or ()))
-    return f"only one has {', '.join(only[:3])}" if only else "in another order"

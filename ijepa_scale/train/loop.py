@@ -17,6 +17,7 @@ from ijepa_scale.checkpoint import store
 from ijepa_scale.config import CheckpointConfig, EngineConfig, LoggingConfig, to_yaml
 from ijepa_scale.config.earlier import stored
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.sanity import sanity_warnings
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
@@ -118,6 +119,14 @@ class Loop:
         ours = self.task.identity()
         if "optimizer.name" in ours:
             before["identity"].setdefault("optimizer.name", "adamw")  # the only one in version 0.1.0
+        if "labels" in ours:
+            before["identity"].setdefault("labels", ours["labels"])  # not stored by version 0.1.0
+        if "data.decode_scaling" not in before["identity"]:
+            before["identity"] |= {name: ours[name] for name in ("data.exif", "data.decode_scaling")}
+            logger.warning(
+                "%s is from a version that read crops over twice the image size at reduced scale; now they are read "
+                "exactly. Set data.decode_scaling=dct to read JPEGs much as before", path,
+            )  # fmt: skip
         _check_identity(path, before["identity"], ours)
         for line in _changes(before["config"], self.config.values()):
             logger.warning("setting changed since %s: %s", path.name, line)
@@ -171,6 +180,8 @@ class Loop:
             for batch in task.meters.timed(loader):
                 if batch.step == 0:
                     with task.meters.paused():
+                        if self.world.is_main:
+                            self._look_at(batch)
                         task.first_batch(batch, self.folder)
                 if batch.step == self.start:
                     self._warm_up(batch)
@@ -179,6 +190,14 @@ class Loop:
                 self._after(batch.step + 1, sinks, progress)
             progress.close()
         task.finish(self.folder)
+
+    def _look_at(self, batch: Batch) -> None:
+        """Warns of images and labels that can hardly be meant."""
+        config = self.task.config
+        for line in sanity_warnings(
+            self.task.source, batch, mean=config.augment.mean, std=config.augment.std, exif=config.data.exif
+        ):
+            logger.warning("%s", line)
 
     def _warm_up(self, batch: Batch) -> None:
         """Takes the first step of this process, which compiles and allocates. The rows don't count its time."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.decode import PixelRules
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.source import SampleSource
@@ -84,6 +85,7 @@ class Task:
             self.config.augment,  # for the crops; the rest is done on the device
             encoder_of(self.config).image_size,
             seed=self.config.seed,
+            rules=PixelRules(data.exif, data.decode_scaling),
             rank=self.world.rank,
             world=self.world.size,
             workers=data.workers,
@@ -102,6 +104,8 @@ class Task:
             "batch size of all processes": self.batch_size,
             "data": self.source.fingerprint,
             "data.window_shards": self.config.data.window_shards,
+            "data.exif": self.config.data.exif,
+            "data.decode_scaling": self.config.data.decode_scaling,
         }
 
     def row(self, means: dict[str, float], done: int) -> Row:

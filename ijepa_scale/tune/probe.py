@@ -17,6 +17,7 @@ import torch
 
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.decode import PixelRules
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.open import training_order, training_source
@@ -177,6 +178,7 @@ def _reader(
         config.augment,
         config.model.image_size,
         seed=config.seed,
+        rules=PixelRules(config.data.exif, config.data.decode_scaling),
         rank=rank,
         world=world,
         workers=config.data.workers,

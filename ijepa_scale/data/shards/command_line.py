@@ -1,4 +1,4 @@
-"""The command line for shards: make, verify, info, index. Parses arguments and prints results, and nothing else."""
+"""The command line for shards: make, verify, info, index, classes. Only parses arguments and prints results."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from types import TracebackType
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ijepa_scale.config.form import member_suffix
 from ijepa_scale.data.shards.byte_sizes import format_bytes, parse_bytes
 from ijepa_scale.data.shards.describe import describe_shards
 from ijepa_scale.data.shards.image_files import CsvImages, FolderImages
@@ -20,6 +21,10 @@ from ijepa_scale.data.shards.known import DATASETS, TorchvisionImages
 from ijepa_scale.data.shards.make import JPEG_QUALITY, MAX_BAD_FRACTION, MakePlan, make_shards
 from ijepa_scale.data.shards.tars import TarImages
 from ijepa_scale.data.shards.verify import verify_shards
+from ijepa_scale.data.shards.write import write_classes
+from ijepa_scale.data.sources.class_list import CLASSES, names_in
+from ijepa_scale.data.sources.labels import differ_in_case
+from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.tar_index import expand, index_tar
 from ijepa_scale.errors import DataError
@@ -27,6 +32,7 @@ from ijepa_scale.errors import DataError
 READERS = ("imagefolder", "csv", "tar")
 _MOST_WORKERS = 16  # the default uses no more, even on machines with more cores
 _LINE_EVERY_S = 10.0
+_SHOWN = 5  # pairs of classes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     info = commands.add_parser("info", help="describe the shards")
     index = commands.add_parser("index", help="write indices next to shards that were made by other tools")
-    for command in (verify, info, index):
+    classes = commands.add_parser(
+        "classes", help=f"write {CLASSES}, which numbers labels that are names, next to shards made by other tools"
+    )
+    for command in (verify, info, index, classes):
         command.add_argument("pattern", help="folder, glob or {000..127} pattern")
+        for name, like in (("image", "jpg"), ("label", "cls")):
+            command.add_argument(
+                f"--{name}-member",
+                type=member_suffix,
+                metavar="SUFFIX",
+                help=f"{name} to read of samples with several, like {like}",
+            )
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -145,7 +161,9 @@ def _verify(options: argparse.Namespace) -> int:
     faults = samples = 0
     hashed = True
     with _Progress(len(paths), "shards") as progress:
-        for number, verdict in enumerate(verify_shards(paths, workers=options.workers), start=1 - folders):
+        for number, verdict in enumerate(
+            verify_shards(paths, workers=options.workers, members=_members(options)), start=1 - folders
+        ):
             for fault in verdict.faults:
                 progress.note(f"bad: {fault}")
             faults, samples = faults + len(verdict.faults), samples + verdict.num_samples
@@ -157,20 +175,40 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    print("\n".join(describe_shards(expand(options.pattern))))
+    print("\n".join(describe_shards(expand(options.pattern), _members(options))))
     return 0
 
 
 def _index(options: argparse.Namespace) -> int:
     for path in expand(options.pattern):
-        index = index_tar(path)
+        index = index_tar(path, _members(options))
         found = index.problems.summary()
         print(f"{path}: {len(index)} samples{f'; left out: {found}' if found else ''}")
     return 0
 
 
+def _classes(options: argparse.Namespace) -> int:
+    paths = expand(options.pattern)
+    folders = sorted({path.parent for path in paths})
+    if len(folders) > 1:
+        raise DataError(f"{options.pattern} names shards in {len(folders)} folders; name those of one folder")
+    path = folders[0] / CLASSES
+    if path.exists():
+        raise DataError(f"{path} exists and numbers the classes; remove it if it is wrong, and write it again")
+    names = names_in([index_tar(one, _members(options)) for one in paths])
+    for first, second in differ_in_case(names)[:_SHOWN]:
+        print(f"classes {first!r} and {second!r} differ in case only; check that both are meant", file=sys.stderr)
+    write_classes(folders[0], names)
+    print(f"{path}: {len(names)} classes, {names[0]!r} to {names[-1]!r}")
+    return 0
+
+
+def _members(options: argparse.Namespace) -> Members:
+    return Members(options.image_member, options.label_member)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "make": _make, "verify": _verify, "info": _info, "index": _index,
+    "make": _make, "verify": _verify, "info": _info, "index": _index, "classes": _classes,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,28 +10,29 @@ import numpy as np
 from ijepa_scale.data.shards.byte_sizes import format_bytes
 from ijepa_scale.data.shards.journal import JOURNAL
 from ijepa_scale.data.shards.manifest import read_classes, read_manifest
-from ijepa_scale.data.sources.scan import NO_LABEL, Problems
+from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL
+from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
 
 _SHOWN = 5  # problems
 
 
-def describe_shards(paths: list[Path]) -> list[str]:
+def describe_shards(paths: list[Path], members: Members | None = None) -> list[str]:
     """Returns lines that describe counts, sizes, labels, classes and problems.
 
     Raises:
         DataError: a file isn't a tar, a manifest or a list of classes though its name says so.
     """
-    shards = [index_tar(path) for path in paths]
+    shards = [index_tar(path, members) for path in paths]
     tar_bytes = np.array([shard.tar_bytes for shard in shards])
-    sizes, labels = (np.concatenate([getattr(shard, name) for shard in shards]) for name in ("sizes", "labels"))
+    sizes = np.concatenate([shard.sizes for shard in shards])
     rows = [
         ("shards", f"{len(shards)} of {_span(tar_bytes)}, {format_bytes(tar_bytes.sum())} in all"),
         (
             "images",
             f"{len(sizes)} of {_span(sizes)}, {format_bytes(sizes.mean())} on average" if len(sizes) else "none",
         ),
-        *_label_rows(labels[labels != NO_LABEL], int((labels == NO_LABEL).sum())),
+        *_label_rows(shards),
         *(row for folder in sorted({path.parent for path in paths}) for row in _folder_rows(folder, shards)),
     ]
     problems = Problems()
@@ -42,15 +44,24 @@ def describe_shards(paths: list[Path]) -> list[str]:
     return [f"{name:<17} {text}".rstrip() for name, text in rows]
 
 
-def _label_rows(labels: np.ndarray, unlabelled: int) -> list[tuple[str, str]]:
+def _label_rows(shards: list[ShardIndex]) -> list[tuple[str, str]]:
+    images: Counter[int | str] = Counter()
+    for shard in shards:
+        for label, count in zip(*np.unique(shard.labels, return_counts=True), strict=True):
+            images[shard.texts[TEXT_LABEL - label] if label <= TEXT_LABEL else int(label)] += int(count)
+    unlabelled = images.pop(NO_LABEL, 0)
     without = f"; {unlabelled} images without" if unlabelled else ""
-    if not len(labels):
+    names = sorted(label for label in images if isinstance(label, str))
+    numbers = [label for label in images if isinstance(label, int)]
+    found = [f"{len(numbers)}, from {min(numbers)} to {max(numbers)}"] if numbers else []
+    found += [f"{len(names)} names, {_first(names)}"] if names else []
+    if not found:
         return [("labels", f"none{without}")]
-    counts = np.unique(labels, return_counts=True)[1]
+    counts = list(images.values())
     middle = f"{np.median(counts):.1f}".removesuffix(".0")
     return [
-        ("labels", f"{len(counts)}, from {labels.min()} to {labels.max()}{without}"),
-        ("images per label", f"min {counts.min()}, median {middle}, max {counts.max()}"),
+        ("labels", f"{'; '.join(found)}{without}"),
+        ("images per label", f"min {min(counts)}, median {middle}, max {max(counts)}"),
     ]
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 
 from ijepa_scale.data.sources.folder import ImageFolderSource
+from ijepa_scale.data.sources.labels import MAX_LABEL, differ_in_case, plain, same_to_readers, whole_number
 from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, Problems
 from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError, SampleError
 
+logger = logging.getLogger(__name__)
+
 _COLUMNS = ("path", "label")
-_LABELS = 2**31  # labels must be below this to fit into an index
+_SHOWN = 5  # warnings
 
 
 def read_image_file(path: str | Path) -> bytes:
@@ -67,17 +71,17 @@ class FolderImages(ImageFolderSource):
 class CsvImages:
     """The images that a CSV file lists, in its order. The header is `path,label`; other columns are ignored.
 
-    Relative paths are relative to the CSV's folder. Labels are either all integers from 0, which are used unchanged,
-    or all class names, which are numbered in sorted order.
+    Relative paths are relative to the CSV's folder. Labels are either all whole numbers from 0, in any spelling (`1`,
+    `01`, `1.0`), which are used unchanged, or all class names, which are numbered in sorted order. Spaces and quotes
+    around a label don't count.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._csv = Path(path)
         rows = self._rows()
-        texts = [label for _, label in rows]
-        self.classes, labels = _numbered(texts, self._csv)
+        self.classes, labels = _numbered([(label, line) for _, label, line in rows], self._csv)
         self._labels = np.array(labels, dtype=np.int64)
-        self._names = Names.of(name for name, _ in rows)
+        self._names = Names.of(name for name, _, _ in rows)
         self.num_samples = len(rows)
         self.shard_sizes = np.array([len(rows)], dtype=np.int64)
         digest = hashlib.sha256(self._names.blob.tobytes())
@@ -119,12 +123,12 @@ class CsvImages:
         """Returns no problems: a bad file is only found when it is read."""
         return Problems()
 
-    def _rows(self) -> list[tuple[str, str]]:
-        """Returns (path, label) of each line."""
+    def _rows(self) -> list[tuple[str, str, int]]:
+        """Returns (path, label, line number) of each line."""
         rows = []
         try:
             with self._csv.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.reader(file, strict=True)
+                reader = csv.reader(file, strict=True, skipinitialspace=True)
                 header = [name.strip() for name in next(reader, [])]
                 if not set(_COLUMNS) <= set(header):
                     raise DataError(
@@ -133,9 +137,14 @@ class CsvImages:
                 columns = [header.index(name) for name in _COLUMNS]
                 for cells in filter(None, reader):
                     name, label = (cells[column].strip() if column < len(cells) else "" for column in columns)
-                    if not name or not label or "\0" in name:
+                    if not name or not plain(label) or "\0" in name:
                         raise DataError(f"{self._csv}, line {reader.line_num}: {cells} lacks a path or a label; add it")
-                    rows.append((name, label))
+                    if any(cells[len(header) :]):
+                        raise DataError(
+                            f"{self._csv}, line {reader.line_num}: {cells} has {len(cells)} cells, the first line "
+                            f'{len(header)}; put a path or label with a comma into quotes (")'
+                        )
+                    rows.append((name, plain(label), reader.line_num))
         except OSError as error:
             raise DataError(f"{self._csv} can't be read ({error.strerror}); give a CSV file with path,label") from None
         except (csv.Error, UnicodeDecodeError) as error:
@@ -145,20 +154,42 @@ class CsvImages:
         return rows
 
 
-def _numbered(texts: list[str], path: Path) -> tuple[list[str] | None, list[int]]:
-    """Returns the class names (None if the labels are numbers) and the labels as numbers."""
-    numbers = [text for text in texts if text.isascii() and text.isdigit()]
-    if len(numbers) == len(texts):
-        largest = max(numbers, key=lambda text: (len(text.lstrip("0")), text.lstrip("0")))
-        if len(largest.lstrip("0")) > 10 or int(largest) >= _LABELS:
-            raise DataError(f"{path} has the label {largest[:20]}; labels are below {_LABELS}")
-        return None, [int(text) for text in texts]
+def _numbered(labels: list[tuple[str, int]], path: Path) -> tuple[list[str] | None, list[int]]:
+    """Returns the class names (None if the labels are numbers) and the labels as numbers; takes texts with lines."""
+    line_of: dict[str, int] = {}
+    for text, line in labels:
+        line_of.setdefault(text, line)
+    number_of = {text: whole_number(text) for text in line_of}
+    numbers = {text: number for text, number in number_of.items() if number is not None}
+    for text, number in numbers.items():
+        if not 0 <= number <= MAX_LABEL:
+            raise DataError(
+                f"{path} has the label {text[:20]}; labels are below {MAX_LABEL + 1} and not below 0 "
+                f"(line {line_of[text]})"
+            )
+    if len(numbers) == len(line_of):
+        return None, [numbers[text] for text, _ in labels]
+    names = [text for text in line_of if text not in numbers]
     if numbers:
-        name = next(text for text in texts if text not in set(numbers))
-        raise DataError(f"{path} has labels {numbers[0]!r} and {name!r}; use either only numbers or only names")
-    classes = sorted(set(texts))
-    number_of = {name: number for number, name in enumerate(classes)}
-    return classes, [number_of[text] for text in texts]
+        first = next(iter(numbers))
+        raise DataError(
+            f"{path} has labels {first!r} and {names[0]!r}; use either only numbers or only names "
+            f"(lines {line_of[first]} and {line_of[names[0]]})"
+        )
+    same = same_to_readers(names)
+    if same is not None:
+        raise DataError(
+            f"{path} has labels {same[0]!r} and {same[1]!r}, which read the same; spell them alike "
+            f"(lines {line_of[same[0]]} and {line_of[same[1]]})"
+        )
+    for one, other in differ_in_case(names)[:_SHOWN]:
+        logger.warning(
+            "%s: classes %r and %r (lines %d and %d) differ in case only; check that both are meant",
+            path, one, other, line_of[one], line_of[other],
+        )  # fmt: skip
+    classes = sorted(names)
+    position_of = {name: position for position, name in enumerate(classes)}
+    return classes, [position_of[text] for text, _ in labels]
 
 
 __all__ = ["CsvImages", "FolderImages", "check_size", "read_image_file"]

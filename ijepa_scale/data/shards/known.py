@@ -73,10 +73,10 @@ class TorchvisionImages:
         return Problems()
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Returns an image as PNG."""
+def encode_png(image: Image.Image, exif: bytes = b"") -> bytes:
+    """Returns an image as PNG, with this block of EXIF if there is one."""
     stream = io.BytesIO()
-    image.save(stream, "PNG")
+    image.save(stream, "PNG", **({"exif": exif} if exif else {}))
     return stream.getvalue()
 
 

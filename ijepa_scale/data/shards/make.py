@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from ijepa_scale import rng
 from ijepa_scale.data.decode import decode
+from ijepa_scale.data.pil_decode import orientation_tag
 from ijepa_scale.data.shards.image_files import check_size
 from ijepa_scale.data.shards.journal import Entry, Journal
 from ijepa_scale.data.shards.known import encode_png
@@ -131,7 +132,7 @@ def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None) -> bytes
     """Decodes an image to check it, and returns the bytes to store: if possible, its own.
 
     An image whose shorter side is above `resize_shorter` is resized to it (PIL bicubic, antialiased) and stored as
-    JPEG. Pixels, and formats that shards can't hold (BMP, PPM), are stored as PNG.
+    JPEG. Pixels, and formats that shards can't hold (BMP, TIFF, ...), are stored as PNG. The EXIF orientation stays.
 
     Raises:
         SampleError: it can't be decoded, or is too large for a shard.
@@ -144,14 +145,14 @@ def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None) -> bytes
         stream = io.BytesIO()
         try:
             resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-            resized.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+            resized.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=orientation_tag(data))
         except OSError as error:  # over 65,500 pixels long
             raise SampleError(
                 f"{size[0]} x {size[1]} pixels can't be stored as JPEG ({error}); drop it", "no JPEG"
             ) from None
         return stream.getvalue()
     if isinstance(data, np.ndarray) or image_suffix(data) is None:
-        data = encode_png(Image.fromarray(pixels))
+        data = encode_png(Image.fromarray(pixels), exif=orientation_tag(data))
     check_size(len(data))
     return data
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from ijepa_scale.data.shards.write import ShardRow
-from ijepa_scale.data.sources.tar_shards import CLASSES, MANIFEST, parse_classes
+from ijepa_scale.data.sources.class_list import CLASSES, parse_classes
+from ijepa_scale.data.sources.tar_shards import MANIFEST
 from ijepa_scale.errors import DataError
 
 

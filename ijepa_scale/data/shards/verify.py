@@ -15,6 +15,7 @@ from ijepa_scale.data.shards.journal import JOURNAL
 from ijepa_scale.data.shards.manifest import read_classes, read_manifest
 from ijepa_scale.data.shards.write import ShardRow
 from ijepa_scale.data.sources.fetch import file_sha256
+from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_path, load_index, scan_index
 from ijepa_scale.data.sources.tar_shards import MANIFEST
 from ijepa_scale.data.workers import ordered_loader
@@ -32,21 +33,20 @@ class Verdict:
     hashed: bool = True  # false if no manifest says what the hash should be
 
 
-def verify_shards(paths: list[Path], *, workers: int = 0) -> Iterator[Verdict]:
+def verify_shards(paths: list[Path], *, workers: int = 0, members: Members | None = None) -> Iterator[Verdict]:
     """Yields a verdict on the manifest and class names of each folder, then one on each shard, in order.
 
     Hashes each shard and compares it with the manifest, lists its members again and compares them with its index,
     and decodes each image fully. A JPEG with a flipped byte often still decodes, but the hash reveals it.
     """
     rows: dict[Path, dict[str, ShardRow] | None] = {}
-    num_classes: dict[Path, int | None] = {}
+    listed: dict[Path, list[str] | None] = {}
     for folder in sorted({path.parent for path in paths}):
         faults = []
-        rows[folder] = num_classes[folder] = None
+        rows[folder] = listed[folder] = None
         try:
             rows[folder] = read_manifest(folder)
-            classes = read_classes(folder)
-            num_classes[folder] = None if classes is None else len(classes)
+            listed[folder] = read_classes(folder)
         except DataError as error:
             faults.append(str(error))
         names = rows[folder] or {}
@@ -56,28 +56,31 @@ def verify_shards(paths: list[Path], *, workers: int = 0) -> Iterator[Verdict]:
         if (folder / JOURNAL).exists():
             faults.append(f"{folder}: unfinished ({JOURNAL} exists); run make again with the same arguments")
         yield Verdict(tuple(faults))
-    items = [(path, rows[path.parent], num_classes[path.parent]) for path in paths]
-    yield from ordered_loader(_Shards(), items, workers=workers, prefetch=_PREFETCH)
+    items = [(path, rows[path.parent], listed[path.parent]) for path in paths]
+    yield from ordered_loader(_Shards(members), items, workers=workers, prefetch=_PREFETCH)
 
 
 class _Shards(Dataset):
-    """Maps (path, manifest rows, number of classes) to the verdict on that shard."""
+    """Maps (path, manifest rows, class names) to the verdict on that shard."""
 
-    def __getitem__(self, item: tuple[Path, dict[str, ShardRow] | None, int | None]) -> Verdict:
-        path, rows, num_classes = item
+    def __init__(self, members: Members | None) -> None:
+        self._members = members
+
+    def __getitem__(self, item: tuple[Path, dict[str, ShardRow] | None, list[str] | None]) -> Verdict:
+        path, rows, classes = item
         try:
-            index = scan_index(path, path.stat())
+            index = scan_index(path, path.stat(), self._members)
             faults = [] if rows is None else _against_manifest(path, rows.get(path.name), num_samples=len(index))
         except DataError as error:
             return Verdict((str(error),), hashed=rows is not None)
         except OSError as error:
             return Verdict((f"{path} can't be read ({error.strerror}); check the disk",), hashed=rows is not None)
-        faults += _index_faults(index)
+        faults += _index_faults(index, self._members)
         faults += [f"{path}: {problem.name}: {problem.reason}" for problem in index.problems.named]
         unnamed = index.problems.counts.total() - len(index.problems.named)
         if unnamed:
             faults.append(f"{path}: {unnamed} more problems of these kinds")
-        faults += _sample_faults(index, num_classes)
+        faults += _sample_faults(index, classes)
         return Verdict(tuple(faults), len(index), hashed=rows is not None)
 
 
@@ -96,17 +99,18 @@ def _against_manifest(path: Path, row: ShardRow | None, *, num_samples: int) -> 
     return []
 
 
-def _index_faults(index: ShardIndex) -> list[str]:
+def _index_faults(index: ShardIndex, members: Members | None) -> list[str]:
     """Returns a fault if the stored index of a shard doesn't match the shard."""
-    kept = load_index(index_path(index.path), index.path, index.tar_bytes, index.tar_mtime_ns)
+    stored = index_path(index.path, members)
+    kept = load_index(stored, index.path, index.tar_bytes, index.tar_mtime_ns)
     if kept is None or all(
-        np.array_equal(getattr(kept, name), getattr(index, name)) for name in ("offsets", "sizes", "labels")
+        np.array_equal(getattr(kept, name), getattr(index, name)) for name in ("offsets", "sizes", "labels", "texts")
     ):
         return []
-    return [f"{index_path(index.path)}: doesn't match the samples in the shard; remove it"]
+    return [f"{stored}: doesn't match the samples in the shard; remove it"]
 
 
-def _sample_faults(index: ShardIndex, num_classes: int | None) -> list[str]:
+def _sample_faults(index: ShardIndex, classes: list[str] | None) -> list[str]:
     """Returns the faults of single samples."""
     faults = []
     with index.path.open("rb") as file:
@@ -116,8 +120,11 @@ def _sample_faults(index: ShardIndex, num_classes: int | None) -> list[str]:
                 decode(os.pread(file.fileno(), int(size), int(offset)))
             except SampleError as error:
                 faults.append(f"{name}: {error}")
-            if num_classes is not None and label >= num_classes:
-                faults.append(f"{name}: label {label}, but there are {num_classes} class names")
+            text = index.label_text(row)
+            if classes is not None and label >= len(classes):
+                faults.append(f"{name}: label {label}, but there are {len(classes)} class names")
+            elif classes is not None and text is not None and text not in classes:
+                faults.append(f"{name}: label {text!r} is not among the {len(classes)} class names")
     return faults
 
 

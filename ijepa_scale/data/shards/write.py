@@ -12,8 +12,9 @@ from pathlib import Path
 
 import webdataset
 
+from ijepa_scale.data.sources.class_list import CLASSES
 from ijepa_scale.data.sources.tar_index import index_tar
-from ijepa_scale.data.sources.tar_shards import CLASSES, MANIFEST
+from ijepa_scale.data.sources.tar_shards import MANIFEST
 from ijepa_scale.errors import DataError
 
 PART = ".part"  # suffix of a file that isn't complete yet
@@ -143,7 +144,7 @@ def write_manifest(
                 f"({index.problems.summary() or 'no problems'}); check the disk and write into an empty folder"
             )
     if classes is not None:
-        _write_json(folder / CLASSES, classes)
+        write_classes(folder, classes)
     manifest = {
         "version": _MANIFEST_VERSION,
         "samples": sum(row.samples for row in rows),
@@ -152,6 +153,12 @@ def write_manifest(
         "shards": [asdict(row) for row in rows],
     }
     _write_json(folder / MANIFEST, manifest)
+
+
+def write_classes(folder: Path, classes: list[str]) -> Path:
+    """Writes the class list of the shards in a folder atomically, and returns its path."""
+    _write_json(folder / CLASSES, classes)
+    return folder / CLASSES
 
 
 def sync(folder: Path) -> None:
@@ -239,5 +246,5 @@ def _write_json(path: Path, content: object) -> None:
 
 __all__ = [
     "CLASSES", "MANIFEST", "PART", "Sample", "ShardRow", "check_empty", "image_suffix", "publish", "sync",
-    "write_manifest", "write_parts", "write_shards",
+    "write_classes", "write_manifest", "write_parts", "write_shards",
 ]  # fmt: skip

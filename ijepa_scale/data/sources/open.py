@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ijepa_scale.config.data import DataConfig
+from ijepa_scale.config.data import WITHOUT_MEMBERS, DataConfig
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.fetch import scheme_of
+from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
 from ijepa_scale.data.sources.tar_index import expand
@@ -25,11 +26,16 @@ def training_source(data: DataConfig, image_size: tuple[int, int]) -> SampleSour
 
 
 def build_source(
-    reader: str, pattern: str | Path | None, *, num_samples: int = 1_281_167, image_size: tuple[int, int] = (256, 256)
+    reader: str,
+    pattern: str | Path | None,
+    *,
+    num_samples: int = 1_281_167,
+    image_size: tuple[int, int] = (256, 256),
+    members: Members | None = None,
 ) -> SampleSource:
     """Returns the samples that `reader` finds under `pattern`, for random access.
 
-    `num_samples` and `image_size` apply to synthetic images only.
+    `num_samples` and `image_size` apply to synthetic images only, and `members` to shards.
 
     Raises:
         ConfigError: the reader is unknown.
@@ -40,7 +46,12 @@ def build_source(
         expand(pattern)  # raises, since these shards must be local
     section = getattr(member, "Config", DataConfig)
     train = None if pattern is None else str(pattern)
-    source = member(section(reader=reader, train=train, batch_size=1, synthetic_samples=num_samples), image_size)
+    members = Members() if members is None or reader in WITHOUT_MEMBERS else members
+    data = section(
+        reader=reader, train=train, batch_size=1, synthetic_samples=num_samples,
+        image_member=members.image, label_member=members.label,
+    )  # fmt: skip
+    source = member(data, image_size)
     if isinstance(source, StreamSource):
         raise DataError(f"reader {reader!r} gives samples in its own order only; use shards or imagefolder here")
     return source

@@ -10,6 +10,7 @@ from ijepa_scale.config.data import DataConfig
 from ijepa_scale.data.sources.fetch import scheme_of
 from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.data.sources.remote import RemoteShardSource, open_cache
+from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.data.sources.synthetic import SyntheticSource
 from ijepa_scale.data.sources.tar_index import expand
@@ -23,10 +24,10 @@ def read_shards(data: DataConfig, image_size: tuple[int, int]) -> ShardSource:
     Raises:
         DataError: `data.train` is missing, the shards can't be read, or they are remote and there is no cache.
     """
-    pattern = _named(data)
+    pattern, members = _named(data), Members(data.image_member, data.label_member)
     if scheme_of(pattern) is None:
-        return ShardSource(expand(pattern))
-    source = RemoteShardSource(pattern, open_cache(data.cache, data.cache_gb, pattern))
+        return ShardSource(expand(pattern), members)
+    source = RemoteShardSource(pattern, open_cache(data.cache, data.cache_gb, pattern), members)
     source.check_room(data.window_shards)
     return source
 
@@ -39,7 +40,12 @@ def read_stream(data: DataConfig, image_size: tuple[int, int]) -> StreamSource:
     """
     if data.train is None:
         raise DataError("reader 'stream' has no data to read; name shards, e.g. data.train=/data/{000..127}.tar")
-    return StreamSource(data.train, shuffle=data.stream_shuffle, allow_pipe=data.allow_pipe)
+    return StreamSource(
+        data.train,
+        shuffle=data.stream_shuffle,
+        allow_pipe=data.allow_pipe,
+        members=Members(data.image_member, data.label_member),
+    )
 
 
 def read_folder(data: DataConfig, image_size: tuple[int, int]) -> ImageFolderSource:

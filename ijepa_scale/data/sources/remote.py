@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,10 +14,19 @@ from typing import Any
 import numpy as np
 
 from ijepa_scale.data.sources.cache import FileCache, Handle, RemoteFile
+from ijepa_scale.data.sources.class_list import CLASSES, parse_classes
 from ijepa_scale.data.sources.fetch import NotThereError, Retry, check_address, fetch, remote_size
-from ijepa_scale.data.sources.scan import Problems
-from ijepa_scale.data.sources.tar_index import ShardIndex, braces, index_path, load_index, save_index, scan_index
-from ijepa_scale.data.sources.tar_shards import CLASSES, MANIFEST, ShardSource, parse_classes
+from ijepa_scale.data.sources.scan import Members, Problems
+from ijepa_scale.data.sources.tar_index import (
+    ShardIndex,
+    braces,
+    index_address,
+    index_path,
+    load_index,
+    save_index,
+    scan_index,
+)
+from ijepa_scale.data.sources.tar_shards import MANIFEST, ShardSource
 from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -33,18 +43,18 @@ class RemoteShardSource(ShardSource):
     downloaded from `NAME.tar.idx.npz` (written by `launch/shards.py`) if that exists, else built from the shard.
     """
 
-    def __init__(self, pattern: str, cache: FileCache) -> None:
+    def __init__(self, pattern: str, cache: FileCache, members: Members | None = None) -> None:
         self._cache = cache
         self._remote = list_remote(pattern, cache)
         logger.info("%d remote shards; cache %s", len(self._remote), cache.folder)
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            shards = list(pool.map(lambda file: remote_index(file, cache), self._remote))
+            shards = list(pool.map(lambda file: remote_index(file, cache, members), self._remote))
         self._remote_of = {index.path: file for index, file in zip(shards, self._remote, strict=True)}
         self._needed: set[int] = set()
         self._take(shards, [file.url.rpartition("/")[2] for file in self._remote])
         classes_url = f"{self._remote[0].url.rpartition('/')[0]}/{CLASSES}"
         content = _text(classes_url, cache)
-        self.classes = None if content is None else parse_classes(content, classes_url)
+        self._name_classes(None if content is None else parse_classes(content, classes_url), classes_url)
 
     def check_room(self, window_shards: int) -> None:
         """Checks that the cache can hold the current window and the next one.
@@ -132,14 +142,14 @@ def _text(url: str, cache: FileCache) -> bytes | None:
         to.unlink(missing_ok=True)
 
 
-def remote_index(file: RemoteFile, cache: FileCache) -> ShardIndex:
+def remote_index(file: RemoteFile, cache: FileCache, members: Members | None = None) -> ShardIndex:
     """Returns the index of a remote shard: from the cache, else from the server, else built from the fetched shard.
 
     Raises:
         DataError: the shard can't be fetched or isn't a tar.
     """
     path = cache.path(file.url)
-    kept = cache.folder / "index" / index_path(path).name
+    kept = cache.folder / "index" / index_path(path, members).name
     kept.parent.mkdir(exist_ok=True)
     size = remote_size(file.url, cache.retry) if file.size is None else file.size
     found = load_index(kept, path, size, None)
@@ -147,7 +157,7 @@ def remote_index(file: RemoteFile, cache: FileCache) -> ShardIndex:
         new = kept.with_name(f"{kept.name}.{os.getpid()}-{threading.get_native_id()}")
         quick = Retry(attempts=min(3, cache.retry.attempts), first_pause_s=cache.retry.first_pause_s)
         try:
-            fetch(f"{file.url}.idx.npz", new, size=None, sha256=None, retry=quick, largest=_LARGEST_INDEX)
+            fetch(index_address(file.url, members), new, size=None, sha256=None, retry=quick, largest=_LARGEST_INDEX)
             found = load_index(new, path, size, None)
         except DataError as error:
             logger.info("%s: no index next to it (%s); reading the shard", file.url, error)
@@ -156,11 +166,8 @@ def remote_index(file: RemoteFile, cache: FileCache) -> ShardIndex:
     if found is None:
         handle = cache.open(file)
         try:
-            scanned = scan_index(path, path.stat())
-            found = ShardIndex(
-                path, scanned.tar_bytes, None, scanned.offsets, scanned.sizes, scanned.labels, scanned.keys,
-                scanned.problems,
-            )  # fmt: skip
+            scanned = scan_index(path, path.stat(), members)
+            found = dataclasses.replace(scanned, tar_mtime_ns=None)
         finally:
             handle.close()
     if not kept.exists():

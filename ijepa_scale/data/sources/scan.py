@@ -9,15 +9,17 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, parse_label
 from ijepa_scale.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -25,7 +27,6 @@ MAX_MEMBER_BYTES = 64 << 20  # of an image; the largest JPEG in ImageNet has 15 
 MAX_LABEL_BYTES = 1 << 20
 MAX_MEMBERS = 20_000_000
 MAX_HEADER_BYTES = 1 << 20  # of a long name or a PAX header, which is read whole
-NO_LABEL = -1
 IRREGULAR = "a link, a device or sparse; write regular files (tar --dereference --hard-dereference)"
 _BLOCK = 512
 _NAMED = 100  # problems of a shard that are stored with their names; all are counted
@@ -35,7 +36,7 @@ _NAMED = 100  # problems of a shard that are stored with their names; all are co
 class Problem:
     """Something that can't be used: a sample, a member, or the rest of a shard."""
 
-    kind: str  # "link or device", "unsafe name", "member size", "two images", "no image", "bad label", "cut short" ...
+    kind: str  # "link or device", "unsafe name", "member size", "several images", "bad label", "cut short" ...
     name: str
     reason: str
 
@@ -83,20 +84,60 @@ class Problems:
 class Scan:
     """The samples of a tar, ordered by the offset of their images, and its problems."""
 
-    columns: np.ndarray  # (3, N) int64: offset and size in bytes, label
+    columns: np.ndarray  # (3, N) int64: offset and size in bytes, label; TEXT_LABEL - k is the label texts[k]
     keys: list[str]
     problems: Problems
+    texts: list[str]  # labels that are names, sorted
 
 
-@dataclass
+@dataclass(frozen=True)
+class Members:
+    """The members to read of samples that have several images or labels, by suffix, like jpg, rgb.png, coarse.cls."""
+
+    image: str | None = None  # None: the only image
+    label: str | None = None  # None: the only .cls, else the only .json with a label
+
+    def several_images(self, names: Iterable[str]) -> str:
+        """Returns what is wrong with a sample that has these images."""
+        return (
+            f"its images are {_listed(names)}; choose the one to read, like data.image_member={min(names)}, or give "
+            "each image its own name up to the first dot"
+        )
+
+    def several_labels(self, names: Iterable[str]) -> str:
+        """Returns what is wrong with a sample that has these labels."""
+        return f"its labels are {_listed(names)}; choose the one to read, like data.label_member={min(names)}"
+
+    def no_image(self, names: Iterable[str]) -> str:
+        """Returns what is wrong with a sample without an image to read; `names` are other images that it has."""
+        if self.image is None:
+            return f"no image ({', '.join(IMAGE_SUFFIXES)}); write it again"
+        return f"no image {self.image}, but {_listed(names) or 'no other'}; correct data.image_member"
+
+    def is_image(self, suffix: str) -> bool:
+        """Returns whether a member with this suffix, in lower case, is an image that may be read or must be named."""
+        return suffix == self.image or suffix.rpartition(".")[2] in IMAGE_SUFFIXES
+
+    def is_label(self, suffix: str) -> bool:
+        """Returns whether a member with this suffix, in lower case, may have the label."""
+        return suffix == self.label or (self.label is None and suffix.rpartition(".")[2] in ("cls", "json"))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))
+
+
+@dataclass(slots=True)
 class _Sample:
     """What a scan knows about one key."""
 
-    image: str | None = None  # the image member's name
+    image: str | None = None  # the image's suffix
     offset: int = 0
     size: int = 0
-    label: int = NO_LABEL
-    label_from: str = ""
+    more: tuple[str, ...] = ()  # suffixes of other images
+    label: int | str = NO_LABEL
+    label_from: str = ""  # the label's suffix
+    more_labels: tuple[str, ...] = ()  # suffixes of other labels
     dropped: bool = False  # its problem has been noted
 
 
@@ -165,7 +206,7 @@ def leaves_its_folder(name: str) -> bool:
     return name.startswith("/") or ".." in name.split("/")
 
 
-def scan_tar(path: Path) -> Scan:
+def scan_tar(path: Path, members: Members | None = None) -> Scan:
     """Scans the headers of an uncompressed tar and returns its samples and problems.
 
     If the tar breaks off or is damaged, keeps the samples before that point, except the last one, which may lack
@@ -174,9 +215,10 @@ def scan_tar(path: Path) -> Scan:
     Raises:
         DataError: not a tar at all, or over `MAX_MEMBERS` members.
     """
+    members = members or Members()
     samples: dict[str, _Sample] = {}
     problems = Problems()
-    walk = _Walk(samples, problems)
+    walk = _Walk(samples, problems, members)
     try:
         with path.open("rb") as file:
             tar_bytes = os.fstat(file.fileno()).st_size
@@ -192,27 +234,39 @@ def scan_tar(path: Path) -> Scan:
             str(path),
             f"cut short or damaged after byte {broken.byte} ({broken.reason}); copy or write it again",
         )
-    return _result(path, samples, problems)
+    return _result(path, samples, problems, members)
 
 
-def _result(path: Path, samples: dict[str, _Sample], problems: Problems) -> Scan:
+def _result(path: Path, samples: dict[str, _Sample], problems: Problems, members: Members) -> Scan:
     for key, sample in samples.items():
-        if sample.image is None and not sample.dropped:
-            problems.add("no image", f"{path}:{key}", f"no image ({', '.join(IMAGE_SUFFIXES)}); write it again")
-    whole = {key: sample for key, sample in samples.items() if sample.image is not None and not sample.dropped}
+        if sample.dropped:
+            continue
+        wrong = None
+        if sample.image is None:
+            wrong = ("no image", members.no_image(sample.more))
+        elif sample.more and members.image is None:
+            wrong = ("several images", members.several_images((sample.image, *sample.more)))
+        elif sample.more_labels:
+            wrong = ("several labels", members.several_labels((sample.label_from, *sample.more_labels)))
+        if wrong is not None:
+            sample.dropped = True
+            problems.add(wrong[0], f"{path}:{key}", wrong[1])
+    whole = {key: sample for key, sample in samples.items() if not sample.dropped}
     if not whole and not problems.counts:
         problems.add("empty shard", str(path), f"no image ({', '.join(IMAGE_SUFFIXES)}); drop it from the list")
     ordered = sorted(whole.items(), key=lambda item: item[1].offset)
-    rows = [(sample.offset, sample.size, sample.label) for _, sample in ordered]
+    texts = sorted({sample.label for sample in whole.values() if isinstance(sample.label, str)})
+    code: dict[int | str, int] = {text: TEXT_LABEL - number for number, text in enumerate(texts)}
+    rows = [(sample.offset, sample.size, code.get(sample.label, sample.label)) for _, sample in ordered]
     columns = np.ascontiguousarray(np.array(rows, dtype=np.int64).reshape(-1, 3).T)
-    return Scan(columns, [key for key, _ in ordered], problems)
+    return Scan(columns, [key for key, _ in ordered], problems, texts)
 
 
 class _Walk:
     """Collects the members of a tar by sample."""
 
-    def __init__(self, samples: dict[str, _Sample], problems: Problems) -> None:
-        self._samples, self._problems = samples, problems
+    def __init__(self, samples: dict[str, _Sample], problems: Problems, members: Members) -> None:
+        self._samples, self._problems, self._members = samples, problems, members
         self.last = ""  # the last key seen
 
     def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
@@ -226,36 +280,38 @@ class _Walk:
         stem, _, suffix = parts[-1].partition(".")
         if not stem:  # like `._photo.jpg`, in which macOS stores attributes
             return
-        key, kind = "/".join([*parts[:-1], stem]), suffix.lower().rpartition(".")[2]
+        key, suffix = "/".join([*parts[:-1], stem]), sys.intern(suffix.lower())
         sample = self._samples.setdefault(key, _Sample())
         if not member.isreg() or member.issparse():
             self._drop(sample, ("link or device", member.name), IRREGULAR)
-        elif kind in IMAGE_SUFFIXES:
-            self._image(sample, member)
-        elif kind == "cls" or (kind == "json" and sample.label_from != "cls"):
-            self._label(sample, tar, member, kind)
+        elif self._members.is_image(suffix):
+            self._image(sample, member, suffix)
+        elif self._members.is_label(suffix):
+            self._label(sample, tar, member, suffix)
         self.last = key
 
     def _drop(self, sample: _Sample, what: tuple[str, str], reason: str) -> None:
         sample.dropped = True
         self._problems.add(*what, reason)
 
-    def _image(self, sample: _Sample, member: tarfile.TarInfo) -> None:
-        if sample.image is not None:
-            self._problems.add(
-                "two images",
-                member.name,
-                f"its sample also has {sample.image!r}, which is used; give each its own name up to the first dot",
-            )
+    def _image(self, sample: _Sample, member: tarfile.TarInfo, suffix: str) -> None:
+        wanted = self._members.image
+        if suffix == sample.image:
+            self._drop(sample, ("several images", member.name), "the tar has two members of this name; write it again")
+        elif sample.image is not None or (wanted is not None and suffix != wanted):
+            sample.more += (suffix,)
         elif not 0 < member.size <= MAX_MEMBER_BYTES:
             self._drop(
                 sample, ("member size", member.name), f"{member.size} bytes; give 1 to {MAX_MEMBER_BYTES} (64 MiB)"
             )
         else:
-            sample.image, sample.offset, sample.size = member.name, member.offset_data, member.size
+            sample.image, sample.offset, sample.size = suffix, member.offset_data, member.size
 
-    def _label(self, sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> None:
-        """Stores the label of a `.cls` or `.json` member, if it has one."""
+    def _label(self, sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
+        """Stores the label of a member, if it has one; a `.json` counts only without a `.cls`."""
+        is_json, has_json = suffix.endswith("json"), sample.label_from.endswith("json")
+        if is_json and sample.label_from and not has_json:
+            return None
         if member.size > MAX_LABEL_BYTES:
             return self._drop(
                 sample, ("bad label", member.name), f"{member.size} bytes; a label has at most {MAX_LABEL_BYTES}"
@@ -264,32 +320,17 @@ class _Walk:
         assert stream is not None  # a regular file
         data = stream.read()
         try:
-            label = parse_label(data, kind)
+            label = parse_label(data, "json" if is_json else "cls")
         except (ValueError, RecursionError):
             return self._drop(
                 sample,
                 ("bad label", member.name),
-                f'{data[:40]!r} isn\'t a label; give an integer (.cls) or {{"label": integer}} (.json)',
+                f'{data[:40]!r} isn\'t a label; give a number or name (.cls) or {{"label": number or name}} (.json)',
             )
-        if label is not None:
-            sample.label, sample.label_from = label, kind
-        return None
-
-
-def parse_label(data: bytes, kind: str) -> int | None:
-    """Returns the label in the content of a `.cls` or `.json` member; None for a JSON without "label".
-
-    Raises:
-        ValueError: the label isn't an integer of 32 bits.
-    """
-    value = int(data) if kind == "cls" else None
-    if kind != "cls":
-        content = json.loads(data)
-        value = content.get("label") if isinstance(content, dict) else None
-        if value is None:
+        if label is None:
             return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError
-    if not -(2**31) <= value < 2**31:
-        raise ValueError
-    return value
+        if not sample.label_from or (has_json and not is_json):
+            sample.label, sample.label_from, sample.more_labels = label, suffix, ()
+        elif suffix != sample.label_from or label != sample.label:
+            sample.more_labels += (suffix,)
+        return None

@@ -24,13 +24,12 @@ from webdataset.tariterators import group_by_keys
 from ijepa_scale import rng
 from ijepa_scale.data.order import part_size
 from ijepa_scale.data.sources.fetch import Retry, check_address, open_remote, scheme_of
+from ijepa_scale.data.sources.labels import NO_LABEL, parse_label
 from ijepa_scale.data.sources.scan import (
-    IMAGE_SUFFIXES,
     MAX_LABEL_BYTES,
     MAX_MEMBER_BYTES,
-    NO_LABEL,
+    Members,
     Problems,
-    parse_label,
 )
 from ijepa_scale.data.sources.tar_index import braces, expand
 from ijepa_scale.errors import DataError
@@ -112,7 +111,16 @@ class StreamSource:
 
     num_samples = None
 
-    def __init__(self, pattern: str, *, shuffle: int = 1000, allow_pipe: bool = False, retry: Retry | None = None):
+    def __init__(
+        self,
+        pattern: str,
+        *,
+        shuffle: int = 1000,
+        allow_pipe: bool = False,
+        retry: Retry | None = None,
+        members: Members | None = None,
+    ) -> None:
+        self._members = members or Members()
         self.urls = _expand(pattern, allow_pipe)
         self._shuffle, self._retry = shuffle, retry or Retry()
         names = "\n".join(url.rpartition("/")[2] for url in self.urls)
@@ -173,28 +181,31 @@ class StreamSource:
         bad: list[StreamSample] = []
 
         def note_duplicate(error: Exception) -> bool:
-            bad.append(StreamSample(0, number, url, kind="two images", reason=str(error.args[0])))
+            bad.append(StreamSample(0, number, url, kind="several images", reason=str(error.args[0])))
             return True
 
         with _open(url, self._retry) as file:
-            for sample in group_by_keys(_members(file, url, number, bad), handler=note_duplicate):
+            for sample in group_by_keys(_members(file, url, number, bad, self._members), handler=note_duplicate):
                 yield from bad
                 bad.clear()
-                yield _sample(sample, url, number)
+                yield _sample(sample, url, number, self._members)
         yield from bad
 
 
-def _members(file: IO[bytes], url: str, number: int, bad: list[StreamSample]) -> Iterator[dict[str, Any]]:
+def _members(
+    file: IO[bytes], url: str, number: int, bad: list[StreamSample], wanted: Members
+) -> Iterator[dict[str, Any]]:
     """Yields the images and labels of a tar in the form that webdataset groups; adds unusable ones to `bad`."""
     tail = _Tail(file)
     try:
         with tarfile.open(fileobj=tail, mode="r|") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-                kind = member.name.lower().rpartition(".")[2]
-                if not member.isreg() or kind not in (*IMAGE_SUFFIXES, "cls", "json"):
+                suffix = member.name.lower().rpartition("/")[2].partition(".")[2]
+                is_image = wanted.is_image(suffix)
+                if not member.isreg() or not (is_image or wanted.is_label(suffix)):
                     continue
-                most = MAX_MEMBER_BYTES if kind in IMAGE_SUFFIXES else MAX_LABEL_BYTES
+                most = MAX_MEMBER_BYTES if is_image else MAX_LABEL_BYTES
                 if not 0 < member.size <= most:
                     reason = f"{member.size} bytes; give 1 to {most}"
                     bad.append(StreamSample(0, number, f"{url}:{member.name}", kind="member size", reason=reason))
@@ -212,22 +223,32 @@ def _members(file: IO[bytes], url: str, number: int, bad: list[StreamSample]) ->
         bad.append(StreamSample(0, number, url, kind="cut short", reason=reason))
 
 
-def _sample(members: dict[str, Any], url: str, number: int) -> StreamSample:
+def _sample(members: dict[str, Any], url: str, number: int, wanted: Members) -> StreamSample:
     """Returns the sample made of grouped members."""
     key = members["__key__"]
     digest = hashlib.blake2b(f"{url.rpartition('/')[2]}|{key}|{number}".encode("utf-8", "surrogateescape"))
     sample_id, name = int.from_bytes(digest.digest()[:8], "little") >> 1, f"{url}:{key}"
-    images = [value for suffix, value in members.items() if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
-    if not images:
-        return StreamSample(sample_id, number, name, kind="no image", reason=f"no image ({', '.join(IMAGE_SUFFIXES)})")
+    images = [suffix for suffix in members if wanted.is_image(suffix)]
+    chosen = [suffix for suffix in images if suffix == wanted.image or wanted.image is None]
+    if not chosen:
+        return StreamSample(sample_id, number, name, kind="no image", reason=wanted.no_image(images))
+    if len(chosen) > 1:
+        return StreamSample(sample_id, number, name, kind="several images", reason=wanted.several_images(chosen))
+    labels: dict[str, int | str] = {}
     try:
-        labels = [parse_label(members[kind], kind) for kind in ("cls", "json") if kind in members]
+        for suffix in filter(wanted.is_label, members):
+            label = parse_label(members[suffix], "json" if suffix.endswith("json") else "cls")
+            if label is not None:
+                labels[suffix] = label
     except (ValueError, RecursionError):
-        return StreamSample(
-            sample_id, number, name, kind="bad label", reason="neither an integer (.cls) nor a label (.json)"
-        )
-    label = next((label for label in labels if label is not None), NO_LABEL)
-    return StreamSample(sample_id, number, name, images[0], label)
+        reason = "neither a number or name (.cls) nor a label (.json)"
+        return StreamSample(sample_id, number, name, kind="bad label", reason=reason)
+    best = [suffix for suffix in labels if not suffix.endswith("json")] or list(labels)
+    if len(best) > 1:
+        return StreamSample(sample_id, number, name, kind="several labels", reason=wanted.several_labels(best))
+    label = labels[best[0]] if best else NO_LABEL
+    # no list numbers the names of a stream, which only pretraining reads
+    return StreamSample(sample_id, number, name, members[chosen[0]], label if isinstance(label, int) else NO_LABEL)
 
 
 def _expand(pattern: str, allow_pipe: bool) -> list[str]:

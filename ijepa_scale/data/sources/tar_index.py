@@ -1,6 +1,6 @@
 """The index of a tar shard: the offset of each sample, found once and stored next to the tar.
 
-A shard is an ordinary WebDataset tar: `KEY.jpg` with `KEY.cls` (an integer) or `KEY.json` ({"label": ...}).
+A shard is an ordinary WebDataset tar: `KEY.jpg` with `KEY.cls` (a number or name) or `KEY.json` ({"label": ...}).
 The index also counts, by kind, what can't be used. Knows nothing of decoding or batches.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import logging
 import os
 import re
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, NO_LABEL, Problems, scan_tar
+from ijepa_scale.data.sources.labels import TEXT_LABEL
+from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, Members, Problems, scan_tar
 from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 # the errors that reading a damaged index file can raise
 _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
@@ -57,7 +59,10 @@ class Names:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of one tar, in the order of their images. Arrays are (N,) int64; a label of -1 means none."""
+    """The samples of one tar, in the order of their images. Arrays are (N,) int64.
+
+    A label of -1 means none; `TEXT_LABEL` - k is the class name texts[k].
+    """
 
     path: Path
     tar_bytes: int
@@ -67,17 +72,29 @@ class ShardIndex:
     labels: np.ndarray
     keys: Names
     problems: Problems
+    texts: tuple[str, ...] = ()  # sorted
 
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def label_text(self, row: int) -> str | None:
+        """Returns the class name that is the label of a sample; None if its label is a number or missing."""
+        label = int(self.labels[row])
+        return self.texts[TEXT_LABEL - label] if label <= TEXT_LABEL else None
 
-def index_path(tar: str | Path) -> Path:
-    """Returns the path of the index of `tar`."""
-    return Path(f"{tar}.idx.npz")
+
+def index_path(tar: str | Path, members: Members | None = None) -> Path:
+    """Returns the path of the index of `tar`, of its own for each choice of members."""
+    return Path(index_address(str(tar), members))
 
 
-def index_tar(path: str | Path) -> ShardIndex:
+def index_address(tar: str, members: Members | None = None) -> str:
+    """Returns the path or address of the index of the tar at a path or address."""
+    chosen = "" if members is None or members == Members() else f".{members.image or ''}+{members.label or ''}"
+    return f"{tar}{chosen}.idx.npz"
+
+
+def index_tar(path: str | Path, members: Members | None = None) -> ShardIndex:
     """Returns the index of a tar shard: the stored one if size and mtime still match, else that of a new scan.
 
     A new index is written next to the tar under a temporary name and renamed, so any number of processes may
@@ -93,24 +110,26 @@ def index_tar(path: str | Path) -> ShardIndex:
             pass
     except OSError as error:
         raise DataError(f"shard {path} can't be read ({error.strerror}); check the path and its permissions") from None
-    index = load_index(index_path(path), path, status.st_size, status.st_mtime_ns)
+    kept = index_path(path, members)
+    index = load_index(kept, path, status.st_size, status.st_mtime_ns)
     if index is None:
-        index = scan_index(path, status)
-        save_index(index, index_path(path))
+        index = scan_index(path, status, members)
+        save_index(index, kept)
     return index
 
 
-def scan_index(path: Path, status: os.stat_result) -> ShardIndex:
+def scan_index(path: Path, status: os.stat_result, members: Members | None = None) -> ShardIndex:
     """Scans the headers of a tar and returns its index.
 
     Raises:
         DataError: the file isn't a readable tar.
     """
-    scan = scan_tar(path)
+    scan = scan_tar(path, members)
     offsets, sizes, labels = scan.columns
     return ShardIndex(
-        path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, Names.of(scan.keys), scan.problems
-    )
+        path, status.st_size, status.st_mtime_ns, offsets, sizes, labels, Names.of(scan.keys), scan.problems,
+        tuple(scan.texts),
+    )  # fmt: skip
 
 
 def expand(pattern: str | Path) -> list[Path]:
@@ -169,6 +188,7 @@ def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None)
             offsets, sizes, labels = (arrays[name].astype(np.int64) for name in ("offsets", "sizes", "labels"))
             keys = Names(arrays["key_bytes"].astype(np.uint8), arrays["key_ends"].astype(np.int64))
             problems = Problems.loads(arrays["problems"].tobytes())
+            texts = tuple(str(text) for text in json.loads(arrays["texts"].tobytes()))
     except FileNotFoundError:
         return None
     except _DAMAGE as error:
@@ -177,13 +197,14 @@ def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None)
     if (
         len({len(offsets), len(sizes), len(labels), len(keys)}) > 1
         or min(offsets.min(initial=0), sizes.min(initial=0)) < 0
+        or labels.min(initial=0) <= TEXT_LABEL - len(texts)
     ):
         logger.warning("index %s is damaged (its columns disagree); scanning the tar again", kept)
         return None
     if (offsets + sizes).max(initial=0) > tar_bytes or sizes.max(initial=0) > MAX_MEMBER_BYTES:
         logger.warning("index %s is damaged (it points outside the tar); scanning the tar again", kept)
         return None
-    return ShardIndex(path, tar_bytes, tar_mtime_ns, offsets, sizes, labels, keys, problems)
+    return ShardIndex(path, tar_bytes, tar_mtime_ns, offsets, sizes, labels, keys, problems, texts)
 
 
 def save_index(index: ShardIndex, target: Path) -> None:
@@ -203,6 +224,7 @@ def save_index(index: ShardIndex, target: Path) -> None:
                 key_bytes=index.keys.blob,
                 key_ends=index.keys.ends,
                 problems=np.frombuffer(index.problems.dumps(), dtype=np.uint8),
+                texts=np.frombuffer(json.dumps(index.texts).encode(), dtype=np.uint8),
             )
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
@@ -213,6 +235,6 @@ def save_index(index: ShardIndex, target: Path) -> None:
 
 
 __all__ = [
-    "NO_LABEL", "Names", "ShardIndex", "braces", "expand", "index_path", "index_tar", "load_index", "save_index",
+    "Names", "ShardIndex", "braces", "expand", "index_address", "index_path", "index_tar", "load_index", "save_index",
     "scan_index",
 ]  # fmt: skip

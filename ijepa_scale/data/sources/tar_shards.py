@@ -14,24 +14,23 @@ from typing import Any
 import numpy as np
 
 from ijepa_scale.data.sources.cache import Handle
-from ijepa_scale.data.sources.scan import Problems
+from ijepa_scale.data.sources.class_list import CLASSES, number_labels, parse_classes
+from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
 from ijepa_scale.errors import DataError
 
 MANIFEST = "manifest.json"
-CLASSES = "classes.json"
 _OPEN_FILES = 64
 
 
 class ShardSource:
     """The samples of indexed tar shards in local files."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], members: Members | None = None) -> None:
         if not paths:
             raise DataError("the list of shards is empty; name a folder of shards, a glob or a brace pattern")
-        self._take([index_tar(path) for path in paths], [path.name for path in paths])
-        path = paths[0].parent / CLASSES
-        self.classes: list[str] | None = parse_classes(path.read_bytes(), str(path)) if path.is_file() else None
+        self._take([index_tar(path, members) for path in paths], [path.name for path in paths])
+        self._name_classes(_the_list(paths), str(paths[0].parent / CLASSES))
 
     def _take(self, shards: list[ShardIndex], names: list[str]) -> None:
         """Numbers the samples of these shards. `names` don't depend on the folder that the shards are in."""
@@ -43,6 +42,21 @@ class ShardSource:
         self.fingerprint = _shard_fingerprint(shards, names)
         self._ends = np.cumsum(self.shard_sizes)
         self._files: OrderedDict[int, Handle] = OrderedDict()  # by shard, opened by this process
+
+    @property
+    def has_text_labels(self) -> bool:
+        """Whether labels are class names, which a list of classes must number."""
+        return any(shard.texts for shard in self._shards)
+
+    def number_by(self, classes: list[str], origin: str) -> None:
+        """Numbers labels that are class names by their positions in `classes`, which messages call `origin`."""
+        self._name_classes(classes, origin)
+
+    def _name_classes(self, classes: list[str] | None, origin: str) -> None:
+        """Sets the class names, and numbers the labels that are names by them."""
+        self.classes: list[str] | None = classes
+        numbered = number_labels(self._shards, classes, origin)
+        self._labels, self._label_fault = numbered.labels, numbered.fault
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
@@ -69,13 +83,19 @@ class ShardSource:
         return data
 
     def label(self, sample_id: int) -> int:
-        """Returns the label; -1 if there is none."""
+        """Returns the label; -1 if there is none, or if it is a name and no list of classes numbers it."""
         shard, row = self._locate(sample_id)
-        return int(self._shards[shard].labels[row])
+        return int(self._labels[shard][row])
 
     def labels(self) -> np.ndarray:
-        """Returns all labels, (N,) int64; -1 if there is none."""
-        return np.concatenate([shard.labels for shard in self._shards]).astype(np.int64)
+        """Returns all labels, (N,) int64; -1 if there is none.
+
+        Raises:
+            DataError: labels are names and no list of classes numbers all of them.
+        """
+        if self._label_fault is not None:
+            raise DataError(self._label_fault)
+        return np.concatenate(self._labels).astype(np.int64)
 
     def name(self, sample_id: int) -> str:
         """Returns the tar's path and the sample's key."""
@@ -131,19 +151,20 @@ class ShardSource:
         return handle
 
 
-def parse_classes(content: bytes, origin: str) -> list[str]:
-    """Returns the class names in the content of a classes.json.
-
-    Raises:
-        DataError: it isn't a list of names.
-    """
-    try:
-        names = json.loads(content)
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("not a list of names")
-    except ValueError as error:
-        raise DataError(f"{origin} isn't a list of class names ({error}); write it again, or remove it") from None
-    return names
+def _the_list(paths: list[Path]) -> list[str] | None:
+    """Returns the class list next to the shards; None without one."""
+    lists = {path: parse_classes(path.read_bytes(), str(path)) for path in sorted(
+        {path.parent / CLASSES for path in paths}) if path.is_file()}  # fmt: skip
+    if not lists:
+        return None
+    first, classes = next(iter(lists.items()))
+    for path, other in lists.items():
+        if other != classes:
+            raise DataError(
+                f"{first} and {path} list different classes, so equal labels mean different ones; read the folders "
+                "apart, or make the shards together"
+            )
+    return classes
 
 
 def manifest_samples(shard: Path) -> int:
@@ -172,4 +193,6 @@ def _shard_fingerprint(shards: list[ShardIndex], names: list[str]) -> str:
         digest.update(f"{name}|{shard.tar_bytes}|{len(shard)}|".encode("utf-8", "surrogateescape"))
         for array in (shard.offsets, shard.sizes, shard.labels, shard.keys.ends, shard.keys.blob):
             digest.update(array.tobytes())
+        if shard.texts:
+            digest.update("\0".join(shard.texts).encode())
     return digest.hexdigest()

@@ -40,7 +40,7 @@ def test_rows_and_columns_are_drawn_apart() -> None:
 @pytest.mark.parametrize("kind", ["pixels", "PNG"])
 @pytest.mark.parametrize("output", [(64, 64), (8, 8)], ids=["full size", "reduced"])
 def test_what_is_cut_out_reaches_the_last_row_and_column(kind: str, output: tuple[int, int]) -> None:
-    """Each pixel says where it is; the sides are odd, so the last block of a reduced crop is an incomplete one."""
+    """Each pixel says where it is; a pixel of a resized crop is the mean of those around it."""
     height, width = 61, 55
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(height)[:, None], np.arange(width)
@@ -48,6 +48,7 @@ def test_what_is_cut_out_reaches_the_last_row_and_column(kind: str, output: tupl
     Image.fromarray(pixels).save(stream, "PNG")
     data = pixels if kind == "pixels" else stream.getvalue()
     crops = [decode_crop(data, draws, output, scale=(0.3, 0.8), ratio=RATIO) for draws in DRAWS[:600]]
-    assert min(int(crop[0, 0, 0]) for crop in crops) <= 1 and min(int(crop[0, 0, 1]) for crop in crops) <= 1
-    assert max(int(crop[-1, 0, 0]) for crop in crops) == height - 1
-    assert max(int(crop[0, -1, 1]) for crop in crops) == width - 1
+    slack = 0 if output == (64, 64) else 4
+    assert min(int(crop[0, 0, 0]) for crop in crops) <= slack and min(int(crop[0, 0, 1]) for crop in crops) <= slack
+    assert max(int(crop[-1, 0, 0]) for crop in crops) >= height - 1 - slack
+    assert max(int(crop[0, -1, 1]) for crop in crops) >= width - 1 - slack

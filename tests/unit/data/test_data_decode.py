@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+from ijepa_kernels.crop_resize import crop_resize
 from ijepa_scale import rng
-from ijepa_scale.data.decode import CROP_DRAWS, choose_box, decode, decode_crop, largest_crop
+from ijepa_scale.data.decode import CROP_DRAWS, PixelRules, choose_box, decode, decode_crop, largest_crop
 from ijepa_scale.errors import DataError
 
+DCT = PixelRules(decode_scaling="dct")
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 
 
@@ -110,15 +112,37 @@ def test_a_crop_of_full_size_is_cut_exactly(format, shape):
         np.testing.assert_array_equal(pixels, crop)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "pixels"])
 @pytest.mark.parametrize("shape", [(400, 333), (1000, 1201)])
-def test_large_crops_are_reduced_and_look_the_same(format, shape):
-    data = encoded(picture(*shape), format)
+def test_large_crops_are_resized_as_in_pil(format, shape, interpolation):
+    """What a training image becomes after the device's resize equals torchvision's chain, whatever the crop's size."""
+    pixels = np.asarray(picture(*shape))
+    data = pixels if format == "pixels" else encoded(picture(*shape), format)
+    whole = Image.fromarray(decode(data))
+    pil = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    for sample in range(6):
+        top, left, h, w = choose_box(*shape, draws_of(sample), SCALE, RATIO)
+        options = {"scale": SCALE, "ratio": RATIO, "interpolation": interpolation}
+        crop = decode_crop(data, draws_of(sample), (24, 32), **options)
+        sizes = np.array([crop.shape[:2]])
+        flat = torch.from_numpy(crop.reshape(-1).copy())
+        ours = crop_resize(flat, sizes, (24, 32), interpolation=interpolation)[0].permute(1, 2, 0)
+        expected = whole.crop((left, top, left + w, top + h)).resize((32, 24), pil)
+        np.testing.assert_array_equal(ours.numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("shape", [(400, 333), (1000, 1201)])
+def test_dct_scaling_looks_the_same(shape):
+    data = encoded(picture(*shape))
     whole = decode(data)
     for sample in range(6):
         top, left, h, w = choose_box(*shape, draws_of(sample), SCALE, RATIO)
-        crop = decode_crop(data, draws_of(sample), (24, 24), scale=SCALE, ratio=RATIO)
-        factor = 2 ** int(math.log2(min(h, w) / 24))
+        crop = decode_crop(data, draws_of(sample), (24, 24), scale=SCALE, ratio=RATIO, rules=DCT)
+        factor = min(8, 2 ** int(math.log2(min(h, w) / 24)))
+        if min(round(h / factor), round(w / factor)) >= 48:  # beyond 1/8
+            assert crop.shape[:2] == (24, 24)
+            continue
         assert crop.shape[:2] == (round(h / factor), round(w / factor))
         assert 24 <= min(crop.shape[:2]) and max(crop.shape[:2]) <= 2 * 24 * 4 / 3 + 1
         # compare with the same region of the full image, with edges on whole blocks, at 24 x 24
@@ -155,7 +179,7 @@ def test_no_damage_raises_anything_else():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_pixels_are_counted_before_decoding(format, monkeypatch):
-    monkeypatch.setattr("ijepa_scale.data.decode.MAX_PIXELS", 90 * 130 - 1)
+    monkeypatch.setattr("ijepa_scale.data.pil_decode.MAX_PIXELS", 90 * 130 - 1)
     with pytest.raises(DataError, match="image of 130 x 90 pixels; give 1 to 11699 pixels"):
         decode_crop(encoded(picture(), format), draws_of(0), (8, 8), scale=SCALE, ratio=RATIO)
     with pytest.raises(DataError, match="image of 130 x 90 pixels"):
@@ -168,8 +192,11 @@ def test_pixels_are_counted_before_decoding(format, monkeypatch):
     st.tuples(st.integers(1, 40), st.integers(1, 40)),
     st.sampled_from([(3 / 4, 4 / 3), (1.0, 1.0), (0.3, 5.0)]),
     st.integers(0, 1000),
+    st.sampled_from(["pixels", "none", "dct"]),
 )
-def test_no_crop_is_larger_than_said(shape, output, ratio, sample):
+def test_no_crop_is_larger_than_said(shape, output, ratio, sample, kind):
     pixels = np.zeros((*shape, 3), np.uint8)
-    crop = decode_crop(pixels, draws_of(sample), output, scale=(0.05, 1.0), ratio=ratio)
+    data = pixels if kind == "pixels" else encoded(Image.fromarray(pixels))
+    rules = PixelRules(decode_scaling="dct" if kind == "dct" else "none")
+    crop = decode_crop(data, draws_of(sample), output, scale=(0.05, 1.0), ratio=ratio, rules=rules)
     assert 0 < crop.shape[0] * crop.shape[1] <= largest_crop(output, ratio)

@@ -96,7 +96,13 @@ def test_a_shard_that_breaks_off_costs_its_rest_only(shards):
 
 def test_unusable_samples_are_counted_by_kind(tmp_path, shards):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, data in (("a.cls", b"1"), ("b.jpg", b"x"), ("c.jpg", jpeg(1)), ("c.cls", b"one"), ("d.jpg", jpeg(1))):
+        for name, data in (
+            ("a.cls", b"1"),
+            ("b.jpg", b"x"),
+            ("c.jpg", jpeg(1)),
+            ("c.cls", b"\xff"),
+            ("d.jpg", jpeg(1)),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))

@@ -68,10 +68,21 @@ def test_long_names_folders_labels_and_side_files(tmp_path, format):
         ([("a.jpg", tarfile.SYMTYPE)], "link or device", "a link.*--dereference"),
         ([("a.jpg", tarfile.LNKTYPE), ("a.cls", b"12")], "link or device", "a link"),
         ([("a.cls", b"12"), ("a.jpg", tarfile.FIFOTYPE)], "link or device", "a link, a device"),
-        ([("b.v2.jpg", IMAGE)], "two images", "its sample also has 'b.jpg'"),
+        (
+            [("d.jpg", IMAGE), ("d.v2.jpg", IMAGE)],
+            "several images",
+            "its images are jpg, v2.jpg; choose .*image_member=jpg",
+        ),
+        ([("d.jpg", IMAGE), ("d.jpg", IMAGE)], "several images", "two members of this name"),
+        ([("d.jpg", IMAGE), ("d.cls", b"12"), ("d.x.cls", b"12")], "several labels", "cls, x.cls; choose .*=cls"),
+        ([("d.jpg", IMAGE), ("d.cls", b"12"), ("d.cls", b"13")], "several labels", "its labels are cls; choose"),
         ([("a.jpg", b"")], "member size", "0 bytes; give 1 to"),
-        ([("a.jpg", IMAGE), ("a.cls", b"cat")], "bad label", "b'cat' isn't a label; give an integer"),
-        ([("a.jpg", IMAGE), ("a.json", b'{"label": "cat"}')], "bad label", "isn't a label"),
+        ([("a.jpg", IMAGE), ("a.cls", b"\xff\xfe")], "bad label", r"b'.xff.xfe' isn't a label; give a number or name"),
+        ([("a.jpg", IMAGE), ("a.cls", b"  ")], "bad label", "isn't a label"),
+        ([("a.jpg", IMAGE), ("a.cls", b"c" * 1001)], "bad label", "isn't a label"),
+        ([("a.jpg", IMAGE), ("a.json", b'{"label": [3]}')], "bad label", "isn't a label"),
+        ([("a.jpg", IMAGE), ("a.json", b'{"label": true}')], "bad label", "isn't a label"),
+        ([("a.jpg", IMAGE), ("a.json", b'{"label": 1.5}')], "bad label", "isn't a label"),
         ([("a.json", b"[" * 9000), ("a.jpg", IMAGE)], "bad label", "isn't a label"),
         ([("a.jpg", IMAGE), ("a.cls", b"9" * 30)], "bad label", "isn't a label"),
         ([("a.jpg", IMAGE), ("a.cls", b"1" * (2 << 20))], "bad label", "a label has at most 1048576"),
@@ -167,7 +178,8 @@ def test_the_stored_index_is_used_until_the_tar_changes(tmp_path, monkeypatch):
     first = index_tar(path)
     scans = []
     monkeypatch.setattr(
-        "ijepa_scale.data.sources.tar_index.scan_tar", lambda path: scans.append(path) or scan_tar(path)
+        "ijepa_scale.data.sources.tar_index.scan_tar",
+        lambda path, members: scans.append(path) or scan_tar(path, members),
     )
     again = index_tar(path)
     assert not scans and list(again.keys) == ["a"] and again.labels.tolist() == [12]

@@ -86,7 +86,7 @@ def test_files_that_cannot_be_used(tmp_path, caplog, monkeypatch):
     (root / "a" / "empty.jpg").touch()
     os.mkfifo(root / "a" / "pipe.jpg")
     (root / "a" / "wide.png").write_bytes(encoded(0, "PNG", (3, 4000)))
-    monkeypatch.setattr("ijepa_scale.data.decode.MAX_PIXELS", 9999)
+    monkeypatch.setattr("ijepa_scale.data.pil_decode.MAX_PIXELS", 9999)
     (root / "b" / "large.jpg").write_bytes(bytes(5000))
     monkeypatch.setattr("ijepa_scale.data.shards.image_files.MAX_MEMBER_BYTES", 4999)
     made = make(root, tmp_path / "to", max_bad_fraction=1)

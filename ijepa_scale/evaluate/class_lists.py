@@ -1,0 +1,62 @@
+"""Checks that the labels of two sets mean the same classes. Knows nothing of models."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.tar_shards import ShardSource
+from ijepa_scale.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 3  # labels or names
+
+
+def compare_classes(train: tuple[str, SampleSource], other: tuple[str, SampleSource], *, log: bool = True) -> None:
+    """Checks that a label means the same class in two sets, given with the settings that name them.
+
+    If the labels of the second set are names and it has no list, the first one's list numbers them. If only one set
+    names its classes, the labels can only be compared as numbers, which is logged as a warning, as are labels that only
+    the second set has. `log` is false on processes that leave this to another one.
+
+    Raises:
+        DataError: both sets name their classes, but differently; or labels that are names can't be numbered.
+    """
+    (train_name, train_source), (name, source) = train, other
+    ours = train_source.classes
+    if ours is not None and isinstance(source, ShardSource) and source.has_text_labels and source.classes is None:
+        source.number_by(ours, f"the class list of {train_name}")
+    theirs = source.classes
+    if ours is not None and theirs is not None and ours != theirs:
+        raise DataError(
+            f"{train_name} and {name} have different classes ({_difference(ours, theirs)}), "
+            "so their labels have different meanings; give both the same class folders or classes.json"
+        )
+    if not log:
+        return
+    if (ours is None) != (theirs is None):
+        named, unnamed = (train_name, name) if theirs is None else (name, train_name)
+        logger.warning(
+            "%s names its %d classes, %s doesn't, so labels are compared by number only; check that label 0 is %r in "
+            "both, or give both the same class folders or classes.json",
+            named, len(ours or theirs or ()), unnamed, (ours or theirs or [""])[0],
+        )  # fmt: skip
+    only = np.setdiff1d(source.labels(), train_source.labels())
+    if len(only):
+        shown = ", ".join(f"{label} ({theirs[label]!r})" if theirs else str(label) for label in only[:_SHOWN].tolist())
+        logger.warning(
+            "%s has %d labels that no image of %s has (%s%s); check that both number the classes alike",
+            name, len(only), train_name, shown, ", ..." if len(only) > _SHOWN else "",
+        )  # fmt: skip
+
+
+def _difference(ours: list[str], theirs: list[str]) -> str:
+    """Returns, in words, how the lists differ: the first names that only one has, or the order."""
+    only = sorted(set(ours) ^ set(theirs))
+    return f"only one has {', '.join(only[:_SHOWN])}" if only else "in another order"
+
+
+__all__ = ["compare_classes"]
