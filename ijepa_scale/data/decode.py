@@ -97,7 +97,7 @@ def decode_crop(
     `interpolation`. So the output's sides limit the crop's sides, however large the image is.
 
     With `decode_scaling` dct such a crop of a JPEG is decoded with fewer frequencies, at the smallest of 1/2, 1/4 and
-    1/8 of its size that is not smaller than the output; its edges are then rounded to the coarser pixels.
+    1/8 of its size that is not smaller than the output.
 
     Raises:
         SampleError: not an image, damaged, larger than `MAX_PIXELS`, or with pixels of unknown range.
@@ -113,16 +113,14 @@ def decode_crop(
             box = choose_box(*seen, draws, scale, ratio)
             room = _room(box[2:], output) if rules.decode_scaling == "dct" else 1
             step = next((step for step in _SCALES if step <= room), 1)
-            coarse = _coarse(box, seen, step)
-            rows = (coarse[0] + coarse[2]) * step if orientation == 1 else None
-            pixels = _decode_jpeg(data, size, step, rows)
+            pixels = _decode_jpeg(data, size, step, rows=box[0] + box[2] if orientation == 1 else None)
             if pixels is not None:
-                return _fit(_cut(turn(pixels, orientation), coarse), output, interpolation)
+                return _fit(turn(pixels, orientation), box, step, output, interpolation)
         pixels = decode_with_pil(data, rules.exif)
     else:
         pixels = data
     box = choose_box(pixels.shape[0], pixels.shape[1], draws, scale, ratio)
-    return _fit(_cut(pixels, box), output, interpolation)
+    return _fit(pixels, box, 1, output, interpolation)
 
 
 def largest_crop(output: tuple[int, int], ratio: tuple[float, float]) -> int:
@@ -140,7 +138,7 @@ def longest_sides(output: tuple[int, int], ratio: tuple[float, float]) -> tuple[
 
 def _longest_sides(output: tuple[int, int], ratio: tuple[float, float]) -> tuple[float, float]:
     """Returns bounds of the height and the width of crops whose other side isn't twice the output's."""
-    # a crop's sides are rounded to whole pixels, by half a pixel at most, and again when it is scaled
+    # a crop's sides are rounded to whole pixels, by half a pixel at most
     return (2 * output[1] + 2) / ratio[0] + 2, ratio[1] * (2 * output[0] + 2) + 2
 
 
@@ -149,25 +147,21 @@ def _room(size: tuple[int, int], output: tuple[int, int]) -> int:
     return min(size[0] // output[0], size[1] // output[1])
 
 
-def _coarse(box: Box, size: tuple[int, int], step: int) -> Box:
-    """Returns `box` in units of step x step pixels, its edges rounded to whole blocks inside the image."""
-    h, w = (max(1, round(side / step)) for side in box[2:])
-    top = min(-(-size[0] // step) - h, round(box[0] / step))
-    left = min(-(-size[1] // step) - w, round(box[1] / step))
-    return top, left, h, w
+def _fit(pixels: np.ndarray, box: Box, step: int, output: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
+    """Returns the crop `box` of pixels that were decoded at 1 / step of their size.
 
-
-def _cut(pixels: np.ndarray, box: Box) -> np.ndarray:
-    top, left, h, w = box
-    return pixels[top : top + h, left : left + w]
-
-
-def _fit(crop: np.ndarray, output: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
-    """Returns the crop, resized to the output if it is at least twice as large in both directions."""
-    if _room(crop.shape[:2], output) < 2:
+    Resizes it to the output if it is at least twice as large in both directions.
+    """
+    begins = [begin / step for begin in box[:2]]
+    ends = [(begin + side) / step for begin, side in zip(box[:2], box[2:], strict=True)]
+    top, left = map(math.floor, begins)
+    bottom, right = map(math.ceil, ends)
+    crop = pixels[top:bottom, left:right]
+    if _room(box[2:], output) < 2:
         return crop
+    within = (begins[1] - left, begins[0] - top, ends[1] - left, ends[0] - top)  # of whole pixels if step is 1
     image = Image.fromarray(np.ascontiguousarray(crop))
-    return np.asarray(image.resize((output[1], output[0]), _FILTERS[interpolation]))
+    return np.asarray(image.resize((output[1], output[0]), _FILTERS[interpolation], box=within))
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:

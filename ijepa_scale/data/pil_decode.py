@@ -17,7 +17,6 @@ from ijepa_scale.errors import SampleError
 
 MAX_PIXELS = 1 << 26  # 67 million, 200 MB when decoded; below the size at which PIL warns of decompression bombs
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF", "JPEG2000")
-_MAX_LEVEL = (1 << 16) - 1
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # the errors that PIL's decoders raise on damaged bytes
 _FAILURES = (
@@ -110,20 +109,15 @@ def _orientation(image: Image.Image) -> int:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Returns the image with 8 bits per channel: of 16 bits the upper 8, where PIL's own conversion would clip."""
-    if image.mode == "F":
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # scaled to 16 bits by PIL
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise SampleError(
-            "its pixels are floating-point numbers of unknown range; save it with 8 bits per channel", "pixel range"
+            f"its pixels are {kind} of unknown range; save it with 8 or 16 bits per channel", "pixel range"
         )
-    if image.mode != "I" and not image.mode.startswith("I;16"):
-        return image
-    levels = np.asarray(image)
-    low, high = int(levels.min()), int(levels.max())
-    if low < 0 or high > _MAX_LEVEL:
-        raise SampleError(
-            f"its pixels are from {low} to {high}, not from 0 to {_MAX_LEVEL}; save it with 8 or 16 bits per channel",
-            "pixel range",
-        )
-    return Image.fromarray((levels.astype(np.uint32) >> 8).astype(np.uint8))
+    image.info.pop("transparency", None)  # PIL warns that it drops it
+    return image
 
 
 __all__ = ["FORMATS", "MAX_PIXELS", "check_pixels", "decode_with_pil", "orientation_of", "orientation_tag", "turn"]

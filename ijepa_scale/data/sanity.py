@@ -64,8 +64,8 @@ def _about_pixels(images: list[np.ndarray], mean: Sequence[float], std: Sequence
         return []
     return [
         f"normalised pixels of the first batch have mean {_figures(centre)} and standard deviation {_figures(width)} "
-        f"(R, G, B), not about 0 and 1: check augment.mean {_figures(mean)} and augment.std {_figures(std)}, which are for "
-        f"pixels from 0 to 1, not 0 to 255, and the images, whose pixels have mean {_figures(level)} of 255"
+        f"(R, G, B), not about 0 and 1: check augment.mean {_figures(mean)} and augment.std {_figures(std)}, which "
+        f"are for pixels from 0 to 1, not 0 to 255, and the images, whose pixels have mean {_figures(level)} of 255"
     ]
 
 

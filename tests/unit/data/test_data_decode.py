@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms import RandomResizedCrop
 
 from ijepa_kernels.crop_resize import crop_resize
@@ -16,7 +17,6 @@ from ijepa_scale import rng
 from ijepa_scale.data.decode import CROP_DRAWS, PixelRules, choose_box, decode, decode_crop, largest_crop
 from ijepa_scale.errors import DataError
 
-DCT = PixelRules(decode_scaling="dct")
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 
 
@@ -132,25 +132,26 @@ def test_large_crops_are_resized_as_in_pil(format, shape, interpolation):
         np.testing.assert_array_equal(ours.numpy(), np.asarray(expected))
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("shape", [(400, 333), (1000, 1201)])
-def test_dct_scaling_looks_the_same(shape):
-    data = encoded(picture(*shape))
-    whole = decode(data)
+def test_dct_scaling_looks_the_same(shape, orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encoded(picture(*shape), exif=exif)
+    asked = []
+    real = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: asked.append(k["min_factor"]) or real(*a, **k))
     for sample in range(6):
-        top, left, h, w = choose_box(*shape, draws_of(sample), SCALE, RATIO)
-        crop = decode_crop(data, draws_of(sample), (24, 24), scale=SCALE, ratio=RATIO, rules=DCT)
-        factor = min(8, 2 ** int(math.log2(min(h, w) / 24)))
-        if min(round(h / factor), round(w / factor)) >= 48:  # beyond 1/8
-            assert crop.shape[:2] == (24, 24)
-            continue
-        assert crop.shape[:2] == (round(h / factor), round(w / factor))
-        assert 24 <= min(crop.shape[:2]) and max(crop.shape[:2]) <= 2 * 24 * 4 / 3 + 1
-        # compare with the same region of the full image, with edges on whole blocks, at 24 x 24
-        rows, columns = (slice(b * factor, (b + n) * factor) for b, n in zip(
-            (round(top / factor), round(left / factor)), crop.shape[:2], strict=True))  # fmt: skip
-        full = Image.fromarray(whole[rows, columns]).resize((24, 24), Image.Resampling.BILINEAR)
-        ours = Image.fromarray(crop).resize((24, 24), Image.Resampling.BILINEAR)
-        assert np.abs(np.asarray(full).astype(int) - np.asarray(ours)).mean() < 2.5
+        seen = shape if orientation == 1 else shape[::-1]
+        _, _, h, w = choose_box(*seen, draws_of(sample), SCALE, RATIO)
+        ours, exact = (
+            decode_crop(data, draws_of(sample), (24, 24), scale=SCALE, ratio=RATIO, rules=PixelRules("apply", scaling))
+            for scaling in ("dct", "none")
+        )
+        assert asked[-2] == min(8, 2 ** int(math.log2(min(h, w) / 24))) > 1 == asked[-1]
+        assert 24 * asked[-2] <= min(h, w)  # never below the size that the crop needs
+        assert ours.shape == exact.shape == (24, 24, 3)
+        assert 0 < np.abs(ours.astype(int) - exact).mean() < 1.5
 
 
 @pytest.mark.parametrize(
