@@ -147,8 +147,11 @@ class CsvImages:
                     rows.append((name, plain(label), reader.line_num))
         except OSError as error:
             raise DataError(f"{self._csv} can't be read ({error.strerror}); give a CSV file with path,label") from None
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise DataError(f"{self._csv} isn't a CSV file ({error}); save it as UTF-8 with path,label") from None
+        except csv.Error as error:
+            where = f"line {reader.line_num}: {error}"
+            raise DataError(f"{self._csv} isn't a CSV file ({where}); save it as UTF-8 with path,label") from None
         if not rows:
             raise DataError(f"{self._csv} lists no images; add lines with path,label")
         return rows

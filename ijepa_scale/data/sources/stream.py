@@ -164,14 +164,15 @@ class StreamSource:
         number = 0
         while True:
             stream = f"stream.shards.{start_step}"  # a resumed run doesn't start with the same shards again
-            count = 0
+            count, first = 0, ""
             for shard in rng.permutation(len(self.urls), seed, stream, number)[part::parts]:
                 for sample in self._shard(self.urls[int(shard)], number):
                     count += sample.kind is None
+                    first = first or (f" (the first is {sample.name}: {sample.reason})" if sample.kind else "")
                     yield sample
             if not count:
                 raise DataError(
-                    f"{self.summary()}: a pass over the shards of reader {part} found no sample; "
+                    f"{self.summary()}: a pass over the shards of reader {part} found no sample{first}; "
                     "check that they are tars with images (launch/shards.py info)"
                 )
             number += 1
