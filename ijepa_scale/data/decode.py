@@ -99,28 +99,28 @@ def decode_crop(
     With `decode_scaling` dct such a crop of a JPEG is decoded with fewer frequencies, at the smallest of 1/2, 1/4 and
     1/8 of its size that is not smaller than the output.
 
+    Of pixels that need no decoding, such a crop is averaged in blocks of 2, 4, 8 ... pixels instead, its edges rounded
+    to whole blocks. Only synthetic images are such pixels; runs on them stay the same bit for bit.
+
     Raises:
         SampleError: not an image, damaged, larger than `MAX_PIXELS`, or with pixels of unknown range.
     """
+    if isinstance(data, np.ndarray):
+        return _average(data, choose_box(data.shape[0], data.shape[1], draws, scale, ratio), output)
     rules = rules or PixelRules()
-    pixels = None
-    if not isinstance(data, np.ndarray):
-        size = _jpeg_size(data)
-        if size is not None:
-            check_pixels(*size)
-            orientation = orientation_of(data) if rules.exif == "apply" else 1
-            seen = size[::-1] if orientation > 4 else size  # height and width after turning
-            box = choose_box(*seen, draws, scale, ratio)
-            room = _room(box[2:], output) if rules.decode_scaling == "dct" else 1
-            step = next((step for step in _SCALES if step <= room), 1)
-            pixels = _decode_jpeg(data, size, step, rows=box[0] + box[2] if orientation == 1 else None)
-            if pixels is not None:
-                return _fit(turn(pixels, orientation), box, step, output, interpolation)
-        pixels = decode_with_pil(data, rules.exif)
-    else:
-        pixels = data
-    box = choose_box(pixels.shape[0], pixels.shape[1], draws, scale, ratio)
-    return _fit(pixels, box, 1, output, interpolation)
+    size = _jpeg_size(data)
+    if size is not None:
+        check_pixels(*size)
+        orientation = orientation_of(data) if rules.exif == "apply" else 1
+        seen = size[::-1] if orientation > 4 else size  # height and width after turning
+        box = choose_box(*seen, draws, scale, ratio)
+        room = _room(box[2:], output) if rules.decode_scaling == "dct" else 1
+        step = next((step for step in _SCALES if step <= room), 1)
+        pixels = _decode_jpeg(data, size, step, rows=box[0] + box[2] if orientation == 1 else None)
+        if pixels is not None:
+            return _fit(turn(pixels, orientation), box, step, output, interpolation)
+    pixels = decode_with_pil(data, rules.exif)
+    return _fit(pixels, choose_box(pixels.shape[0], pixels.shape[1], draws, scale, ratio), 1, output, interpolation)
 
 
 def largest_crop(output: tuple[int, int], ratio: tuple[float, float]) -> int:
@@ -138,13 +138,23 @@ def longest_sides(output: tuple[int, int], ratio: tuple[float, float]) -> tuple[
 
 def _longest_sides(output: tuple[int, int], ratio: tuple[float, float]) -> tuple[float, float]:
     """Returns bounds of the height and the width of crops whose other side isn't twice the output's."""
-    # a crop's sides are rounded to whole pixels, by half a pixel at most
+    # a crop's sides are rounded to whole pixels, by half a pixel at most, and again when it is averaged
     return (2 * output[1] + 2) / ratio[0] + 2, ratio[1] * (2 * output[0] + 2) + 2
 
 
 def _room(size: tuple[int, int], output: tuple[int, int]) -> int:
     """Returns the largest whole number by which a crop can be reduced and still be as large as the output."""
     return min(size[0] // output[0], size[1] // output[1])
+
+
+def _average(pixels: np.ndarray, box: Box, output: tuple[int, int]) -> np.ndarray:
+    """Returns the crop `box`, averaged by the largest power of two at which it is as large as the output."""
+    factor = 1 << max(0, _room(box[2:], output).bit_length() - 1)
+    h, w = (max(1, round(side / factor)) for side in box[2:])
+    top = min(-(-pixels.shape[0] // factor) - h, round(box[0] / factor))
+    left = min(-(-pixels.shape[1] // factor) - w, round(box[1] / factor))
+    crop = pixels[top * factor : (top + h) * factor, left * factor : (left + w) * factor]
+    return np.asarray(Image.fromarray(crop).reduce(factor)) if factor > 1 else crop
 
 
 def _fit(pixels: np.ndarray, box: Box, step: int, output: tuple[int, int], interpolation: Interpolation) -> np.ndarray:

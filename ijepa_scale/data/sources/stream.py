@@ -180,6 +180,7 @@ class StreamSource:
     def _shard(self, url: str, number: int) -> Iterator[StreamSample]:
         """Yields the samples of one shard; a shard that breaks off ends there and counts as one bad sample."""
         bad: list[StreamSample] = []
+        seen: set[str] = set()
 
         def note_duplicate(error: Exception) -> bool:
             bad.append(StreamSample(0, number, url, kind="several images", reason=str(error.args[0])))
@@ -189,7 +190,9 @@ class StreamSource:
             for sample in group_by_keys(_members(file, url, number, bad, self._members), handler=note_duplicate):
                 yield from bad
                 bad.clear()
-                yield _sample(sample, url, number, self._members)
+                found = _sample(sample, url, number, self._members)
+                yield _split(found) if sample["__key__"] in seen else found
+                seen.add(sample["__key__"])
         yield from bad
 
 
@@ -250,6 +253,12 @@ def _sample(members: dict[str, Any], url: str, number: int, wanted: Members) -> 
     label = labels[best[0]] if best else NO_LABEL
     # no list numbers the names of a stream, which only pretraining reads
     return StreamSample(sample_id, number, name, members[chosen[0]], label if isinstance(label, int) else NO_LABEL)
+
+
+def _split(sample: StreamSample) -> StreamSample:
+    """Returns the problem of a sample that comes a second time, since its members aren't next to each other."""
+    reason = "its members aren't next to each other in the tar; sort them by name, or use data.reader=shards"
+    return StreamSample(sample.sample_id, sample.pass_number, sample.name, kind="split sample", reason=reason)
 
 
 def _expand(pattern: str, allow_pipe: bool) -> list[str]:

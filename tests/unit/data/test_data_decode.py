@@ -113,12 +113,11 @@ def test_a_crop_of_full_size_is_cut_exactly(format, shape):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "pixels"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
 @pytest.mark.parametrize("shape", [(400, 333), (1000, 1201)])
 def test_large_crops_are_resized_as_in_pil(format, shape, interpolation):
     """What a training image becomes after the device's resize equals torchvision's chain, whatever the crop's size."""
-    pixels = np.asarray(picture(*shape))
-    data = pixels if format == "pixels" else encoded(picture(*shape), format)
+    data = encoded(picture(*shape), format)
     whole = Image.fromarray(decode(data))
     pil = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     for sample in range(6):
@@ -130,6 +129,20 @@ def test_large_crops_are_resized_as_in_pil(format, shape, interpolation):
         ours = crop_resize(flat, sizes, (24, 32), interpolation=interpolation)[0].permute(1, 2, 0)
         expected = whole.crop((left, top, left + w, top + h)).resize((32, 24), pil)
         np.testing.assert_array_equal(ours.numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("shape", [(400, 333), (1000, 1201)])
+def test_large_crops_of_pixels_are_averaged(shape):
+    pixels = np.asarray(picture(*shape))
+    for sample in range(6):
+        top, left, h, w = choose_box(*shape, draws_of(sample), SCALE, RATIO)
+        crop = decode_crop(pixels, draws_of(sample), (24, 24), scale=SCALE, ratio=RATIO)
+        factor = 2 ** int(math.log2(min(h, w) / 24))
+        assert crop.shape[:2] == (round(h / factor), round(w / factor))
+        rows, columns = (slice(round(b / factor) * factor, (round(b / factor) + n) * factor) for b, n in zip(
+            (top, left), crop.shape[:2], strict=True))  # fmt: skip
+        blocks = Image.fromarray(pixels[rows, columns]).reduce(factor)
+        np.testing.assert_array_equal(crop, np.asarray(blocks))
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
