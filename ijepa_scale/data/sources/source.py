@@ -32,7 +32,11 @@ class SampleSource(Protocol):
         """Returns the label; -1 if there is none."""
 
     def labels(self) -> np.ndarray:
-        """Returns all labels, (N,) int64; -1 if there is none."""
+        """Returns all labels, (N,) int64; -1 if there is none.
+
+        Raises:
+            DataError: labels are names that no class list numbers.
+        """
 
     def name(self, sample_id: int) -> str:
         """Returns a readable name of the sample, for messages."""
