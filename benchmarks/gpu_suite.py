@@ -29,10 +29,10 @@ from ijepa_kernels.fp8_linear import Fp8UnavailableError, check_capability
 BUDGET_S = 540.0
 FP8 = "engine.target_precision=fp8"
 PACKED = "masks.context=packed"
-TRITON = "engine.triton=[target_loss,target_update]"
+TRITON = "engine.triton=target_loss optimizer.impl=fused_tail"
 FUSED = f"{FP8} {TRITON}"
 WORDS = {  # what the report says instead of settings
-    PACKED: "packed", FP8: "fp8 target", f" {TRITON}": " and Triton kernels", "masks.group_size=": "mask groups of ",
+    PACKED: "packed", FP8: "fp8 target", f" {TRITON}": " and fused kernels", "masks.group_size=": "mask groups of ",
 }  # fmt: skip
 GROUPS = {"vit_huge": "masks.group_size=32", "vit_giant": "masks.group_size=16"}  # of the ImageNet-22K configurations
 HUGE = ("--model", "vit_huge", "--image-size", "224", "--patch-size", "14", "--batch", "128")

@@ -50,6 +50,7 @@ COMMON = (
     "optimizer.start_lr=1e-3", "schedule.momentum=[0.5,1.0]",  # so that three steps move the weights far
 )  # fmt: skip
 PACKED, FP8, COMPILED = "masks.context=packed", "engine.target_precision=fp8", "engine.compile=true"
+TAIL = "optimizer.impl=fused_tail"
 GROUPS = "two mask groups"
 # Largest relative differences from fp32 on the CPU that rounding explains: of losses, and of gradient norms. Found on
 # the CPU: with the sizes for a GPU up to (1.4e-3, 3.5e-3) in bf16, (2.1e-3, 1.3e-3) in fp8, and (9.5e-3, 5e-2) with
@@ -82,6 +83,9 @@ def paths(device: str) -> dict[str, list[str]]:
     if device == "cuda":
         found["plain, packed, compiled"] = [*plain, PACKED, COMPILED]
         found["fsdp2, compiled"] = [*engine_settings("fsdp2"), COMPILED]
+        for engine in ("plain", "ddp", "fsdp2"):
+            found[f"{engine}, fused tail, compiled"] = [*engine_settings(engine), TAIL, COMPILED]
+        found["plain, fused tail, fp8 target, compiled"] = [*plain, TAIL, FP8, COMPILED]
         found["zero2, compiled"] = [*engine_settings("zero2"), COMPILED]
     return found
 
