@@ -72,7 +72,7 @@ def gpu_items(rows: Path, images: Path, workers: int) -> list[Item]:
     fast = "engine.compile=true" if without_fp8 else f"engine.compile=true {FP8}"
     of_huge = (*packed, *groups["vit_huge"]) if without_fp8 else (*packed, *groups["vit_huge"], *fp8, *fused)
     items = [
-        _module("smoke", "benchmarks.smoke", (*cuda, *to), 60),
+        _module("smoke", "benchmarks.smoke", (*cuda, "--brief", *to), 60),
         _module("ceilings", "benchmarks.ceilings", (*cuda, *to), 20),
         _module("step H/14@224", "benchmarks.step", (*HUGE, *steps, *of_huge, *to), 130),
         _module("end to end", "benchmarks.end_to_end",

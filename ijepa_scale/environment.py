@@ -235,7 +235,7 @@ def hidden_gpus() -> str | None:
     """
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         value = os.environ.get(name)
-        if value is not None and (not value.strip() or value.strip().startswith("-")):
+        if value is not None and not re.match(r"\s*(\d|GPU-|MIG-)", value):  # such as "", "-1" or Slurm's NoDevFiles
             return f"{name}={value!r}"
     return None
 

@@ -187,7 +187,7 @@ class EngineConfig(Section, at="engine"):
         "none", description="Recompute activations: none, all, or all but matrix products."
     )
     compile: form.Switch = Field(
-        "auto", description="torch.compile, block by block; auto is on for CUDA, where it can, and off on the CPU."
+        "auto", description="torch.compile, block by block; auto is on for CUDA where possible, off on the CPU."
     )
     compile_cache: str | None = Field(None, description="Folder of compiled kernels; null: in the user's cache folder.")
     deterministic: bool = Field(
@@ -210,7 +210,7 @@ class EngineConfig(Section, at="engine"):
         if self.target_precision == "fp8" and precision != "bf16":
             yield f"target_precision is fp8 but precision is {precision}; set precision=bf16 too"
         if self.fp8_fast_accumulation and self.target_precision != "fp8":
-            yield "fp8_fast_accumulation is true but target_precision is null; set target_precision=fp8, or it to false"
+            yield "fp8_fast_accumulation is true but target_precision is null; set fp8_fast_accumulation=false"
         if strategy == "deepspeed" and self.ds_config is None:
             yield "strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json"
         if strategy not in ("auto", "deepspeed") and self.ds_config is not None:
@@ -228,7 +228,7 @@ class EngineConfig(Section, at="engine"):
         if self.layer_norm == "apex" and self.compile is True:
             yield "layer_norm is apex but compile is true: torch.compile can't trace apex; set layer_norm=torch"
         if self.compile_cache is not None and self.compile is False:
-            yield f"compile_cache is {self.compile_cache!r} but compile is false; set compile=auto, or it to null"
+            yield f"compile_cache is {self.compile_cache!r} but compile is false; set compile=auto or compile_cache=null"
 
 
 class SinkConfig(Section, at="logging.sinks", registry=SINKS):

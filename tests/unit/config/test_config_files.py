@@ -230,7 +230,7 @@ def test_all_unknown_keys_come_in_one_message(tmp_path: Path) -> None:
         ),
         (
             "engine={compile: false, compile_cache: kernels}",
-            "engine.compile_cache is 'kernels' but compile is false; set compile=auto, or it to null",
+            "engine.compile_cache is 'kernels' but compile is false; set compile=auto or compile_cache=null",
         ),
     ],
 )

@@ -74,7 +74,7 @@ def tails() -> dict[str, dict[str, list[int]]]:
     for name, quantised, rest, options in (
         ("fp8", True, True, {"capabilities": CAPABILITIES[1:]}), ("least", False, False, {})
     ):  # fmt: skip
-        constants = {**dict.fromkeys(("EMA", "FLAG", "SCALED", "ALIGNED"), rest), "QUANTISED": quantised,
+        constants = {**dict.fromkeys(("EMA", "FLAG", "SCALED", "ALIGNED", "EVEN"), rest), "QUANTISED": quantised,
                      "BLOCK": fused_tail.BLOCK}  # fmt: skip
         found[f"fused_tail {name}"] = compiled(
             fused_tail._kernel, signature, constants, num_warps=fused_tail.WARPS, **options
