@@ -28,6 +28,7 @@ MAX_HEADER_BYTES = 1 << 20  # of a long name or a PAX header, which is read whol
 NO_LABEL = -1
 IRREGULAR = "a link, a device or sparse; write regular files (tar --dereference --hard-dereference)"
 _BLOCK = 512
+_SHOWN = 12  # kinds of files that are passed over
 _NAMED = 100  # problems of a shard that are stored with their names; all are counted
 
 
@@ -42,10 +43,12 @@ class Problem:
 
 @dataclass
 class Problems:
-    """The problems of a shard: counts by kind, and the names of the first ones."""
+    """The problems of a listing: counts by kind, and the names of the first ones; and what it has passed over."""
 
     counts: Counter[str] = field(default_factory=Counter)
     named: list[Problem] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)  # images of formats that aren't read, by suffix
+    skipped: Counter[str] = field(default_factory=Counter)  # what isn't an image: by suffix, or by name
 
     def add(self, kind: str, name: str, reason: str) -> None:
         """Counts a problem, and stores its name unless there are many already."""
@@ -56,6 +59,8 @@ class Problems:
     def extend(self, other: Problems) -> None:
         """Adds the problems of another shard."""
         self.counts += other.counts
+        self.unread += other.unread
+        self.skipped += other.skipped
         self.named += other.named[: _NAMED - len(self.named)]
 
     def summary(self) -> str:
@@ -63,8 +68,15 @@ class Problems:
         counts = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
         return f"{counts}; the first is {self.named[0].name} ({self.named[0].reason})" if self.named else counts
 
+    def passed_over(self) -> str:
+        """Returns the counts of what isn't read and isn't a problem, images first; "" if there is nothing."""
+        counts = [*self.unread.most_common(), *self.skipped.most_common()]
+        shown = ", ".join(f"{count} x {kind}" for kind, count in counts[:_SHOWN])
+        more = sum(count for _, count in counts[_SHOWN:])
+        return f"{shown}, {more} x other" if more else shown
+
     def dumps(self) -> bytes:
-        """Returns the bytes that an index file stores."""
+        """Returns the bytes that an index file stores: problems, not what was passed over."""
         rows = [[problem.kind, problem.name, problem.reason] for problem in self.named]
         return json.dumps([dict(self.counts), rows]).encode()
 
