@@ -20,8 +20,8 @@ _SUFFIXES = {  # Pillow's format -> file suffixes, without the dot
 }
 _OTHER_IMAGES = frozenset(
     "ai arw bpg cin cr2 cr3 cur dcm dcx dds dib dicom djvu dng dpx eps exr flif fit fits hdr heic heics heif heifs "
-    "icns ico jbig jls jng jpf jxl jxr mng mpo nef nrw orf pcd pcx pef psb psd qoi raf ras raw rgb rw2 sgi srw svg svgz "
-    "tga wbmp wdp wmf x3f xbm xcf xpm".split()
+    "icns ico jbig jls jng jpf jxl jxr mng mpo nef nrw orf pcd pcx pef psb psd qoi raf ras raw rgb rw2 sgi srw svg "
+    "svgz tga wbmp wdp wmf x3f xbm xcf xpm".split()
 )
 _SUFFIX = re.compile(r"[\w~-]{1,12}")
 _UNTYPED = "no suffix"

@@ -137,7 +137,7 @@ def _make(options: argparse.Namespace) -> int:
     skipped = Problems(skipped=source.problems().skipped).passed_over()
     print(
         f"{made.num_samples} images in {len(made.shards)} shards, {size}, in {options.to}; left out: {kinds or 'none'}"
-        + (f"; no images: {skipped}" if skipped else "")
+        + (f"; skipped: {skipped}" if skipped else "")
     )
     return 0
 

@@ -109,6 +109,23 @@ def folders_in(root: Path) -> list[str]:
         raise _unlistable(root, error) from None
 
 
+def images_below(folder: str) -> tuple[list[str], Problems]:
+    """Returns the paths of all images in a folder and below it, and what was passed over.
+
+    Raises:
+        DataError: a folder can't be listed, or there is no image.
+    """
+    problems = Problems()
+    listing = FolderListing(Path(folder), problems)
+    paths = [os.path.join(folder, name) for top in ("", *listing.folders) for name in listing.images(top)]
+    if not paths:
+        found = problems.passed_over()
+        raise DataError(
+            f"folder {folder} holds no image{f' (passed over: {found})' if found else ''}; give image files"
+        )
+    return paths, problems
+
+
 class FolderListing:
     """The images below a folder, by the folder they are in; links are followed.
 
@@ -216,5 +233,6 @@ def _unlistable(path: str | Path, error: OSError) -> DataError:
 
 
 __all__ = [
-    "NO_CLASS", "FolderListing", "check_lone", "chosen_split", "few", "folders_in", "junk", "no_images", "pass_over",
+    "NO_CLASS", "FolderListing", "check_lone", "chosen_split", "few", "folders_in", "images_below", "junk",
+    "no_images", "pass_over",
 ]  # fmt: skip

@@ -46,7 +46,9 @@ def build_source(
         raise DataError(f"reader {reader!r} gives samples in its own order only; use shards or imagefolder here")
     chosen = getattr(source, "chosen_split", None)
     if chosen is not None:
-        raise DataError(f"{pattern} holds splits, and which one to evaluate on isn't chosen here; give {pattern}/val")
+        raise DataError(
+            f"{pattern} holds splits, and which one to evaluate on isn't chosen here; give one, like {pattern}/val"
+        )
     return source
 
 
