@@ -1,4 +1,6 @@
-"""Classifies images with a finetuned model and prints the most likely classes. Skips and names files that aren't images.
+"""Classifies images with a finetuned model and prints the most likely classes.
+
+Skips and names files that can't be read, and then exits with code 2.
 
 python launch/predict.py PHOTO.jpg OTHER.png FOLDER --model runs/finetune
 """
@@ -6,6 +8,7 @@ python launch/predict.py PHOTO.jpg OTHER.png FOLDER --model runs/finetune
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 import torch
@@ -22,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=5, help="number of classes to print for each image (default 5)")
     parser.add_argument("--device", help="cpu or cuda:N (default: a GPU if there is one)")
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
     try:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         predictor = ImageClassifier(options.model, device)
@@ -42,10 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if skipped:
-        print(
-            f"error: {skipped} of the images or folders were skipped; replace or drop those named above",
-            file=sys.stderr,
-        )
+        print(f"error: skipped {skipped} images or folders; replace or drop those named above", file=sys.stderr)
     return 2 if skipped else 0
 
 

@@ -119,10 +119,7 @@ def images_below(folder: str) -> tuple[list[str], Problems]:
     listing = FolderListing(Path(folder), problems)
     paths = [os.path.join(folder, name) for top in ("", *listing.folders) for name in listing.images(top)]
     if not paths:
-        found = problems.passed_over()
-        raise DataError(
-            f"folder {folder} holds no image{f' (passed over: {found})' if found else ''}; give image files"
-        )
+        raise DataError(f"folder {folder} holds no image (found: {problems.passed_over() or 'nothing'}); name others")
     return paths, problems
 
 

@@ -186,7 +186,7 @@ def test_averaged_weights_are_exact_and_are_evaluated(data, tmp_path):
 def test_prediction_errors_name_the_problem(finished, tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("text")
     for image, text in (
-        (tmp_path / "no.jpg", "can't be read (No such file"),
+        (tmp_path / "no.jpg", "no.jpg: there is no such file"),
         (tmp_path / "text.jpg", "not an image of a known format"),
     ):
         assert predict.main([str(image), "--model", str(finished[0])]) == 2
