@@ -1,4 +1,7 @@
-"""The image formats that are read, by file suffix. Knows nothing of folders or pixels."""
+"""What a file or folder is, by its name: an image that is read, another image, or an entry of a tool or a system.
+
+Knows nothing of folders or pixels.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,13 @@ _OTHER_IMAGES = frozenset(
     "icns ico jbig jls jng jpf jxl jxr mng mpo nef nrw orf pcd pcx pef psb psd qoi raf ras raw rgb rw2 sgi srw svg "
     "svgz tga wbmp wdp wmf x3f xbm xcf xpm".split()
 )
+_JUNK = frozenset(  # in lower case
+    (
+        "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r",
+        "$recycle.bin", "recycler", "system volume information", "lost+found", "@eadir", "@recycle", "@tmp",
+        "@recently-snapshot", "#recycle", "#snapshot",
+    )
+)  # fmt: skip
 _SUFFIX = re.compile(r"[\w~-]{1,12}")
 _UNTYPED = "no suffix"
 
@@ -58,10 +68,19 @@ def suffix_of(name: str) -> str:
     return f".{suffix.lower()}" if dot and stem and _SUFFIX.fullmatch(suffix) else _UNTYPED
 
 
+def junk(name: str) -> str | None:
+    """Returns what an entry that belongs to a tool or a system is counted as; None for any other name."""
+    if name[0] != "." and name.lower() not in _JUNK:
+        return None
+    if name.startswith("._"):  # attributes that macOS stores next to a file
+        return "._*"
+    return f".*{suffix_of(name)}" if name[0] == "." and is_image(name[1:]) else name
+
+
 def _undecodable() -> set[str]:
     """Returns the formats that Pillow recognises but was built without."""
     needed = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
     return {name for name, feature in needed.items() if not features.check(feature)}
 
 
-__all__ = ["formats", "image_suffixes", "is_image", "is_other_image", "suffix_of"]
+__all__ = ["formats", "image_suffixes", "is_image", "is_other_image", "junk", "suffix_of"]

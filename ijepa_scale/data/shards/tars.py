@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_scale.data.formats import is_image
+from ijepa_scale.data.formats import is_image, junk
 from ijepa_scale.data.sources.cache import Handle
-from ijepa_scale.data.sources.listing import NO_CLASS, check_lone, chosen_split, few, junk, no_images, pass_over
+from ijepa_scale.data.sources.listing import NO_CLASS, check_lone, chosen_split, few, no_images
 from ijepa_scale.data.sources.read_file import check_size
 from ijepa_scale.data.sources.scan import IRREGULAR, Break, Problems, leaves_its_folder, walk_members
 from ijepa_scale.data.sources.tar_index import Names
@@ -196,7 +196,7 @@ class _Members:
             problems.skipped[kind] += name.startswith(folder)
         for name in self._others:
             if name.startswith(folder):
-                pass_over(name.rpartition("/")[2], problems)
+                problems.pass_over(name.rpartition("/")[2])
 
     def collector(
         self, prefix: str, *, inner: dict[str, _Span] | None

@@ -13,34 +13,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ijepa_scale.data.formats import is_image, is_other_image, suffix_of
+from ijepa_scale.data.formats import is_image, junk
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.errors import DataError
 
-_JUNK = frozenset(  # in lower case
-    (
-        "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r",
-        "$recycle.bin", "recycler", "system volume information", "lost+found", "@eadir", "@recycle", "@tmp",
-        "@recently-snapshot", "#recycle", "#snapshot",
-    )
-)  # fmt: skip
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _LIKE_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing)[-_ ]?(\d+|set|split|data|images?)?")
 NO_CLASS = "isn't in a class folder; move it into one"
-
-
-def junk(name: str) -> str | None:
-    """Returns what an entry that belongs to a tool or a system is counted as; None for any other name."""
-    if name[0] != "." and name.lower() not in _JUNK:
-        return None
-    if name.startswith("._"):  # attributes that macOS stores next to a file
-        return "._*"
-    return f".*{suffix_of(name)}" if name[0] == "." and is_image(name[1:]) else name
-
-
-def pass_over(name: str, problems: Problems) -> None:
-    """Counts a file that isn't read, by its suffix."""
-    (problems.unread if is_other_image(name) else problems.skipped)[suffix_of(name)] += 1
 
 
 def chosen_split(folders: Iterable[str], place: str, give: Callable[[str], str]) -> str | None:
@@ -201,7 +180,7 @@ class FolderListing:
                     elif is_image(name):
                         images.append(name)
                     else:
-                        pass_over(name, self._problems)
+                        self._problems.pass_over(name)
         except OSError as error:
             raise _unlistable(path, error) from None
         self._real += sorted(real, reverse=True)
@@ -229,7 +208,4 @@ def _unlistable(path: str | Path, error: OSError) -> DataError:
     )
 
 
-__all__ = [
-    "NO_CLASS", "FolderListing", "check_lone", "chosen_split", "few", "folders_in", "images_below", "junk",
-    "no_images", "pass_over",
-]  # fmt: skip
+__all__ = ["NO_CLASS", "FolderListing", "check_lone", "chosen_split", "few", "folders_in", "images_below", "no_images"]

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.cache import FileCache, Handle, RemoteFile
 from ijepa_scale.data.sources.fetch import NotThereError, Retry, check_address, fetch, remote_size
-from ijepa_scale.data.sources.listing import junk
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import ShardIndex, braces, index_path, load_index, save_index, scan_index
 from ijepa_scale.data.sources.tar_shards import CLASSES, MANIFEST, ShardSource, parse_classes

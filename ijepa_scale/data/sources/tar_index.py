@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ijepa_scale.data.sources.listing import junk
+from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, NO_LABEL, Problems, scan_tar
 from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 # the errors that reading a damaged index file can raise
 _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
