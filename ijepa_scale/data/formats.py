@@ -77,10 +77,16 @@ def junk(name: str) -> str | None:
     return f".*{suffix_of(name)}" if name[0] == "." and is_image(name[1:]) else name
 
 
+def junk_in(path: str) -> str | None:
+    """Returns what the first such entry in a relative path is counted as; None if there is none."""
+    found = (junk(part) for part in path.split("/") if part not in ("", "."))
+    return next((kind for kind in found if kind is not None), None)
+
+
 def _undecodable() -> set[str]:
     """Returns the formats that Pillow recognises but was built without."""
     needed = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
     return {name for name, feature in needed.items() if not features.check(feature)}
 
 
-__all__ = ["formats", "image_suffixes", "is_image", "is_other_image", "junk", "suffix_of"]
+__all__ = ["formats", "image_suffixes", "is_image", "is_other_image", "junk", "junk_in", "suffix_of"]

@@ -18,7 +18,7 @@ from typing import IO
 
 import numpy as np
 
-from ijepa_scale.data.formats import image_suffixes, is_other_image, junk, suffix_of
+from ijepa_scale.data.formats import image_suffixes, is_other_image, junk_in, suffix_of
 from ijepa_scale.errors import DataError
 
 MAX_MEMBER_BYTES = 64 << 20  # of an image; the largest JPEG in ImageNet has 15 MB
@@ -243,7 +243,7 @@ class _Walk:
         if leaves_its_folder(member.name):
             self._problems.add("unsafe name", member.name, "leaves its folder; write it again with relative names")
             return
-        useless = next((kind for part in parts if part not in ("", ".") and (kind := junk(part)) is not None), None)
+        useless = junk_in(member.name)
         if useless is not None:
             self._problems.skipped[useless] += 1
             return
