@@ -52,7 +52,8 @@ def image_suffixes() -> frozenset[str]:
 
 def is_image(name: str) -> bool:
     """Returns whether a file of this name is read as an image."""
-    return name.rpartition(".")[2].lower() in image_suffixes() and "." in name
+    _, dot, suffix = name.rpartition(".")
+    return suffix.lower() in image_suffixes() and dot != ""
 
 
 def is_other_image(name: str) -> bool:

@@ -72,8 +72,8 @@ class ImageFolderSource:
         self._class_ends = np.cumsum(counts)
         self.num_samples = len(self._names)
         self.shard_sizes = np.array([self.num_samples], dtype=np.int64)
-        digest = hashlib.sha256(self._names.blob.tobytes())
-        digest.update(self._names.ends.tobytes())
+        digest = hashlib.sha256(self._names.blob)
+        digest.update(self._names.ends)
         self.fingerprint = digest.hexdigest()
 
     def read(self, sample_id: int) -> bytes:

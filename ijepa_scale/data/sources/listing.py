@@ -132,7 +132,8 @@ class FolderListing:
         For "" yields the names of the images that are in the root itself.
         """
         for folder in sorted(self._tops.get(top, ())):
-            yield from (os.path.join(folder, name) for name in self._images[folder].split("/"))
+            prefix = f"{folder}/" if folder else ""
+            yield from (prefix + name for name in self._images[folder].split("/"))
 
     def count(self, top: str) -> int:
         """Returns the number of images below a folder in the root."""
@@ -171,14 +172,13 @@ class FolderListing:
             with os.scandir(path) as entries:
                 for entry in entries:
                     name = entry.name
-                    useless = junk(name)
-                    if useless is not None:
+                    if name[0] != "." and is_image(name) and not _is_folder(entry):  # nearly always
+                        images.append(name)
+                    elif (useless := junk(name)) is not None:
                         self._problems.skipped[useless] += 1
                     elif _is_folder(entry):
                         inner = os.path.join(folder, name)
                         real.append(inner) if not entry.is_symlink() else heapq.heappush(self._links, inner)
-                    elif is_image(name):
-                        images.append(name)
                     else:
                         self._problems.pass_over(name)
         except OSError as error:
