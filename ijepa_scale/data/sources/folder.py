@@ -38,8 +38,11 @@ class ImageFolderSource:
         self._problems = Problems()
         self.chosen_split: str | None = None
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(f"folder {root} doesn't exist; give the folder with CLASS/*.jpg in it, or its parent")
+        if not os.path.isdir(root):
+            raise DataError(
+                f"folder {root} doesn't exist or can't be reached; give the folder with CLASS/*.jpg in it, or its "
+                "parent"
+            )
         as_classes = str(root).endswith(f"{os.sep}.")
         if not as_classes:
             self.chosen_split = chosen_split(folders_in(self.root), f"folder {self.root}", self._give)
@@ -72,8 +75,8 @@ class ImageFolderSource:
         self._class_ends = np.cumsum(counts)
         self.num_samples = len(self._names)
         self.shard_sizes = np.array([self.num_samples], dtype=np.int64)
-        digest = hashlib.sha256(self._names.blob)
-        digest.update(self._names.ends)
+        digest = hashlib.sha256(self._names.blob.data)
+        digest.update(self._names.ends.data)
         self.fingerprint = digest.hexdigest()
 
     def read(self, sample_id: int) -> bytes:

@@ -2,10 +2,12 @@
 
 import csv
 import io
+import json
 import os
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ from ijepa_scale.data.shards.image_files import CsvImages, FolderImages
 from ijepa_scale.data.shards.make import make_shards
 from ijepa_scale.data.shards.manifest import read_manifest
 from ijepa_scale.data.shards.tars import TarImages
+from ijepa_scale.data.sources import remote
+from ijepa_scale.data.sources.cache import FileCache
 from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.data.sources.listing import FolderListing
 from ijepa_scale.data.sources.scan import Problems
@@ -320,6 +324,25 @@ def test_junk(name, kind):
 )
 def test_suffixes(name, suffix):
     assert suffix_of(name) == suffix
+
+
+def test_names_of_any_bytes(tmp_path):
+    root = tmp_path / "set"
+    for number, name in enumerate(("a/\udcff.jpg", "\udcfe/1.jpg", "\udcfe/$x^_ .png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(number))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(root, ".")
+    folder, tar = ImageFolderSource(root), TarImages(tmp_path / "a.tar")
+    assert folder.classes == tar.classes == ["a", "\udcfe"] and folder.labels().tolist() == [0, 1, 1]
+    assert [folder.read(n) for n in range(3)] == [tar.read(n) for n in range(3)] == [encoded(n) for n in (0, 2, 1)]
+
+
+def test_a_remote_folder_lists_no_junk(monkeypatch):
+    rows = [{"name": name, "bytes": 1, "sha256": "0"} for name in ("1.tar", "._0.tar", "0.tar")]
+    monkeypatch.setattr(remote, "_text", lambda url, cache: json.dumps({"shards": rows}).encode())
+    found = remote.list_remote("https://host/folder", cast(FileCache, None))
+    assert [file.url for file in found] == ["https://host/folder/0.tar", "https://host/folder/1.tar"]
 
 
 def test_shards_count_what_they_pass_over(tmp_path):

@@ -187,5 +187,7 @@ def test_build_source(tmp_path, folder):
         build_source("lmdb", tmp_path)
     with pytest.raises(DataError, match="no-such.* matches no file"):
         build_source("shards", tmp_path / "no-such")
-    with pytest.raises(DataError, match="folder .*no-such doesn't exist"):
+    with pytest.raises(
+        DataError, match="folder .*no-such doesn't exist or can't be reached; give the folder with CLASS"
+    ):
         build_source("imagefolder", tmp_path / "no-such")
