@@ -326,6 +326,18 @@ def test_suffixes(name, suffix):
     assert suffix_of(name) == suffix
 
 
+def test_only_the_split_that_is_read_is_counted(tmp_path):
+    for split, extra in (("train", ["a/.DS_Store"]), ("val", ["a/.DS_Store", "b/._x.jpg", "c/1.heic", "c/0.txt"])):
+        class_folders(tmp_path / "set" / split, 3)
+        for name in extra:
+            (tmp_path / "set" / split / name).write_bytes(b"x")
+        (tmp_path / "set" / split / "a" / "0.jpg").touch()
+    tar = tar_of(tmp_path / "set", tmp_path / "a.tar")
+    assert ImageFolderSource(tmp_path / "set").problems().passed_over() == "1 x .DS_Store"
+    problems = TarImages(tar).problems()
+    assert problems.passed_over() == "1 x .DS_Store" and problems.counts == {"image size": 1}
+
+
 def test_names_of_any_bytes(tmp_path):
     root = tmp_path / "set"
     for number, name in enumerate(("a/\udcff.jpg", "\udcfe/1.jpg", "\udcfe/$x^_ .png")):
