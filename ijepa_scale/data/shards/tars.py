@@ -193,7 +193,8 @@ class _Members:
             if name.startswith(folder) or kind == _UNSAFE:
                 problems.add(kind, f"{self._path}:{name}", reason)
         for name, kind in self._junk.items():
-            problems.skipped[kind] += name.startswith(folder)
+            if name.startswith(folder):
+                problems.skipped[kind] += 1
         for name in self._others:
             if name.startswith(folder):
                 problems.pass_over(name.rpartition("/")[2])
