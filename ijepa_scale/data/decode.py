@@ -17,12 +17,12 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from ijepa_scale.data.formats import formats
 from ijepa_scale.errors import SampleError
 
 MAX_PIXELS = 1 << 26  # 67 million, 200 MB when decoded; below the size at which PIL warns of decompression bombs
 CROP_TRIES = 10
 CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform random numbers needed for one sample's crop
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _REDUCTIONS = (8, 4, 2)
 _MCU_ROWS = 16  # the most rows that a JPEG codes together, in any subsampling that the fast decoder reads
@@ -225,7 +225,7 @@ def _height_offset(data: bytes) -> int | None:
 def _open(data: bytes) -> Image.Image:
     """Returns the image as PIL decodes it, in RGB; checks its size first."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats())
         _check_pixels(image.height, image.width)
         image.load()
         if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits: PIL's own conversion would clip
@@ -234,7 +234,7 @@ def _open(data: bytes) -> Image.Image:
     except SampleError:
         raise
     except UnidentifiedImageError:
-        message = f"not an image of a known format ({', '.join(_FORMATS)}); replace or drop it"
+        message = f"not an image of a known format ({', '.join(formats())}); replace or drop it"
         raise SampleError(message, "not decodable") from None
     except (*_FAILURES, Image.DecompressionBombError) as error:
         message = f"not a decodable image ({type(error).__name__}: {error}); replace or drop it"

@@ -18,7 +18,7 @@ from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
-from ijepa_scale.evaluate.features import local_ids
+from ijepa_scale.evaluate.features import check_images, local_ids
 
 Classify = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> logits (B, C)
 
@@ -63,6 +63,16 @@ class ClassifierCheck:
         self._options = {"batch_size": batch_size, "crop_fraction": crop_fraction, "workers": workers}
         self._normalisation = {"mean": mean, "std": std}
         self.labels = check_labels(source, num_classes, "evaluate.data")
+
+    def try_images(self) -> None:
+        """Decodes all images once. Communicates.
+
+        Raises:
+            DataError: some can't be used.
+        """
+        workers = int(self._options["workers"])
+        ids = np.arange(self._source.num_samples)
+        check_images(self._source, ids, "evaluate.data", world=self._world, workers=workers)
 
     def run(self, classify: Classify) -> Accuracy:
         """Returns the accuracy of `classify`. Synchronises and communicates, so all processes must call it."""

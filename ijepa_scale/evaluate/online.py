@@ -13,15 +13,15 @@ from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.evaluator import ImageSettings
-from ijepa_scale.evaluate.features import Forward, extract_features, gather_features, local_ids
+from ijepa_scale.evaluate.features import Forward, check_images, extract_features, gather_features, local_ids
 from ijepa_scale.evaluate.knn import knn_accuracy
 
 
 class OnlineKnn:
     """Measures the accuracy of nearest neighbours in `evaluate.train` for images of `evaluate.test`.
 
-    Opens sources and checks labels at construction, before the training starts. Each process encodes its part of the
-    images. The accuracy is the same on all processes, and for any number of them.
+    Opens sources, checks labels and tries all images at construction, before the training starts. Each process tries
+    and encodes its part of the images. The accuracy is the same on all processes, and for any number of them.
     """
 
     Config = KnnConfig
@@ -30,6 +30,8 @@ class OnlineKnn:
         self._config, self._images, self._world = config, images, world
         self._train = _Split("evaluate.train", config.reader, config.train, config.max_train)
         self._test = _Split("evaluate.test", config.reader, config.test, config.max_test)
+        for split in (self._train, self._test):
+            check_images(split.source, split.ids, split.name, world=world)
         self._num_classes = int(max(self._train.labels.max(), self._test.labels.max())) + 1
 
     def run(self, forward: Forward) -> dict[str, float]:
@@ -68,6 +70,7 @@ class _Split:
     """Images chosen evenly from a labelled data set, and their labels."""
 
     def __init__(self, name: str, reader: str, pattern: str | None, most: int) -> None:
+        self.name = name
         self.source: SampleSource = build_source(reader, pattern)
         self.ids: np.ndarray = spread(self.source.num_samples, most)
         self.labels = torch.tensor([self.source.label(int(sample)) for sample in self.ids])

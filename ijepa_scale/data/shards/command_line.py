@@ -20,6 +20,7 @@ from ijepa_scale.data.shards.known import DATASETS, TorchvisionImages
 from ijepa_scale.data.shards.make import JPEG_QUALITY, MAX_BAD_FRACTION, MakePlan, make_shards
 from ijepa_scale.data.shards.tars import TarImages
 from ijepa_scale.data.shards.verify import verify_shards
+from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.tar_index import expand, index_tar
 from ijepa_scale.errors import DataError
@@ -133,8 +134,10 @@ def _make(options: argparse.Namespace) -> int:
         )  # fmt: skip
     kinds = ", ".join(f"{count} x {kind}" for kind, count in made.left_out.most_common())
     size = format_bytes(sum(row.bytes for row in made.shards))
+    skipped = Problems(skipped=source.problems().skipped).passed_over()
     print(
         f"{made.num_samples} images in {len(made.shards)} shards, {size}, in {options.to}; left out: {kinds or 'none'}"
+        + (f"; skipped: {skipped}" if skipped else "")
     )
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.cache import FileCache, Handle, RemoteFile
 from ijepa_scale.data.sources.fetch import NotThereError, Retry, check_address, fetch, remote_size
 from ijepa_scale.data.sources.scan import Problems
@@ -97,7 +98,7 @@ def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
     folder = names[0].rstrip("/") if is_folder else names[0].rpartition("/")[0]
     known = _manifest(f"{folder}/{MANIFEST}", cache, required=is_folder)
     if is_folder:
-        names = [f"{folder}/{name}" for name in sorted(known)]
+        names = [f"{folder}/{name}" for name in sorted(known) if junk(name) is None]
     if not names:
         raise DataError(f"{folder}/{MANIFEST} names no shards; write it again with launch/shards.py")
     return [RemoteFile(name, *known.get(name.rpartition("/")[2], (None, None))) for name in names]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,10 +24,10 @@ import webdataset
 from webdataset.tariterators import group_by_keys
 
 from ijepa_scale import rng
+from ijepa_scale.data.formats import image_suffixes, junk_in
 from ijepa_scale.data.order import part_size
 from ijepa_scale.data.sources.fetch import Retry, check_address, open_remote, scheme_of
 from ijepa_scale.data.sources.scan import (
-    IMAGE_SUFFIXES,
     MAX_LABEL_BYTES,
     MAX_MEMBER_BYTES,
     NO_LABEL,
@@ -186,15 +188,15 @@ class StreamSource:
 
 def _members(file: IO[bytes], url: str, number: int, bad: list[StreamSample]) -> Iterator[dict[str, Any]]:
     """Yields the images and labels of a tar in the form that webdataset groups; adds unusable ones to `bad`."""
-    tail = _Tail(file)
+    tail, images = _Tail(file), image_suffixes()
     try:
         with tarfile.open(fileobj=tail, mode="r|") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
                 kind = member.name.lower().rpartition(".")[2]
-                if not member.isreg() or kind not in (*IMAGE_SUFFIXES, "cls", "json"):
+                if not member.isreg() or kind not in (*images, "cls", "json") or junk_in(member.name) is not None:
                     continue
-                most = MAX_MEMBER_BYTES if kind in IMAGE_SUFFIXES else MAX_LABEL_BYTES
+                most = MAX_MEMBER_BYTES if kind in images else MAX_LABEL_BYTES
                 if not 0 < member.size <= most:
                     reason = f"{member.size} bytes; give 1 to {most}"
                     bad.append(StreamSample(0, number, f"{url}:{member.name}", kind="member size", reason=reason))
@@ -217,9 +219,9 @@ def _sample(members: dict[str, Any], url: str, number: int) -> StreamSample:
     key = members["__key__"]
     digest = hashlib.blake2b(f"{url.rpartition('/')[2]}|{key}|{number}".encode("utf-8", "surrogateescape"))
     sample_id, name = int.from_bytes(digest.digest()[:8], "little") >> 1, f"{url}:{key}"
-    images = [value for suffix, value in members.items() if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+    images = [value for suffix, value in members.items() if suffix.rpartition(".")[2] in image_suffixes()]
     if not images:
-        return StreamSample(sample_id, number, name, kind="no image", reason=f"no image ({', '.join(IMAGE_SUFFIXES)})")
+        return StreamSample(sample_id, number, name, kind="no image", reason="no image (jpg, png, webp, ...)")
     try:
         labels = [parse_label(members[kind], kind) for kind in ("cls", "json") if kind in members]
     except (ValueError, RecursionError):
@@ -251,6 +253,8 @@ def _open(url: str, retry: Retry) -> IO[bytes]:
     if scheme_of(url) is not None:
         return open_remote(url, retry)
     try:
+        if not stat.S_ISREG(os.stat(url).st_mode):  # opening a pipe would wait
+            raise DataError(f"shard {url} isn't a regular file; replace it, or drop it from the list")
         return Path(url).open("rb")
     except OSError as error:
         raise DataError(f"shard {url} can't be read ({error.strerror}); check the path and its permissions") from None
