@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from ijepa_scale.data.class_names import written
 from ijepa_scale.errors import UserError
 from ijepa_scale.evaluate.predictions import ImageClassifier
 
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         predictor = ImageClassifier(options.model, device)
         for path in options.images:
             (guesses,) = predictor(predictor.load(path)[None], top=max(1, options.top))
-            print(path, *(f"  {guess.probability:6.1%}  {guess.name}" for guess in guesses), sep="\n")
+            print(written(path), *(f"  {guess.probability:6.1%}  {written(guess.name)}" for guess in guesses), sep="\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
