@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ijepa_scale.checkpoint.file_kinds import check_kind
 from ijepa_scale.checkpoint.torch_files import briefly
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import CheckpointError
 
 INDEX = ".index.json"  # what follows .safetensors in the name of an index. Source: huggingface_hub's serialization
@@ -49,13 +49,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _shards(index: Path) -> Mapping[str, set[str]]:
     """Returns the names of the tensors in each file that an index names."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = parse_json(index.read_bytes())["weight_map"]
         shards: dict[str, set[str]] = {}
         for tensor, name in places.items():
             shards.setdefault(name, set()).add(tensor)
             if Path(name).name != name:
                 raise ValueError(f"{name!r} is no file next to it")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"{index} isn't an index of safetensors files ({type(error).__name__}: {briefly(error)}); download it again"
         ) from None

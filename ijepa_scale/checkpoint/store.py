@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError
@@ -168,7 +169,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{path} has no {_MANIFEST}; give a folder like RUN/checkpoints/step-00001000")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = parse_json(file.read_bytes())
         body = manifest["body"]
         intact = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() == manifest["sha256"]
     except (ValueError, KeyError, TypeError):
