@@ -21,6 +21,7 @@ from pathlib import Path
 from ijepa_scale.errors import ConfigError
 
 _WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes. Source: NAME_MAX and PATH_MAX of Linux's limits.h
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
@@ -232,7 +233,7 @@ def expand_path(text: str) -> str:
 
     Raises:
         ConfigError: a variable isn't set or holds another, `${` begins something else, there is no such user, or the
-            path is empty or holds characters that no path can.
+            path is empty, too long, or holds characters that no path can.
     """
     if not text.strip():
         raise ConfigError("give a path; . is the working directory")
@@ -259,6 +260,12 @@ def expand_path(text: str) -> str:
     if found.startswith("~"):
         user = found.partition("/")[0]
         raise ConfigError(f"there is no home folder of {user}; write the path itself, or ./{user} for that name")
+    longest = max(len(os.fsencode(part)) for part in found.split("/"))
+    if longest > _LONGEST_NAME or len(os.fsencode(found)) > _LONGEST_PATH:
+        raise ConfigError(
+            f"it has {len(os.fsencode(found))} bytes and a name of {longest} in it; Linux takes {_LONGEST_PATH} and "
+            f"{_LONGEST_NAME}: shorten it"
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     for name, wanted in _shards(path).items():
         shard = path.with_name(name)
-        if not shard.is_file():
+        if not os.path.isfile(shard):  # unlike Path.is_file, takes a name that no file can have
             raise CheckpointError(f"{path} names {name}, which isn't there; download it into {path.parent} too")
         check_kind(shard)
         found, _ = _read(shard)
@@ -53,7 +54,7 @@ def _shards(index: Path) -> Mapping[str, set[str]]:
         shards: dict[str, set[str]] = {}
         for tensor, name in places.items():
             shards.setdefault(name, set()).add(tensor)
-            if Path(name).name != name:
+            if not name or Path(name).name != name:
                 raise ValueError(f"{name!r} is no file next to it")
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(

@@ -6,16 +6,23 @@ import json
 import math
 from typing import Any
 
+LONGEST_WHOLE = 20  # characters of a whole number of 64 bits, its sign included
+
 
 def parse_json(content: bytes) -> Any:
     """Returns the plain value of a JSON text in UTF-8.
 
     Raises:
-        ValueError: it isn't JSON, a key stands twice, a number is infinite or NaN, or it is nested too deeply.
+        ValueError: it isn't JSON, a key stands twice, a number is infinite, NaN or a whole one of more than 64 bits,
+            or it is nested too deeply.
     """
     try:
         return json.loads(
-            content.decode("utf-8-sig"), object_pairs_hook=_object, parse_float=_number, parse_constant=_number
+            content.decode("utf-8-sig"),
+            object_pairs_hook=_object,
+            parse_float=_number,
+            parse_constant=_number,
+            parse_int=_whole,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -34,3 +41,9 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is no finite number")
     return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > LONGEST_WHOLE or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"{text[:LONGEST_WHOLE]} doesn't fit into 64 bits")
+    return int(text)

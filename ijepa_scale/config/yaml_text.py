@@ -13,7 +13,7 @@ from ijepa_scale.errors import ConfigError
 _TAG = "tag:yaml.org,2002:"
 _MAX_DEPTH = 50  # levels; a configuration has 4
 _MAX_NODES = 100_000  # values once each alias is replaced by what it stands for
-_MAX_DIGITS = 400  # more than any float64 has before its point
+_MAX_DIGITS = 400  # of a whole number, leading zeros included
 
 
 class Whole(int):
@@ -51,11 +51,17 @@ class Real(float):
 
 
 def plain(value: Any) -> Any:
-    """Returns a value of `parse_yaml` with its numbers as Python's own, which don't know how they were written."""
+    """Returns a value of `parse_yaml` with its numbers as Python's own, which don't know how they were written.
+
+    Raises:
+        ValueError: a whole number has more than 64 bits.
+    """
     if isinstance(value, Mapping):
         return {plain(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(plain(each) for each in value)
+    if isinstance(value, Whole) and not -(2**63) <= value < 2**63:
+        raise ValueError("give a whole number of 64 bits")
     return int(value) if isinstance(value, Whole) else float(value) if isinstance(value, Real) else value
 
 

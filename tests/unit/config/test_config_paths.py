@@ -59,6 +59,7 @@ def test_every_path_expands(monkeypatch, empty: Path, kind: type, key: str) -> N
     for text, problem in {
         "''": "is ''; give a path; . is the working directory",
         "' '": "is ' '; give a path; . is the working directory",
+        "a" * 256: f"is '{'a' * 256}'; it has 256 bytes and a name of 256 in it; Linux takes 4095 and 255: shorten it",
         "$NOWHERE/a": "is '$NOWHERE/a'; the variable NOWHERE isn't set; set it, or write the path itself",
         "~nobody-here/a": "is '~nobody-here/a'; there is no home folder of ~nobody-here; write the path itself",
         "${oc.env:HOME}": "is '${oc.env:HOME}'; interpolations aren't read, write the value itself",

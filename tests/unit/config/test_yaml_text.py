@@ -65,7 +65,8 @@ def test_text_written_as_yaml_is_read_back(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0012", "1.10", "2024_01", "1e5", "0x1F", "+7", "2024-01-31", "on", "no", "1:30", ".5", "1_000", ".inf"]
+    "text",
+    ["0012", "1.10", "2024_01", "1e5", "0x1F", "+7", "2024-01-31", "on", "no", "1:30", ".5", "1_000", ".inf", "9" * 30],
 )
 def test_settings_that_take_text_keep_it_as_written(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, "c.yaml", f"folder: {text}\ndata: {{train: {text}}}")
@@ -127,6 +128,7 @@ def test_text_on_the_command_line_is_taken_as_it_stands(empty: Path, raw: str, v
         ("folder: a\0b", "not readable as YAML: unacceptable character #x0000"),
         ("folder: a\x1b[0m", "not readable as YAML: unacceptable character #x001b"),
         ("seed: " + "9" * 5000, "in line 1: a number of 5000 digits"),
+        ("seed: 9223372036854775808", "seed is 9223372036854775808; give a whole number of 64 bits"),
         ("seed: !!int x", "in line 1: 'x' doesn't fit its tag !!int"),
         ("folder: !!timestamp 2024-13-99", "in line 1: could not determine a constructor for the tag"),
         ("a: 1\n---\nb: 2", "in line 2: but found another document"),
