@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
     entry: dict[str, Any] = {}
     if written:
         name = f"process-{world.rank:05d}.safetensors"
-        save_file({piece.name: piece.tensor.cpu().contiguous() for piece in written}, str(unfinished / name))
+        write_safetensors({piece.name: piece.tensor.cpu().contiguous() for piece in written}, unfinished / name)
         _flush(unfinished / name)
         entry = {
             "name": name,
@@ -74,6 +74,20 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
         _prune(folder, keep, final)
     world.barrier()
     return final
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors to a file.
+
+    Raises:
+        CheckpointError: the file can't be written.
+    """
+    try:
+        save_file(tensors, str(path), metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} can't be written ({error}); what was saved before is whole: free space or fix the permissions"
+        ) from None
 
 
 def _manifest(step: int, entries: list[dict[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
