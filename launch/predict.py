@@ -13,6 +13,7 @@ import sys
 
 import torch
 
+from ijepa_scale.data.class_names import written
 from ijepa_scale.errors import DataError, UserError
 from ijepa_scale.evaluate.predictions import ImageClassifier, ImageFiles
 
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
                 skipped += 1
                 continue
             (guesses,) = predictor(image[None], top=max(1, options.top))
-            print(path, *(f"  {guess.probability:6.1%}  {guess.name}" for guess in guesses), sep="\n")
+            lines = (f"  {guess.probability:6.1%}  {written(guess.name)}" for guess in guesses)
+            print(written(path), *lines, sep="\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.features import check_images, local_ids
+from ijepa_scale.metrics.confusion import Confusion
 
 Classify = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> logits (B, C)
 
@@ -33,10 +34,9 @@ class Accuracy:
     labels: np.ndarray  # (N,) int64, in the order of the set
     predictions: np.ndarray  # (N,) int64
 
-    def confusion(self, num_classes: int) -> np.ndarray:
-        """Returns (true, predicted) counts, int64 (C, C)."""
-        flat = np.bincount(self.labels * num_classes + self.predictions, minlength=num_classes**2)
-        return flat.reshape(num_classes, num_classes)
+    def confusion(self, num_classes: int) -> Confusion:
+        """Returns which of `num_classes` classes was taken for which."""
+        return Confusion.count(self.labels, self.predictions, num_classes)
 
 
 class ClassifierCheck:

@@ -20,6 +20,7 @@ from ijepa_scale.checkpoint.store import newest
 from ijepa_scale.checkpoint.weights import LoadReport, load_weights
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.class_names import shortened
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.data.sources.source import check_problems
@@ -256,4 +257,4 @@ def build_finetune_schedule(config: FinetuneConfig, batch_size: int, steps_per_e
 def _difference(ours: list[str] | None, theirs: list[str] | None) -> str:
     """Returns, in words, how the lists differ: the first names that only one has, or the order."""
     only = sorted(set(ours or ()) ^ set(theirs or ()))
-    return f"only one has {', '.join(only[:3])}" if only else "in another order"
+    return f"only one has {', '.join(map(shortened, only[:3]))}" if only else "in another order"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.cache import FileCache, Handle, RemoteFile
 from ijepa_scale.data.sources.fetch import NotThereError, Retry, check_address, fetch, remote_size
@@ -114,9 +114,9 @@ def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[
             )
         return {}
     try:
-        rows = json.loads(content)["shards"]
+        rows = parse_json(content)["shards"]
         return {str(row["name"]): (int(row["bytes"]), str(row["sha256"])) for row in rows}
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise DataError(f"{url} isn't a manifest of shards ({error}); write it again with launch/shards.py") from None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.sources.cache import Handle
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
@@ -138,7 +138,7 @@ def parse_classes(content: bytes, origin: str) -> list[str]:
         DataError: it isn't a list of names.
     """
     try:
-        names = json.loads(content)
+        names = parse_json(content)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("not a list of names")
     except ValueError as error:
@@ -149,9 +149,9 @@ def parse_classes(content: bytes, origin: str) -> list[str]:
 def manifest_samples(shard: Path) -> int:
     """Returns the number of samples that a shard has according to the manifest next to it; 0 if that can't be read."""
     try:
-        rows = json.loads((shard.parent / MANIFEST).read_text())["shards"]
+        rows = parse_json((shard.parent / MANIFEST).read_bytes())["shards"]
         return sum(int(row["samples"]) for row in rows if row["name"] == shard.name)
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError):
         return 0
 
 
