@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, percentiles, record, report_skip, table
+from benchmarks.common import Row, percentiles, record, report_skip, require_device, table
 from benchmarks.kernels import Clock
 from ijepa_kernels.attention import SequenceLayout, attention
 from ijepa_kernels.attention.backend import ON_CPU, activate
@@ -318,6 +318,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("products", "attention"), help="one of both parts")
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
     options = parser.parse_args()
+    require_device(parser, options.device)
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import functools
 import gc
@@ -67,6 +68,12 @@ def read_rows(path: Path) -> list[Row]:
 def report_skip(what: str, reason: str) -> None:
     """Prints that a part of a benchmark can't run here, as the suite reads it (`benchmarks.suite`)."""
     print(f"{SKIPPED} {what}: {' '.join(reason.split())}", flush=True)
+
+
+def require_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends the program with a message if the device isn't there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; give --device cpu")
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Question: does each engine path train, with the real head shapes and the losses of fp32?
 
-python -m benchmarks.smoke [--device cuda] [--only NAME ...] [--to FILE]
+python -m benchmarks.smoke [--device cuda] [--brief] [--only NAME ...] [--to FILE]
 
 Takes three steps of each path and compares losses and gradient norms with those of the plain engine in fp32 on the CPU,
 on the same images, masks and starting weights. The model is a shallow ViT-H/14: 16 heads of 80 in the encoder, 16 of 24
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import Row, append, read_rows, report_skip
+from benchmarks.common import Row, append, read_rows, report_skip, require_device
 from benchmarks.scaling import engine_settings
 from benchmarks.synthetic import Ours, alone, configured, images_for, start
 from ijepa_kernels.fp8_linear import Fp8UnavailableError
@@ -50,6 +50,8 @@ COMMON = (
     "optimizer.start_lr=1e-3", "schedule.momentum=[0.5,1.0]",  # so that three steps move the weights far
 )  # fmt: skip
 PACKED, FP8, COMPILED = "masks.context=packed", "engine.target_precision=fp8", "engine.compile=true"
+TAIL = "optimizer.impl=fused_tail"
+BRIEF = ("plain, compiled", "fsdp2, fp8 target")  # of those that ask for compilation; the second is refused
 GROUPS = "two mask groups"
 # Largest relative differences from fp32 on the CPU that rounding explains: of losses, and of gradient norms. Found on
 # the CPU: with the sizes for a GPU up to (1.4e-3, 3.5e-3) in bf16, (2.1e-3, 1.3e-3) in fp8, and (9.5e-3, 5e-2) with
@@ -82,6 +84,9 @@ def paths(device: str) -> dict[str, list[str]]:
     if device == "cuda":
         found["plain, packed, compiled"] = [*plain, PACKED, COMPILED]
         found["fsdp2, compiled"] = [*engine_settings("fsdp2"), COMPILED]
+        for engine in ("plain", "ddp", "fsdp2"):
+            found[f"{engine}, fused tail, compiled"] = [*engine_settings(engine), TAIL, COMPILED]
+        found["plain, fused tail, fp8 target, compiled"] = [*plain, TAIL, FP8, COMPILED]
         found["zero2, compiled"] = [*engine_settings("zero2"), COMPILED]
     return found
 
@@ -205,14 +210,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", help="names of paths (default: all)")
+    parser.add_argument("--brief", action="store_true", help="compile for one path only, since each takes long")
     parser.add_argument("--to", type=Path, help="JSONL file that the rows are appended to")
     parser.add_argument("--here", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    require_device(parser, options.device)
     logging.basicConfig(level=logging.WARNING)
     if options.here:
         here(options.here, torch.device("cuda:0" if options.device == "cuda" else "cpu"), options.to)
         return
-    known = list(paths(options.device))
+    every = paths(options.device)
+    known = [name for name in every if not options.brief or COMPILED not in every[name] or name in BRIEF]
     unknown = set(options.only or ()) - set(known)
     if unknown:
         parser.error(f"unknown --only {', '.join(sorted(unknown))}; choose from {'; '.join(known)}")

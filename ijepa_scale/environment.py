@@ -21,6 +21,8 @@ from pathlib import Path
 from ijepa_scale.errors import ConfigError
 
 _WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes. Source: NAME_MAX and PATH_MAX of Linux's limits.h
+_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -223,6 +225,63 @@ def _inductor_default() -> str | None:
     return os.path.join(tempfile.gettempdir(), "torchinductor_" + user)
 
 
+def expand_path(text: str) -> str:
+    """Returns a path with a leading `~` or `~user` and each `$NAME` or `${NAME}` replaced; addresses stay as they are.
+
+    Only a `$` that a name follows begins a variable. The result is the same when it is expanded again. Addresses hold
+    `://`, or begin with `timm:` or with `pipe:`, which a shell expands.
+
+    Raises:
+        ConfigError: a variable isn't set or holds another, `${` begins something else, there is no such user, or the
+            path is empty, too long, or holds characters that no path can.
+    """
+    if not text.strip():
+        raise ConfigError("give a path; . is the working directory")
+    if text.startswith("pipe:"):
+        return text
+    is_address = "://" in text or text.startswith("timm:")
+    if "${" in (text if is_address else _VARIABLE.sub("", text)):
+        raise ConfigError("interpolations aren't read, write the value itself")
+    if "\0" in text or not _encodes(text):
+        raise ConfigError("a path can't hold the character NUL or half a surrogate pair; remove it")
+    if is_address:
+        return text
+    missing = [name for name in _names(text) if name not in os.environ]
+    if missing:
+        raise ConfigError(f"the variable {missing[0]} isn't set; set it, or write the path itself")
+    whole = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
+    if _names(whole):
+        raise ConfigError(
+            f"it stands for {whole!r}, which holds the variable {_names(whole)[0]}; write the path itself"
+        )
+    if not whole.strip():
+        raise ConfigError("its variables are empty; set them, or write the path itself")
+    found = os.path.expanduser(whole)
+    if found.startswith("~"):
+        user = found.partition("/")[0]
+        raise ConfigError(f"there is no home folder of {user}; write the path itself, or ./{user} for that name")
+    longest = max(len(os.fsencode(part)) for part in found.split("/"))
+    if longest > _LONGEST_NAME or len(os.fsencode(found)) > _LONGEST_PATH:
+        raise ConfigError(
+            f"it has {len(os.fsencode(found))} bytes and a name of {longest} in it; Linux takes {_LONGEST_PATH} and "
+            f"{_LONGEST_NAME}: shorten it"
+        )
+    return found
+
+
+def _encodes(path: str) -> bool:
+    """Returns whether a path has bytes: half a surrogate pair has none, unless it stands for an undecodable byte."""
+    try:
+        return bool(os.fsencode(path))
+    except UnicodeEncodeError:
+        return False
+
+
+def _names(text: str) -> list[str]:
+    """Returns the names of the variables in a path."""
+    return [name or braced for braced, name in _VARIABLE.findall(text)]
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """Returns this process's environment with `changes`, for starting a child process."""
     return {**os.environ, **changes}
@@ -235,7 +294,7 @@ def hidden_gpus() -> str | None:
     """
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         value = os.environ.get(name)
-        if value is not None and (not value.strip() or value.strip().startswith("-")):
+        if value is not None and not re.match(r"\s*(\d|GPU-|MIG-)", value):  # such as "", "-1" or Slurm's NoDevFiles
             return f"{name}={value!r}"
     return None
 

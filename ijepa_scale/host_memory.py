@@ -7,10 +7,10 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-# (limit, use) of a control group, and the memory controller's folder. Sources: the Linux kernel's documentation,
-# admin-guide/cgroup-v2 ("Memory Interface Files") and admin-guide/cgroup-v1/memory.
-_VERSION_2 = ("memory.max", "memory.current")
-_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+# Files of a control group's limit and use, and the prefix of its figures in memory.stat. Sources: the Linux kernel's
+# documentation, admin-guide/cgroup-v2 ("Memory Interface Files") and admin-guide/cgroup-v1/memory.
+_VERSION_2 = ("memory.max", "memory.current", "")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
 def host_bytes(root: Path = Path("/")) -> int:
@@ -25,18 +25,23 @@ def host_bytes(root: Path = Path("/")) -> int:
 
 
 def _control_groups(root: Path) -> Iterator[int]:
-    """Yields the bytes left in this process's control group and in each group around it that has a limit."""
+    """Yields the bytes left in this process's control group and in each group around it that has a limit.
+
+    Use counts the page cache, which the kernel gives back when it is needed, so it isn't subtracted.
+    """
     groups = {("", _VERSION_2, Path("/")), ("memory", _VERSION_1, Path("/"))}  # what a container sees as its root
     for line in system_file(root / "proc/self/cgroup").splitlines():
         _, controllers, name = line.split(":", 2)
         kind = ("", _VERSION_2) if not controllers else ("memory", _VERSION_1)
         if not controllers or "memory" in controllers.split(","):
             groups |= {(*kind, path) for path in (Path(name), *Path(name).parents)}
-    for folder, (limit, use), path in groups:
+    for folder, (limit, use, prefix), path in groups:
         place = root / "sys/fs/cgroup" / folder / path.relative_to("/")
         most, taken = system_file(place / limit).strip(), system_file(place / use).strip()
         if most.isdigit() and taken.isdigit():
-            yield max(0, int(most) - int(taken))
+            lines = [line.split() for line in system_file(place / "memory.stat").splitlines()]
+            cache = [int(size) for name, size in lines if name in (f"{prefix}active_file", f"{prefix}inactive_file")]
+            yield max(0, int(most) - max(0, int(taken) - sum(cache)))
 
 
 def system_file(path: Path) -> str:

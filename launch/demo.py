@@ -38,11 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
             str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={processes}",
             f"--master_port={environment.free_port()}", str(ROOT / "launch" / "pretrain.py"),
             "--config", str(ROOT / "configs" / "demo.yaml"), f"folder={options.folder}", "engine.strategy=deepspeed",
-            f"engine.ds_config={ROOT / 'ds_configs' / 'zero3.json'}", *options.overrides,
+            f"engine.ds_config={ROOT / 'ds_configs' / 'zero3.json'}", *([] if gpus else ["engine.device=cpu"]),
+            *options.overrides,
         ]  # fmt: skip
         print("$", " ".join(command), flush=True)
-        code = subprocess.run(command, env=child, check=False).returncode
-        if code:
+        if code := subprocess.run(command, env=child, check=False).returncode:
             print(f"error: the training ended with exit code {code}; see its message above", file=sys.stderr)
             return code if code > 0 else 1
         draw_curves(options.folder / "metrics.jsonl", options.folder / "curves.png")

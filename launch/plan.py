@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help=f"(default {GPUS_PER_NODE})")
     network = "GB/s per GPU and direction between nodes (default: usual for the GPU, e.g. 25 for A100, 50 for H100)"
     parser.add_argument("--network", type=float, help=network)
-    parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s (default: estimated from memory traffic)")
+    parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s (default: estimated)")
     parser.add_argument("--images", type=int, help="number of training images (default: ImageNet-1k's or -22k's)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. engine.accumulation=4")

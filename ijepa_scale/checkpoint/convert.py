@@ -15,7 +15,8 @@ from torch import Tensor
 from ijepa_scale.errors import CheckpointError
 
 NAMINGS = ("published", "transformers")
-_WRAPPERS = ("module.", "_orig_mod.")  # prefixes of data parallelism and torch.compile
+_WRAPPER = "module."  # prefix of data parallelism
+_INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # anywhere in a name
 
 # Source: transformers.IJepaModel and IJepaForImageClassification (4.47 to 4.57); files on the hub use the same names.
 _OUTER = {
@@ -44,7 +45,7 @@ def to_ours(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tenso
     Raises:
         CheckpointError: no known encoder has tensors with these names, or q, k and v are incomplete.
     """
-    plain = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    plain = unwrapped(tensors, origin)
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in plain):
         return _from_transformers({name.removeprefix("ijepa."): t for name, t in plain.items()}, origin), "transformers"
     if "encoder.patch_embed.proj.weight" in plain:
@@ -112,7 +113,20 @@ def _from_transformers(tensors: Mapping[str, Tensor], origin: str) -> dict[str, 
     return named
 
 
-def _unwrapped(name: str) -> str:
-    while any(name.startswith(wrapper) for wrapper in _WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+def unwrapped(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """Returns the tensors without the parts of their names that wrappers add: data parallelism, torch.compile, FSDP.
+
+    Raises:
+        CheckpointError: two tensors have the same name then.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        for infix in _INFIXES:
+            short = short.replace(infix, "")
+        while short.startswith(_WRAPPER):
+            short = short.removeprefix(_WRAPPER)
+        if short in plain:
+            raise CheckpointError(f"{origin} holds {short} twice, once in a wrapper ({name}); save one model only")
+        plain[short] = tensor
+    return plain

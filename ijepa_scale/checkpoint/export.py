@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ijepa_scale.checkpoint.convert import NAMINGS, to_transformers
 from ijepa_scale.checkpoint.sources import CLASSES_KEY, WHICH_KEY, read_weights
-from ijepa_scale.checkpoint.store import Checkpoint
+from ijepa_scale.checkpoint.store import Checkpoint, write_safetensors
 from ijepa_scale.config import ModelConfig
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.errors import CheckpointError
@@ -48,7 +47,7 @@ def export_safetensors(
     if weights.classes is not None:
         metadata[CLASSES_KEY] = json.dumps(weights.classes)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return _write_atomically(Path(path), lambda temporary: save_file(whole, temporary, metadata=metadata))
+    return _write_atomically(Path(path), lambda temporary: write_safetensors(whole, temporary, metadata))
 
 
 def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoch: int, processes: int = 1) -> Path:
@@ -170,8 +169,11 @@ def _schedule(config: dict[str, Any], steps_per_epoch: int) -> Schedule:
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """Writes a temporary file next to `path` and renames it, so that a file with its final name is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".unfinished-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be written ({error}); free space, or name another file") from None
     return path

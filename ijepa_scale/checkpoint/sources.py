@@ -1,7 +1,8 @@
 """Reads an encoder's weights from any supported source, under the names of this package.
 
 Sources are a run folder or checkpoint of this package (pretraining or finetuning, any engine), a published `.pth.tar`,
-`.safetensors`, a folder saved by transformers, or timm's registry. Only plain tensors are read; a file that would run
+`.safetensors` (also in shards with an index), a PyTorch file of another program, a folder saved by transformers, or
+timm's registry. Only plain tensors are read; a file that would run
 code when loaded is refused. Knows nothing of the model that the weights are loaded into.
 """
 
@@ -9,19 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ijepa_scale.checkpoint.convert import to_ours
+from ijepa_scale.checkpoint.convert import to_ours, unwrapped
+from ijepa_scale.checkpoint.file_kinds import check_kind
+from ijepa_scale.checkpoint.prefixes import choose_encoder
+from ijepa_scale.checkpoint.safetensors_files import INDEX, read_safetensors
 from ijepa_scale.checkpoint.store import Checkpoint, newest
+from ijepa_scale.checkpoint.torch_files import briefly, read_torch_file
 from ijepa_scale.config import ModelConfig
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.errors import CheckpointError
@@ -30,9 +31,9 @@ from ijepa_scale.models.pos_embed import sincos_2d
 TIMM = "timm:"
 WHICH_KEY = "ijepa_scale.weights"  # in a safetensors file's metadata: target or context
 CLASSES_KEY = "ijepa_scale.classes"  # in the same metadata: a JSON list of class names
-_PUBLISHED = {"target": "target_encoder", "context": "encoder"}
-_INSIDE = ("state_dict", "model")  # keys under which other programs store a file's only model
-_SUFFIXES = (".safetensors", ".tar", ".pth", ".pt", ".bin")
+_PUBLISHED = {"target": ("target_encoder", "teacher"), "context": ("encoder", "student")}
+_INSIDE = ("state_dict", "model", "module", "model_state_dict")  # keys of a file's only model in other programs
+_SUFFIXES = (".safetensors", ".tar", ".pth", ".pt", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +65,20 @@ def read_weights(source: str | Path, *, which: str = "target") -> Weights:
         checkpoint = newest(path / "checkpoints") or newest(path) or path
         if (checkpoint / "manifest.json").is_file():
             return _from_checkpoint(Checkpoint(checkpoint), which)
-        if not (path / "model.safetensors").is_file():
+        index, path = path / f"model.safetensors{INDEX}", path / "model.safetensors"
+        if not path.is_file() and not index.is_file():
             raise CheckpointError(
-                f"{path} has neither a checkpoint (checkpoints/step-XXXXXXXX, manifest.json) nor model.safetensors; "
-                "give a run folder, a checkpoint, or a file"
+                f"{path.parent} has neither a checkpoint (checkpoints/step-XXXXXXXX, manifest.json) nor "
+                "model.safetensors; give a run folder, a checkpoint, or a file"
             )
-        path = path / "model.safetensors"
+        path = path if path.is_file() else index
     if not path.is_file():
         raise CheckpointError(f"{path} doesn't exist; give a run folder, a checkpoint, a file, or {TIMM}NAME")
+    if path.name.endswith(f".safetensors{INDEX}"):
+        return _from_safetensors(path, which)
     if path.suffix not in _SUFFIXES:
         raise CheckpointError(f"{path} ends in {path.suffix!r}; give a folder or one of {', '.join(_SUFFIXES)}")
+    check_kind(path)
     return _from_safetensors(path, which) if path.suffix == ".safetensors" else _from_torch_file(path, which)
 
 
@@ -106,47 +111,33 @@ def _from_checkpoint(checkpoint: Checkpoint, which: str) -> Weights:
 
 
 def _from_torch_file(path: Path, which: str) -> Weights:
-    try:
-        # memory-mapped, because a published file also holds optimiser states of the size of four encoders
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} isn't a file of tensors and plain values, and is refused: loading anything else could run code "
-            f"({_briefly(error)}); convert it to .safetensors with the program that wrote it"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read as a PyTorch file ({_briefly(error)}); copy it again") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
-    found = [name for name, key in _PUBLISHED.items() if isinstance(content.get(key), Mapping)]
+    content = read_torch_file(path)
+    found = {name: key for name, keys in _PUBLISHED.items() for key in keys if isinstance(content.get(key), Mapping)}
     if found and which not in found:
+        (held,) = found
         raise CheckpointError(
-            f"{path} holds only the {found[0]} encoder, but {which} is requested; set model.weights={found[0]}"
+            f"{path} holds only the {held} encoder, but {which} is requested; set model.weights={held}"
         )
     if found:
-        key = _PUBLISHED[which]
-        tensors, _ = to_ours(_tensors(content[key]), f"{path} ({key})")
-        return Weights(tensors=tensors, origin=f"{path} ({key})", which=which)
+        key = found[which]
+        return _one_of(_tensors(content[key]), f"{path} ({key})", which, stated=which)
     inside = next((content[key] for key in _INSIDE if isinstance(content.get(key), Mapping)), content)
-    return _the_only_one(_tensors(inside), str(path), which)
+    return _one_of(_tensors(inside), str(path), which)
 
 
 def _from_safetensors(path: Path, which: str) -> Weights:
+    tensors, metadata = read_safetensors(path)
+    stored, named = metadata.get(WHICH_KEY), metadata.get(CLASSES_KEY)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
-        stored, named = metadata.get(WHICH_KEY), metadata.get(CLASSES_KEY)
         classes = None if named is None else tuple(str(name) for name in json.loads(named))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} can't be read as safetensors ({_briefly(error)}); copy it again") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its class names can't be read ({briefly(error)}); copy it again") from None
     if stored in _PUBLISHED and stored != which:
         raise CheckpointError(
             f"{path} holds only the {stored} encoder, but {which} is requested; set model.weights={stored}"
         )
-    if stored == which:
-        return Weights(tensors=to_ours(tensors, str(path))[0], origin=str(path), which=which, classes=classes)
-    return dataclasses.replace(_the_only_one(tensors, str(path), which), classes=classes)
+    weights = _one_of(tensors, str(path), which, stated=which if stored == which else None)
+    return dataclasses.replace(weights, classes=classes)
 
 
 def _from_timm(name: str, which: str) -> Weights:
@@ -164,21 +155,24 @@ def _from_timm(name: str, which: str) -> Weights:
         ) from error
     blocks: Any = model.blocks if hasattr(model, "blocks") else ()
     heads = next((block.attn.num_heads for block in blocks if hasattr(block, "attn")), None)
-    weights = _the_only_one(dict(model.state_dict()), f"{TIMM}{name}", which)
+    weights = _one_of(dict(model.state_dict()), f"{TIMM}{name}", which)
     return Weights(**{**vars(weights), "heads": heads})
 
 
-def _the_only_one(tensors: Mapping[str, Tensor], origin: str, which: str) -> Weights:
-    """Returns the encoder of a source that holds only one, with a note that it may not be the requested one."""
-    ours, naming = to_ours(tensors, origin)
-    note = f"holds one encoder and doesn't say which; {which} was requested"
-    if naming == "transformers" or origin.startswith(TIMM):
-        note += ". timm's and transformers' converters use the context encoder; the paper evaluates the target"
-    return Weights(tensors=ours, origin=origin, which="only", notes=(note,))
-
-
-def _briefly(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
+def _one_of(tensors: Mapping[str, Tensor], origin: str, which: str, *, stated: str | None = None) -> Weights:
+    """Returns the encoder that is asked for. Where neither `stated` nor a name says which it is, a note says so."""
+    chosen = choose_encoder(unwrapped(tensors, origin), which, origin)
+    ours, naming = to_ours(chosen.tensors, origin)
+    stated = stated or chosen.which
+    notes = []
+    if stated is None:
+        notes.append(f"holds one encoder and doesn't say which; {which} was requested")
+        if naming == "transformers" or origin.startswith(TIMM):
+            notes[0] += ". timm's and transformers' converters use the context encoder; the paper evaluates the target"
+    if chosen.left_out:
+        shown = ", ".join(chosen.left_out[:3]) + (", ..." if len(chosen.left_out) > 3 else "")
+        notes.append(f"{len(chosen.left_out)} tensors outside the encoder are left out: {shown}")
+    return Weights(tensors=ours, origin=origin, which=stated or "only", notes=tuple(notes))
 
 
 def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:

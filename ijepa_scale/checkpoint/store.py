@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError
@@ -50,7 +51,7 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
     entry: dict[str, Any] = {}
     if written:
         name = f"process-{world.rank:05d}.safetensors"
-        save_file({piece.name: piece.tensor.cpu().contiguous() for piece in written}, str(unfinished / name))
+        write_safetensors({piece.name: piece.tensor.cpu().contiguous() for piece in written}, unfinished / name)
         _flush(unfinished / name)
         entry = {
             "name": name,
@@ -73,6 +74,20 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
         _prune(folder, keep, final)
     world.barrier()
     return final
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors to a file.
+
+    Raises:
+        CheckpointError: the file can't be written.
+    """
+    try:
+        save_file(tensors, str(path), metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} can't be written ({error}); what was saved before is whole: free space or fix the permissions"
+        ) from None
 
 
 def _manifest(step: int, entries: list[dict[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +183,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{path} has no {_MANIFEST}; give a folder like RUN/checkpoints/step-00001000")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = parse_json(file.read_bytes())
         body = manifest["body"]
         intact = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() == manifest["sha256"]
     except (ValueError, KeyError, TypeError):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ijepa_scale.checkpoint.sources import Weights, read_weights
+from ijepa_scale.data.class_names import shortened
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.classifier import Classifier
 from ijepa_scale.models.pos_embed import sincos_2d
@@ -221,8 +222,9 @@ def _class_problems(theirs: Sequence[str] | None, ours: Sequence[str] | None) ->
     if not apart:
         return []
     first = apart[0]
+    their_name, our_name = shortened(theirs[first]), shortened(ours[first])
     return [
-        f"its head's class {first} is {theirs[first]}, the data's {ours[first]} ({len(apart)} of {len(ours)} differ); "
+        f"its head's class {first} is {their_name}, the data's {our_name} ({len(apart)} of {len(ours)} differ); "
         "give data with the head's classes in its order, or model.keep_head=false for a new head"
     ]
 

@@ -29,13 +29,17 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     """Where training images come from and how they are grouped."""
 
     reader: str = Field("shards", description="Shards are WebDataset tars; stream reads them with plain webdataset.")
-    train: str | None = Field(None, description="Tars (folder, glob, {000..127}, https://) or folder of classes.")
+    train: form.PathText | None = Field(
+        None, description="Tars (folder, glob, {000..127}, https://) or folder of classes."
+    )
     batch_size: form.Images | None = Field(None, description="Images of an optimiser step, over all processes.")
     batch_size_per_process: form.Images | None = Field(None, description="Those of each process.")
     workers: int = Field(2, ge=0, description="Decoding processes per training process; 0 decodes in that itself.")
     prefetch: form.Count = Field(2, description="Batches that each worker prepares ahead.")
     window_shards: form.Count = Field(8, description="Shards whose samples are shuffled together.")
-    cache: str | None = Field(None, description="Folder of fetched remote shards, shared by a machine's processes.")
+    cache: form.PathText | None = Field(
+        None, description="Folder of fetched remote shards, shared by a machine's processes."
+    )
     cache_gb: form.Gibibytes = Field(100.0, description="Size that the cache may reach.")
     stream_shuffle: form.Count = Field(1000, description="Reader stream: samples that a worker draws from.")
     allow_pipe: bool = Field(False, description="Reader stream: allow `pipe:` addresses, which run shell commands.")

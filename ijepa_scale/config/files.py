@@ -21,6 +21,7 @@ from ijepa_scale.config.published import is_published, translate
 from ijepa_scale.config.schema import PretrainConfig
 from ijepa_scale.config.section import EXCLUSIVE, Section, settings
 from ijepa_scale.config.yaml_text import flat, nest, parse_yaml, write_yaml
+from ijepa_scale.environment import expand_path
 from ijepa_scale.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def _files(
         asked = f" (the base of {below[-1]})" if below else ""
         raise ConfigError(f"{path}: no such configuration file{asked}; configs/ holds ready ones") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read as a text file ({error}); give a YAML file") from None
+        raise ConfigError(f"{path}: can't be read as a text file ({error}); save it as UTF-8") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}; a configuration is a mapping of sections")
@@ -111,12 +112,16 @@ def _files(
         raise ConfigError(f"{path}: base is {base!r}; name one file, relative to this one")
     if base is not None:
         over = (*below, resolved)
-        yield from _files(path.parent / base, over, notes, finetuning=finetuning, num_processes=num_processes)
+        try:
+            lower = path.parent / expand_path(base)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: base is {base!r}; {error}") from None
+        yield from _files(lower, over, notes, finetuning=finetuning, num_processes=num_processes)
     yield str(path), content
 
 
 def _parse_overrides(texts: Sequence[str], kind: type[Section], below: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns dotted settings; a value is YAML, or plain text where text is wanted. `below` chooses the sections."""
+    """Returns dotted settings; a value is YAML, or as it stands where text is wanted. `below` chooses sections."""
     pairs: dict[str, str] = {}
     for text in texts:
         key, equals, raw = text.partition("=")
@@ -128,14 +133,20 @@ def _parse_overrides(texts: Sequence[str], kind: type[Section], below: Mapping[s
     for key, raw in pairs.items():
         (name,) = flat(renamed(nest({key: raw}), kind, []))
         takes_text = name in fields and Form(fields[name]).takes_text
-        try:
-            value = parse_yaml(raw, f"override {f'{key}={raw}'!r}")
-        except ConfigError:
-            if not takes_text:
-                raise
-            value = raw
-        found |= flat({key: value if not takes_text or isinstance(value, (str, NoneType)) else raw.strip()})
+        found |= flat({key: _text(raw) if takes_text else parse_yaml(raw, f"override {f'{key}={raw}'!r}")})
     return found
+
+
+def _text(raw: str) -> str | None:
+    """Returns the text of an override as it is written, without the quotes around it; None for YAML's words for it."""
+    text = raw.strip()
+    if text[:1] not in ("'", '"') or text[-1:] != text[:1]:
+        return None if text in ("", "~", "null", "Null", "NULL") else text
+    try:
+        value = parse_yaml(text, "override")
+    except ConfigError:  # 'a' and 'b'
+        return text
+    return value if isinstance(value, str) else text
 
 
 def _laid(below: Mapping[str, Any], layer: Mapping[str, Any], at: str = "") -> dict[str, Any]:

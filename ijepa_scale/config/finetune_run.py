@@ -38,7 +38,7 @@ class ClassifierConfig(Section, at="model"):
         "after", description="A new norm after the mean, or the encoder's trained norm before it."
     )
     frozen_blocks: int = Field(0, ge=0, description="First blocks that stay as loaded, the patch embedding with them.")
-    init: str | None = Field(
+    init: form.PathText | None = Field(
         None, description="Run folder, checkpoint, .pth.tar, .safetensors or timm:NAME; null: random weights."
     )
     weights: Literal["target", "context"] = Field("target", description="Which encoder of the file to load.")
@@ -127,7 +127,7 @@ class FinetuneAugmentConfig(CropConfig):
 class ClassifierEvaluationConfig(Section, at="evaluate"):
     """Accuracy on held-out images, over all processes, each image once."""
 
-    data: str | None = Field(None, description="Tar pattern or folder of class folders; null: no evaluation.")
+    data: form.PathText | None = Field(None, description="Tar pattern or folder of class folders; null: no evaluation.")
     reader: Reader = Field("shards", description="How the images are stored, as in data.reader; not stream.")
     every_epochs: form.Epochs = Field(
         1.0, gt=0, description="Epochs between evaluations; there is always one at the end."
@@ -148,7 +148,9 @@ class ClassifierEvaluationConfig(Section, at="evaluate"):
 class FinetuneConfig(RunConfig):
     """A finetuning run."""
 
-    folder: str = Field("runs/finetune", description="Folder of logs, checkpoints, results and the configuration.")
+    folder: form.PathText = Field(
+        "runs/finetune", description="Folder of logs, checkpoints, results and the configuration."
+    )
     stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step; the schedule stays as it is.")
     model: ClassifierConfig = ClassifierConfig()
     data: DataConfig = DataConfig(batch_size=1024)

@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 from pydantic.fields import FieldInfo
 
+from ijepa_scale.environment import expand_path
+
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
 
 
@@ -51,6 +53,7 @@ class Form:
         marks = [mark.func.note if isinstance(getattr(mark, "func", None), Within) else mark for mark in marks]
         note = next((mark for mark in marks if isinstance(mark, Note)), Note())
         self.unit, self.bounds = note.unit, _bounds(marks)
+        self.is_path = expand_path in (getattr(mark, "func", None) for mark in marks)
         self.words = note.words or " or ".join(map(_words, self.types))
         self.choices = [word for hint in self.types for word in _literals(hint)]
         text = any(hint is str or typing.get_origin(hint) is Literal for hint in self.types)
@@ -128,6 +131,7 @@ def _names(given: Any) -> Any:
     return () if given is None else (given,) if isinstance(given, str) else given
 
 
+PathText = Annotated[str, AfterValidator(expand_path), Note("path")]
 AtLeast0 = Annotated[float, Ge(0.0)]
 Positive = Annotated[float, Gt(0.0)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]

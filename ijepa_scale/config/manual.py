@@ -26,6 +26,14 @@ _INTRODUCTION = """# Settings
 from the file that its `base` names; `section.key=value` on the command line goes before both. `--print-config` prints
 what a run takes, and `--help-config masks` this page's part on a section. The first line of each file in `configs/`
 names its JSON Schema, with which an editor completes and checks it.
+
+Files are YAML 1.2: `0012` is 12, `1e-3` is a number, `1_000`, `1:30`, `on` and `yes` are text. Settings that take text
+keep it as it is written: `folder: 0012` is the folder 0012, and `data.train=/data/run #2` on the command line is that
+path.
+
+In settings of unit "path", a leading `~` or `~user` and each `$NAME` or `${NAME}` are replaced by the home folder and
+the environment's values; a name that isn't set is refused. Write `./~` for a folder of that name. Addresses such as
+`https://` and `pipe:` stay as they are.
 """
 _HEAD = ["| setting | takes | default | bounds | unit | meaning |", "|---|---|---|---|---|---|"]
 

@@ -172,7 +172,7 @@ class EngineConfig(Section, at="engine"):
     strategy: Literal["auto", "plain", "ddp", "fsdp2", "deepspeed"] = Field(
         "auto", description="How training is spread over processes."
     )
-    ds_config: str | None = Field(None, description="DeepSpeed's JSON: stage, buckets and offload only.")
+    ds_config: form.PathText | None = Field(None, description="DeepSpeed's JSON: stage, buckets and offload only.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Kind of device.")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 is autocast over fp32 masters.")
     target_precision: Literal["fp8"] | None = Field(
@@ -187,9 +187,11 @@ class EngineConfig(Section, at="engine"):
         "none", description="Recompute activations: none, all, or all but matrix products."
     )
     compile: form.Switch = Field(
-        "auto", description="torch.compile, block by block; auto is on for CUDA, where it can, and off on the CPU."
+        "auto", description="torch.compile, block by block; auto is on for CUDA where possible, off on the CPU."
     )
-    compile_cache: str | None = Field(None, description="Folder of compiled kernels; null: in the user's cache folder.")
+    compile_cache: form.PathText | None = Field(
+        None, description="Folder of compiled kernels; null: in the user's cache folder."
+    )
     deterministic: bool = Field(
         False, description="Repeat results bit for bit on the same GPUs, in longer steps; the CPU does in any case."
     )
@@ -210,7 +212,7 @@ class EngineConfig(Section, at="engine"):
         if self.target_precision == "fp8" and precision != "bf16":
             yield f"target_precision is fp8 but precision is {precision}; set precision=bf16 too"
         if self.fp8_fast_accumulation and self.target_precision != "fp8":
-            yield "fp8_fast_accumulation is true but target_precision is null; set target_precision=fp8, or it to false"
+            yield "fp8_fast_accumulation is true but target_precision is null; set fp8_fast_accumulation=false"
         if strategy == "deepspeed" and self.ds_config is None:
             yield "strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json"
         if strategy not in ("auto", "deepspeed") and self.ds_config is not None:
@@ -228,7 +230,8 @@ class EngineConfig(Section, at="engine"):
         if self.layer_norm == "apex" and self.compile is True:
             yield "layer_norm is apex but compile is true: torch.compile can't trace apex; set layer_norm=torch"
         if self.compile_cache is not None and self.compile is False:
-            yield f"compile_cache is {self.compile_cache!r} but compile is false; set compile=auto, or it to null"
+            remedy = "set compile=auto or compile_cache=null"
+            yield f"compile_cache is {self.compile_cache!r} but compile is false; {remedy}"
 
 
 class SinkConfig(Section, at="logging.sinks", registry=SINKS):
@@ -265,8 +268,8 @@ class EvaluateConfig(Section, at="evaluate", registry=EVALUATORS, selector="eval
 class KnnConfig(EvaluateConfig):
     """Accuracy of k nearest neighbours, next to that of the untrained encoder."""
 
-    train: str | None = Field(None, description="Labelled images that vote.")
-    test: str | None = Field(None, description="Labelled held-out images.")
+    train: form.PathText | None = Field(None, description="Labelled images that vote.")
+    test: form.PathText | None = Field(None, description="Labelled held-out images.")
     reader: Reader = Field("shards", description="How the images are stored, as in data.reader; not stream.")
     max_train: form.Images = Field(
         10_000, description="Largest number of images that vote, evenly spread over the set."
@@ -284,9 +287,13 @@ class KnnConfig(EvaluateConfig):
 class RunConfig(Section):
     """What every run has."""
 
-    folder: str = Field("runs/pretrain", description="Folder of logs, checkpoints and the resolved configuration.")
+    folder: form.PathText = Field(
+        "runs/pretrain", description="Folder of logs, checkpoints and the resolved configuration."
+    )
     seed: int = Field(0, ge=0, description="Seed of weights, order, crops and masks.")
-    resume: str = Field("auto", description="The newest checkpoint of the folder (auto), none, or a checkpoint folder.")
+    resume: form.PathText = Field(
+        "auto", description="The newest checkpoint of the folder (auto), none, or a checkpoint folder."
+    )
 
 
 class PretrainConfig(RunConfig):

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from ijepa_scale.config.form import Form
-from ijepa_scale.config.yaml_text import flat
+from ijepa_scale.config.yaml_text import Real, Whole, flat, plain
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.nearest import unknown
 from ijepa_scale.registry import Registry
@@ -115,7 +115,9 @@ class Section(BaseModel):
         field = cls.model_fields[str(info.field_name)]
         declared, many = nested(field)
         if declared is None:
-            if isinstance(value, str) and "${" in value:
+            form = Form(field)
+            value = str(value) if form.takes_text and isinstance(value, (Whole, Real)) else plain(value)
+            if isinstance(value, str) and "${" in value and not form.is_path:
                 raise ValueError("interpolations aren't read, write the value itself")
             if info.field_name == cls.selector and isinstance(value, str):
                 cls._require(value)

@@ -1,4 +1,4 @@
-"""YAML text to plain values and back: safe types only, no key twice, `1e-3` a number."""
+"""YAML text to plain values and back, by YAML 1.2's core schema: safe types only, no key twice, bounded in size."""
 
 from __future__ import annotations
 
@@ -11,32 +11,147 @@ import yaml
 from ijepa_scale.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
+_MAX_DEPTH = 50  # levels; a configuration has 4
+_MAX_NODES = 100_000  # values once each alias is replaced by what it stands for
+_MAX_DIGITS = 400  # of a whole number, leading zeros included
+
+
+class Whole(int):
+    """A whole number; `str` returns it as the file writes it, such as 0012, for settings that take text."""
+
+    def __new__(cls, written: str, base: int = 10) -> Whole:  # noqa: D102
+        number = super().__new__(cls, written, base)
+        number.written = written
+        return number
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return int, (int(self),)
+
+
+class Real(float):
+    """A number; `str` returns it as the file writes it, such as 1.10, for settings that take text."""
+
+    def __new__(cls, written: str) -> Real:  # noqa: D102
+        number = super().__new__(cls, re.sub(r"\.(?=inf|nan)", "", written.lower()))
+        number.written = written
+        return number
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+    def __reduce__(self) -> tuple[type, tuple[float]]:
+        return float, (float(self),)
+
+
+def plain(value: Any) -> Any:
+    """Returns a value of `parse_yaml` with its numbers as Python's own, which don't know how they were written.
+
+    Raises:
+        ValueError: a whole number has more than 64 bits.
+    """
+    if isinstance(value, Mapping):
+        return {plain(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(each) for each in value)
+    if isinstance(value, Whole) and not -(2**63) <= value < 2**63:
+        raise ValueError("give a whole number of 64 bits")
+    return int(value) if isinstance(value, Whole) else float(value) if isinstance(value, Real) else value
+
+
+# Source: YAML 1.2.2, section 10.3.2, and the merge key of YAML 1.1. PyYAML's own table is that of YAML 1.1, where 0012
+# is octal, 1_000 and 1:30 are numbers, `on` is true and 1e-3 is text.
+_WORDS = {
+    "null": re.compile(r"null|Null|NULL|~|"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    "merge": re.compile(r"<<"),
+}
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the numbers of YAML 1.2 and without repeated keys."""
+    """Safe YAML of the core schema, without repeated keys, keys that aren't single values, and endless aliases."""
+
+    yaml_implicit_resolvers = {None: [(_TAG + kind, re.compile(f"(?:{_WORDS[kind].pattern})\\Z")) for kind in _WORDS]}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._anchors: list[str | None] = []  # of the nodes that are being read, outermost first
+        self._sizes: dict[int, int] = {}  # of read nodes, by id
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Returns the next node, refusing aliases that lead back to themselves, depth and size."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) and event.anchor in self._anchors:
+            raise _refused(f"the alias *{event.anchor} leads back to itself", event.start_mark)
+        if len(self._anchors) >= _MAX_DEPTH:
+            raise _refused(f"nested more than {_MAX_DEPTH} levels deep", event.start_mark)
+        self._anchors.append(getattr(event, "anchor", None))
+        node = super().compose_node(parent, index)
+        self._anchors.pop()
+        if node is not None:
+            inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
+            size = self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
+            if size > _MAX_NODES:
+                raise _refused(f"aliases stand for more than {_MAX_NODES} values", event.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Returns the mapping of a node, refusing a key that stands twice."""
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key is a list or a mapping", problem_mark=key_node.start_mark)
+                raise _refused("a key is a list or a mapping", key_node.start_mark)
             if key_node.value in seen and key_node.value != "<<":
-                problem = f"the key {key_node.value!r} stands twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+                raise _refused(f"the key {key_node.value!r} stands twice", key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Returns the text of a scalar, refusing an explicit tag that it doesn't fit."""
+        text = super().construct_scalar(node)
+        form = _WORDS.get(node.tag.removeprefix(_TAG))
+        if form is not None and not form.fullmatch(text):
+            raise _refused(f"{text[:40]!r} doesn't fit its tag !!{node.tag.removeprefix(_TAG)}", node.start_mark)
+        return text
 
-# PyYAML follows YAML 1.1, where 1e-3 (no point) is text.
-_Loader.add_implicit_resolver(
-    _TAG + "float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+    def _whole(self, node: yaml.ScalarNode) -> Whole:
+        text = self.construct_scalar(node)
+        if len(text) > _MAX_DIGITS:
+            raise _refused(f"a number of {len(text)} digits", node.start_mark)
+        return Whole(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+    def _truth(self, node: yaml.ScalarNode) -> bool:
+        return self.construct_scalar(node).lower() == "true"
+
+    def _real(self, node: yaml.ScalarNode) -> Real:
+        return Real(self.construct_scalar(node))
+
+    yaml_constructors = {
+        **{_TAG + kind: yaml.SafeLoader.yaml_constructors[_TAG + kind] for kind in ("null", "str", "seq", "map")},
+        _TAG + "bool": _truth,
+        _TAG + "int": _whole,
+        _TAG + "float": _real,
+        None: yaml.SafeLoader.yaml_constructors[None],  # refuses all other tags
+    }
+
+
+def _refused(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block mappings with short lists in one line."""
+    """Block mappings with short lists in one line. Quotes a text that YAML 1.1 or 1.2 takes for something else."""
+
+    yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}
 
 
 _Dumper.add_representer(list, lambda dumper, each: dumper.represent_sequence(_TAG + "seq", each, flow_style=True))
@@ -48,16 +163,22 @@ _Dumper.add_representer(  # quotes for a line break that PyYAML would write as i
 def parse_yaml(text: str, origin: str) -> Any:
     """Returns the plain value of a YAML text; `origin` names it in errors.
 
+    Numbers are `Whole` and `Real`, which know how they were written.
+
     Raises:
-        ConfigError: The text isn't YAML of plain types, or a key stands twice.
+        ConfigError: The text isn't YAML of plain types, a key stands twice or is no single value, an alias leads back
+            to itself, or it is nested too deeply.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{origin}: not readable as YAML{where}: {what}") from None
+        what = (
+            getattr(error, "problem", None) or str(error).splitlines()[0]
+        )  # of a character that YAML has no place for
+        hint = "; fill in the template's {{ }} first" if "{{" in text else ""
+        raise ConfigError(f"{origin}: not readable as YAML{where}: {what}{hint}") from None
 
 
 def write_yaml(value: Any) -> str:

@@ -22,6 +22,7 @@ from ijepa_scale.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CROP_FRACTION = 0.875  # 224 of 256 pixels
+_TRIED = 64  # images that a worker tries at once
 _SMALL = 64  # pixels: up to this size the crop fraction is 1
 
 
@@ -107,6 +108,30 @@ class EvalReader:
             if isinstance(item, str):
                 raise DataError(item)
             yield item
+
+
+def bad_images(source: SampleSource, ids: np.ndarray, *, exif: Exif = "ignore", workers: int = 0) -> list[str]:
+    """Returns the name of each of the given samples that can't be read or decoded, and why. Decodes all of them."""
+    parts = [ids[begin : begin + _TRIED] for begin in range(0, len(ids), _TRIED)]
+    found = ordered_loader(_Trials(source, exif), parts, workers=workers, prefetch=2)
+    return [bad for part in found for bad in part]
+
+
+class _Trials(Dataset):
+    """Maps ids to the names of those samples that can't be used, and why."""
+
+    def __init__(self, source: SampleSource, exif: Exif) -> None:
+        self._source = source
+        self._exif: Exif = exif
+
+    def __getitem__(self, ids: np.ndarray) -> list[str]:
+        bad = []
+        for sample in ids.tolist():
+            try:
+                decode(self._source.read(sample), self._exif)
+            except DataError as error:
+                bad.append(f"{self._source.name(sample)} ({error})")
+        return bad
 
 
 class _Batches(Dataset):

@@ -26,7 +26,7 @@ _BAD_PER_BATCH = 8  # in units of the batch: a stream with more bad samples whil
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that couldn't be decoded, and why."""
+    """A sample that couldn't be read or decoded, and why."""
 
     kind: str
     name: str
@@ -118,9 +118,8 @@ class IndexedParts:
         bad = []
         end = 0
         for row, sample in enumerate(ids.tolist()):
-            data = self.source.read(sample)
             try:
-                crop = self.crops.cut(data, draws[row])
+                crop = self.crops.cut(self.source.read(sample), draws[row])
             except SampleError as error:
                 bad.append(BadSample(error.kind, self.source.name(sample), str(error)))
                 ids[row], crop = self._replacement(epoch, sample)
@@ -141,14 +140,14 @@ class IndexedParts:
         """Returns (sample id, crop) of the first decodable one among the replacements drawn for a bad sample."""
         draws = rng.uniform(self.crops.seed, "replace", epoch, np.array([bad_id]), _REPLACEMENTS)[0]
         for sample in (draws * self.source.num_samples).astype(np.int64):
-            data = self.source.read(int(sample))
+            drawn = self.crops.draws(epoch, sample[None])[0]
             try:
-                return int(sample), self.crops.cut(data, self.crops.draws(epoch, sample[None])[0])
+                return int(sample), self.crops.cut(self.source.read(int(sample)), drawn)
             except SampleError:
                 continue  # counted as bad when the order reaches it
         raise DataError(
             f"sample {self.source.name(bad_id)} and {_REPLACEMENTS} replacements drawn for it couldn't be decoded; "
-            "check that the shards hold images"
+            "check that the data holds images"
         )
 
 

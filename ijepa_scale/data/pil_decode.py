@@ -13,10 +13,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ijepa_scale.config.form import Exif
+from ijepa_scale.data.formats import formats
 from ijepa_scale.errors import SampleError
 
 MAX_PIXELS = 1 << 26  # 67 million, 200 MB when decoded; below the size at which PIL warns of decompression bombs
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF", "JPEG2000")
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # the errors that PIL's decoders raise on damaged bytes
 _FAILURES = (
@@ -37,7 +37,7 @@ def decode_with_pil(data: bytes, exif: Exif) -> np.ndarray:
         SampleError: not an image, damaged, too large, or with pixels whose range isn't known.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats())
         check_pixels(image.height, image.width)
         image.load()
         if exif == "apply":
@@ -46,7 +46,7 @@ def decode_with_pil(data: bytes, exif: Exif) -> np.ndarray:
     except SampleError:
         raise
     except UnidentifiedImageError:
-        message = f"not an image of a known format ({', '.join(FORMATS)}); replace or drop it"
+        message = f"not an image of a known format ({', '.join(formats())}); replace or drop it"
         raise SampleError(message, "not decodable") from None
     except _FAILURES as error:
         message = f"not a decodable image ({type(error).__name__}: {error}); replace or drop it"
@@ -68,7 +68,7 @@ def orientation_of(data: bytes) -> int:
     if data.startswith(b"\xff\xd8\xff") and b"Exif\0\0" not in data and b"Orientation" not in data:  # the latter: XMP
         return 1
     try:
-        return _orientation(Image.open(io.BytesIO(data), formats=FORMATS))
+        return _orientation(Image.open(io.BytesIO(data), formats=formats()))
     except _FAILURES:
         return 1
 
@@ -120,4 +120,4 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-__all__ = ["FORMATS", "MAX_PIXELS", "check_pixels", "decode_with_pil", "orientation_of", "orientation_tag", "turn"]
+__all__ = ["MAX_PIXELS", "check_pixels", "decode_with_pil", "orientation_of", "orientation_tag", "turn"]

@@ -14,7 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def make_deterministic(config: EngineConfig, device: torch.device) -> None:
-    """Switches PyTorch to deterministic operations if the config says so. Call before the first matrix product.
+    """Switches PyTorch to deterministic operations if the config says so, until the process ends.
+
+    Call it before the first matrix product.
 
     Backward passes of attention and of indexing add by atomics otherwise, in an order that changes. Flash and efficient
     attention then take a slower backward; an attention kernel that can't is refused when it is tried, and any other
@@ -44,5 +46,5 @@ def make_deterministic(config: EngineConfig, device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     # nothing here reads memory before it is written, and filling every new tensor would cost a pass over it
-    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of a module
     logger.info("engine.deterministic is true: steps repeat bit for bit on the same GPUs, and take longer")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.nearest import nearest
 
@@ -138,21 +139,13 @@ def compose(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such DeepSpeed file; use one of ds_configs/") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+        raise ConfigError(f"{path}: not readable as JSON ({error}); fix it, or copy one of ds_configs/") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}; write a JSON object with zero_optimization")
-    return content
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
     return content
 
 

@@ -15,13 +15,16 @@ from ijepa_scale import environment
 def gpu_in_machine(root: Path = Path("/")) -> str | None:
     """Returns a GPU that Linux shows, in words such as "an NVIDIA GPU (/dev/nvidia0)"; None if it shows none.
 
-    Sources: NVIDIA's driver README ("The NVIDIA /proc interface", device nodes) and the Linux kernel's amdkfd, whose
-    node is /dev/kfd. In a container /proc shows the host's GPUs, even those that the container wasn't given.
+    An AMD GPU counts only for a PyTorch built for ROCm, since graphics integrated in a processor have /dev/kfd too.
+    In a container /proc shows the host's GPUs, even those that the container wasn't given.
+
+    Sources: NVIDIA's driver README ("The NVIDIA /proc interface", device nodes) and the Linux kernel's amdkfd.
     """
     nodes = [*sorted(root.glob("dev/nvidia[0-9]*")), *sorted(root.glob("proc/driver/nvidia/gpus/*"))]
     if nodes:
         return f"an NVIDIA GPU (/{nodes[0].relative_to(root)})"
-    return "an AMD GPU (/dev/kfd)" if (root / "dev" / "kfd").exists() else None
+    kfd = torch.version.hip is not None and (root / "dev" / "kfd").exists()
+    return "an AMD GPU (/dev/kfd)" if kfd else None
 
 
 def why_unusable() -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ijepa_scale.models.layers import Linear, PatchProjection
+from ijepa_scale.models.layers import Linear, PatchProjection, aligned
 
 
 class _Product(torch.autograd.Function):
@@ -80,8 +80,11 @@ class CopiedPatchProjection(PatchProjection):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns tokens (..., D) of patches (..., 3 * P * P)."""
-        copy = self.weight_copy.flatten(1)
-        return _Product.apply(input, self.weight.flatten(1), self.bias, copy, self.bias_copy)
+        weight, copy = self.weight.flatten(1), self.weight_copy.flatten(1)
+        if input.is_cuda:
+            input, copy = aligned(input, copy)
+            weight = F.pad(weight, (0, copy.shape[1] - weight.shape[1]))  # it only receives the gradient
+        return _Product.apply(input, weight, self.bias, copy, self.bias_copy)
 
 
 def use_low_copies(module: nn.Module) -> dict[Tensor, Tensor]:

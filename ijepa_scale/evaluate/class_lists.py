@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 
+from ijepa_scale.data.class_names import shortened
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.tar_shards import ShardSource
 from ijepa_scale.errors import DataError
@@ -56,7 +57,7 @@ def compare_classes(train: tuple[str, SampleSource], other: tuple[str, SampleSou
 def _difference(ours: list[str], theirs: list[str]) -> str:
     """Returns, in words, how the lists differ: the first names that only one has, or the order."""
     only = sorted(set(ours) ^ set(theirs))
-    return f"only one has {', '.join(only[:_SHOWN])}" if only else "in another order"
+    return f"only one has {', '.join(map(shortened, only[:_SHOWN]))}" if only else "in another order"
 
 
 __all__ = ["compare_classes"]

@@ -19,7 +19,8 @@ from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
-from ijepa_scale.evaluate.features import local_ids
+from ijepa_scale.evaluate.features import check_images, local_ids
+from ijepa_scale.metrics.confusion import Confusion
 
 Classify = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> logits (B, C)
 
@@ -34,10 +35,9 @@ class Accuracy:
     labels: np.ndarray  # (N,) int64, in the order of the set
     predictions: np.ndarray  # (N,) int64
 
-    def confusion(self, num_classes: int) -> np.ndarray:
-        """Returns (true, predicted) counts, int64 (C, C)."""
-        flat = np.bincount(self.labels * num_classes + self.predictions, minlength=num_classes**2)
-        return flat.reshape(num_classes, num_classes)
+    def confusion(self, num_classes: int) -> Confusion:
+        """Returns which of `num_classes` classes was taken for which."""
+        return Confusion.count(self.labels, self.predictions, num_classes)
 
 
 class ClassifierCheck:
@@ -62,9 +62,19 @@ class ClassifierCheck:
         workers: int = 0,
     ) -> None:
         self._source, self._image_size, self._world = source, image_size, world
+        self._exif, self._workers = exif, workers
         self._options = {"batch_size": batch_size, "crop_fraction": crop_fraction, "workers": workers, "exif": exif}
         self._normalisation = {"mean": mean, "std": std}
         self.labels = check_labels(source, num_classes, "evaluate.data")
+
+    def try_images(self) -> None:
+        """Decodes all images once. Communicates.
+
+        Raises:
+            DataError: some can't be used.
+        """
+        ids = np.arange(self._source.num_samples)
+        check_images(self._source, ids, "evaluate.data", world=self._world, exif=self._exif, workers=self._workers)
 
     def run(self, classify: Classify) -> Accuracy:
         """Returns the accuracy of `classify`. Synchronises and communicates, so all processes must call it."""

@@ -7,12 +7,12 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
-
+from ijepa_scale.data.class_names import shortened, written
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.classification import Accuracy
 from ijepa_scale.metrics.classifier_plots import draw_confusion, draw_training
+from ijepa_scale.metrics.confusion import Confusion
 from ijepa_scale.metrics.sinks import JSONL_NAME
 
 RESULTS, TABLE = "results.json", "classes.csv"
@@ -27,32 +27,32 @@ def class_names(source: SampleSource, num_classes: int) -> list[str] | None:
     """
     names = source.classes
     if names is not None and len(names) != num_classes:
+        shown = ", ".join(map(shortened, names[:3]))
         raise DataError(
-            f"the data names {len(names)} classes ({', '.join(names[:3])}, ...) but model.num_classes is "
-            f"{num_classes}; set model.num_classes={len(names)}"
+            f"the data names {len(names)} classes ({shown}, ...) but model.num_classes is {num_classes}; "
+            f"set model.num_classes={len(names)}"
         )
     return names
 
 
-def class_table(counts: np.ndarray, classes: list[str] | None) -> list[dict[str, object]]:
-    """Returns a row for each class of a confusion matrix (true, predicted): figures and the most common mistake."""
-    rows: list[dict[str, object]] = []
-    for number, line in enumerate(counts):
-        others = line.copy()
-        others[number] = 0
-        taken = int(others.argmax()) if others.any() else None
-        predicted = int(counts[:, number].sum())
-        rows.append(
-            {
-                "class": classes[number] if classes else number,
-                "images": int(line.sum()),
-                "recall": float(line[number] / line.sum()) if line.sum() else None,
-                "precision": float(line[number] / predicted) if predicted else None,
-                "most often taken for": "" if taken is None else classes[taken] if classes else taken,
-                "times": int(others.max()),
-            }
+def class_table(confusion: Confusion, classes: list[str] | None) -> list[dict[str, object]]:
+    """Returns a row for each class: figures and the most common mistake. Names are as `written`."""
+    names = [written(name) for name in classes] if classes else list(range(confusion.num_classes))
+    taken, times = confusion.worst_mistakes()
+    columns = (confusion.images, confusion.guesses, confusion.right, taken, times)
+    return [
+        {
+            "class": name,
+            "images": images,
+            "recall": right / images if images else None,
+            "precision": right / guesses if guesses else None,
+            "most often taken for": names[mistake] if mistake >= 0 else "",
+            "times": count,
+        }
+        for name, images, guesses, right, mistake, count in zip(
+            names, *(column.tolist() for column in columns), strict=True
         )
-    return rows
+    ]
 
 
 def write_report(
@@ -62,16 +62,16 @@ def write_report(
     draw_training(folder / JSONL_NAME, folder / CURVES)
     if accuracy is None:
         return
-    counts = accuracy.confusion(num_classes)
+    confusion = accuracy.confusion(num_classes)
     figures = {
         "step": step,
         "images": len(accuracy.labels), "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss,
     }  # fmt: skip
     (folder / RESULTS).write_text(json.dumps(figures, indent=2) + "\n")
-    rows = class_table(counts, classes)
+    rows = class_table(confusion, classes)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    (folder / TABLE).write_text(text.getvalue())
-    draw_confusion(counts, classes, folder / CONFUSION)
+    (folder / TABLE).write_text(text.getvalue(), encoding="utf-8", newline="")
+    draw_confusion(confusion, classes, folder / CONFUSION)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_scale.data.eval_reader import EvalBatch
+from ijepa_scale.config.form import Exif
+from ijepa_scale.data.eval_reader import EvalBatch, bad_images
+from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import DataError
+
+_NAMED = 5  # bad images in an error
 
 Forward = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> tokens (B, N, D)
 Gather = Callable[[Tensor], Tensor]  # (...) -> (processes, ...); all processes pass equal shapes
@@ -22,6 +29,27 @@ def local_ids(ids: np.ndarray, rank: int, world: int) -> np.ndarray:
     per_process = -(-len(ids) // world)
     padded = np.concatenate([ids, np.repeat(ids[-1:], per_process * world - len(ids))])
     return padded[rank * per_process : (rank + 1) * per_process]
+
+
+def check_images(
+    source: SampleSource, ids: np.ndarray, name: str, *, world: World, exif: Exif = "ignore", workers: int = 0
+) -> None:
+    """Decodes the images of an evaluation set once, so that a bad one is found before anything is trained.
+
+    `name` is the setting that names the set. Communicates: every process tries its part, and all raise the same error.
+
+    Raises:
+        DataError: images can't be read or decoded; a result over the others couldn't be compared with any other.
+    """
+    part = local_ids(ids, world.rank, world.size)
+    found = world.gather_objects(bad_images(source, part, exif=exif, workers=workers))
+    bad = list(dict.fromkeys(text for texts in found for text in cast(list[str], texts)))  # the last id is padding
+    if bad:
+        shown = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+        raise DataError(
+            f"{name}: {len(bad)} of {len(ids)} images can't be used, and a result over the others couldn't be "
+            f"compared; replace or drop them: {shown}"
+        )
 
 
 def extract_features(forward: Forward, batches: Iterable[EvalBatch], device: torch.device) -> Tensor:

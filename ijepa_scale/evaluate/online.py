@@ -14,15 +14,15 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.class_lists import compare_classes
 from ijepa_scale.evaluate.evaluator import ImageSettings
-from ijepa_scale.evaluate.features import Forward, extract_features, gather_features, local_ids
+from ijepa_scale.evaluate.features import Forward, check_images, extract_features, gather_features, local_ids
 from ijepa_scale.evaluate.knn import knn_accuracy
 
 
 class OnlineKnn:
     """Measures the accuracy of nearest neighbours in `evaluate.train` for images of `evaluate.test`.
 
-    Opens sources and checks labels at construction, before the training starts. Each process encodes its part of the
-    images. The accuracy is the same on all processes, and for any number of them.
+    Opens sources, checks labels and tries all images at construction, before the training starts. Each process tries
+    and encodes its part of the images. The accuracy is the same on all processes, and for any number of them.
     """
 
     Config = KnnConfig
@@ -35,6 +35,8 @@ class OnlineKnn:
         compare_classes(("evaluate.train", train), ("evaluate.test", test), log=world.is_main)
         self._train = _Split("evaluate.train", train, config.max_train)
         self._test = _Split("evaluate.test", test, config.max_test)
+        for split in (self._train, self._test):
+            check_images(split.source, split.ids, split.name, world=world, exif=images.exif)
         self._num_classes = int(max(self._train.labels.max(), self._test.labels.max())) + 1
 
     def run(self, forward: Forward) -> dict[str, float]:
@@ -74,7 +76,7 @@ class _Split:
     """Images chosen evenly from a labelled data set, and their labels."""
 
     def __init__(self, name: str, source: SampleSource, most: int) -> None:
-        self.source = source
+        self.name, self.source = name, source
         self.ids: np.ndarray = spread(source.num_samples, most)
         self.labels = torch.from_numpy(source.labels()[self.ids])
         unlabelled = int((self.labels < 0).sum())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from ijepa_scale.checkpoint.store import Checkpoint, newest
 from ijepa_scale.config.earlier import stored
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.decode import decode
+from ijepa_scale.data.sources.listing import images_below
+from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.errors import CheckpointError, ConfigError, DataError, SampleError
 from ijepa_scale.models.classifier import Classifier, build_classifier
 
@@ -70,9 +74,7 @@ class ImageClassifier:
             DataError: it can't be read or decoded.
         """
         try:
-            pixels = decode(Path(path).read_bytes(), exif="apply")
-        except OSError as error:
-            raise DataError(f"image {path} can't be read ({error.strerror}); check the path") from None
+            pixels = decode(read_image_file(path), exif="apply")
         except SampleError as error:
             raise DataError(f"image {path}: {error}") from None
         return self._transform([pixels])[0]
@@ -85,6 +87,30 @@ class ImageClassifier:
             [Guess(self.classes[number], share) for share, number in zip(row, numbers, strict=True)]
             for row, numbers in zip(shares.tolist(), order.tolist(), strict=True)
         ]
+
+
+class ImageFiles:
+    """The image files that paths name: files as they are, and all images below folders.
+
+    `problems` holds a line for each folder that can't be listed, `passed_over` one for each in which files aren't read.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.files: list[str] = []
+        self.problems: list[str] = []
+        self.passed_over: list[str] = []
+        for path in paths:
+            if not os.path.isdir(path):
+                self.files.append(path)
+                continue
+            try:
+                below, found = images_below(path)
+            except DataError as error:
+                self.problems.append(str(error))
+                continue
+            self.files += below
+            if found.passed_over():
+                self.passed_over.append(f"not read in {path}: {found.passed_over()}")
 
 
 def _usable(device: torch.device | str) -> torch.device:

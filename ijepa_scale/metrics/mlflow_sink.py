@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from ijepa_scale.config import form
 from ijepa_scale.config.schema import SinkConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.metrics.sinks import is_number, kept_id
@@ -21,7 +22,9 @@ _LONGEST_PARAM = 500  # characters; longer values are cut
 class MlflowConfig(SinkConfig):
     """MLflow: server, experiment and name of the run."""
 
-    uri: str | None = Field(None, description="Tracking server; null means MLflow's settings (MLFLOW_TRACKING_URI).")
+    uri: form.PathText | None = Field(
+        None, description="Tracking server; null means MLflow's settings (MLFLOW_TRACKING_URI)."
+    )
     experiment: str = Field("ijepa_scale", description="Experiment of the run.")
     name: str | None = Field(None, description="Name of the run; null means the name of its folder.")
 

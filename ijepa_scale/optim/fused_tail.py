@@ -59,13 +59,15 @@ class FusedTailAdamW(torch.optim.Optimizer):
         """Moves all parameters, their states and companions.
 
         Raises:
-            ValueError: a parameter has no gradient.
+            ValueError: a parameter has no gradient, or its memory was replaced after the first step.
         """
         assert closure is None, "closures aren't supported"
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if self._held is None:
             self._held = self._weights()
             self._table = prepare(self._held) if self.implementation == "triton" else None
+        if any(_address(p) != held.value.data_ptr() for p, held in zip(parameters, self._held, strict=True)):
+            raise ValueError("parameters have got other memory since the first step; build the optimiser again")
         missing = sum(parameter.grad is None for parameter in parameters)
         if missing:
             raise ValueError(
@@ -94,6 +96,10 @@ class FusedTailAdamW(torch.optim.Optimizer):
                 companions = self._companions.get(parameter, Companions())
                 weights.append(Weight(value, value, *moments, _local(state["step"]), index, *companions))
         return weights
+
+
+def _address(tensor: Any) -> int:
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr()
 
 
 def _local(tensor: Any) -> Tensor:

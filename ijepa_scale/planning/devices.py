@@ -28,6 +28,11 @@ class Device:
     network_bandwidth: float  # between nodes, per GPU, in typical nodes
 
     @property
+    def has_fp8(self) -> bool:
+        """Whether it has the fp8 products that the target uses: NVIDIA's since compute capability 8.9."""
+        return self.name in _FP8
+
+    @property
     def peak_flops(self) -> float:
         """The peak of dense bf16 products with fp32 accumulation, FLOP/s."""
         peak = peak_flops(self.title)
@@ -108,6 +113,8 @@ _GIGABYTES: tuple[tuple[str, str, float, float, float, float], ...] = (
     ("rtx-3090", "NVIDIA GeForce RTX 3090", 24, 936, 32, _200_GBIT),  # GA102 white paper
     ("mi300x", "AMD Instinct MI300X", 192, 5300, 448, _400_GBIT),  # AMD MI300X data sheet: 7 links of 128 both ways
 )
+# Compute capability 8.9 and more, NVIDIA's list "CUDA GPU Compute Capability"
+_FP8 = {"l4", "l40", "l40s", "rtx-4090", "h100", "h100-pcie", "h100-nvl", "h800", "h20", "h200", "h200-nvl", "b200"}
 _OTHER_NAMES = {"a100": "a100-80gb", "a100-pcie": "a100-80gb-pcie", "a800": "a800-80gb", "a6000": "rtx-a6000"}
 _FORMS = re.compile(r"-(sxm\d?|hbm\d?e?|nvidia|amd|instinct|geforce)(?=-|$)")
 

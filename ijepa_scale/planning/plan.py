@@ -107,6 +107,8 @@ def plan(
     mine = _spread(engine, cluster, buckets, stage=stage, optimizer=optimizer)
     if mine.stage and (refusal := optimizer.refusal(mine.stage)) is not None:
         raise ConfigError(refusal)
+    if engine.target_precision == "fp8":
+        _refuse_fp8(engine, cluster, mine)
     spreads = list(dict.fromkeys([mine, *_alternatives(engine, cluster, buckets, optimizer)]))
     given = FP32_MFU if mfu is None and engine.precision == "fp32" else mfu
     strategies = tuple(
@@ -199,6 +201,18 @@ def _spread(
     )
 
 
+def _refuse_fp8(engine: EngineConfig, cluster: Cluster, spread: Spread) -> None:
+    """Refuses an fp8 target where training would."""
+    reasons = {
+        f"{cluster.device.name} has no fp8 products": not cluster.device.has_fp8,
+        f"blocks aren't compiled (engine.compile is {str(engine.compile).lower()})": engine.compile is not True,
+        f"{spread.label} shards the target and gathers it in bf16": not spread.target_replicated,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is not None:
+        raise ConfigError(f"engine.target_precision is fp8 but {reason}; set engine.target_precision=null")
+
+
 def _alternatives(
     engine: EngineConfig, cluster: Cluster, zero: ZeroBuckets, optimizer: OptimizerConfig
 ) -> Iterator[Spread]:
@@ -233,11 +247,11 @@ def _planned(
         if mfu is not None
         else estimate_mfu(
             config.model,
-            config.masks,
-            mean,
-            flops,
             cluster.device,
             spread,
+            masks=config.masks,
+            tokens=mean,
+            flops=flops,
             compiled=engine.compile is True,
             fp8=engine.target_precision == "fp8" and spread.target_replicated,
             checkpointing=checkpointing,

@@ -191,10 +191,8 @@ def _mfu(plan: Plan) -> str:
     low, high = plan.chosen.mfu
     middle = f"{(low + high) / 2:.0%} of the peak"
     if plan.mfu_source == "estimated":
-        how = (
-            "from the memory traffic of compiled blocks" if plan.compiled else "from the memory traffic of eager blocks"
-        )
-        return f"{middle} ({low:.0%} to {high:.0%}, estimated {how}, not measured; --mfu replaces it)"
+        blocks = "compiled" if plan.compiled else "eager"
+        return f"{middle} ({low:.0%} to {high:.0%}, estimated for {blocks} blocks, not measured; --mfu replaces it)"
     return f"{middle} ({'from --mfu' if plan.mfu_source == 'given' else 'assumed'}, not measured)"
 
 

@@ -46,12 +46,12 @@ _FP8_GAIN: Range = (1.3, 1.6)  # how much faster the target's products are in fp
 
 def estimate_mfu(
     model: ModelConfig,
-    masks: MaskConfig,
-    tokens: Tokens,
-    flops: FlopCount,
     device: Device,
     spread: Spread,
     *,
+    masks: MaskConfig,
+    tokens: Tokens,
+    flops: FlopCount,
     compiled: bool,
     fp8: bool = False,
     checkpointing: str = "none",
@@ -66,19 +66,19 @@ def estimate_mfu(
     moved = micro_batch_bytes(
         sizes, tokens, counts, compiled=compiled, fp8=fp8, casts=casts, checkpointing=checkpointing
     )
-    moved += update_bytes(counts, spread) / spread.accumulation
+    moved += update_bytes(counts, spread, fp8=fp8) / spread.accumulation
     found = []
     for end in (0, 1):
         reach = _reach(device)
         seconds = moved / (_MEMORY[end] * device.memory_bandwidth)
-        for work, share in _work(sizes, masks, tokens, reach, end, fp8=fp8):
+        for work, share in _work(sizes, masks, tokens, reach=reach, end=end, fp8=fp8):
             seconds += work / (share * device.peak_flops)
         found.append(tokens.images * flops.total / (seconds * device.peak_flops))
     return found[0], found[1]
 
 
 def _work(
-    sizes: Architecture, masks: MaskConfig, tokens: Tokens, reach: Reach, end: int, *, fp8: bool
+    sizes: Architecture, masks: MaskConfig, tokens: Tokens, *, reach: Reach, end: int, fp8: bool
 ) -> list[tuple[float, float]]:
     """Returns (FLOPs that are computed, share of the peak at which) for each kind of product in a micro-batch."""
     width, mlp, narrow, narrow_mlp = sizes.width, sizes.mlp_width, sizes.predictor_width, sizes.predictor_mlp_width

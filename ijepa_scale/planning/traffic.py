@@ -33,7 +33,8 @@ OUTSIDE = {False: 124.0, True: 155.0}  # outside blocks, per patch and channel o
 # target's update reads two and writes one, and renews its bf16 copies. In one pass weights are read once, and those of
 # the context are rounded too.
 OPTIMIZER, TARGET = 32.0, 18.0
-FUSED_OPTIMIZER, FUSED_TARGET = 34.0, 10.0
+FUSED_OPTIMIZER, FUSED_TARGET, LOW_COPY = 32.0, 10.0, 2.0
+FP8_COPY, FUSED_FP8_COPY = 27.0 - 6.0, -1.0  # more than the bf16 copy; eager quantisation takes several passes
 
 
 def micro_batch_bytes(
@@ -66,11 +67,15 @@ def micro_batch_bytes(
     return found + OUTSIDE[tokens.packed] * target
 
 
-def update_bytes(counts: ParameterCounts, spread: Spread) -> float:
+def update_bytes(counts: ParameterCounts, spread: Spread, *, fp8: bool) -> float:
     """Returns the bytes of optimiser and target update on one process, once a step."""
     shards = spread.shards if spread.strategy == "fsdp2" or spread.stage else 1
     held = 1 if spread.target_replicated else spread.shards
-    optimizer, target = (FUSED_OPTIMIZER, FUSED_TARGET) if spread.renews_copies else (OPTIMIZER, TARGET)
+    if spread.renews_copies:
+        optimizer = FUSED_OPTIMIZER + LOW_COPY * spread.lasting_copies
+        target = FUSED_TARGET + FUSED_FP8_COPY * fp8
+    else:
+        optimizer, target = OPTIMIZER, TARGET + FP8_COPY * fp8
     return optimizer * counts.trainable / shards + target * counts.target / held
 
 

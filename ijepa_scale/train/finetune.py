@@ -165,6 +165,11 @@ class FinetuneTask(Task):
             workers=config.workers,
         )
 
+    @override
+    def prepare_evaluation(self) -> None:
+        if self._check is not None:
+            self._check.try_images()
+
     def _drop(self, micro: Batch) -> Tensor | None:
         """Returns the drop path factors of these images, keyed by their positions in the global batch."""
         if not any(self._drop_rates):

@@ -24,6 +24,7 @@ from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
 from ijepa_scale.provenance import provenance
+from ijepa_scale.train.run_folder import held
 from ijepa_scale.train.setup import check_host_memory
 from ijepa_scale.train.task import Result, Task
 
@@ -77,12 +78,13 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
     Raises:
         UserError: a problem that the user can fix. Saved data is never lost.
     """
-    resume = find_checkpoint(config, world)
-    task = kind(config, world, starting=resume is None)
-    loop = Loop(task, resume)
-    task.prepare_evaluation()
-    loop.train()
-    return task.result(steps=loop.steps, loss=loop.loss, checkpoint=loop.checkpoint)
+    with held(Path(config.folder), world):
+        resume = find_checkpoint(config, world)
+        task = kind(config, world, starting=resume is None)
+        loop = Loop(task, resume)
+        task.prepare_evaluation()
+        loop.train()
+        return task.result(steps=loop.steps, loss=loop.loss, checkpoint=loop.checkpoint)
 
 
 class Loop:
@@ -278,7 +280,6 @@ class Loop:
 
     def _describe(self) -> None:
         """Writes config.yaml and run.json, and renames rows and best state of an earlier run without checkpoints."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         rows = self.folder / JSONL_NAME
         # otherwise an old best state could have the highest step and be taken for this run's
         for left in (rows, self.folder / "best") if self.start == 0 else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from ijepa_scale.registry import PLUGINS, load_plugin
 Main = Callable[[Any, Launch, torch.device], None]
 
 USER_ERROR_CODE = 2
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what can happen to the folder of a run while it is written
 
 
 def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | None, processes: int | None) -> None:
@@ -86,9 +88,15 @@ def world_of(launch: Launch, device: torch.device, *, alone: bool) -> Iterator[W
 
 @contextlib.contextmanager
 def user_errors(rank: int) -> Iterator[None]:
-    """Prints a `UserError` without a traceback, and exits with code 2."""
+    """Prints a `UserError`, or that a disk takes no more, without a traceback, and exits with code 2."""
     try:
         yield
     except UserError as error:
         print(f"error (process {rank}): {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_CODE)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        said = f"{error.filename or 'a file'} can't be written ({error.strerror}); what was saved before is whole"
+        print(f"error (process {rank}): {said}: free space or fix the permissions, and start again", file=sys.stderr)
         sys.exit(USER_ERROR_CODE)

@@ -82,11 +82,12 @@ def check_host_memory(loader: TrainLoader, world: World) -> None:
     if world.device.type != "cuda":
         return
     needed = world.local_size * loader.buffer_bytes
-    rooms = world.gather(torch.tensor(host_bytes(), device=world.device))  # before any process locks its own
-    room = int(rooms.min())  # host sync: once per run
+    figures = torch.tensor([host_bytes(), needed], device=world.device)
+    every = world.gather(figures).tolist()  # host sync: once per run, before any process locks its own
+    room, needed = min(every, key=lambda pair: pair[0] - pair[1])  # hosts may run different numbers of processes
     if room < needed:
         raise ConfigError(
-            f"the loaders of {world.local_size} processes page-lock {needed / 1e9:.2f} GB for batches but a host has "
+            f"the loaders of a host's processes page-lock {needed / 1e9:.2f} GB for batches but the host has "
             f"{room / 1e9:.2f} GB left (within its control group's limit); lower data.prefetch or data.workers, "
             "or give the job more memory"
         )

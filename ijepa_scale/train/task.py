@@ -141,7 +141,7 @@ class Task:
         raise NotImplementedError
 
     def prepare_evaluation(self) -> None:
-        """Opens the data of evaluations. Called after a checkpoint, if any, was loaded."""
+        """Opens or tries the data of evaluations. Called after a checkpoint, if any, was loaded. May communicate."""
 
     def first_batch(self, batch: Batch, folder: Path) -> None:
         """Draws or checks the batch of step 0 before it is used. Its time isn't counted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -52,6 +53,8 @@ def as_arguments(settings: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> str:
     if value is None:
         return "null"
+    if isinstance(value, str):
+        return shlex.quote(value)
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 

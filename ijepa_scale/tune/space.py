@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ijepa_kernels.attention.backend import ON_CPU
 from ijepa_scale.config import EngineConfig, PretrainConfig
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.footprint import footprint
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
@@ -74,7 +74,7 @@ def stage_of(engine: EngineConfig) -> int:
 def _zero_section(engine: EngineConfig) -> dict[str, Any]:
     """Returns `zero_optimization` of the DeepSpeed file, unchecked, because checking it would import deepspeed."""
     try:
-        section = json.loads(Path(engine.ds_config or "").read_text())["zero_optimization"]
+        section = parse_json(Path(engine.ds_config or "").read_bytes())["zero_optimization"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return section if isinstance(section, dict) else {}

@@ -93,7 +93,7 @@ def _move(pointers, held, offsets, inside, factors, scale, weight, EMA: tl.const
 def _kernel(
     tensors, chunks, gradients, factors, flag, gradient_scale, weight,
     EMA: tl.constexpr, QUANTISED: tl.constexpr, FLAG: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     moving = True
     if FLAG:
@@ -112,11 +112,13 @@ def _kernel(
         target = tl.load(row + 3).to(tl.pointer_type(tl.float32)) + begin
         copy = tl.load(row + 4).to(tl.pointer_type(tl.bfloat16)) + begin
         target_copy = tl.load(row + 5).to(tl.pointer_type(tl.bfloat16)) + begin
-        if ALIGNED:  # addresses and sizes are multiples of 16, and so are the beginnings of chunks
+        if ALIGNED:  # addresses are multiples of 16, and so are the beginnings of chunks
             value, gradient = tl.multiple_of(value, 16), tl.multiple_of(gradient, 16)
             exp_avg, exp_avg_sq = tl.multiple_of(exp_avg, 16), tl.multiple_of(exp_avg_sq, 16)
             target, copy = tl.multiple_of(target, 16), tl.multiple_of(copy, 16)
-            target_copy, length = tl.multiple_of(target_copy, 16), tl.multiple_of(length, 16)
+            target_copy = tl.multiple_of(target_copy, 16)
+        if EVEN:  # sizes too: then masks don't narrow loads, and the code takes fewer registers
+            length = tl.multiple_of(length, 16)
         factor = factors + 8 * index
         numbers = (
             tl.load(factor), tl.load(factor + 1), tl.load(factor + 2), tl.load(factor + 3),
@@ -161,8 +163,8 @@ class Table(AddressTable):
         lengths = [CHUNK if weight.quantised is None else weight.value.shape[1] for weight in weights]
         extra = [(length, weight.group) for length, weight in zip(lengths, weights, strict=True)]
         super().__init__("fused_tail", _columns(weights), lengths, extra)
-        multiples = [(weight.value.numel(), length) for weight, length in zip(weights, lengths, strict=True)]
-        self.aligned = aligned([row[:7] for row in self.addresses]) and aligned(multiples)
+        self.aligned = aligned([row[:7] for row in self.addresses]) and aligned([lengths])
+        self.even = aligned([[weight.value.numel() for weight in weights], lengths])
         self.has_quantised = any(weight.quantised is not None for weight in weights)
         self.num_weights = len(weights)
         self.factors = torch.empty(len(weights), 8, device=weights[0].value.device)
@@ -206,7 +208,7 @@ def fused_tail(
         table.tensors, table.chunks, gradients, table.factors, stopped, gradient_scale,
         1.0 if momentum is None else 1.0 - momentum, EMA=momentum is not None, QUANTISED=table.has_quantised,
         FLAG=stopped is not None, SCALED=gradient_scale is not None, ALIGNED=table.aligned and gradients_aligned,
-        BLOCK=BLOCK, num_warps=WARPS,
+        EVEN=table.even, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 

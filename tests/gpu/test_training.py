@@ -48,7 +48,9 @@ def test_bf16_is_close_to_fp32(change: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"compile": True}, {"checkpointing": "selective"}, {"target_precision": "fp8"}], ids=str
+    "change",
+    [{}, {"compile": True}, {"checkpointing": "selective"}, {"target_precision": "fp8", "compile": True}],
+    ids=str,
 )
 def test_the_fused_tail_trains_the_same(change: dict) -> None:
     found, expected = losses("cuda:0", impl="fused_tail"), losses("cuda:0")
@@ -86,7 +88,7 @@ def test_the_step_does_not_synchronise(strategy: str, change: dict, context: str
 
 @pytest.mark.parametrize("strategy", ["plain", "ddp", "fsdp2"])
 def test_the_fused_tail_does_not_synchronise(strategy: str) -> None:
-    engine = {"strategy": strategy, **({} if strategy == "fsdp2" else {"target_precision": "fp8"})}
+    engine = {"strategy": strategy, **({} if strategy == "fsdp2" else {"target_precision": "fp8", "compile": True})}
     found = run(steps_without_waiting, 1, engine, {}, "fused_tail", device="cuda:0")[0]
     assert all(0 < loss < 1 for loss in found)
 

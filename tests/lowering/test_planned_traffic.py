@@ -40,7 +40,7 @@ def test_casts_of_weights(direction: str) -> None:
         calls = PROGRAMS[f"{case} context block {direction}"]["calls"]
         found[case] = sum(fixed for _, triton, token_bytes, fixed in calls if triton and not token_bytes) / LAYER
     assert found["dense"] == pytest.approx(getattr(planned.CASTS, direction), rel=0.05)
-    assert found["copies"] < 0.2
+    assert found["copies"] < 0.3
 
 
 def test_weight_gradients_come_in_fp32_from_the_product() -> None:

@@ -38,6 +38,22 @@ def system(root: Path, files: dict[str, str]) -> Path:
             },
             8 * GIB,
         ),
+        (  # nearly all of it is page cache
+            {
+                "sys/fs/cgroup/memory.max": f"{9 * GIB}\n",
+                "sys/fs/cgroup/memory.current": f"{9 * GIB}\n",
+                "sys/fs/cgroup/memory.stat": f"anon {2 * GIB}\nactive_file {3 * GIB}\ninactive_file {4 * GIB}\n",
+            },
+            7 * GIB,
+        ),
+        (  # version 1 sums over groups inside under names of their own
+            {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{9 * GIB}",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{8 * GIB}",
+                "sys/fs/cgroup/memory/memory.stat": f"active_file 7\ntotal_active_file {GIB}\ntotal_inactive_file 0\n",
+            },
+            2 * GIB,
+        ),
         (  # version 2 without a namespace, as under Slurm: the limit is on a group around the process's own
             {
                 "proc/self/cgroup": "0::/slurm/job_7/step_0\n",
@@ -69,11 +85,14 @@ def test_buffers_that_the_host_cannot_lock_are_refused_before_they_are_locked(mo
     setup.check_host_memory(loader, world)  # nothing is locked on the CPU
 
     gpu: Any = SimpleNamespace(local_size=8, device=SimpleNamespace(type="cuda"), gather=lambda tensor: tensor[None])
-    monkeypatch.setattr(torch, "tensor", lambda value, device: torch.full((), value, dtype=torch.int64))
-    text = (
-        "the loaders of 8 processes page-lock 16.00 GB for batches but a host has 15.00 GB left .*lower data.prefetch"
-    )
+    made = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda values, device: made(values))
+    text = "the loaders of a host's processes page-lock 16.00 GB for batches but the host has 15.00 GB left .*lower"
     with pytest.raises(ConfigError, match=text):
         setup.check_host_memory(loader, gpu)
     gpu.local_size = 7
     setup.check_host_memory(loader, gpu)
+    other = made([20 * 10**9, 24 * 10**9])  # of a host with more processes
+    gpu.gather = lambda tensor: torch.stack([tensor, other])
+    with pytest.raises(ConfigError, match="page-lock 24.00 GB for batches but the host has 20.00 GB left"):
+        setup.check_host_memory(loader, gpu)

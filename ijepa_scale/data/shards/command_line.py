@@ -24,7 +24,7 @@ from ijepa_scale.data.shards.verify import verify_shards
 from ijepa_scale.data.shards.write import write_classes
 from ijepa_scale.data.sources.class_list import CLASSES, names_in
 from ijepa_scale.data.sources.labels import differ_in_case
-from ijepa_scale.data.sources.scan import Members
+from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.tar_index import expand, index_tar
 from ijepa_scale.errors import DataError
@@ -149,8 +149,10 @@ def _make(options: argparse.Namespace) -> int:
         )  # fmt: skip
     kinds = ", ".join(f"{count} x {kind}" for kind, count in made.left_out.most_common())
     size = format_bytes(sum(row.bytes for row in made.shards))
+    skipped = Problems(skipped=source.problems().skipped).passed_over()
     print(
         f"{made.num_samples} images in {len(made.shards)} shards, {size}, in {options.to}; left out: {kinds or 'none'}"
+        + (f"; skipped: {skipped}" if skipped else "")
     )
     return 0
 

@@ -39,6 +39,7 @@ def describe_shards(paths: list[Path], members: Members | None = None) -> list[s
     for shard in shards:
         problems.extend(shard.problems)
     counts = ", ".join(f"{count} x {kind}" for kind, count in problems.counts.most_common())
+    rows.append(("not read", problems.passed_over() or "none"))
     rows.append(("problems", counts or "none"))
     rows += [("", f"{problem.name}: {problem.reason}") for problem in problems.named[:_SHOWN]]
     return [f"{name:<17} {text}".rstrip() for name, text in rows]

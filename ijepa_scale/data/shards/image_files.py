@@ -12,9 +12,10 @@ import numpy as np
 
 from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.data.sources.labels import MAX_LABEL, differ_in_case, plain, same_to_readers, whole_number
-from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, Problems
+from ijepa_scale.data.sources.read_file import read_image_file
+from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
-from ijepa_scale.errors import DataError, SampleError
+from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -22,50 +23,12 @@ _COLUMNS = ("path", "label")
 _SHOWN = 5  # warnings
 
 
-def read_image_file(path: str | Path) -> bytes:
-    """Returns the bytes of an image file.
-
-    Raises:
-        SampleError: it doesn't exist, isn't a regular file, is empty, or is too large for a shard.
-        DataError: it can't be read.
-    """
-    try:
-        size = os.stat(path).st_size
-        if not os.path.isfile(path):
-            raise SampleError("not a regular file; replace or drop it", "no regular file")
-        check_size(size)
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise SampleError("there is no such file; correct the path or drop it", "missing file") from None
-    except OSError as error:
-        raise DataError(f"image {path} can't be read ({error.strerror}); check its permissions and the disk") from None
-
-
-def check_size(size: int) -> None:
-    """Checks that an image isn't empty or too large for a shard.
-
-    Raises:
-        SampleError: it is.
-    """
-    if not 0 < size <= MAX_MEMBER_BYTES:
-        raise SampleError(f"{size} bytes; give 1 to {MAX_MEMBER_BYTES} (64 MiB)", "image size")
-
-
 class FolderImages(ImageFolderSource):
     """Images in class folders ROOT/CLASS/*, or ROOT/SPLIT/CLASS/*; see `ImageFolderSource`."""
 
     def __init__(self, root: str | Path, split: str | None = None) -> None:
-        super().__init__(root if split is None else Path(root) / split)
+        super().__init__(root if split is None else os.path.join(root, split))
         self.origin = f"class folders {os.path.abspath(self.root)}"
-
-    def read(self, sample_id: int) -> bytes:
-        """Returns the encoded image.
-
-        Raises:
-            SampleError: it can't be part of a shard.
-            DataError: the file can't be read.
-        """
-        return read_image_file(self.name(sample_id))
 
 
 class CsvImages:
@@ -195,4 +158,4 @@ def _numbered(labels: list[tuple[str, int]], path: Path) -> tuple[list[str] | No
     return classes, [position_of[text] for text, _ in labels]
 
 
-__all__ = ["CsvImages", "FolderImages", "check_size", "read_image_file"]
+__all__ = ["CsvImages", "FolderImages"]

@@ -22,10 +22,10 @@ from torch.utils.data import Dataset
 from ijepa_scale import rng
 from ijepa_scale.data.decode import decode
 from ijepa_scale.data.pil_decode import orientation_tag
-from ijepa_scale.data.shards.image_files import check_size
 from ijepa_scale.data.shards.journal import Entry, Journal
 from ijepa_scale.data.shards.known import encode_png
 from ijepa_scale.data.shards.write import Sample, ShardRow, image_suffix, write_manifest, write_parts
+from ijepa_scale.data.sources.read_file import check_size
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.errors import DataError, SampleError
@@ -76,7 +76,7 @@ class Made:
     """A finished set of shards."""
 
     shards: list[ShardRow]
-    left_out: Counter[str]  # by kind
+    left_out: Counter[str]  # images that can't be used, by kind, and those of formats that aren't read, by suffix
 
     @property
     def num_samples(self) -> int:
@@ -213,6 +213,7 @@ class _Run:
         self._pending: list[_Bad] = []  # left out since the last complete shard
         problems = source.problems()
         self._left_out.update(problems.counts)
+        self._unread = problems.unread  # not among the bad ones, which are limited
         for problem in problems.named:
             logger.warning("left out: %s: %s", problem.name, problem.reason)
         for entry in journal.entries:
@@ -250,7 +251,7 @@ class _Run:
     def made(self) -> Made:
         """Returns the set as written so far."""
         left_out = self._left_out + Counter(bad.kind for bad in self._pending)
-        return Made([entry.shard for entry in self._journal.entries], left_out)
+        return Made([entry.shard for entry in self._journal.entries], left_out + self._unread)
 
     @property
     def _num_bad(self) -> int:

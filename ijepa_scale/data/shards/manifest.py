@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.shards.write import ShardRow
 from ijepa_scale.data.sources.class_list import CLASSES, parse_classes
 from ijepa_scale.data.sources.tar_shards import MANIFEST
@@ -19,11 +19,11 @@ def read_manifest(folder: Path) -> dict[str, ShardRow] | None:
     """
     path = folder / MANIFEST
     try:
-        rows = json.loads(path.read_text())["shards"]
+        rows = parse_json(path.read_bytes())["shards"]
         found = [ShardRow(str(r["name"]), int(r["bytes"]), int(r["samples"]), str(r["sha256"])) for r in rows]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise DataError(
             f"{path} isn't a manifest of shards ({type(error).__name__}: {error}); copy it again, or remove it"
         ) from None

@@ -51,7 +51,9 @@ def verify_shards(paths: list[Path], *, workers: int = 0, members: Members | Non
             faults.append(str(error))
         names = rows[folder] or {}
         faults += [
-            f"{folder / name}: missing, though {MANIFEST} lists it" for name in names if not (folder / name).exists()
+            f"{folder / name}: missing, though {MANIFEST} lists it"
+            for name in names
+            if not os.path.exists(folder / name)
         ]
         if (folder / JOURNAL).exists():
             faults.append(f"{folder}: unfinished ({JOURNAL} exists); run make again with the same arguments")

@@ -5,12 +5,12 @@ The list is `classes.json` next to the shards: a JSON list of class names, in wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, same_to_readers
 from ijepa_scale.data.sources.tar_index import ShardIndex
 from ijepa_scale.errors import DataError
@@ -33,10 +33,10 @@ def parse_classes(content: bytes, origin: str) -> list[str]:
         DataError: it isn't a list of names.
     """
     try:
-        names = json.loads(content)
+        names = parse_json(content)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("not a list of names")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{origin} isn't a list of class names ({error}); write it again, or remove it") from None
     return names
 

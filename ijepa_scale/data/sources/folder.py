@@ -3,63 +3,90 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from pathlib import Path
 
 import numpy as np
 
+from ijepa_scale.data.sources.listing import (
+    NO_CLASS,
+    FolderListing,
+    check_lone,
+    chosen_split,
+    folders_in,
+    no_images,
+)
+from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError
-
-FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
-SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 class ImageFolderSource:
     """Images in class folders, numbered class by class, with the same labels as in torchvision's ImageFolder.
 
-    If ROOT holds only splits (train, val, test), ROOT/train is read. The whole set is one shard and is shuffled
-    together, because files cost the same in any order.
+    If ROOT holds only splits (train, val, valid, validation, test), ROOT/train is read, which `summary` says. Folders
+    that may be splits or hold the classes are refused, except in a root that ends in "/.", whose folders are always
+    the classes. The whole set is one shard and is shuffled together, because files cost the same in any order.
+
+    Raises:
+        DataError: a folder can't be listed, has no images, or may not be a class.
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = _class_root(Path(root))
-        classes = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
-        self.classes: list[str] | None = classes
-        names: list[str] = []
-        counts: list[int] = []
-        for name in classes:
-            found = _images(self.root, name)
-            if not found:
-                raise DataError(
-                    f"class folder {self.root / name} holds no image ({', '.join(FOLDER_SUFFIXES)}); drop it"
-                )
-            names += found
-            counts.append(len(found))
-        if not names:
+        self._problems = Problems()
+        self.chosen_split: str | None = None
+        self.root = Path(root)
+        if not os.path.isdir(root):
             raise DataError(
-                f"folder {self.root} holds no class folders; give the folder with CLASS/*.jpg in it, or its parent"
+                f"folder {root} doesn't exist or can't be reached; give the folder with CLASS/*.jpg in it, or its "
+                "parent"
             )
-        self._names = Names.of(names)
+        as_classes = str(root).endswith(f"{os.sep}.")
+        if not as_classes:
+            self.chosen_split = chosen_split(folders_in(self.root), f"folder {self.root}", self._give)
+            self.root /= self.chosen_split or ""
+        listing = FolderListing(self.root, self._problems)
+        for name in listing.images(""):
+            self._problems.add("no class", str(self.root / name), NO_CLASS)
+        classes = listing.folders
+        if not as_classes:
+            check_lone(classes, any(map(listing.is_nested, classes)), f"folder {self.root}", self._give)
+        self.classes: list[str] | None = classes
+        self._take(listing, classes)
+
+    def _give(self, folder: str) -> str:
+        """Returns what to give to have a folder in the root read, or, for ".", the root's folders as classes."""
+        return f"{self.root}{os.sep}{folder}"
+
+    def _take(self, listing: FolderListing, classes: list[str]) -> None:
+        """Numbers the images."""
+        self._names = Names.of(itertools.chain.from_iterable(map(listing.images, classes)))
+        counts = [listing.count(name) for name in classes]
+        if 0 in counts:
+            raise no_images(str(self.root / classes[counts.index(0)]), self._problems)
+        if not classes:
+            found = self._problems.summary() or self._problems.passed_over()
+            raise DataError(
+                f"folder {self.root} holds no class folders{f' ({found})' if found else ''}; give the folder with "
+                "CLASS/*.jpg in it, or its parent"
+            )
         self._class_ends = np.cumsum(counts)
-        self.num_samples = len(names)
-        self.shard_sizes = np.array([len(names)], dtype=np.int64)
-        digest = hashlib.sha256(self._names.blob.tobytes())
-        digest.update(self._names.ends.tobytes())
+        self.num_samples = len(self._names)
+        self.shard_sizes = np.array([self.num_samples], dtype=np.int64)
+        digest = hashlib.sha256(self._names.blob.data)
+        digest.update(self._names.ends.data)
         self.fingerprint = digest.hexdigest()
 
     def read(self, sample_id: int) -> bytes:
         """Returns the encoded image.
 
         Raises:
+            SampleError: it is missing, isn't a regular file, is empty or too large.
             DataError: the file can't be read.
         """
-        path = self.root / self._names[sample_id]
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(f"image {path} can't be read ({error.strerror}); check the path and the disk") from None
+        return read_image_file(self.name(sample_id))
 
     def label(self, sample_id: int) -> int:
         """Returns the number of the class folder."""
@@ -71,32 +98,16 @@ class ImageFolderSource:
 
     def name(self, sample_id: int) -> str:
         """Returns the image's path."""
-        return str(self.root / self._names[sample_id])
+        return os.path.join(self.root, self._names[sample_id])
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
         """Does nothing: single files are not prefetched."""
 
     def summary(self) -> str:
-        """Returns the number of images and classes, for the log."""
-        return f"{self.num_samples} images in {len(self.classes or ())} class folders"
+        """Returns the number of images and classes, and the split if one was chosen, for the log."""
+        of = f" of {self.root}, the only one of the splits there that is read" if self.chosen_split else ""
+        return f"{self.num_samples} images in {len(self.classes or ())} class folders{of}"
 
     def problems(self) -> Problems:
-        """Returns no problems: only images are listed."""
-        return Problems()
-
-
-def _class_root(root: Path) -> Path:
-    """Returns the folder whose sub-folders are the classes."""
-    if not root.is_dir():
-        raise DataError(f"folder {root} doesn't exist; give the folder with CLASS/*.jpg in it, or its parent")
-    folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
-    return root / "train" if "train" in folders and folders <= SPLITS else root
-
-
-def _images(root: Path, folder: str) -> list[str]:
-    """Returns the paths of the images below a class folder, relative to `root` and in torchvision's order."""
-    found = []
-    for parent, _, files in sorted(os.walk(root / folder, followlinks=True)):
-        relative = os.path.relpath(parent, root)
-        found += [os.path.join(relative, file) for file in sorted(files) if file.lower().endswith(FOLDER_SUFFIXES)]
-    return found
+        """Returns the images that are in no class folder, and what was passed over."""
+        return self._problems

@@ -39,7 +39,8 @@ def build_source(
 
     Raises:
         ConfigError: the reader is unknown.
-        DataError: the pattern is missing or remote, the reader has no random access, or the data can't be read.
+        DataError: the pattern is missing, remote or a folder of splits, the reader has no random access, or the data
+            can't be read.
     """
     member = SOURCES.get(reader)
     if pattern is not None and scheme_of(str(pattern)) is not None:
@@ -54,6 +55,11 @@ def build_source(
     source = member(data, image_size)
     if isinstance(source, StreamSource):
         raise DataError(f"reader {reader!r} gives samples in its own order only; use shards or imagefolder here")
+    chosen = getattr(source, "chosen_split", None)
+    if chosen is not None:
+        raise DataError(
+            f"{pattern} holds splits, and which one to evaluate on isn't chosen here; give one, like {pattern}/val"
+        )
     return source
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import threading
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_scale.config.json_text import parse_json
+from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.cache import FileCache, Handle, RemoteFile
 from ijepa_scale.data.sources.class_list import CLASSES, parse_classes
 from ijepa_scale.data.sources.fetch import NotThereError, Retry, check_address, fetch, remote_size
@@ -107,7 +108,7 @@ def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
     folder = names[0].rstrip("/") if is_folder else names[0].rpartition("/")[0]
     known = _manifest(f"{folder}/{MANIFEST}", cache, required=is_folder)
     if is_folder:
-        names = [f"{folder}/{name}" for name in sorted(known)]
+        names = [f"{folder}/{name}" for name in sorted(known) if junk(name) is None]
     if not names:
         raise DataError(f"{folder}/{MANIFEST} names no shards; write it again with launch/shards.py")
     return [RemoteFile(name, *known.get(name.rpartition("/")[2], (None, None))) for name in names]
@@ -123,9 +124,9 @@ def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[
             )
         return {}
     try:
-        rows = json.loads(content)["shards"]
+        rows = parse_json(content)["shards"]
         return {str(row["name"]): (int(row["bytes"]), str(row["sha256"])) for row in rows}
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise DataError(f"{url} isn't a manifest of shards ({error}); write it again with launch/shards.py") from None
 
 

@@ -19,16 +19,19 @@ from typing import IO
 
 import numpy as np
 
+from ijepa_scale.data.formats import image_suffixes, is_other_image, junk_in, suffix_of
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, parse_label
 from ijepa_scale.errors import DataError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 64 << 20  # of an image; the largest JPEG in ImageNet has 15 MB
 MAX_LABEL_BYTES = 1 << 20
 MAX_MEMBERS = 20_000_000
 MAX_HEADER_BYTES = 1 << 20  # of a long name or a PAX header, which is read whole
 IRREGULAR = "a link, a device or sparse; write regular files (tar --dereference --hard-dereference)"
+_NO_IMAGE = "no image (jpg, png, webp, ...); "
+_LABELS = ("cls", "json")  # suffixes
 _BLOCK = 512
+_SHOWN = 12  # kinds of files that are passed over
 _NAMED = 100  # problems of a shard that are stored with their names; all are counted
 
 
@@ -43,10 +46,12 @@ class Problem:
 
 @dataclass
 class Problems:
-    """The problems of a shard: counts by kind, and the names of the first ones."""
+    """The problems of a listing: counts by kind, and the names of the first ones; and what it has passed over."""
 
     counts: Counter[str] = field(default_factory=Counter)
     named: list[Problem] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)  # images of formats that aren't read, by suffix
+    skipped: Counter[str] = field(default_factory=Counter)  # what isn't an image: by suffix, or by name
 
     def add(self, kind: str, name: str, reason: str) -> None:
         """Counts a problem, and stores its name unless there are many already."""
@@ -57,6 +62,8 @@ class Problems:
     def extend(self, other: Problems) -> None:
         """Adds the problems of another shard."""
         self.counts += other.counts
+        self.unread += other.unread
+        self.skipped += other.skipped
         self.named += other.named[: _NAMED - len(self.named)]
 
     def summary(self) -> str:
@@ -64,10 +71,21 @@ class Problems:
         counts = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
         return f"{counts}; the first is {self.named[0].name} ({self.named[0].reason})" if self.named else counts
 
+    def passed_over(self) -> str:
+        """Returns the counts of what isn't read and isn't a problem, images first; "" if there is nothing."""
+        counts = [*self.unread.most_common(), *self.skipped.most_common()]
+        shown = ", ".join(f"{count} x {kind}" for kind, count in counts[:_SHOWN])
+        more = sum(count for _, count in counts[_SHOWN:])
+        return f"{shown}, {more} x other" if more else shown
+
+    def pass_over(self, name: str) -> None:
+        """Counts a file that isn't read, by its suffix."""
+        (self.unread if is_other_image(name) else self.skipped)[suffix_of(name)] += 1
+
     def dumps(self) -> bytes:
         """Returns the bytes that an index file stores."""
         rows = [[problem.kind, problem.name, problem.reason] for problem in self.named]
-        return json.dumps([dict(self.counts), rows]).encode()
+        return json.dumps([dict(self.counts), rows, dict(self.unread), dict(self.skipped)]).encode()
 
     @classmethod
     def loads(cls, data: bytes) -> Problems:
@@ -76,8 +94,11 @@ class Problems:
         Raises:
             ValueError: the bytes don't come from `dumps`.
         """
-        counts, rows = json.loads(data)
-        return cls(Counter({str(kind): int(count) for kind, count in counts.items()}), [Problem(*row) for row in rows])
+        counts, rows, *passed = json.loads(data)
+        kinds, unread, skipped = (
+            Counter({str(kind): int(count) for kind, count in one.items()}) for one in (counts, *passed)
+        )
+        return cls(kinds, [Problem(*row) for row in rows], unread, skipped)
 
 
 @dataclass(frozen=True)
@@ -111,16 +132,16 @@ class Members:
     def no_image(self, names: Iterable[str]) -> str:
         """Returns what is wrong with a sample without an image to read; `names` are other images that it has."""
         if self.image is None:
-            return f"no image ({', '.join(IMAGE_SUFFIXES)}); write it again"
+            return _NO_IMAGE + "write it again"
         return f"no image {self.image}, but {_listed(names) or 'no other'}; correct data.image_member"
 
     def is_image(self, suffix: str) -> bool:
         """Returns whether a member with this suffix, in lower case, is an image that may be read or must be named."""
-        return suffix == self.image or suffix.rpartition(".")[2] in IMAGE_SUFFIXES
+        return suffix == self.image or suffix.rpartition(".")[2] in image_suffixes()
 
     def is_label(self, suffix: str) -> bool:
         """Returns whether a member with this suffix, in lower case, may have the label."""
-        return suffix == self.label or (self.label is None and suffix.rpartition(".")[2] in ("cls", "json"))
+        return suffix == self.label or (self.label is None and suffix.rpartition(".")[2] in _LABELS)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -253,7 +274,7 @@ def _result(path: Path, samples: dict[str, _Sample], problems: Problems, members
             problems.add(wrong[0], f"{path}:{key}", wrong[1])
     whole = {key: sample for key, sample in samples.items() if not sample.dropped}
     if not whole and not problems.counts:
-        problems.add("empty shard", str(path), f"no image ({', '.join(IMAGE_SUFFIXES)}); drop it from the list")
+        problems.add("empty shard", str(path), _NO_IMAGE + "drop it from the list")
     ordered = sorted(whole.items(), key=lambda item: item[1].offset)
     texts = sorted({sample.label for sample in whole.values() if isinstance(sample.label, str)})
     code: dict[int | str, int] = {text: TEXT_LABEL - number for number, text in enumerate(texts)}
@@ -277,9 +298,11 @@ class _Walk:
         if leaves_its_folder(member.name):
             self._problems.add("unsafe name", member.name, "leaves its folder; write it again with relative names")
             return
-        stem, _, suffix = parts[-1].partition(".")
-        if not stem:  # like `._photo.jpg`, in which macOS stores attributes
+        useless = junk_in(member.name)
+        if useless is not None:
+            self._problems.skipped[useless] += 1
             return
+        stem, _, suffix = parts[-1].partition(".")
         key, suffix = "/".join([*parts[:-1], stem]), sys.intern(suffix.lower())
         sample = self._samples.setdefault(key, _Sample())
         if not member.isreg() or member.issparse():
@@ -288,6 +311,8 @@ class _Walk:
             self._image(sample, member, suffix)
         elif self._members.is_label(suffix):
             self._label(sample, tar, member, suffix)
+        elif suffix.rpartition(".")[2] not in _LABELS:  # labels that weren't chosen aren't counted
+            self._problems.pass_over(parts[-1])
         self.last = key
 
     def _drop(self, sample: _Sample, what: tuple[str, str], reason: str) -> None:

@@ -26,7 +26,12 @@ class SampleSource(Protocol):
     classes: list[str] | None  # names by label, if the set has them
 
     def read(self, sample_id: int) -> bytes | np.ndarray:
-        """Returns the encoded image, or its pixels (H, W, 3) uint8 if there is nothing to decode."""
+        """Returns the encoded image, or its pixels (H, W, 3) uint8 if there is nothing to decode.
+
+        Raises:
+            SampleError: this sample can't be used.
+            DataError: the set can't be read.
+        """
 
     def label(self, sample_id: int) -> int:
         """Returns the label; -1 if there is none."""
@@ -52,11 +57,14 @@ class SampleSource(Protocol):
 
 
 def check_problems(problems: Problems, num_samples: int, max_bad_fraction: float, *, log: bool = True) -> None:
-    """Logs what the listing of a set left out; if `log` is false, only checks it.
+    """Logs what the listing of a set left out or passed over; if `log` is false, only checks it.
 
     Raises:
         DataError: more than `max_bad_fraction` of the set was left out.
     """
+    passed = problems.passed_over()
+    if log and passed:
+        logger.log(logging.WARNING if problems.unread else logging.INFO, "not read: %s", passed)
     bad = problems.counts.total()
     if not bad:
         return

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ import webdataset
 from webdataset.tariterators import group_by_keys
 
 from ijepa_scale import rng
+from ijepa_scale.data.formats import junk_in
 from ijepa_scale.data.order import part_size
 from ijepa_scale.data.sources.fetch import Retry, check_address, open_remote, scheme_of
 from ijepa_scale.data.sources.labels import NO_LABEL, parse_label
@@ -209,6 +212,8 @@ def _members(
                 is_image = wanted.is_image(suffix)
                 if not member.isreg() or not (is_image or wanted.is_label(suffix)):
                     continue
+                if junk_in(member.name) is not None:
+                    continue
                 most = MAX_MEMBER_BYTES if is_image else MAX_LABEL_BYTES
                 if not 0 < member.size <= most:
                     reason = f"{member.size} bytes; give 1 to {most}"
@@ -282,6 +287,8 @@ def _open(url: str, retry: Retry) -> IO[bytes]:
     if scheme_of(url) is not None:
         return open_remote(url, retry)
     try:
+        if not stat.S_ISREG(os.stat(url).st_mode):  # opening a pipe would wait
+            raise DataError(f"shard {url} isn't a regular file; replace it, or drop it from the list")
         return Path(url).open("rb")
     except OSError as error:
         raise DataError(f"shard {url} can't be read ({error.strerror}); check the path and its permissions") from None

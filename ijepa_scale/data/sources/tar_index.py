@@ -12,15 +12,18 @@ import json
 import logging
 import os
 import re
+import stat
 import tempfile
 import zipfile
 import zlib
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.labels import TEXT_LABEL
 from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, Members, Problems, scan_tar
 from ijepa_scale.errors import DataError
@@ -45,9 +48,11 @@ class Names:
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
         """Returns the packed form of `names`."""
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+        blob, ends = bytearray(), array("q")
+        for name in names:
+            blob += name.encode("utf-8", "surrogateescape")
+            ends.append(len(blob))
+        return cls(np.frombuffer(blob, dtype=np.uint8), np.frombuffer(ends, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -106,6 +111,8 @@ def index_tar(path: str | Path, members: Members | None = None) -> ShardIndex:
     path = Path(path)
     try:
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"shard {path} isn't a regular file; replace it, or drop it from the list")
         with path.open("rb"):
             pass
     except OSError as error:
@@ -144,7 +151,10 @@ def expand(pattern: str | Path) -> list[Path]:
             f"{text!r} isn't a local path; only data.train may be remote: copy the shards to a local folder and name it"
         )
     if os.path.isdir(text):
-        found = [entry for entry in Path(text).iterdir() if entry.suffix == ".tar"]
+        tars = [entry for entry in Path(text).iterdir() if entry.suffix == ".tar"]
+        found = [entry for entry in tars if junk(entry.name) is None]
+        if len(found) < len(tars):
+            logger.info("%s: %d hidden *.tar files are no shards and aren't read", text, len(tars) - len(found))
         if not found:
             raise DataError(f"folder {text!r} holds no *.tar file; name a folder of shards, a glob or a brace pattern")
         return sorted(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.sources.cache import Handle
 from ijepa_scale.data.sources.class_list import CLASSES, number_labels, parse_classes
 from ijepa_scale.data.sources.scan import Members, Problems
@@ -170,9 +170,9 @@ def _the_list(paths: list[Path]) -> list[str] | None:
 def manifest_samples(shard: Path) -> int:
     """Returns the number of samples that a shard has according to the manifest next to it; 0 if that can't be read."""
     try:
-        rows = json.loads((shard.parent / MANIFEST).read_text())["shards"]
+        rows = parse_json((shard.parent / MANIFEST).read_bytes())["shards"]
         return sum(int(row["samples"]) for row in rows if row["name"] == shard.name)
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError):
         return 0
 
 

@@ -320,7 +320,7 @@ def test_unreadable_sources(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     (tmp_path / "half.safetensors").write_bytes(b"12345678910")
     (tmp_path / "notes.txt").write_text("")
     for name, text in {
-        "half.pth": "can't be read as a PyTorch file .PytorchStreamReader .*; copy it again",
+        "half.pth": "it is cut short: the end of its 1000 bytes lacks the list of contents; copy it again",
         "list.pth": "holds a list; expected a dictionary of tensors",
         "half.safetensors": "can't be read as safetensors .* copy it again",
         "notes.txt": "ends in '.txt'; give a folder or one of .safetensors, .tar",

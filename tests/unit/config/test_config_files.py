@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from ijepa_scale.config import PretrainConfig, load_config, read_config, to_yaml
 from ijepa_scale.config.files import known_keys
 from ijepa_scale.config.section import Section
-from ijepa_scale.config.yaml_text import parse_yaml
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.models import build_jepa
@@ -42,6 +40,10 @@ def refusal(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return str(caught.value).splitlines()
+
+
+def is_a_path(text: str) -> bool:
+    return bool(text.strip()) and not {"$", "\0"} & {*text} and text[0] != "~"
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_yaml_of_a_config_loads_to_an_equal_one(path: Path, tmp_path: Path) -> N
 
 
 @settings(max_examples=30, deadline=None)
-@given(lr=st.floats(0, 10), folder=st.text(min_size=1, max_size=20).filter(lambda text: "${" not in text))
+@given(lr=st.floats(0, 10), folder=st.text(min_size=1, max_size=20).filter(is_a_path))
 def test_any_number_and_text_survives_the_round_trip(tmp_path_factory, lr: float, folder: str) -> None:  # noqa: ANN001
     config = PretrainConfig(folder=folder)
     config = config.replace(optimizer=config.optimizer.replace(lr=lr))
@@ -230,7 +232,7 @@ def test_all_unknown_keys_come_in_one_message(tmp_path: Path) -> None:
         ),
         (
             "engine={compile: false, compile_cache: kernels}",
-            "engine.compile_cache is 'kernels' but compile is false; set compile=auto, or it to null",
+            "engine.compile_cache is 'kernels' but compile is false; set compile=auto or compile_cache=null",
         ),
     ],
 )
@@ -315,56 +317,3 @@ def test_nearest_names() -> None:
     assert nearest_dotted("zzzzzz.qqqq", keys) is None
     assert nearest("LR", ["lr"]) == "lr"
     assert nearest("wd", ["warmup", "weight_decay"]) == "weight_decay"
-
-
-def test_yaml_keeps_text_that_only_looks_like_a_number() -> None:
-    assert parse_yaml("[1e-3, 1.5e3, e3, 1e, '1e3', 12, 1.0]", "x") == [1e-3, 1500.0, "e3", "1e", "1e3", 12, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("[on, off, yes, no, On, y, n]", [True, False, True, False, True, "y", "n"]),
-        ("[0012, 0o12, 12, 1_000, 0x1f]", [10, "0o12", 12, 1000, 31]),
-        ("[1:30, 1.5.2, ~, null, Null, '']", [90, "1.5.2", None, None, None, ""]),
-        ("{a: &x [1, 2], b: *x}", {"a": [1, 2], "b": [1, 2]}),
-        ("{a: &x {p: 1, q: 2}, b: {<<: *x, q: 3}}", {"a": {"p": 1, "q": 2}, "b": {"p": 1, "q": 3}}),
-        ("2024-01-31", datetime.date(2024, 1, 31)),
-        ("'2024-01-31'", "2024-01-31"),
-        ("{1: a}", {1: "a"}),
-    ],
-)
-def test_yaml_is_that_of_version_1_1(text: str, value: object) -> None:
-    assert parse_yaml(text, "x") == value
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model:\n\tdepth: 1", "not readable as YAML in line 2: found character '\\t' that cannot start any token"),
-        ("model:\n  depth: 1\n  depth: 2", "not readable as YAML in line 3: the key 'depth' stands twice"),
-        ("b: {<<: *x}", "not readable as YAML in line 1: found undefined alias 'x'"),
-        ("folder: 2024-01-31", "folder is datetime.date(2024, 1, 31); give text"),
-        ("folder: on", "folder is True; give text"),
-        ("folder: 0012", "folder is 10; give text"),
-        ("engine: {compile: 'on'}", "engine.compile is 'on'; give auto, true or false"),
-        ("resume: no", "resume is False; give text"),
-        ("1: a", "1: unknown; there are"),
-        ("model: {on: 1}", "model.True: unknown; there are model.name"),
-        ("seed: 1:30:00.5", "seed is 5400.5; give a whole number"),
-    ],
-)
-def test_what_yaml_makes_of_a_value_is_told(tmp_path: Path, text: str, message: str) -> None:
-    assert message in refusal(write(tmp_path, "c.yaml", text))[0]
-
-
-def test_what_yaml_makes_of_a_value_can_be_meant(tmp_path: Path) -> None:
-    path = write(
-        tmp_path,
-        "c.yaml",
-        "engine: {compile: on}\nresume: 'no'\n"
-        "masks: &masks {min_keep: 3}\ndata: {batch_size: 0012}\nevaluate: {every: 0}\n",
-    )
-    config = load_config(path, ["folder=2024-01-31", "data.train=on"])
-    assert config.engine.compile is True and config.resume == "no" and config.masks.min_keep == 3
-    assert (config.folder, config.data.train, config.data.batch_size) == ("2024-01-31", "on", 10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,13 @@ def test_layouts_are_told_apart(content: dict[str, Any]) -> None:
     assert not is_published({**content, "masks": {}})
     assert not is_published({"model": {}, "data": {}, "logging": {}})
     assert not is_published({})
+
+
+def test_text_of_a_published_file_stays_as_written(tmp_path: Path, content: dict[str, Any]) -> None:
+    path = tmp_path / "published.yaml"
+    text = yaml.safe_dump(content)
+    for key, value in {"root_path": "2024_01", "image_folder": "0012", "folder": "1.10"}.items():
+        text = re.sub(rf"(?m)^(\s+{key}:).*$", rf"\1 {value}", text)
+    path.write_text(text)
+    config = load_config(path)
+    assert (config.data.train, config.folder) == ("2024_01/0012/train", "1.10")

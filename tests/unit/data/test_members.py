@@ -69,6 +69,17 @@ def test_a_stream_notices_samples_whose_members_lie_apart(tmp_path):
     assert index_tar(tmp_path / "a.tar").problems.counts == {"several images": 2}
 
 
+def test_members_that_are_not_chosen_are_no_files_that_are_passed_over(tmp_path):
+    """Junk, images of other formats and other files are counted with a choice, too."""
+    tar = tar_of(tmp_path / "a.tar", {**SEVERAL, "tif": True, "psd": b"8BPS", "txt": b"?"})
+    with tarfile.open(tar, "a") as file:
+        file.addfile(tarfile.TarInfo("._000.tif"))
+    index = index_tar(tar, Members("tif", "coarse.cls"))
+    assert index.labels.tolist() == [7] and not index.problems.counts
+    assert index.problems.passed_over() == "1 x .psd, 1 x .txt, 1 x ._*"
+    assert index_tar(tar, Members("tif", "coarse.cls")).problems.passed_over() == index.problems.passed_over()
+
+
 def test_each_choice_of_members_has_its_own_index(tmp_path):
     tar = tar_of(tmp_path / "a.tar", SEVERAL, {**SEVERAL, "cls": b"2"})
     choices = [None, Members("jpg", "cls"), Members("mask.png", "cls"), Members("jpg", "coarse.cls"), Members("jpg")]

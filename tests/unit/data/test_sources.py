@@ -17,7 +17,7 @@ from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.data.sources.synthetic import SyntheticSource
 from ijepa_scale.data.sources.tar_shards import ShardSource
-from ijepa_scale.errors import ConfigError, DataError
+from ijepa_scale.errors import ConfigError, DataError, SampleError
 
 
 def image(value, format="PNG"):
@@ -148,7 +148,9 @@ def test_class_folders_are_torchvisions(folder):
 def test_a_class_called_train_is_a_class(folder):
     (folder / "train" / "train").mkdir()
     (folder / "train" / "train" / "1.png").write_bytes(image(1))
-    assert ImageFolderSource(folder / "train").classes == ["a", "b", "c", "train"]
+    with pytest.raises(DataError, match=r"splits \(train\) next to others \(a, b, c\); give .*/train/\. if"):
+        ImageFolderSource(folder / "train")
+    assert ImageFolderSource(f"{folder}/train/.").classes == ["a", "b", "c", "train"]
 
 
 def test_class_folders_with_mistakes(folder, tmp_path):
@@ -160,7 +162,7 @@ def test_class_folders_with_mistakes(folder, tmp_path):
         ImageFolderSource(tmp_path / "nothing")
     source = ImageFolderSource(folder / "val")
     (folder / "val" / "a" / "10.PNG").unlink()
-    with pytest.raises(DataError, match="10.PNG can't be read .No such file"):
+    with pytest.raises(SampleError, match="there is no such file, or it is a link to none; fetch it"):
         source.read(0)
 
 
@@ -175,7 +177,9 @@ def test_synthetic_images_are_repeatable():
 def test_build_source(tmp_path, folder):
     write_shards(samples(), tmp_path / "shards")
     assert build_source("shards", tmp_path / "shards").num_samples == 10
-    assert build_source("imagefolder", folder).num_samples == 9
+    assert build_source("imagefolder", folder / "val").num_samples == 9
+    with pytest.raises(DataError, match="holds splits, and which one to evaluate on isn't chosen here; give .*/val"):
+        build_source("imagefolder", folder)
     assert build_source("synthetic", None, num_samples=77).num_samples == 77
     with pytest.raises(DataError, match="reader 'shards' has no data to read; name it"):
         build_source("shards", None)
@@ -183,5 +187,7 @@ def test_build_source(tmp_path, folder):
         build_source("lmdb", tmp_path)
     with pytest.raises(DataError, match="no-such.* matches no file"):
         build_source("shards", tmp_path / "no-such")
-    with pytest.raises(DataError, match="folder .*no-such doesn't exist"):
+    with pytest.raises(
+        DataError, match="folder .*no-such doesn't exist or can't be reached; give the folder with CLASS"
+    ):
         build_source("imagefolder", tmp_path / "no-such")

@@ -81,6 +81,7 @@ def test_what_has_no_deterministic_form_is_refused_by_name(change, text):
 def test_engines_are_built_after_it(monkeypatch):
     seen = []
     monkeypatch.setattr(build, "make_deterministic", lambda config, device: seen.append((config.deterministic, device)))
+    monkeypatch.setitem(build._ENGINES, "plain", lambda *given: seen.append("engine"))
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)
     build.build_engine(world, ON.replace(strategy="plain"), AdamWConfig())
-    assert seen == [(True, CPU)]
+    assert seen == [(True, CPU), "engine"]

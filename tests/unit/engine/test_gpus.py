@@ -44,7 +44,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("dev/nvidia0", "an NVIDIA GPU (/dev/nvidia0)"),
         ("proc/driver/nvidia/gpus/0000:3b:00.0", "an NVIDIA GPU (/proc/driver/nvidia/gpus/0000:3b:00.0)"),
-        ("dev/kfd", "an AMD GPU (/dev/kfd)"),
+        ("dev/kfd", None),  # also of graphics in a processor, and this PyTorch isn't built for ROCm
         ("dev/nvidiactl", None),  # the driver's own, also without a GPU
         ("dev/null", None),
     ],
@@ -54,6 +54,13 @@ def test_gpus_are_found_without_cuda(tmp_path: Path, path: str, found: str | Non
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).touch()
     assert gpu_in_machine(tmp_path) == found
+
+
+def test_an_amd_gpu_counts_for_a_pytorch_for_rocm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kfd").touch()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert gpu_in_machine(tmp_path) == "an AMD GPU (/dev/kfd)"
 
 
 def test_auto_takes_the_cpu_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +99,7 @@ def test_the_allocator_is_set_up_before_a_gpu_is_used(monkeypatch: pytest.Monkey
     assert done == ["allocator", chosen] and chosen == torch.device("cuda", 1)
 
 
-@pytest.mark.parametrize("value", ["", " ", "-1"])
+@pytest.mark.parametrize("value", ["", " ", "-1", "NoDevFiles", "none"])
 def test_hidden_gpus_leave_the_cpu_and_the_log_says_so(
     with_gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str
 ) -> None:
@@ -103,8 +110,9 @@ def test_hidden_gpus_leave_the_cpu_and_the_log_says_so(
         choose_device(EngineConfig(device="cuda"), ALONE)
 
 
-def test_chosen_gpus_are_not_hidden(with_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+@pytest.mark.parametrize("value", ["0,1", "GPU-8932f937", "MIG-4a5"])
+def test_chosen_gpus_are_not_hidden(with_gpu: None, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     with pytest.raises(ConfigError, match="too old"):
         choose_device(EngineConfig(), ALONE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from ijepa_kernels.crop_resize import triton as crop_resize
 from ijepa_kernels.fused_tail import triton as fused_tail
@@ -18,15 +19,25 @@ def losses() -> dict[str, dict[str, list[int]]]:
     for width, dtype, weighted, smooth in ((1280, "*bf16", 1, 1), (1408, "*fp32", 0, 0), (384, "*bf16", 1, 0)):
         options = tile(width)
         warps = options.pop("num_warps")
-        signature = {"prediction": dtype, "tokens": "*fp32", "lookup": "*i64", "weights": "*fp32",
-                     "gradient": dtype, "partials": "*fp32", "num_rows": "i32", "num_tokens": "i32", "width": "i32",
-                     "prediction_stride": "i32", "token_stride": "i32", "beta": "fp32", "eps": "fp32",
-                     "even_weight": "fp32"}  # fmt: skip
         constants = {"WEIGHTED": bool(weighted), "SMOOTH": bool(smooth), "GRADIENT": True, **options}
-        found[f"target_loss {width}"] = compiled(target_loss._kernel, signature, constants, num_warps=warps)
+        found[f"target_loss {width}"] = _loss(dtype, constants, num_warps=warps)
     signature = {"gradient": "*bf16", "upstream": "*fp32", "count": "i32"}
     found["target_loss scale"] = compiled(target_loss._scale_kernel, signature, {"BLOCK": 4096}, num_warps=4)
     return found
+
+
+def _loss(dtype: str, constants: dict[str, object], *, num_warps: int) -> dict[str, list[int]]:
+    signature = {"prediction": dtype, "tokens": "*fp32", "lookup": "*i64", "weights": "*fp32",
+                 "gradient": dtype, "partials": "*fp32", "num_rows": "i32", "num_tokens": "i32", "width": "i32",
+                 "prediction_stride": "i32", "token_stride": "i32", "beta": "fp32", "eps": "fp32",
+                 "even_weight": "fp32"}  # fmt: skip
+    return compiled(target_loss._kernel, signature, constants, num_warps=num_warps)
+
+
+def too_large() -> dict[str, list[int]]:
+    """Returns what is taken by the loss with a tile whose values can't stay in the registers of one warp."""
+    tiles = {"ROWS": 4, "BLOCK": tile(1280)["BLOCK"]}
+    return _loss("*bf16", {"WEIGHTED": True, "SMOOTH": True, "GRADIENT": True, **tiles}, num_warps=1)
 
 
 def updates() -> dict[str, dict[str, list[int]]]:
@@ -63,7 +74,7 @@ def tails() -> dict[str, dict[str, list[int]]]:
     for name, quantised, rest, options in (
         ("fp8", True, True, {"capabilities": CAPABILITIES[1:]}), ("least", False, False, {})
     ):  # fmt: skip
-        constants = {**dict.fromkeys(("EMA", "FLAG", "SCALED", "ALIGNED"), rest), "QUANTISED": quantised,
+        constants = {**dict.fromkeys(("EMA", "FLAG", "SCALED", "ALIGNED", "EVEN"), rest), "QUANTISED": quantised,
                      "BLOCK": fused_tail.BLOCK}  # fmt: skip
         found[f"fused_tail {name}"] = compiled(
             fused_tail._kernel, signature, constants, num_warps=fused_tail.WARPS, **options
@@ -72,7 +83,8 @@ def tails() -> dict[str, dict[str, list[int]]]:
 
 
 def main() -> None:
-    print(json.dumps({**losses(), **updates(), **crops(), **tails()}))
+    shown = {**losses(), **updates(), **crops(), **tails()}
+    print(json.dumps(too_large() if "too_large" in sys.argv else shown))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_fused_tail_equals_adamw_target_update_and_copies():
         assert max(off["copy"], off["target_copy"], off["quantised"]) <= 1, (name, off)
     assert found["rules"]["other"].startswith("the table was made for other tensors, or they have moved; call prepare")
     assert found["rules"]["without a table"]
-    assert found["rules"]["wide loads"] == [True, False, False, False]  # odd rows, an odd size, odd addresses
+    assert found["rules"]["wide loads"] == [True, True, False, False]  # an odd size; odd rows; odd addresses
 
 
 def test_the_kernels_compile_without_spills(tmp_path):
@@ -68,3 +68,10 @@ def test_the_kernels_compile_without_spills(tmp_path):
         assert len(by_capability) == (1 if "fp8" in name else len(CAPABILITIES)), name
         assert all(spilled == 0 for _, spilled, _ in by_capability.values()), (name, by_capability)
     assert found == json.loads(FILE.read_text())["own kernels"], AGAIN
+
+
+def test_a_spilling_tile_is_noticed(tmp_path):
+    shown = run("-m", "tests.unit.kernels.compile_kernels", "too_large", TRITON_CACHE_DIR=str(tmp_path)).splitlines()[
+        -1
+    ]
+    assert all(spilled > 0 for _, spilled, _ in json.loads(shown).values())

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from ijepa_scale.config import PretrainConfig, load_config
+from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning import roofline
 from ijepa_scale.planning.devices import Cluster, find_device
 from ijepa_scale.planning.plan import FP32_MFU, Plan, plan
@@ -56,12 +57,25 @@ def test_what_makes_a_step_slower_lowers_the_estimate() -> None:
     assert sum(mfu("h100")) < compiled  # less bandwidth, the same peak
 
 
+@pytest.mark.parametrize(
+    ("gpu", "change", "reason"),
+    [
+        ("a100-80gb", [], "a100-80gb has no fp8 products"),
+        ("h100", ["engine.compile=false"], r"blocks aren't compiled \(engine.compile is false\)"),
+        ("h100", ["engine.strategy=fsdp2"], "fsdp2 shards the target and gathers it in bf16"),
+    ],
+)
+def test_an_fp8_target_that_training_refuses_is_refused(gpu: str, change: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"target_precision is fp8 but {reason}; set engine.target_precision=null"):
+        planned(gpu, "engine.strategy=ddp", "engine.target_precision=fp8", *change)
+
+
 def test_a_given_share_and_fp32_are_said() -> None:
     given, exact = plan(huge(), Cluster(H100, 16), mfu=0.3), planned("h100", "engine.precision=fp32")
     assert given.chosen.mfu == (0.3, 0.3) and exact.chosen.mfu == (FP32_MFU, FP32_MFU)
     assert "30% of the peak (from --mfu, not measured)" in page(given)
     assert "50% of the peak (assumed, not measured)" in page(exact)
-    estimated = "estimated from the memory traffic of compiled blocks, not measured; --mfu replaces it"
+    estimated = "estimated for compiled blocks, not measured; --mfu replaces it"
     assert estimated in page(planned("h100"))
 
 

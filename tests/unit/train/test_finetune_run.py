@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def test_averaged_weights_are_exact_and_are_evaluated(data, tmp_path):
 def test_prediction_errors_name_the_problem(finished, tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("text")
     for image, text in (
-        (tmp_path / "no.jpg", "can't be read (No such file"),
+        (tmp_path / "no.jpg", "no.jpg: there is no such file"),
         (tmp_path / "text.jpg", "not an image of a known format"),
     ):
         assert predict.main([str(image), "--model", str(finished[0])]) == 2
@@ -199,6 +200,43 @@ def test_prediction_errors_name_the_problem(finished, tmp_path, capsys):
         assert text in capsys.readouterr().err
     assert predict.main(["x.jpg", "--model", str(tmp_path)]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_prediction_skips_what_is_bad_and_reads_folders(finished, tmp_path, capfd):
+    model = ["--model", str(finished[0]), "--top", "1"]
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for number, name in enumerate(("1.png", "deep/2.png", "deep/\udcff.png")):
+        (folder / name).write_bytes(picture(COLORS["red"], number))
+    (folder / ".hidden.png").touch()
+    assert predict.main([str(folder), *model]) == 0
+    captured = capfd.readouterr()
+    assert captured.out.count("  red\n") == 3 and "\\xff.png\n" in captured.out
+    assert captured.err == f"not read in {folder}: 1 x .*.png\n"
+    (folder / "0.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(folder / "deep" / "1.jpg")
+    (tmp_path / "empty").mkdir()
+    last = tmp_path / "last.png"
+    last.write_bytes(picture(COLORS["blue"], 9))
+    assert predict.main([str(tmp_path / "empty"), str(folder), "no.jpg", str(last), *model]) == 2
+    captured = capfd.readouterr()
+    assert captured.out.count("  red\n") == 3 and captured.out.endswith(f"{last}\n{captured.out.splitlines()[-1]}\n")
+    for text in (
+        f"folder {tmp_path}/empty holds no image (found: nothing); name others", "0.jpg: there is no such file",
+        "deep/1.jpg: not a regular file", "image no.jpg: there is no such file",
+        "error: skipped 4 images or folders; replace or drop those named above",
+    ):  # fmt: skip
+        assert text in captured.err, text
+
+
+def test_a_bad_evaluation_image_is_refused_before_the_training(data, tmp_path):
+    for number, name in enumerate(COLORS):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "1.png").write_bytes(picture(COLORS[name], number)[: 200 if number < 2 else None])
+    overrides = (f"evaluate.data={tmp_path / 'val'}", "evaluate.reader=imagefolder")
+    with pytest.raises(DataError, match="evaluate.data: 2 of 3 images can't be used, .*blue/1.png .*; .*green/1.png"):
+        finetune(configure(tmp_path, data, *overrides), ALONE)
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_come_from_a_finished_run(finished, data, tmp_path):

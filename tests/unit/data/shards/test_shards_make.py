@@ -88,7 +88,7 @@ def test_files_that_cannot_be_used(tmp_path, caplog, monkeypatch):
     (root / "a" / "wide.png").write_bytes(encoded(0, "PNG", (3, 4000)))
     monkeypatch.setattr("ijepa_scale.data.pil_decode.MAX_PIXELS", 9999)
     (root / "b" / "large.jpg").write_bytes(bytes(5000))
-    monkeypatch.setattr("ijepa_scale.data.shards.image_files.MAX_MEMBER_BYTES", 4999)
+    monkeypatch.setattr("ijepa_scale.data.sources.read_file.MAX_MEMBER_BYTES", 4999)
     made = make(root, tmp_path / "to", max_bad_fraction=1)
     assert made.left_out == {
         "missing file": 1, "image size": 2, "no regular file": 1, "too many pixels": 1
@@ -108,7 +108,10 @@ def test_files_that_cannot_be_used(tmp_path, caplog, monkeypatch):
 
 
 def test_an_unreadable_image_ends_the_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    def broken(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("ijepa_scale.data.sources.read_file._check_regular", broken)
     with pytest.raises(DataError, match="can't be read .Input/output error.; check its permissions and the disk"):
         make(folder, tmp_path)
 

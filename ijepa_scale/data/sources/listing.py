@@ -1,0 +1,211 @@
+"""Lists the images of a folder: the one walker, and the rules that folders, tars and shards share.
+
+Entries of tools and systems are passed over and counted by name, images of other formats and other files by suffix.
+Knows nothing of decoding or batches.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from ijepa_scale.data.formats import is_image, junk
+from ijepa_scale.data.sources.scan import Problems
+from ijepa_scale.errors import DataError
+
+_SPLITS = ("train", "val", "valid", "validation", "test")
+_LIKE_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing)[-_ ]?(\d+|set|split|data|images?)?")
+NO_CLASS = "isn't in a class folder; move it into one"
+
+
+def chosen_split(folders: Iterable[str], place: str, give: Callable[[str], str]) -> str | None:
+    """Returns "train" if there are only splits, among them train; None if none of the folders looks like a split.
+
+    `place` names what holds the folders, and `give` returns what to give instead for one of them, or for ".".
+
+    Raises:
+        DataError: some of the folders look like splits, so they can't be told from classes.
+    """
+    names = sorted(folders)
+    alike = [name for name in names if _LIKE_SPLIT.fullmatch(name.casefold())]
+    if not alike:
+        return None
+    if "train" in alike and set(names) <= set(_SPLITS):
+        return "train"
+    wanted = min(alike, key=lambda name: (not name.casefold().startswith("train"), name))
+    others = [name for name in names if name not in alike]
+    found = f"folders named like splits ({few(alike)})" + (f" next to others ({few(others)})" if others else "")
+    raise DataError(
+        f"{place} holds {found}; give {give(wanted)} for that split, or {give('.')} if these folders are the classes"
+    )
+
+
+def check_lone(classes: list[str], nested: bool, place: str, give: Callable[[str], str]) -> None:
+    """Checks that a lone class folder isn't the folder that the classes are in.
+
+    `nested` tells whether folders in it hold images; `place` and `give` are those of `chosen_split`.
+
+    Raises:
+        DataError: it may be.
+    """
+    if len(classes) == 1 and nested:
+        raise DataError(
+            f"all images of {place} are in its folder {classes[0]!r}; give {give(classes[0])} if the folders in it are "
+            f"the classes, or {give('.')} if it is the only class"
+        )
+
+
+def no_images(folder: str, problems: Problems) -> DataError:
+    """Returns the error that a class folder has no image."""
+    found = problems.passed_over()
+    return DataError(
+        f"class folder {folder} holds no image that can be read{f' (passed over: {found})' if found else ''}; drop it, "
+        "or convert its files to JPEG or PNG"
+    )
+
+
+def few(names: Iterable[str]) -> str:
+    """Returns the first names, and how many more there are."""
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:5])
+    return f"{shown} and {len(ordered) - 5} more" if len(ordered) > 5 else shown or "none"
+
+
+def folders_in(root: Path) -> list[str]:
+    """Returns the names of the folders, and of links to folders, in a folder.
+
+    Raises:
+        DataError: it can't be listed.
+    """
+    try:
+        with os.scandir(root) as entries:
+            return [entry.name for entry in entries if junk(entry.name) is None and _is_folder(entry)]
+    except OSError as error:
+        raise _unlistable(root, error) from None
+
+
+def images_below(folder: str) -> tuple[list[str], Problems]:
+    """Returns the paths of all images in a folder and below it, and what was passed over.
+
+    Raises:
+        DataError: a folder can't be listed, or there is no image.
+    """
+    problems = Problems()
+    listing = FolderListing(Path(folder), problems)
+    paths = [os.path.join(folder, name) for top in ("", *listing.folders) for name in listing.images(top)]
+    if not paths:
+        raise DataError(f"folder {folder} holds no image (found: {problems.passed_over() or 'nothing'}); name others")
+    return paths, problems
+
+
+class FolderListing:
+    """The images below a folder, by the folder they are in; links are followed.
+
+    Each real folder is listed once: under its own path if that is below the root, else under the first link to it. So
+    a link to a folder that is listed anyway, or to one around the root, adds nothing and is counted. Dangling links and
+    special files with an image's name are listed; reading them fails.
+
+    Raises:
+        DataError: the root or a folder below it can't be listed.
+    """
+
+    def __init__(self, root: Path, problems: Problems) -> None:
+        self.root, self._problems = root, problems
+        self._images: dict[str, str] = {}  # folder -> sorted names, joined by slashes to save memory
+        self._real: list[str] = []  # folders still to be listed
+        self._links: list[str] = []  # links to folders, to be followed when no real one is left; a heap
+        self._tops: dict[str, list[str]] = {}  # folder in the root, or "" -> folders with images
+        self._walk()
+
+    @property
+    def folders(self) -> list[str]:
+        """The names of the folders in the root, sorted."""
+        return sorted(top for top in self._tops if top)
+
+    def images(self, top: str) -> Iterator[str]:
+        """Yields the paths of the images below a folder in the root, relative to the root, in torchvision's order.
+
+        For "" yields the names of the images that are in the root itself.
+        """
+        for folder in sorted(self._tops.get(top, ())):
+            prefix = f"{folder}/" if folder else ""
+            yield from (prefix + name for name in self._images[folder].split("/"))
+
+    def count(self, top: str) -> int:
+        """Returns the number of images below a folder in the root."""
+        return sum(self._images[folder].count("/") + 1 for folder in self._tops[top])
+
+    def is_nested(self, top: str) -> bool:
+        """Returns whether folders below a folder in the root hold images."""
+        return any(folder != top for folder in self._tops[top])
+
+    def _walk(self) -> None:
+        around = {self._identity(folder) for folder in (self.root.resolve(), *self.root.resolve().parents)}
+        self._list("")
+        seen: set[tuple[int, int]] = set()
+        while self._real or self._links:
+            folder = self._real.pop() if self._real else heapq.heappop(self._links)
+            identity = self._identity(folder)
+            if identity in seen or identity in around:
+                self._problems.skipped[f"link {folder} to a folder that is listed anyway"] += 1
+                continue
+            seen.add(identity)
+            self._list(folder)
+
+    def _identity(self, folder: str | Path) -> tuple[int, int]:
+        """Returns the device and inode of a folder, relative to the root or absolute."""
+        path = self.root / folder
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise _unlistable(path, error) from None
+        return status.st_dev, status.st_ino
+
+    def _list(self, folder: str) -> None:
+        """Lists one folder: keeps its images, counts what it passes over, and notes the folders in it."""
+        path, images, real = os.path.join(self.root, folder), [], []
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name[0] != "." and is_image(name) and not _is_folder(entry):  # nearly always
+                        images.append(name)
+                    elif (useless := junk(name)) is not None:
+                        self._problems.skipped[useless] += 1
+                    elif _is_folder(entry):
+                        inner = os.path.join(folder, name)
+                        real.append(inner) if not entry.is_symlink() else heapq.heappush(self._links, inner)
+                    else:
+                        self._problems.pass_over(name)
+        except OSError as error:
+            raise _unlistable(path, error) from None
+        self._real += sorted(real, reverse=True)
+        top = folder.partition("/")[0]
+        found = self._tops.setdefault(top, [])
+        if images:
+            images.sort()
+            self._images[folder] = "/".join(images)
+            found.append(folder)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return False
+        raise
+
+
+def _unlistable(path: str | Path, error: OSError) -> DataError:
+    return DataError(
+        f"folder {path} can't be listed ({error.strerror}), so its images would be missing; fix its permissions or the "
+        "disk, or move it away"
+    )
+
+
+__all__ = ["NO_CLASS", "FolderListing", "check_lone", "chosen_split", "few", "folders_in", "images_below", "no_images"]

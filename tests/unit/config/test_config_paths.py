@@ -1,0 +1,105 @@
+"""Settings that hold a path: what is replaced in it, and what is refused."""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+from ijepa_scale.config import PretrainConfig, load_config
+from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.form import Form
+from ijepa_scale.config.section import settings
+from ijepa_scale.errors import ConfigError
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    return write(tmp_path, "c.yaml", "")
+
+
+PATHS = [
+    "folder", "resume", "data.train", "data.cache", "engine.ds_config", "engine.compile_cache", "evaluate.train",
+    "evaluate.test",
+]  # fmt: skip
+FINETUNING_PATHS = ["folder", "resume", "data.train", "data.cache", "model.init", "evaluate.data", "engine.ds_config"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [*((PretrainConfig, key) for key in PATHS), *((FinetuneConfig, key) for key in FINETUNING_PATHS)],
+)
+def test_every_path_expands(monkeypatch, empty: Path, kind: type, key: str) -> None:  # noqa: ANN001
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/runs/of me")
+
+    def read(text: str) -> str:
+        config = load_config(empty, [f"{key}={text}"], kind=kind)
+        return reduce(getattr, key.split("."), config)
+
+    given = ("'~'", "~/a b", "$HOME/a", "${RUNS}/x$RUNS", "a~b/$1/$", "./~", "s3://b/~a/$HOME")
+    assert [read(text) for text in given] == [
+        "/home/me", "/home/me/a b", "/home/me/a", "/runs/of me/x/runs/of me", "a~b/$1/$", "./~", "s3://b/~a/$HOME",
+    ]  # fmt: skip
+    again = kind(**{**dict(load_config(empty, ["folder=$RUNS"], kind=kind))})
+    assert again.folder == "/runs/of me"
+    for text, problem in {
+        "''": "is ''; give a path; . is the working directory",
+        "' '": "is ' '; give a path; . is the working directory",
+        "a" * 256: f"is '{'a' * 256}'; it has 256 bytes and a name of 256 in it; Linux takes 4095 and 255: shorten it",
+        "$NOWHERE/a": "is '$NOWHERE/a'; the variable NOWHERE isn't set; set it, or write the path itself",
+        "~nobody-here/a": "is '~nobody-here/a'; there is no home folder of ~nobody-here; write the path itself",
+        "${oc.env:HOME}": "is '${oc.env:HOME}'; interpolations aren't read, write the value itself",
+        "s3://${HOME}/": "is 's3://${HOME}/'; interpolations aren't read, write the value itself",
+        '"a\\0b"': r"is 'a\x00b'; a path can't hold the character NUL or half a surrogate pair; remove it",
+        '"a\\uD800b"': r"is 'a\ud800b'; a path can't hold the character NUL or half a surrogate pair; remove it",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            read(text)
+        assert f"command line: {key} {problem}" in str(caught.value)
+
+
+def test_a_variable_that_stands_for_another_is_refused(monkeypatch, empty: Path) -> None:  # noqa: ANN001
+    monkeypatch.setenv("A", "/x/$B")
+    monkeypatch.setenv("B", "  ")
+    assert refusal(empty, "folder=$A") == [
+        "command line: folder is '$A'; it stands for '/x/$B', which holds the variable B; write the path itself"
+    ]
+    assert "its variables are empty; set them" in refusal(empty, "folder=$B")[0]
+
+
+def test_the_base_of_a_file_is_a_path(monkeypatch, tmp_path: Path) -> None:  # noqa: ANN001
+    monkeypatch.setenv("CONFIGS", str(tmp_path / "x"))
+    (tmp_path / "x").mkdir()
+    write(tmp_path / "x", "a.yaml", "seed: 3")
+    assert load_config(write(tmp_path, "b.yaml", "base: $CONFIGS/a.yaml")).seed == 3
+    assert (
+        "base is '$NOT/a.yaml'; the variable NOT isn't set"
+        in refusal(write(tmp_path, "c.yaml", "base: $NOT/a.yaml"))[0]
+    )
+
+
+def test_no_text_setting_that_holds_a_path_is_left_unmarked() -> None:
+    """A setting that takes free text is a path, or is listed here as something else."""
+    names = {
+        "name", "sampler", "loss", "reader", "evaluator", "rand_augment", "entity", "project", "experiment",
+        "image_member", "label_member",
+    }  # fmt: skip
+    for kind in (PretrainConfig, FinetuneConfig):
+        for key, field in settings(kind, kind()):
+            form = Form(field)
+            if form.takes_text and not form.choices:
+                assert form.is_path or key.rpartition(".")[2] in names, f"{key}: declare it form.PathText, or list it"
