@@ -82,7 +82,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 25
         (bytes(5000), "empty (5000 bytes, all zero); copy it again"),
         (archived("zip"), "a zip archive without PyTorch's data.pkl; unpack it and give the file inside"),
         (archived("tar"), "a tar archive; unpack it and give the file inside"),
-        (gzip.compress(b"x"), "a gzip archive; unpack it and give the file inside"),
+        (gzip.compress(b"x", mtime=0), "a gzip archive; unpack it and give the file inside"),
         (bz2.compress(b"x"), "a bzip2 archive; unpack it and give the file inside"),
         (lzma.compress(b"x"), "an xz archive; unpack it and give the file inside"),
         (b"\x89HDF\r\n", "an HDF5 file, such as Keras'; convert it to .safetensors"),
