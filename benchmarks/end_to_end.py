@@ -50,6 +50,7 @@ from ijepa_scale.metrics.sinks import JSONL_NAME
 from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.train.loop import Loop
 from ijepa_scale.train.pretrain import PretrainTask
+from ijepa_scale.train.run_folder import held
 from ijepa_scale.train.step import TrainStep
 
 WINDOW = {"cpu": 2, "cuda": 5}  # steps between reads of the clock
@@ -117,10 +118,12 @@ class TimedTask(PretrainTask):
 
 def measure_run(config: PretrainConfig, device: torch.device) -> Row:
     """Returns the row of a run through the training loop, whose wall time counts from its second step to its end."""
-    task = TimedTask(config, alone(device))
-    loop, cpu = Loop(task, None), cpu_seconds()
-    task.prepare_evaluation()
-    loop.train()
+    world = alone(device)
+    with held(Path(config.folder), world):
+        task = TimedTask(config, world)
+        loop, cpu = Loop(task, None), cpu_seconds()
+        task.prepare_evaluation()
+        loop.train()
     wall_s, steps = time.perf_counter() - task.second_step_at, task.last_step - 1
     rows = [row for row in read_rows(Path(config.folder) / JSONL_NAME) if STEP in row]
     ends = [1, *(row["step"] for row in rows)]
