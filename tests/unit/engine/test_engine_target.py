@@ -116,7 +116,7 @@ def test_fast_accumulation_reaches_every_fp8_product_and_the_comparison(fast, mo
     assert found == [fast] * 4 * 2  # each block's
     engine.check_fp8(images_of(2))
     assert found == [fast] * 4 * 2 * 2
-    with pytest.raises(ConfigError, match="fp8_fast_accumulation is true but target_precision is null; set target_pre"):
+    with pytest.raises(ConfigError, match="fp8_fast_accumulation is true but target_precision is null; set fp8_fast"):
         EngineConfig(fp8_fast_accumulation=True)
 
 

@@ -11,7 +11,7 @@ from ijepa_scale.augment import mae, pipeline
 from ijepa_scale.config import AugmentConfig
 from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.data.batch import Batch
-from ijepa_scale.data.decode import _cut_drawn, longest_sides
+from ijepa_scale.data.decode import decode_crop, longest_sides
 from tests.unit.kernels.kernel_harness import run
 
 
@@ -50,7 +50,7 @@ def test_the_warm_up_compiles_every_variant_that_crops_can_need(monkeypatch, int
     rng = np.random.default_rng(0)
     for side in rng.integers(2, 400, (300, 2)):
         pixels = np.zeros((*side, 3), dtype=np.uint8)
-        crop = _cut_drawn(pixels, rng.random(40).tolist(), output, (0.05, 1.0), ratio)
+        crop = decode_crop(pixels, rng.random(40).tolist(), output, scale=(0.05, 1.0), ratio=ratio)
         for begin in (0, 1):
             flat = torch.zeros(crop.size + 16, dtype=torch.uint8)[begin : begin + crop.size]
             kernels.crop_resize(flat, np.array([crop.shape[:2]]), output, **options, flip=None, normalise=ones)
