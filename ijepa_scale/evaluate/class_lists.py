@@ -7,6 +7,7 @@ import logging
 import numpy as np
 
 from ijepa_scale.data.class_names import shortened
+from ijepa_scale.data.sources.labels import whole_number
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.tar_shards import ShardSource
 from ijepa_scale.errors import DataError
@@ -36,6 +37,16 @@ def compare_classes(train: tuple[str, SampleSource], other: tuple[str, SampleSou
             f"{train_name} and {name} have different classes ({_difference(ours, theirs)}), "
             "so their labels have different meanings; give both the same class folders or classes.json"
         )
+    if (ours is None) != (theirs is None):
+        names = ours or theirs or []
+        numbers = [whole_number(text) for text in names]
+        moved = next((place for place, number in enumerate(numbers) if number not in (place, None)), None)
+        if None not in numbers and moved is not None:
+            raise DataError(
+                f"{train_name} and {name}: one has numbers for labels, the other classes called by numbers in another "
+                f"order (label {moved} is class {names[moved]!r}), as sorted folders are; name folders with leading "
+                "zeros, or give both the same classes.json"
+            )
     if not log:
         return
     if (ours is None) != (theirs is None):

@@ -88,7 +88,8 @@ class CsvImages:
 
     def _rows(self) -> list[tuple[str, str, int]]:
         """Returns (path, label, line number) of each line."""
-        rows = []
+        rows: list[tuple[str, str, int]] = []
+        first: dict[str, tuple[str, str, int]] = {}  # by path
         try:
             with self._csv.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.reader(file, strict=True, skipinitialspace=True)
@@ -97,6 +98,9 @@ class CsvImages:
                     raise DataError(
                         f"{self._csv} begins with {header}; its first line must name columns path and label"
                     )
+                twice = [name for name in _COLUMNS if header.count(name) > 1]
+                if twice:
+                    raise DataError(f"{self._csv} has the column {twice[0]} twice; keep one")
                 columns = [header.index(name) for name in _COLUMNS]
                 for cells in filter(None, reader):
                     name, label = (cells[column].strip() if column < len(cells) else "" for column in columns)
@@ -107,7 +111,15 @@ class CsvImages:
                             f"{self._csv}, line {reader.line_num}: {cells} has {len(cells)} cells, the first line "
                             f'{len(header)}; put a path or label with a comma into quotes (")'
                         )
-                    rows.append((name, plain(label), reader.line_num))
+                    row = (name, plain(label), reader.line_num)
+                    same = first.setdefault(os.path.normpath(name), row)
+                    numbers = whole_number(same[1]), whole_number(row[1])
+                    if same[1] != row[1] and (None in numbers or numbers[0] != numbers[1]):
+                        raise DataError(
+                            f"{self._csv} gives {name} the labels {same[1]!r} and {row[1]!r} (lines {same[2]} and "
+                            f"{row[2]}); keep one"
+                        )
+                    rows.append(row)
         except OSError as error:
             raise DataError(f"{self._csv} can't be read ({error.strerror}); give a CSV file with path,label") from None
         except UnicodeDecodeError as error:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ijepa_scale.data.formats import is_image, junk
 from ijepa_scale.data.sources.cache import Handle
-from ijepa_scale.data.sources.listing import NO_CLASS, check_lone, chosen_split, few, no_images
+from ijepa_scale.data.sources.listing import NO_CLASS, check_lone, chosen_split, few, no_images, refuse_nested
 from ijepa_scale.data.sources.read_file import check_size
 from ijepa_scale.data.sources.scan import IRREGULAR, Break, Problems, leaves_its_folder, walk_members
 from ijepa_scale.data.sources.tar_index import Names
@@ -135,6 +135,8 @@ class TarImages:
         chosen = chosen_split(found.folders_in(folder), str(self._path), lambda name: f"--split {folder}{name}")
         if chosen is not None:
             self._chosen, folder = chosen, f"{folder}{chosen}/"
+            inside = f"folder {folder} of {self._path}"
+            refuse_nested(found.folders_in(folder), inside, lambda name: f"--split {folder}{name}")
         nested = any(name.startswith(folder) and name.count("/", len(folder)) > 1 for name in found.images)
         check_lone(found.folders_in(folder), nested, str(self._path), lambda name: f"--split {folder}{name}")
         return folder

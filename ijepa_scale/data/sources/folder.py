@@ -16,6 +16,7 @@ from ijepa_scale.data.sources.listing import (
     chosen_split,
     folders_in,
     no_images,
+    refuse_nested,
 )
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
@@ -47,6 +48,8 @@ class ImageFolderSource:
         if not as_classes:
             self.chosen_split = chosen_split(folders_in(self.root), f"folder {self.root}", self._give)
             self.root /= self.chosen_split or ""
+            if self.chosen_split is not None:
+                refuse_nested(folders_in(self.root), f"folder {self.root}", self._give)
         listing = FolderListing(self.root, self._problems)
         for name in listing.images(""):
             self._problems.add("no class", str(self.root / name), NO_CLASS)

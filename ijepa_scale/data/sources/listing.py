@@ -44,6 +44,20 @@ def chosen_split(folders: Iterable[str], place: str, give: Callable[[str], str])
     )
 
 
+def refuse_nested(folders: Iterable[str], place: str, give: Callable[[str], str]) -> None:
+    """Refuses splits in a folder that was itself chosen among splits. One class may be called `train`.
+
+    Raises:
+        DataError: all its folders are called like splits; names what to give.
+    """
+    names = sorted(folders)
+    if len(names) > 1 and set(names) <= set(_SPLITS):
+        raise DataError(
+            f"{place} was chosen among splits and holds splits itself ({few(names)}); give {give(names[0])} for one of "
+            f"them, or {give('.')} if these folders are the classes"
+        )
+
+
 def check_lone(classes: list[str], nested: bool, place: str, give: Callable[[str], str]) -> None:
     """Checks that a lone class folder isn't the folder that the classes are in.
 
@@ -95,7 +109,7 @@ def images_below(folder: str) -> tuple[list[str], Problems]:
         DataError: a folder can't be listed, or there is no image.
     """
     problems = Problems()
-    listing = FolderListing(Path(folder), problems)
+    listing = FolderListing(Path(folder), problems, classes=False)
     paths = [os.path.join(folder, name) for top in ("", *listing.folders) for name in listing.images(top)]
     if not paths:
         raise DataError(f"folder {folder} holds no image (found: {problems.passed_over() or 'nothing'}); name others")
@@ -110,11 +124,12 @@ class FolderListing:
     special files with an image's name are listed; reading them fails.
 
     Raises:
-        DataError: the root or a folder below it can't be listed.
+        DataError: the root or a folder below it can't be listed, or a link in a class's place leads to nothing.
     """
 
-    def __init__(self, root: Path, problems: Problems) -> None:
-        self.root, self._problems = root, problems
+    def __init__(self, root: Path, problems: Problems, *, classes: bool = True) -> None:
+        """With `classes`, the folders in the root are classes, of which none may be lost."""
+        self.root, self._problems, self._classes = root, problems, classes
         self._images: dict[str, str] = {}  # folder -> sorted names, joined by slashes to save memory
         self._real: list[str] = []  # folders still to be listed
         self._links: list[str] = []  # links to folders, to be followed when no real one is left; a heap
@@ -179,6 +194,11 @@ class FolderListing:
                     elif _is_folder(entry):
                         inner = os.path.join(folder, name)
                         real.append(inner) if not entry.is_symlink() else heapq.heappush(self._links, inner)
+                    elif self._classes and not folder and entry.is_symlink() and not os.path.exists(entry.path):
+                        raise DataError(
+                            f"link {entry.path} leads to nothing, so a class may be missing and labels would be "
+                            "counted without it; restore what it leads to, or remove the link"
+                        )
                     else:
                         self._problems.pass_over(name)
         except OSError as error:
@@ -208,4 +228,14 @@ def _unlistable(path: str | Path, error: OSError) -> DataError:
     )
 
 
-__all__ = ["NO_CLASS", "FolderListing", "check_lone", "chosen_split", "few", "folders_in", "images_below", "no_images"]
+__all__ = [
+    "NO_CLASS",
+    "FolderListing",
+    "check_lone",
+    "chosen_split",
+    "few",
+    "folders_in",
+    "images_below",
+    "no_images",
+    "refuse_nested",
+]

@@ -295,6 +295,42 @@ def test_names_on_one_side_only_are_compared_by_number(tmp_path, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("numbers_train", [True, False])
+def test_folders_called_by_numbers_are_not_the_numbers(tmp_path, numbers_train):
+    """Sorted as text, folder 10 is label 2."""
+    numbers = named(tmp_path / "t", *map(str, range(11)))
+    folders = named(tmp_path / "v", "0", classes=sorted(map(str, range(11))))
+    pair = (("data.train", numbers), ("evaluate.data", folders))
+    with pytest.raises(DataError, match="by numbers in another order .label 2 is class '10'., as sorted folders"):
+        compare_classes(*(pair if numbers_train else pair[::-1]))
+    padded = named(tmp_path / "w", "0", classes=sorted(f"{number:02d}" for number in range(11)))
+    compare_classes(pair[0], ("evaluate.data", padded))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (("a.jpg,cat", "a.jpg,dog"), r"gives a.jpg the labels 'cat' and 'dog' \(lines 2 and 3\); keep one"),
+        (("a.jpg,0", "b.jpg,1", "./a.jpg,1"), r"gives ./a.jpg the labels '0' and '1' \(lines 2 and 4\); keep one"),
+    ],
+)
+def test_one_image_has_one_label(tmp_path, lines, message):
+    (tmp_path / "a.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    with pytest.raises(DataError, match=message):
+        CsvImages(tmp_path / "a.csv")
+
+
+def test_one_label_in_two_spellings_is_one_label(tmp_path):
+    (tmp_path / "a.csv").write_text("path,label\na.jpg,1\na.jpg,01\n")
+    assert CsvImages(tmp_path / "a.csv").labels().tolist() == [1, 1]
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("path,label,label\na.jpg,0,1\n")
+    with pytest.raises(DataError, match="has the column label twice; keep one"):
+        CsvImages(tmp_path / "a.csv")
+
+
 def test_labels_that_training_lacks_are_named(tmp_path, caplog):
     train, test = named(tmp_path / "t", "0", "1"), named(tmp_path / "v", "1", "2", "4", "5", "6")
     compare_classes(("data.train", train), ("evaluate.data", test))

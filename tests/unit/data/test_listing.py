@@ -26,7 +26,7 @@ from ijepa_scale.data.shards.tars import TarImages
 from ijepa_scale.data.sources import remote
 from ijepa_scale.data.sources.cache import FileCache
 from ijepa_scale.data.sources.folder import ImageFolderSource
-from ijepa_scale.data.sources.listing import FolderListing
+from ijepa_scale.data.sources.listing import FolderListing, images_below
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import expand
 from ijepa_scale.data.sources.tar_shards import ShardSource
@@ -226,6 +226,34 @@ def test_a_split_is_never_guessed(tmp_path, folders, expected):
         assert (chosen in folder.summary()) == (chosen in tar.summary()) == (expected == "train")
     shown = sorted(folder for folder in folders if junk(folder) is None)
     assert ImageFolderSource(f"{root}/.").classes == TarImages(tmp_path / "a.tar", "set/.").classes == shown
+
+
+def test_splits_inside_a_split_are_never_classes(tmp_path):
+    root = tmp_path / "set"
+    for folder in ("train/train", "train/val", "val/train", "val/val"):
+        class_folders(root / folder, 3)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(root, "set")
+    with pytest.raises(DataError, match=f"holds splits itself .train, val.; give {root}/train/train for one of them"):
+        ImageFolderSource(root)
+    with pytest.raises(DataError, match="holds splits itself .train, val.; give --split set/train/train"):
+        TarImages(tmp_path / "a.tar", "set")
+    assert ImageFolderSource(f"{root}/train/.").classes == ["train", "val"]
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    for folder in ("train/train", "train/car", "val/train", "val/car"):
+        class_folders(tmp_path / folder, 1)
+    assert ImageFolderSource(tmp_path).classes == ["car", "train"]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_in_a_classs_place_that_leads_to_nothing_is_an_error(tmp_path, target):
+    class_folders(tmp_path, 1)
+    (tmp_path / "itself").symlink_to(target)
+    with pytest.raises(DataError, match="link .*/itself leads to nothing, so a class may be missing"):
+        ImageFolderSource(tmp_path)
+    assert images_below(str(tmp_path))[0]  # prediction needs no classes
 
 
 def test_a_class_without_images_is_refused(tmp_path):

@@ -186,8 +186,9 @@ def test_a_tar_that_changes_is_reported(tmp_path):
 
 
 def test_numbers_in_a_list_stay_as_they_are(tmp_path):
-    (tmp_path / "1.jpg").write_bytes(encoded(1))
-    (tmp_path / "list.csv").write_text("label,path\n7,1.jpg\n\n003,1.jpg\n")
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(encoded(1))
+    (tmp_path / "list.csv").write_text("label,path\n7,1.jpg\n\n003,2.jpg\n")
     source = CsvImages(tmp_path / "list.csv")
     assert source.labels().tolist() == [7, 3] and source.classes is None
     assert source.read(0) == encoded(1)
