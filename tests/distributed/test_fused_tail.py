@@ -67,7 +67,7 @@ def compiled(world: World, engine: dict, steps: int) -> dict:
 
 @pytest.mark.long
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
-def test_compiled_blocks_train_with_copies(checkpointing: str) -> None:
+def test_compiled_blocks_train_with_the_tail(checkpointing: str) -> None:
     _, engine = ENGINES["ddp"]
     found = run(eagerly, 2, compiled, {**engine, "checkpointing": checkpointing}, 4)[0]
     losses = plain("bf16", None)["losses"][:4]
