@@ -166,7 +166,7 @@ def here(names: list[str], device: torch.device, to: Path) -> None:
             row = measure(name, known[name], device)
         except (ConfigError, Fp8UnavailableError) as error:
             row = {"benchmark": "smoke", "path": name, "status": "skipped", "reason": str(error)}
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is a row, and the other paths go on in a new process
             traceback.print_exc()
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
             append(to, {"benchmark": "smoke", "path": name, "status": "failed", "reason": reason})

@@ -16,35 +16,34 @@ _MAX_NODES = 100_000  # values once each alias is replaced by what it stands for
 _MAX_DIGITS = 400  # of a whole number, leading zeros included
 
 
-class Whole(int):
-    """A whole number; `str` returns it as the file writes it, such as 0012, for settings that take text."""
+class _Written:
+    """A number whose `str` is what the file writes, such as 0012 or 1.10, for settings that take text."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
+class Whole(_Written, int):
+    """A whole number that knows how it is written."""
 
     def __new__(cls, written: str, base: int = 10) -> Whole:  # noqa: D102
         number = super().__new__(cls, written, base)
         number.written = written
         return number
 
-    written: str
-
-    def __str__(self) -> str:
-        return self.written
-
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return int, (int(self),)
 
 
-class Real(float):
-    """A number; `str` returns it as the file writes it, such as 1.10, for settings that take text."""
+class Real(_Written, float):
+    """A number with a fraction or an exponent that knows how it is written."""
 
     def __new__(cls, written: str) -> Real:  # noqa: D102
         number = super().__new__(cls, re.sub(r"\.(?=inf|nan)", "", written.lower()))
         number.written = written
         return number
-
-    written: str
-
-    def __str__(self) -> str:
-        return self.written
 
     def __reduce__(self) -> tuple[type, tuple[float]]:
         return float, (float(self),)
@@ -174,9 +173,8 @@ def parse_yaml(text: str, origin: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
-        what = (
-            getattr(error, "problem", None) or str(error).splitlines()[0]
-        )  # of a character that YAML has no place for
+        # an error about a character that YAML doesn't allow has no `problem`
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
         hint = "; fill in the template's {{ }} first" if "{{" in text else ""
         raise ConfigError(f"{origin}: not readable as YAML{where}: {what}{hint}") from None
 

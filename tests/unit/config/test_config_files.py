@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from ijepa_scale.config import PretrainConfig, load_config, read_config, to_yaml
 from ijepa_scale.config.files import known_keys
 from ijepa_scale.config.section import Section
-from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.models import build_jepa
 from ijepa_scale.nearest import nearest, nearest_dotted
 from ijepa_scale.planning.parameters import count_parameters
+from tests.unit.config.writing import refusal, write
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 ENCODER_MILLIONS = {
@@ -30,25 +30,8 @@ ENCODER_MILLIONS = {
 }
 
 
-def write(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
-
-
-def refusal(path: Path, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value).splitlines()
-
-
 def is_a_path(text: str) -> bool:
     return bool(text.strip()) and not {"$", "\0"} & {*text} and text[0] != "~"
-
-
-@pytest.fixture
-def empty(tmp_path: Path) -> Path:
-    return write(tmp_path, "c.yaml", "")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -12,24 +12,7 @@ from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.config.form import Form
 from ijepa_scale.config.section import settings
 from ijepa_scale.errors import ConfigError
-
-
-def write(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def refusal(path: Path, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value).splitlines()
-
-
-@pytest.fixture
-def empty(tmp_path: Path) -> Path:
-    return write(tmp_path, "c.yaml", "")
-
+from tests.unit.config.writing import refusal, write
 
 PATHS = [
     "folder", "resume", "data.train", "data.cache", "engine.ds_config", "engine.compile_cache", "evaluate.train",

@@ -79,13 +79,6 @@ def added() -> Iterator[None]:
         del registry._added[name]
 
 
-@pytest.fixture
-def empty(tmp_path: Path) -> Path:
-    path = tmp_path / "c.yaml"
-    path.write_text("")
-    return path
-
-
 def refusal(make: Any, *arguments: Any, **values: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         make(*arguments, **values)

@@ -11,24 +11,7 @@ from hypothesis import strategies as st
 
 from ijepa_scale.config import load_config, to_yaml
 from ijepa_scale.config.yaml_text import parse_yaml, plain, write_yaml
-from ijepa_scale.errors import ConfigError
-
-
-def write(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def refusal(path: Path, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value).splitlines()
-
-
-@pytest.fixture
-def empty(tmp_path: Path) -> Path:
-    return write(tmp_path, "c.yaml", "")
+from tests.unit.config.writing import refusal, write
 
 
 def test_yaml_keeps_text_that_only_looks_like_a_number() -> None:
