@@ -29,7 +29,7 @@ def planned(device_name: str, *overrides: str) -> Plan:
     return plan(huge(*overrides), Cluster(find_device(device_name), 16))
 
 
-def test_the_estimate_is_a_range_that_agrees_with_an_independent_roofline() -> None:
+def test_the_estimate_agrees_with_a_separate_roofline() -> None:
     """Ranges of H/14 at 224 with 128 images, from a separate calculation with the same assumptions."""
     for name, (low, high) in {"h100": (0.38, 0.43), "h200": (0.42, 0.48), "a100-80gb": (0.54, 0.60)}.items():
         found = mfu(name)
