@@ -7,7 +7,7 @@ in any of them is told in one message, with where it came from. Published and ea
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import itemgetter
 from pathlib import Path
@@ -27,6 +27,8 @@ from ijepa_scale.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=Section)
+
+Choose = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 class Loaded(NamedTuple):
@@ -49,13 +51,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[C
 
 
 def read_config(
-    path: str | Path, overrides: Sequence[str] = (), *, kind: type = PretrainConfig, num_processes: int | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    kind: type = PretrainConfig,
+    num_processes: int | None = None,
+    choose: Choose | None = None,
 ) -> Loaded:
     """Returns the configuration and the notes of a translation; `num_processes` only enriches those notes.
 
+    If the configuration names a recipe, `choose` returns its settings, nested, for those given, nested: they are laid
+    below all others.
+
     Raises:
         ConfigError: Missing or unreadable file, bases in a circle, unknown keys, wrong types, values
-            outside their range.
+            outside their range, or a recipe without `choose`.
     """
     notes: list[str] = []
     values: dict[str, Any] = {}
@@ -70,10 +80,23 @@ def read_config(
             origins.pop(key, None)
             origins[key] = origin
     try:
+        if values.get("recipe") is not None:
+            values = _followed(values, choose, kind)
         return Loaded(kind(**values), notes)
     except ConfigError as error:
         lines = sorted((_placed(line, origins) for line in str(error).splitlines()), key=itemgetter(0))
         raise ConfigError("\n".join(line for _, line in lines)) from None
+
+
+def _followed(values: dict[str, Any], choose: Choose | None, kind: type[Section]) -> dict[str, Any]:
+    """Returns the settings with those that their recipe chooses, and without the recipe."""
+    kind(recipe=values["recipe"])  # refuses an unknown one
+    if choose is None:
+        raise ConfigError(
+            f"recipe is {values['recipe']}, which chooses settings by the images and the machine when a run begins; "
+            "give the config.yaml of the run's folder here, or the file that `launch/pretrain.py --print-config` prints"
+        )
+    return {**_laid(choose(values), values), "recipe": None}
 
 
 def to_yaml(config: Section) -> str:
