@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
@@ -56,9 +56,12 @@ def read_config(
     *,
     kind: type = PretrainConfig,
     num_processes: int | None = None,
+    needs_paths: bool = True,
     choose: Choose | None = None,
 ) -> Loaded:
     """Returns the configuration and the notes of a translation; `num_processes` only enriches those notes.
+
+    Without `needs_paths`, a published file may have placeholders for paths, as it was published.
 
     If the configuration names a recipe, `choose` returns its settings, nested, for those given, nested: they are laid
     below all others.
@@ -70,7 +73,10 @@ def read_config(
     notes: list[str] = []
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}  # of dotted keys, those of later layers later
-    layers = list(_files(Path(path), (), notes, finetuning=kind is FinetuneConfig, num_processes=num_processes))
+    reading = partial(
+        translate, finetuning=kind is FinetuneConfig, num_processes=num_processes, needs_paths=needs_paths
+    )
+    layers = list(_files(Path(path), (), notes, reading))
     below: Mapping[str, Any] = reduce(lambda low, high: _laid(low, high), (content for _, content in layers), {})
     layers.append(("command line", nest(_parse_overrides(overrides, kind, below))))
     for origin, content in layers:
@@ -110,9 +116,9 @@ def known_keys(config: Section | type[Section]) -> list[str]:
 
 
 def _files(
-    path: Path, below: tuple[Path, ...], notes: list[str], *, finetuning: bool, num_processes: int | None
+    path: Path, below: tuple[Path, ...], notes: list[str], reading: Callable[..., tuple[dict[str, Any], list[str]]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields what a file holds with its name, its bases first. `below` are the files that led here."""
+    """Yields what a file holds with its name, its bases first. `below` led here; `reading` translates."""
     resolved = path.resolve()
     if resolved in below:
         circle = " -> ".join(str(p.name) for p in (*below[below.index(resolved) :], resolved))
@@ -128,7 +134,7 @@ def _files(
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}; a configuration is a mapping of sections")
     if is_published(content):
-        content, said = translate(content, finetuning=finetuning, num_processes=num_processes, origin=str(path))
+        content, said = reading(content, origin=str(path))
         notes.extend(said)
     base = content.pop("base", None)
     if not isinstance(base, (str, NoneType)):
@@ -139,7 +145,7 @@ def _files(
             lower = path.parent / expand_path(base)
         except ConfigError as error:
             raise ConfigError(f"{path}: base is {base!r}; {error}") from None
-        yield from _files(lower, over, notes, finetuning=finetuning, num_processes=num_processes)
+        yield from _files(lower, over, notes, reading)
     yield str(path), content
 
 
