@@ -26,7 +26,8 @@ _PLACEHOLDER = "$"  # $replace_this_with_..., as in the published files
 _MOVED = {"data.num_workers": "data.workers", "logging.folder": "folder"}
 _PRETRAINING = {
     **_MOVED, "data.crop_scale": "augment.crop_scale", "data.crop_size": "model.image_size",
-    "mask.patch_size": "model.patch_size", "mask.allow_overlap": "masks.allow_overlap", "mask.aspect_ratio": "masks.target_aspect",
+    "mask.patch_size": "model.patch_size", "mask.aspect_ratio": "masks.target_aspect",
+    "mask.allow_overlap": "masks.allow_overlap",
     "mask.enc_mask_scale": "masks.context_scale", "mask.min_keep": "masks.min_keep",
     "mask.num_enc_masks": "masks.num_context_blocks", "mask.num_pred_masks": "masks.num_target_blocks",
     "mask.pred_mask_scale": "masks.target_scale", "meta.model_name": "model.name",
