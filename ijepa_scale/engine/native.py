@@ -41,9 +41,6 @@ class NativeEngine(BaseEngine):
     def _distribute(self, groups: GroupFunction) -> None:
         low = self._optimizer_config.renews_copies and self._config.precision == "bf16"
         low = low and self._sharding is None  # FSDP2 gathers weights in bf16 already
-        # torch 2.11 sometimes fails to compile such layers ("sources must not be empty for symbol"), so compiled blocks
-        # keep autocast's casts.
-        low = low and self._config.compile is False
         self._low_copies = use_low_copies(self.module) if low else {}
         compile_parts(self._config, self.module, self.target_module)
         self._wrap()

@@ -196,7 +196,7 @@ def _spread(
         communication=engine.zero_communication,
         accumulation=engine.accumulation,
         optimizer_states=optimizer.state_names,
-        renews_copies=optimizer.renews_copies and engine.compile is not True,
+        renews_copies=optimizer.renews_copies,
         zero=zero if engine.strategy == "deepspeed" else ZeroBuckets(),
     )
 
@@ -253,7 +253,6 @@ def _planned(
             tokens=mean,
             flops=flops,
             compiled=engine.compile is True,
-            fused=config.optimizer.renews_copies,
             fp8=engine.target_precision == "fp8" and spread.target_replicated,
             checkpointing=checkpointing,
         )

@@ -53,7 +53,6 @@ def estimate_mfu(
     tokens: Tokens,
     flops: FlopCount,
     compiled: bool,
-    fused: bool = False,
     fp8: bool = False,
     checkpointing: str = "none",
 ) -> Range:
@@ -67,7 +66,7 @@ def estimate_mfu(
     moved = micro_batch_bytes(
         sizes, tokens, counts, compiled=compiled, fp8=fp8, casts=casts, checkpointing=checkpointing
     )
-    moved += update_bytes(counts, spread, fused=fused, fp8=fp8) / spread.accumulation
+    moved += update_bytes(counts, spread, fp8=fp8) / spread.accumulation
     found = []
     for end in (0, 1):
         reach = _reach(device)

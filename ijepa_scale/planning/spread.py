@@ -50,7 +50,7 @@ class Spread:
     communication: str = "fp32"  # zero with bf16 precision: the dtype of gathers and reductions
     accumulation: int = 1
     optimizer_states: tuple[str, ...] = AdamWConfig.state_names  # fp32, one of each for each weight
-    renews_copies: bool = False  # the optimiser does, of weights of blocks that aren't compiled
+    renews_copies: bool = False  # the optimiser does, of the weights; see `OptimizerConfig.renews_copies`
     zero: ZeroBuckets = field(default_factory=ZeroBuckets)
 
     def __post_init__(self) -> None:

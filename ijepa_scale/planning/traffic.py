@@ -67,11 +67,11 @@ def micro_batch_bytes(
     return found + OUTSIDE[tokens.packed] * target
 
 
-def update_bytes(counts: ParameterCounts, spread: Spread, *, fused: bool, fp8: bool) -> float:
-    """Returns the bytes of optimiser and target update on one process, once a step; `fused`: in one pass."""
+def update_bytes(counts: ParameterCounts, spread: Spread, *, fp8: bool) -> float:
+    """Returns the bytes of optimiser and target update on one process, once a step."""
     shards = spread.shards if spread.strategy == "fsdp2" or spread.stage else 1
     held = 1 if spread.target_replicated else spread.shards
-    if fused:
+    if spread.renews_copies:
         optimizer = FUSED_OPTIMIZER + LOW_COPY * spread.lasting_copies
         target = FUSED_TARGET + FUSED_FP8_COPY * fp8
     else:

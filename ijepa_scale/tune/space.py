@@ -154,7 +154,7 @@ class Space:
             communication=engine.zero_communication,
             accumulation=engine.accumulation,
             optimizer_states=self.config.optimizer.state_names,
-            renews_copies=self.config.optimizer.renews_copies and engine.compile is not True,
+            renews_copies=self.config.optimizer.renews_copies,
             zero=ZeroBuckets.of(_zero_section(engine)) if engine.strategy == "deepspeed" else ZeroBuckets(),
         )
         plan = footprint(

@@ -40,20 +40,20 @@ def _split(
 
 @torch.library.custom_op("ijepa_kernels::attention_by_runs", mutates_args=())
 def opaque_attention_by_runs(
-    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, kernel: str | None = None
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, dense_kernel: str | None = None
 ) -> Tensor:
     """Returns `attention_by_runs` as one operation, which torch.compile doesn't specialise to the lengths.
 
     Reads `cu_queries` and `cu_keys` (S + 1,) on the host. That is free on the CPU and a synchronisation on CUDA,
     where only fp32 takes this path. Gradients are summed in fp32.
     """
-    out = attention_by_runs(q, k, v, _runs_between(cu_queries, cu_keys), kernel)
+    out = attention_by_runs(q, k, v, _runs_between(cu_queries, cu_keys), dense_kernel)
     # without tokens `out` is q itself, and an output may not be an input
     return out.contiguous() if len(q) else q.new_empty(q.shape)
 
 
 @opaque_attention_by_runs.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, kernel: str | None = None) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, dense_kernel: str | None = None) -> Tensor:
     return q.new_empty(q.shape)
 
 

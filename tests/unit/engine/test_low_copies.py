@@ -160,3 +160,35 @@ def test_compiled_blocks_are_one_graph_for_any_length(checkpointing) -> None:
             torch.testing.assert_close(found, expected, rtol=2**-7, atol=2e-4)
     assert len(graphs) <= 2, len(graphs)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_compiled_blocks_give_what_compiled_autocast_gives(checkpointing) -> None:
+    torch._dynamo.reset()
+    set_compile_limits()
+    torch.manual_seed(0)
+    casts = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([Block(16, 2, 32) for _ in range(2)])})
+    copies = copy.deepcopy(casts)
+    use_low_copies(copies)
+    for part in (casts, copies):
+        checkpoint_blocks(part, checkpointing)
+        compile_blocks(part, backend="aot_eager")
+    for length in (5, 9, 6):
+        results = []
+        for part in (casts, copies):
+            x = torch.randn(3, length, 16, generator=torch.Generator().manual_seed(length)).requires_grad_()
+            y = x
+            with AUTOCAST:
+                for block in part["blocks"]:
+                    y = block(y)
+            y.square().mean().backward()
+            results.append((y, x.grad, {name: parameter.grad for name, parameter in part.named_parameters()}))
+            part.zero_grad()
+        (y, d_x, expected), (found_y, found_d_x, found) = results
+        assert torch.equal(found_y, y) and torch.equal(found_d_x, d_x)
+        for name, gradient in expected.items():
+            if "norm" in name or not name.endswith("bias"):
+                assert torch.equal(found[name], gradient), name
+            else:  # autocast rounds these sums to bf16
+                torch.testing.assert_close(found[name], gradient, rtol=2**-8, atol=1e-6)
+    torch._dynamo.reset()

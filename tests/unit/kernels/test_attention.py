@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 
 from ijepa_kernels.attention import SequenceLayout, attention
 from ijepa_kernels.attention.reference import attention_reference
@@ -216,3 +217,15 @@ def test_packed_on_cuda_equals_the_reference(head_dim):
     layout = SequenceLayout.of((17, 1, 68, 110), "cuda")
     inputs = [x.detach().cuda().requires_grad_() for x in tensors((layout.total, 4, head_dim), torch.bfloat16)]
     compare(lambda *qkv: attention(*qkv, layout), lambda *qkv: attention_reference(*qkv, layout), inputs, 2e-2)
+
+
+@pytest.mark.parametrize("kernel", [None, "math"])
+def test_inductor_compiles_packed_attention(kernel):
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for lengths in ((3, 5, 4), (2, 7)):
+            layout = SequenceLayout.of(lengths)
+            q, k, v, _ = tensors((layout.total, 2, 8))
+            expected = attention_reference(q, k, v, layout)
+            torch.testing.assert_close(compiled(q, k, v, layout, kernel=kernel), expected, atol=2e-6, rtol=2e-6)

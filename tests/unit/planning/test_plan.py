@@ -187,7 +187,7 @@ def test_a_plan_holds_the_published_figures() -> None:
 
 
 def test_a_plan_with_the_fused_tail_names_no_zero_and_counts_copies_of_weights() -> None:
-    config, cluster = published("in1k_vith14_ep300", "engine.compile=false"), Cluster(A100, 8)
+    config, cluster = published(), Cluster(A100, 8)
     fused = config.replace(optimizer=config.optimizer.replace(impl="fused_tail"))
     plain, found = (
         {each.spread.strategy: each.footprint for each in plan(one, cluster).strategies} for one in (config, fused)
