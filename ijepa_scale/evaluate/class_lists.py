@@ -75,9 +75,11 @@ def require_labels(source: SampleSource, labels: np.ndarray, name: str) -> None:
         DataError: it has none. Says what the set was read as.
     """
     if (labels < 0).all():
+        count = len(labels)
         raise DataError(
-            f"{name} has no labels ({source.summary()}); give class folders, a CSV with path,label, or shards made "
-            "from them (pretraining needs no labels with evaluate.every=0)"
+            f"{name}: {count} of {count} images have no label (the first is {source.name(0)}): it was read as "
+            f"{source.summary()}; give class folders, a CSV with path,label, or shards made from them (pretraining "
+            "needs no labels with evaluate.every=0)"
         )
 
 

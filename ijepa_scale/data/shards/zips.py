@@ -99,10 +99,10 @@ class _Directory(io.FileIO):
     """A file that refuses to read more than a list of members may have."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """Returns up to `size` bytes."""
-        if size is None or not 0 <= size <= MAX_DIRECTORY_BYTES:
-            raise zipfile.BadZipFile(f"a list of members of {size} bytes")
-        return super().read(size) or b""
+        """Returns up to `size` bytes, of which -1 means all; `zipfile` asks for all only at the end of the file."""
+        if size is not None and size > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"a list of members of {size} bytes, at most {MAX_DIRECTORY_BYTES}")
+        return super().read(MAX_DIRECTORY_BYTES if size is None or size < 0 else size) or b""
 
 
 def _name_of(member: zipfile.ZipInfo) -> str:

@@ -88,7 +88,7 @@ def has_no_classes(loose: int, inside: int, most_loose: float) -> bool:
 def doubt_classes(place: str, loose: int, inside: int, give: Callable[[str], str]) -> str:
     """Returns what to check about a root that is read without labels though there are folders with images in it."""
     return (
-        f"{place} is read without labels, because {loose} of its {loose + inside} images are in no folder; give "
+        f"{place} is read without labels, because it has images in no folder ({loose} of {loose + inside}); give "
         f"{give(AS_CLASSES)} if its folders are the classes"
     )
 
