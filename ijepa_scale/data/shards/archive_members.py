@@ -151,7 +151,9 @@ class ArchiveMembers:
                 return "" if name == "." else name[:-4] if inner else name
             at = "/".join(parts[:through])
             name = posixpath.normpath(posixpath.join(posixpath.dirname(at), self._links[at], *parts[through:]))
-            if name.startswith(("/", "..")):
+            if set(name.split("/")) == {".."}:
+                return ""  # around the archive, and so around all folders in it
+            if name.startswith(("/", "../")):
                 return None
         return None
 

@@ -155,7 +155,9 @@ class ParquetImages:
                 raise DataError(f"{file.path} has changed since it was listed; start again in an empty folder")
             # as a dictionary, repeated bytes take no memory of their own
             with parquet.ParquetFile(file.path, read_dictionary=[file.image]) as opened:
-                return opened.read_row_group(group, columns=[file.image], use_threads=False).column(0)
+                column = opened.read_row_group(group, columns=[file.image], use_threads=False).column(0)
+                column.validate(full=True)  # indices of a damaged file may point outside
+                return column
         except arrow.ArrowException:
             return None
         except OSError as error:
@@ -238,6 +240,7 @@ def _image_column(arrow: Any, schema: Any, wanted: str | None, path: Path) -> st
     """Returns the path in the file of the column of encoded images."""
 
     def holds_bytes(kind: Any) -> bool:
+        kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
         return kind in (arrow.binary(), arrow.large_binary())
 
     found = {}
