@@ -93,6 +93,7 @@ SOURCES = Registry(
         "shards": "ijepa_scale.data.sources.readers:read_shards",
         "stream": "ijepa_scale.data.sources.readers:read_stream",
         "imagefolder": "ijepa_scale.data.sources.readers:read_folder",
+        "list": "ijepa_scale.data.sources.readers:read_list",
         "synthetic": "ijepa_scale.data.sources.readers:read_synthetic",
     },
 )

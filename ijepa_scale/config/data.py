@@ -20,7 +20,7 @@ def _known_reader(name: str) -> str:
     return name
 
 
-WITHOUT_MEMBERS = ("imagefolder", "synthetic")  # readers whose samples are one image each
+WITHOUT_MEMBERS = ("imagefolder", "list", "synthetic")  # readers whose samples are one image each
 
 Reader = Annotated[str, AfterValidator(_known_reader)]
 
@@ -30,7 +30,7 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
 
     reader: str = Field("shards", description="Shards are WebDataset tars; stream reads them with plain webdataset.")
     train: form.PathText | None = Field(
-        None, description="Tars (folder, glob, {000..127}, https://) or folder of classes."
+        None, description="Tars (folder, glob, {000..127}, https://), folder of images, or list of paths."
     )
     batch_size: form.Images | None = Field(None, description="Images of an optimiser step, over all processes.")
     batch_size_per_process: form.Images | None = Field(None, description="Those of each process.")

@@ -26,6 +26,7 @@ _OTHER_IMAGES = frozenset(
     "icns ico jbig jls jng jpf jxl jxr mng mpo nef nrw orf pcd pcx pef psb psd qoi raf ras raw rgb rw2 sgi srw svg "
     "svgz tga wbmp wdp wmf x3f xbm xcf xpm".split()
 )
+_ARCHIVES = frozenset("7z bz2 gz lz4 rar tar tbz tbz2 tgz txz tzst xz z zip zst".split())
 _JUNK = frozenset(  # in lower case
     (
         "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r",
@@ -63,6 +64,12 @@ def is_other_image(name: str) -> bool:
     return known and "." in name and suffix not in image_suffixes()
 
 
+def is_archive(name: str) -> bool:
+    """Returns whether a file of this name is an archive or a compressed file."""
+    stem, _, suffix = name.rpartition(".")
+    return suffix.lower() in _ARCHIVES and stem != ""
+
+
 def suffix_of(name: str) -> str:
     """Returns a file's suffix in lower case, with its dot, or a remark that it has none; for counts."""
     stem, dot, suffix = name.rpartition(".")
@@ -90,4 +97,4 @@ def _undecodable() -> set[str]:
     return {name for name, feature in needed.items() if not features.check(feature)}
 
 
-__all__ = ["formats", "image_suffixes", "is_image", "is_other_image", "junk", "junk_in", "suffix_of"]
+__all__ = ["formats", "image_suffixes", "is_archive", "is_image", "is_other_image", "junk", "junk_in", "suffix_of"]

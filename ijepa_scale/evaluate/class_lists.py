@@ -25,12 +25,15 @@ def compare_classes(train: tuple[str, SampleSource], other: tuple[str, SampleSou
     the second set has. `log` is false on processes that leave this to another one.
 
     Raises:
-        DataError: both sets name their classes, but differently; or labels that are names can't be numbered.
+        DataError: a set has no labels, both name their classes, but differently, or labels that are names can't be
+            numbered.
     """
     (train_name, train_source), (name, source) = train, other
     ours = train_source.classes
     if ours is not None and isinstance(source, ShardSource) and source.has_text_labels and source.classes is None:
         source.number_by(ours, f"the class list of {train_name}")
+    for setting, one in (train, other):
+        require_labels(one, one.labels(), setting)
     theirs = source.classes
     if ours is not None and theirs is not None and ours != theirs:
         raise DataError(
@@ -65,10 +68,25 @@ def compare_classes(train: tuple[str, SampleSource], other: tuple[str, SampleSou
         )  # fmt: skip
 
 
+def require_labels(source: SampleSource, labels: np.ndarray, name: str) -> None:
+    """Checks that a set has labels at all; `labels` are all of them, and `name` is the setting that names the set.
+
+    Raises:
+        DataError: it has none. Says what the set was read as.
+    """
+    if (labels < 0).all():
+        count = len(labels)
+        raise DataError(
+            f"{name}: {count} of {count} images have no label (the first is {source.name(0)}): it was read as "
+            f"{source.summary()}; give class folders, a CSV with path,label, or shards made from them (pretraining "
+            "needs no labels with evaluate.every=0)"
+        )
+
+
 def _difference(ours: list[str], theirs: list[str]) -> str:
     """Returns, in words, how the lists differ: the first names that only one has, or the order."""
     only = sorted(set(ours) ^ set(theirs))
     return f"only one has {', '.join(map(shortened, only[:_SHOWN]))}" if only else "in another order"
 
 
-__all__ = ["compare_classes"]
+__all__ = ["compare_classes", "require_labels"]

@@ -19,6 +19,7 @@ from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.class_lists import require_labels
 from ijepa_scale.evaluate.features import check_images, local_ids
 from ijepa_scale.metrics.confusion import Confusion
 
@@ -107,6 +108,7 @@ def check_labels(source: SampleSource, num_classes: int, name: str) -> np.ndarra
         DataError: one is missing or outside range(num_classes).
     """
     labels = source.labels()
+    require_labels(source, labels, name)
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         first = int(wrong[0])

@@ -15,6 +15,8 @@ from PIL import Image
 
 from ijepa_scale import environment
 from ijepa_scale.data.shards.write import Sample, write_shards
+from ijepa_scale.data.sources.tar_index import expand
+from ijepa_scale.data.sources.tar_shards import ShardSource
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "launch" / "pretrain.py"
@@ -47,6 +49,17 @@ def write_data(folder: Path) -> Path:
         samples.append(Sample(key=f"{index:04d}", image=buffer.getvalue(), label=index % 2))
     write_shards(samples, folder, shard_bytes=25_000)
     return folder
+
+
+def write_photos(shards: Path, folder: Path) -> dict[str, Path]:
+    """Writes the images of shards as files of a folder without classes, and a list of them; returns both by reader."""
+    source = ShardSource(expand(shards))
+    names = [f"{'deep/er/' * (number % 4 == 0)}photo {number}.jpg" for number in range(source.num_samples)]
+    (folder / "photos" / "deep" / "er").mkdir(parents=True)
+    for number, name in enumerate(names):
+        (folder / "photos" / name).write_bytes(source.read(number))
+    (folder / "list.txt").write_text("".join(f"photos/{name}\n" for name in names))
+    return {"imagefolder": folder / "photos", "list": folder / "list.txt"}
 
 
 def write_config(path: Path, data: Path, folder: Path) -> Path:

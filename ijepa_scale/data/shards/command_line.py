@@ -19,17 +19,21 @@ from ijepa_scale.data.shards.describe import describe_shards
 from ijepa_scale.data.shards.image_files import CsvImages, FolderImages
 from ijepa_scale.data.shards.known import DATASETS, TorchvisionImages
 from ijepa_scale.data.shards.make import JPEG_QUALITY, MAX_BAD_FRACTION, MakePlan, make_shards
+from ijepa_scale.data.shards.parquet import Columns, ParquetImages
 from ijepa_scale.data.shards.tars import TarImages
 from ijepa_scale.data.shards.verify import verify_shards
 from ijepa_scale.data.shards.write import write_classes
+from ijepa_scale.data.shards.zips import ZipImages
 from ijepa_scale.data.sources.class_list import CLASSES, names_in
+from ijepa_scale.data.sources.file_list import ListSource
 from ijepa_scale.data.sources.labels import differ_in_case
+from ijepa_scale.data.sources.listing import root_of
 from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.tar_index import expand, index_tar
 from ijepa_scale.errors import DataError
 
-READERS = ("imagefolder", "csv", "tar")
+READERS = ("imagefolder", "list", "csv", "tar", "zip", "parquet")
 _MOST_WORKERS = 16  # the default uses no more, even on machines with more cores
 _LINE_EVERY_S = 10.0
 _SHOWN = 5  # pairs of classes
@@ -47,15 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     make.add_argument(
         "--from", dest="reader", default="imagefolder", metavar="KIND", choices=[*READERS, *DATASETS],
-        help="imagefolder (default), csv (path,label), tar (CLASS/*.jpg members, or CLASS.tar members), "
-        f"or a torchvision name: {', '.join(DATASETS)}",
+        help="imagefolder (default; class folders, or a folder without labels), csv (path,label), list (one path a "
+        "line), tar (CLASS/*.jpg members, or CLASS.tar members), zip, parquet (a file, folder or glob with a column of "
+        f"images), or a torchvision name: {', '.join(DATASETS)}",
     )  # fmt: skip
-    make.add_argument("--root", required=True, help="folder, CSV file, tar, or the folder of torchvision's files")
+    make.add_argument("--root", required=True, help="folder, file, or the folder of torchvision's files")
     make.add_argument("--to", required=True, help="folder for the shards; it must not contain any yet")
     make.add_argument(
         "--split", help="folder in ROOT that contains the class folders (default: train, if ROOT contains only "
-        "splits); for a torchvision data set, its split (default train)",
+        "splits), . for ROOT itself, or '**' for all images in it without labels; for a torchvision data set, its "
+        "split (default train)",
     )  # fmt: skip
+    for name in ("image", "label"):
+        make.add_argument(f"--{name}-column", metavar="NAME", help=f"parquet: the column of {name}s, if several may be")
     make.add_argument("--download", action="store_true", help="let torchvision download missing files into ROOT")
     make.add_argument(
         "--shard-size", default="256MB", help="size of the images in a shard, like 256MB, 1GiB or 500kB (default 256MB)"
@@ -106,25 +114,42 @@ def run_command(options: argparse.Namespace) -> int:
         return _COMMANDS[options.command](options)
 
 
-def open_images(reader: str, root: str, *, split: str | None = None, download: bool = False) -> SampleSource:
-    """Returns the images that `--from`, `--root`, `--split` and `--download` name.
+def open_images(
+    reader: str,
+    root: str,
+    *,
+    split: str | None = None,
+    download: bool = False,
+    columns: Columns | None = None,
+    most_loose: float = MAX_BAD_FRACTION,
+) -> SampleSource:
+    """Returns the images that `--from`, `--root` and the options of single readers name.
+
+    `most_loose` is the share of images in no folder that class folders may have; see `ImageFolderSource`.
 
     Raises:
         DataError: there are no images, or an argument doesn't apply to this reader.
     """
     if download and reader in READERS:
         raise DataError(f"--download is for torchvision's data sets, not for {reader}; drop it")
-    if reader == "csv":
-        if split is not None:
-            raise DataError(f"--split {split} is not for csv; list the images of the split in a CSV of their own")
-        return CsvImages(root)
-    if reader == "tar":
-        return TarImages(root, split)
-    return (
-        FolderImages(root, split)
-        if reader == "imagefolder"
-        else TorchvisionImages(reader, root, split=split, download=download)
-    )
+    if columns is not None and reader != "parquet":
+        raise DataError(f"--image-column and --label-column are for parquet, not for {reader}; drop them")
+    if reader in DATASETS:
+        return TorchvisionImages(reader, root, split=split, download=download)
+    if reader == "imagefolder":
+        return FolderImages(root, split, most_loose=most_loose)
+    if reader in ("tar", "zip"):
+        return (TarImages if reader == "tar" else ZipImages)(root, split, most_loose=most_loose)
+    if split is not None:
+        own = (
+            "name the files of the split"
+            if reader == "parquet"
+            else "list the images of the split in a file of their own"
+        )
+        raise DataError(f"--split {split} is not for {reader}; {own}")
+    if reader == "parquet":
+        return ParquetImages(root, columns)
+    return CsvImages(root) if reader == "csv" else ListSource(root)
 
 
 def _make(options: argparse.Namespace) -> int:
@@ -136,11 +161,15 @@ def _make(options: argparse.Namespace) -> int:
         seed=options.seed,
         resize_shorter=options.resize_shorter,
     )
-    if options.reader == "imagefolder" and Path(options.to).resolve().is_relative_to(Path(options.root).resolve()):
+    if options.reader == "imagefolder" and Path(options.to).resolve().is_relative_to(root_of(options.root).resolve()):
         raise DataError(
             f"--to {options.to} is inside --root {options.root} and would become a class; name another folder"
         )
-    source = open_images(options.reader, options.root, split=options.split, download=options.download)
+    chosen = Columns(options.image_column, options.label_column)
+    source = open_images(
+        options.reader, options.root, split=options.split, download=options.download,
+        columns=None if chosen == Columns() else chosen, most_loose=options.max_bad_fraction,
+    )  # fmt: skip
     print(source.summary(), flush=True)
     with _Progress(source.num_samples, "images") as progress:
         made = make_shards(

@@ -216,6 +216,8 @@ class _Run:
         self._unread = problems.unread  # not among the bad ones, which are limited
         for problem in problems.named:
             logger.warning("left out: %s: %s", problem.name, problem.reason)
+        for doubt in problems.doubts:
+            logger.warning("%s", doubt)
         for entry in journal.entries:
             self._left_out.update(entry.left_out)
         self._max_bad_fraction = max_bad_fraction
@@ -224,7 +226,7 @@ class _Run:
     def samples(self, plan: MakePlan, workers: int) -> Iterator[Sample]:
         """Yields the samples to write after the last complete shard."""
         self._check()
-        order = rng.permutation(self._source.num_samples, plan.seed, "write")
+        order = _order(self._source, plan.seed)
         begin = self._journal.next_position
         if begin:
             logger.info("continuing after %d images in %d shards", begin, len(self._journal.entries))
@@ -271,6 +273,25 @@ class _Run:
                 f"{self._max_bad_fraction:g}; fix them and start in an empty folder, or raise --max-bad-fraction "
                 "and run make again to continue without them"
             )
+
+
+def _order(source: SampleSource, seed: int) -> np.ndarray:
+    """Returns the sample ids in the order in which they are written.
+
+    It is a permutation of all. A source has `window_shards` if reading one image costs reading its whole shard: then
+    the shards are permuted, and the samples of that many consecutive shards at a time.
+    """
+    window = getattr(source, "window_shards", None)
+    if window is None:
+        return rng.permutation(source.num_samples, seed, "write")
+    begins = np.cumsum(source.shard_sizes) - source.shard_sizes
+    shards = rng.permutation(len(begins), seed, "write.shards")
+    found = []
+    for number, first in enumerate(range(0, len(shards), window)):
+        chosen = shards[first : first + window]
+        ids = np.concatenate([np.arange(begins[one], begins[one] + source.shard_sizes[one]) for one in chosen])
+        found.append(ids[rng.permutation(len(ids), seed, "write.window", number)])
+    return np.concatenate(found)
 
 
 def _alive(chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:

@@ -13,13 +13,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ijepa_scale.data.formats import is_image, junk
+from ijepa_scale.data.formats import is_archive, is_image, junk
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.errors import DataError
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _LIKE_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing)[-_ ]?(\d+|set|split|data|images?)?")
 NO_CLASS = "isn't in a class folder; move it into one"
+AS_CLASSES = "."  # ends a path whose folders are always the classes
+ALL_IMAGES = "**"  # ends a path below which all images are read, without labels
 
 
 def chosen_split(folders: Iterable[str], place: str, give: Callable[[str], str]) -> str | None:
@@ -40,7 +42,8 @@ def chosen_split(folders: Iterable[str], place: str, give: Callable[[str], str])
     others = [name for name in names if name not in alike]
     found = f"folders named like splits ({few(alike)})" + (f" next to others ({few(others)})" if others else "")
     raise DataError(
-        f"{place} holds {found}; give {give(wanted)} for that split, or {give('.')} if these folders are the classes"
+        f"{place} holds {found}; give {give(wanted)} for that split, or {give(AS_CLASSES)} if these folders are "
+        f"the classes{_or_all(give)}"
     )
 
 
@@ -54,7 +57,7 @@ def refuse_nested(folders: Iterable[str], place: str, give: Callable[[str], str]
     if len(names) > 1 and set(names) <= set(_SPLITS):
         raise DataError(
             f"{place} was chosen among splits and holds splits itself ({few(names)}); give {give(names[0])} for one of "
-            f"them, or {give('.')} if these folders are the classes"
+            f"them, or {give(AS_CLASSES)} if these folders are the classes{_or_all(give)}"
         )
 
 
@@ -69,17 +72,69 @@ def check_lone(classes: list[str], nested: bool, place: str, give: Callable[[str
     if len(classes) == 1 and nested:
         raise DataError(
             f"all images of {place} are in its folder {classes[0]!r}; give {give(classes[0])} if the folders in it are "
-            f"the classes, or {give('.')} if it is the only class"
+            f"the classes, or {give(AS_CLASSES)} if it is the only class{_or_all(give)}"
         )
 
 
-def no_images(folder: str, problems: Problems) -> DataError:
+def has_no_classes(loose: int, inside: int, most_loose: float) -> bool:
+    """Returns whether the images in a root itself say that the folders in it aren't classes.
+
+    They do if there are no others, or if they are more than the share `most_loose` of all, which is what a set of
+    classes may lose. `loose` counts them, and `inside` the images in the root's folders.
+    """
+    return loose > 0 and (inside == 0 or loose > most_loose * (loose + inside))
+
+
+def doubt_classes(place: str, loose: int, inside: int, give: Callable[[str], str]) -> str:
+    """Returns what to check about a root that is read without labels though there are folders with images in it."""
+    return (
+        f"{place} is read without labels, because it has images in no folder ({loose} of {loose + inside}); give "
+        f"{give(AS_CLASSES)} if its folders are the classes"
+    )
+
+
+def describe_unlabelled(num_samples: int, loose: int, place: str) -> str:
+    """Returns what a root was read as, for the log."""
+    where = "" if loose == num_samples else f"; {loose} of them in no folder"
+    return f"{num_samples} images without labels in {place}{where}"
+
+
+def no_images(folder: str, problems: Problems, give: Callable[[str], str]) -> DataError:
     """Returns the error that a class folder has no image."""
     found = problems.passed_over()
     return DataError(
         f"class folder {folder} holds no image that can be read{f' (passed over: {found})' if found else ''}; drop it, "
-        "or convert its files to JPEG or PNG"
+        f"or convert its files to JPEG or PNG{_or_all(give)}"
     )
+
+
+def doubt_archive(path: str) -> str:
+    """Returns what to check about an archive among class folders."""
+    return (
+        f"archive {path} is in a class's place and isn't read, so classes are numbered without it; unpack it if it is "
+        "a class"
+    )
+
+
+def doubt_link(path: str) -> str:
+    """Returns what to check about a link, among class folders, to a folder that is listed anyway."""
+    return (
+        f"link {path} is in a class's place, but leads to a folder that is listed anyway, so it is no class and "
+        "classes are numbered without it (torchvision's ImageFolder counts it as one); put a copy of the folder in its "
+        "place if it is a class"
+    )
+
+
+def lost_link(path: str, remedy: str, where: str = "") -> DataError:
+    """Returns the error that a link in a class's place leads to nothing that can be read, or to nothing `where`."""
+    return DataError(
+        f"link {path} leads to nothing{where}, so a class may be missing and labels would be counted without it; "
+        f"{remedy}"
+    )
+
+
+def _or_all(give: Callable[[str], str]) -> str:
+    return f", or {give(ALL_IMAGES)} to read all images without labels"
 
 
 def few(names: Iterable[str]) -> str:
@@ -87,6 +142,19 @@ def few(names: Iterable[str]) -> str:
     ordered = sorted(names)
     shown = ", ".join(ordered[:5])
     return f"{shown} and {len(ordered) - 5} more" if len(ordered) > 5 else shown or "none"
+
+
+def root_of(path: str | Path) -> Path:
+    """Returns the folder that a path names which may end in `AS_CLASSES` or `ALL_IMAGES`."""
+    path = Path(path)  # drops a "." at the end
+    return path.parent if path.name == ALL_IMAGES else path
+
+
+def asked_for(path: str | Path) -> str | None:
+    """Returns `AS_CLASSES` or `ALL_IMAGES` if the path ends in it, else None."""
+    if Path(path).name == ALL_IMAGES:
+        return ALL_IMAGES
+    return AS_CLASSES if str(path).endswith(f"{os.sep}{AS_CLASSES}") else None
 
 
 def folders_in(root: Path) -> list[str]:
@@ -109,8 +177,8 @@ def images_below(folder: str) -> tuple[list[str], Problems]:
         DataError: a folder can't be listed, or there is no image.
     """
     problems = Problems()
-    listing = FolderListing(Path(folder), problems, classes=False)
-    paths = [os.path.join(folder, name) for top in ("", *listing.folders) for name in listing.images(top)]
+    listing = FolderListing(Path(folder), problems)
+    paths = [os.path.join(folder, name) for name in listing.all_images()]
     if not paths:
         raise DataError(f"folder {folder} holds no image (found: {problems.passed_over() or 'nothing'}); name others")
     return paths, problems
@@ -124,12 +192,14 @@ class FolderListing:
     special files with an image's name are listed; reading them fails.
 
     Raises:
-        DataError: the root or a folder below it can't be listed, or a link in a class's place leads to nothing.
+        DataError: the root or a folder below it can't be listed.
     """
 
-    def __init__(self, root: Path, problems: Problems, *, classes: bool = True) -> None:
-        """With `classes`, the folders in the root are classes, of which none may be lost."""
-        self.root, self._problems, self._classes = root, problems, classes
+    def __init__(self, root: Path, problems: Problems) -> None:
+        self.root, self._problems = root, problems
+        self._dangling: list[str] = []  # in the root: links to nothing, without an image's name
+        self._archives: list[str] = []  # in the root
+        self._repeated: list[str] = []  # in the root: links to folders that are listed anyway
         self._images: dict[str, str] = {}  # folder -> sorted names, joined by slashes to save memory
         self._real: list[str] = []  # folders still to be listed
         self._links: list[str] = []  # links to folders, to be followed when no real one is left; a heap
@@ -150,9 +220,24 @@ class FolderListing:
             prefix = f"{folder}/" if folder else ""
             yield from (prefix + name for name in self._images[folder].split("/"))
 
+    def all_images(self) -> Iterator[str]:
+        """Yields the paths of all images: those in the root itself first, then folder by folder."""
+        return (name for top in ("", *self.folders) for name in self.images(top))
+
     def count(self, top: str) -> int:
-        """Returns the number of images below a folder in the root."""
+        """Returns the number of images below a folder in the root; for "" of those that are in the root itself."""
         return sum(self._images[folder].count("/") + 1 for folder in self._tops[top])
+
+    def check_classes(self) -> None:
+        """Call if the folders in the root are classes: notes what may be one and isn't read.
+
+        Raises:
+            DataError: a link in a class's place leads to nothing.
+        """
+        for name in sorted(self._dangling):
+            raise lost_link(str(self.root / name), "restore what it leads to, or remove the link")
+        self._problems.doubts += [doubt_link(str(self.root / name)) for name in sorted(self._repeated)]
+        self._problems.doubts += [doubt_archive(str(self.root / name)) for name in sorted(self._archives)]
 
     def is_nested(self, top: str) -> bool:
         """Returns whether folders below a folder in the root hold images."""
@@ -167,6 +252,7 @@ class FolderListing:
             identity = self._identity(folder)
             if identity in seen or identity in around:
                 self._problems.skipped[f"link {folder} to a folder that is listed anyway"] += 1
+                self._repeated += [folder] * ("/" not in folder)
                 continue
             seen.add(identity)
             self._list(folder)
@@ -194,13 +280,12 @@ class FolderListing:
                     elif _is_folder(entry):
                         inner = os.path.join(folder, name)
                         real.append(inner) if not entry.is_symlink() else heapq.heappush(self._links, inner)
-                    elif self._classes and not folder and entry.is_symlink() and not os.path.exists(entry.path):
-                        raise DataError(
-                            f"link {entry.path} leads to nothing, so a class may be missing and labels would be "
-                            "counted without it; restore what it leads to, or remove the link"
-                        )
                     else:
                         self._problems.pass_over(name)
+                        if not folder and entry.is_symlink() and not os.path.exists(entry.path):
+                            self._dangling.append(name)
+                        elif not folder and is_archive(name):
+                            self._archives.append(name)
         except OSError as error:
             raise _unlistable(path, error) from None
         self._real += sorted(real, reverse=True)
@@ -229,13 +314,7 @@ def _unlistable(path: str | Path, error: OSError) -> DataError:
 
 
 __all__ = [
-    "NO_CLASS",
-    "FolderListing",
-    "check_lone",
-    "chosen_split",
-    "few",
-    "folders_in",
-    "images_below",
-    "no_images",
-    "refuse_nested",
-]
+    "ALL_IMAGES", "AS_CLASSES", "NO_CLASS", "FolderListing", "asked_for", "check_lone", "chosen_split",
+    "describe_unlabelled", "doubt_archive", "doubt_classes", "doubt_link", "few", "folders_in", "has_no_classes",
+    "images_below", "lost_link", "no_images", "refuse_nested", "root_of",
+]  # fmt: skip

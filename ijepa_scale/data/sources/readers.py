@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ijepa_scale.config.data import DataConfig
 from ijepa_scale.data.sources.fetch import scheme_of
+from ijepa_scale.data.sources.file_list import ListSource
 from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.data.sources.remote import RemoteShardSource, open_cache
 from ijepa_scale.data.sources.scan import Members
@@ -49,12 +50,21 @@ def read_stream(data: DataConfig, image_size: tuple[int, int]) -> StreamSource:
 
 
 def read_folder(data: DataConfig, image_size: tuple[int, int]) -> ImageFolderSource:
-    """Returns the images of class folders.
+    """Returns the images of class folders, or of a folder without labels.
 
     Raises:
-        DataError: `data.train` is missing, or it has no images in class folders.
+        DataError: `data.train` is missing, it has no images, or what its folders are can't be told.
     """
-    return ImageFolderSource(_named(data))
+    return ImageFolderSource(_named(data), most_loose=data.max_bad_fraction)
+
+
+def read_list(data: DataConfig, image_size: tuple[int, int]) -> ListSource:
+    """Returns the images that a CSV or text file lists.
+
+    Raises:
+        DataError: `data.train` is missing, or the list has mistakes.
+    """
+    return ListSource(_named(data))
 
 
 def read_synthetic(data: DataConfig, image_size: tuple[int, int]) -> SyntheticSource:

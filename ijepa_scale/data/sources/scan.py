@@ -52,6 +52,7 @@ class Problems:
     named: list[Problem] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)  # images of formats that aren't read, by suffix
     skipped: Counter[str] = field(default_factory=Counter)  # what isn't an image: by suffix, or by name
+    doubts: list[str] = field(default_factory=list)  # what a person should check about the classes, one sentence each
 
     def add(self, kind: str, name: str, reason: str) -> None:
         """Counts a problem, and stores its name unless there are many already."""
@@ -65,6 +66,7 @@ class Problems:
         self.unread += other.unread
         self.skipped += other.skipped
         self.named += other.named[: _NAMED - len(self.named)]
+        self.doubts += other.doubts
 
     def summary(self) -> str:
         """Returns the counts by kind, the most common first, and the name of the first problem."""

@@ -65,6 +65,8 @@ def check_problems(problems: Problems, num_samples: int, max_bad_fraction: float
     passed = problems.passed_over()
     if log and passed:
         logger.log(logging.WARNING if problems.unread else logging.INFO, "not read: %s", passed)
+    for doubt in problems.doubts if log else ():
+        logger.warning("%s", doubt)
     bad = problems.counts.total()
     if not bad:
         return

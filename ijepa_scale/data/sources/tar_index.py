@@ -139,8 +139,10 @@ def scan_index(path: Path, status: os.stat_result, members: Members | None = Non
     )  # fmt: skip
 
 
-def expand(pattern: str | Path) -> list[Path]:
-    """Returns the sorted tar files that a folder, a glob or a brace pattern (`{000..127}`, `{a,b}`) names.
+def expand(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
+    """Returns the sorted files that a folder, a glob or a brace pattern (`{000..127}`, `{a,b}`) names.
+
+    Of a folder, takes the files with this suffix.
 
     Raises:
         DataError: nothing matches, a file that braces name is missing, or the pattern isn't a local path.
@@ -151,12 +153,14 @@ def expand(pattern: str | Path) -> list[Path]:
             f"{text!r} isn't a local path; only data.train may be remote: copy the shards to a local folder and name it"
         )
     if os.path.isdir(text):
-        tars = [entry for entry in Path(text).iterdir() if entry.suffix == ".tar"]
+        tars = [entry for entry in Path(text).iterdir() if entry.suffix == suffix]
         found = [entry for entry in tars if junk(entry.name) is None]
         if len(found) < len(tars):
-            logger.info("%s: %d hidden *.tar files are no shards and aren't read", text, len(tars) - len(found))
+            logger.info("%s: %d hidden *%s files aren't read", text, len(tars) - len(found), suffix)
         if not found:
-            raise DataError(f"folder {text!r} holds no *.tar file; name a folder of shards, a glob or a brace pattern")
+            raise DataError(
+                f"folder {text!r} holds no *{suffix} file; name a folder of shards, a glob or a brace pattern"
+            )
         return sorted(found)
     paths: set[Path] = set()
     for name in braces(text):

@@ -214,7 +214,7 @@ def test_a_component_that_is_unknown_is_named_alone(empty: Path) -> None:
     )
     assert refusal(KnnConfig, evaluator="probe") == f"evaluate.evaluator is 'probe'; choose one of knn, {said}"
     assert refusal(load_config, empty, ["data.reader=tape"]) == (
-        f"command line: data.reader is 'tape'; choose one of shards, stream, imagefolder, synthetic, {said}"
+        f"command line: data.reader is 'tape'; choose one of shards, stream, imagefolder, list, synthetic, {said}"
     )
     assert refusal(load_config, empty, ["optimizer.name=3"]).startswith("command line: optimizer.name is '3'; choose")
 

@@ -14,22 +14,26 @@ from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.masks import DenseMasks, MaskSampler, PackedMasks
-from tests.distributed.commands import write_data
+from tests.distributed.commands import write_data, write_photos
 
 BATCH, STEPS = 8, 14  # 14 steps of 8 are more than two passes over the 50 images
 AUGMENT = AugmentConfig(flip=0.5, color_jitter=0.5, grayscale=0.3, blur=0.5)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("shards") / "data")
+@pytest.fixture(scope="module", params=["shards", "imagefolder", "list"])
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("set")
+    shards = write_data(folder / "shards")
+    return request.param, shards if request.param == "shards" else write_photos(shards, folder)[request.param]
 
 
-def seen(data: Path, world: int, accumulation: int, masks: BlockMaskConfig) -> tuple[np.ndarray, torch.Tensor, list]:
+def seen(
+    data: tuple[str, Path], world: int, accumulation: int, masks: BlockMaskConfig
+) -> tuple[np.ndarray, torch.Tensor, list]:
     """Returns the sample ids, (steps, batch), the augmented images, and each image's context and target patches."""
     ids, images, patches = [], [], []
     for rank in range(world):
-        source = build_source("shards", data)
+        source = build_source(*data)
         order = SampleOrder(source.shard_sizes, BATCH, seed=1, window_shards=2)
         loader = TrainLoader(source, order, AUGMENT, (32, 32), seed=1, rank=rank, world=world, stop_step=STEPS)
         augment = Augment(AUGMENT, (32, 32), seed=1)
@@ -59,7 +63,7 @@ def of_image(masks: DenseMasks | PackedMasks, image: int) -> tuple[list[int], li
     "masks", [{"group_size": 8}, {"group_size": 3}, {"context": "packed"}, {"sampler": "reference"}]
 )
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (1, 2), (4, 2), (8, 1)])
-def test_division_changes_nothing(data: Path, world: int, accumulation: int, masks: dict) -> None:
+def test_division_changes_nothing(data: tuple[str, Path], world: int, accumulation: int, masks: dict) -> None:
     config = BlockMaskConfig(**{"min_keep": 3, "group_size": 8, **masks})
     ids, images, patches = seen(data, 1, 1, config)
     other_ids, other_images, other_patches = seen(data, world, accumulation, config)

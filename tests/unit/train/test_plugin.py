@@ -64,7 +64,7 @@ def test_without_the_flag_a_file_cannot_name_them(tmp_path: Path) -> None:
         "masks.sampler is 'stripes'; choose one of multiblock, reference, random, or name the module that registers",
         "objective.loss is 'log_cosh'; choose one of smooth_l1, l2, cosine, or",
         "optimizer.name is 'sgd'; choose one of adamw, lars, or",
-        "data.reader is 'noise'; choose one of shards, stream, imagefolder, synthetic, or",
+        "data.reader is 'noise'; choose one of shards, stream, imagefolder, list, synthetic, or",
         "evaluate.evaluator is 'feature_norm'; choose one of knn, or",
         "logging.sinks",
     ):

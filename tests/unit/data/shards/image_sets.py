@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from ijepa_scale.data.shards.image_files import FolderImages
@@ -49,6 +54,46 @@ def tar_of(folder: Path, path: Path, prefix: str = "") -> Path:
         for file in sorted(folder.rglob("*"), reverse=True):
             if file.is_file():
                 add(tar, f"{prefix}{file.relative_to(folder)}", file.read_bytes())
+    return path
+
+
+class _Member(zipfile.ZipInfo):
+    """A member whose name may hold any bytes, written without a mark of its encoding then, as Info-ZIP does."""
+
+    def _encodeFilenameFlags(self):  # noqa: N802
+        try:
+            return super()._encodeFilenameFlags()
+        except UnicodeEncodeError:
+            return os.fsencode(self.filename), self.flag_bits
+
+
+def zip_of(folder: Path, path: Path, prefix: str = "", **options) -> Path:
+    """Writes the files and links below a folder into a ZIP archive, in reverse order, every other one deflated."""
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for number, file in enumerate(sorted(folder.rglob("*"), reverse=True)):
+            member = _Member(f"{prefix}{file.relative_to(folder)}" + "/" * (file.is_dir() and not file.is_symlink()))
+            member.create_system = 3
+            member.compress_type = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
+            if file.is_symlink():
+                member.external_attr = 0o120777 << 16
+                archive.writestr(member, os.readlink(file))
+            elif file.is_file() or file.is_dir():
+                archive.writestr(member, file.read_bytes() if file.is_file() else b"")
+    return path
+
+
+def parquet_of(
+    images: list[bytes | None], path: Path, *, labels=None, names=None, column="image", plain=False, rows=3, **more
+) -> Path:
+    """Writes images and labels into a Parquet file as Hugging Face does, or as a `plain` column of bytes."""
+    kind = pa.binary() if plain else pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    values = images if plain else [{"bytes": image, "path": f"{n}.jpg"} for n, image in enumerate(images)]
+    columns = {column: pa.array(values, kind), **({} if labels is None else {"label": labels}), **more}
+    table = pa.table(columns)
+    if names is not None:
+        features = {"label": {"names": names, "_type": "ClassLabel"}, column: {"_type": "Image"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, row_group_size=rows)
     return path
 
 

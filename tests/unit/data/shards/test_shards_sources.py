@@ -153,8 +153,9 @@ def test_incomplete_tars_and_other_files_are_refused(tmp_path, monkeypatch):
         TarImages(tmp_path / "packed.tar")
     with tarfile.open(tmp_path / "flat.tar", "w") as tar:
         add(tar, "1.jpg", encoded(1))
-    with pytest.raises(DataError, match=r"flat.tar holds no images in class folders .*list the files in a CSV"):
-        TarImages(tmp_path / "flat.tar")
+    assert TarImages(tmp_path / "flat.tar").labels().tolist() == [-1]
+    with pytest.raises(DataError, match=r"flat.tar holds no images in class folders, .*list the files in a CSV"):
+        TarImages(tmp_path / "flat.tar", ".")
     with pytest.raises(DataError, match="a.tar holds no image in a folder 'val'; its folders are a, b, c"):
         TarImages(path, "val")
     monkeypatch.setattr("ijepa_scale.data.sources.scan.MAX_MEMBERS", 2)
@@ -298,5 +299,5 @@ def test_torchvision_sets_with_mistakes(tmp_path, monkeypatch):
 def test_arguments_of_other_readers_are_refused(tmp_path):
     with pytest.raises(DataError, match="--download is for torchvision's data sets, not for tar; drop it"):
         open_images("tar", str(tmp_path), download=True)
-    with pytest.raises(DataError, match="--split val is not for csv; list the images of the split"):
+    with pytest.raises(DataError, match="--split val is not for csv; list the images of the split in a"):
         open_images("csv", str(tmp_path), split="val")
