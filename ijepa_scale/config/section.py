@@ -25,6 +25,7 @@ from typing_extensions import Self
 
 from ijepa_scale.config.form import Form
 from ijepa_scale.config.yaml_text import Real, Whole, flat, plain
+from ijepa_scale.environment import LiteralPath, check_filled, written_path
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.nearest import unknown
 from ijepa_scale.registry import Registry
@@ -67,7 +68,7 @@ class Section(BaseModel):
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
     def values(self) -> dict[str, Any]:
-        """Returns the settings as plain values, as JSON gives them back."""
+        """Returns the settings as plain values, as JSON gives them back and a file holds them."""
         return {name: _plain(getattr(self, name)) for name in type(self).model_fields}
 
     def _problems(self) -> Iterator[str]:
@@ -117,8 +118,12 @@ class Section(BaseModel):
         if declared is None:
             form = Form(field)
             value = str(value) if form.takes_text and isinstance(value, (Whole, Real)) else plain(value)
-            if isinstance(value, str) and "${" in value and not form.is_path:
-                raise ValueError("interpolations aren't read, write the value itself")
+            if isinstance(value, LiteralPath) and form.is_path:
+                return value  # pydantic would hand it to `expand_path` as plain text
+            if isinstance(value, str) and not form.is_path:
+                if "${" in value:
+                    raise ValueError("interpolations aren't read, write the value itself")
+                check_filled(value)
             if info.field_name == cls.selector and isinstance(value, str):
                 cls._require(value)
             return handler(tuple(value) if isinstance(value, list) else value)
@@ -201,4 +206,6 @@ def _plain(value: Any) -> Any:
         return value.values()
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, LiteralPath):
+        return written_path(value)
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
