@@ -157,7 +157,7 @@ def _numbered(labels: list[tuple[str, int]], path: Path) -> tuple[list[str] | No
     same = same_to_readers(names)
     if same is not None:
         raise DataError(
-            f"{path} has labels {same[0]!r} and {same[1]!r}, which read the same; spell them alike "
+            f"{path} has labels {same[0]!a} and {same[1]!a}, which read the same; spell them alike "
             f"(lines {line_of[same[0]]} and {line_of[same[1]]})"
         )
     for one, other in differ_in_case(names)[:_SHOWN]:

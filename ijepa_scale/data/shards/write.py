@@ -13,7 +13,7 @@ from pathlib import Path
 import webdataset
 
 from ijepa_scale.data.sources.class_list import CLASSES
-from ijepa_scale.data.sources.tar_index import index_tar
+from ijepa_scale.data.sources.tar_index import index_tar, is_tar
 from ijepa_scale.data.sources.tar_shards import MANIFEST
 from ijepa_scale.errors import DataError
 
@@ -76,7 +76,7 @@ def check_empty(folder: Path) -> None:
     found = sorted(
         entry.name
         for entry in folder.iterdir()
-        if entry.name.endswith((".tar", f".tar{PART}")) or entry.name in (MANIFEST, CLASSES)
+        if is_tar(entry.name.removesuffix(PART)) or entry.name in (MANIFEST, CLASSES)
     )
     if found:
         raise DataError(f"folder {folder} already holds shards ({found[0]}); name an empty one")

@@ -5,6 +5,7 @@ The list is `classes.json` next to the shards: a JSON list of class names, in wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,13 +86,23 @@ def _fault(shards: Sequence[ShardIndex], classes: list[str] | None, origin: str)
             f"{_where(shards, first)} has the label {first!r}, but there is no {origin} that numbers names; write it "
             "with `python launch/shards.py classes SHARDS`, or copy the one of the training set"
         )
-    twice = next((name for number, name in enumerate(classes) if name in classes[:number]), None) if len(
-        set(classes)) < len(classes) else None  # fmt: skip
-    if twice is not None:
-        return f"{origin} names {twice!r} twice, so labels that are names can't be numbered; name each class once"
-    known = set(classes)
+    known, twice = set(classes), [name for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        return f"{origin} names {twice[0]!r} twice, so labels that are names can't be numbered; name each class once"
+    same = same_to_readers(classes)
+    if same is not None:
+        return (
+            f"{origin} names {same[0]!a} and {same[1]!a}, which read the same, so labels that are names can't be "
+            "numbered; name each class once"
+        )
     missing = next((text for shard in shards for text in shard.texts if text not in known), None)
     if missing is not None:
+        like = same_to_readers([*classes, missing])
+        if like is not None:
+            return (
+                f"{_where(shards, missing)} has the label {missing!a}, {origin} names {like[0]!a}, which reads the "
+                "same; spell them alike"
+            )
         return (
             f"{_where(shards, missing)} has the label {missing!r}, which {origin} doesn't name; correct the label, or "
             "write the list again with `python launch/shards.py classes SHARDS`"
@@ -117,7 +128,7 @@ def _ambiguous(shards: Sequence[ShardIndex], names: list[str]) -> str | None:
     same = same_to_readers(names)
     if same is None:
         return None
-    first, second = ((repr(name), _where(shards, name)) for name in same)
+    first, second = ((ascii(name), _where(shards, name)) for name in same)
     return f"labels {first[0]} of {first[1]} and {second[0]} of {second[1]} read the same; spell them alike"
 
 

@@ -23,6 +23,7 @@ from ijepa_scale.data.sources.tar_index import (
     braces,
     index_address,
     index_path,
+    is_tar,
     load_index,
     save_index,
     scan_index,
@@ -104,7 +105,7 @@ def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
     """
     check_address(pattern)
     names = sorted(set(braces(pattern)))
-    is_folder = not names[0].endswith(".tar")
+    is_folder = not is_tar(names[0])
     folder = names[0].rstrip("/") if is_folder else names[0].rpartition("/")[0]
     known = _manifest(f"{folder}/{MANIFEST}", cache, required=is_folder)
     if is_folder:

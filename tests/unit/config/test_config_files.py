@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -274,9 +275,20 @@ def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no.yaml") == [
         f"{tmp_path / 'no.yaml'}: no such configuration file; configs/ holds ready ones"
     ]
-    assert "can't be read as a text file" in refusal(tmp_path)[0]
+    assert refusal(tmp_path) == [f"{tmp_path}: can't be read (Is a directory); name a YAML file"]
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert refusal(tmp_path / "pipe.yaml")[0].endswith("can't be read (not a regular file); name a YAML file")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     assert "can't be read as a text file" in refusal(tmp_path / "b.yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("3", "a number"), ("1.5", "a number"), ("- a", "a list"), ("text", "text"), ("true", "true or false")],
+)
+def test_a_file_that_holds_something_else(tmp_path: Path, text: str, kind: str) -> None:
+    path = write(tmp_path, "c.yaml", text)
+    assert refusal(path) == [f"{path}: holds {kind}; a configuration is a mapping of sections"]
 
 
 def test_an_empty_section_sets_nothing(tmp_path: Path) -> None:
