@@ -16,11 +16,20 @@ def read_regular(path: str | Path) -> bytes:
     Raises:
         OSError: it can't be read, or is something else.
     """
-    _check(os.stat(path).st_mode, path)
+    check_regular(path)
     descriptor = os.open(path, _FLAGS)
     with os.fdopen(descriptor, "rb") as file:
         _check(os.fstat(descriptor).st_mode, path)
         return file.read()
+
+
+def check_regular(path: str | Path) -> None:
+    """Checks that a path leads to a regular file.
+
+    Raises:
+        OSError: it doesn't.
+    """
+    _check(os.stat(path).st_mode, path)
 
 
 def _check(mode: int, path: str | Path) -> None:
@@ -30,4 +39,4 @@ def _check(mode: int, path: str | Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-__all__ = ["read_regular"]
+__all__ = ["check_regular", "read_regular"]

@@ -16,10 +16,12 @@ from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError
+from ijepa_scale.regular_file import check_regular
 
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ("path", "label")
+_SEPARATORS = {";": "semicolon", "\t": "tab", "|": "bar"}
 _SHOWN = 5  # warnings
 
 
@@ -34,9 +36,9 @@ class FolderImages(ImageFolderSource):
 class CsvImages:
     """The images that a CSV file lists, in its order. The header is `path,label`; other columns are ignored.
 
-    Relative paths are relative to the CSV's folder. Labels are either all whole numbers from 0, in any spelling (`1`,
-    `01`, `1.0`), which are used unchanged, or all class names, which are numbered in sorted order. Spaces and quotes
-    around a label don't count.
+    The header may be in any case. Relative paths are relative to the CSV's folder. Labels are either all whole numbers
+    from 0, in any spelling (`1`, `01`, `1.0`), which are used unchanged, or all class names, which are numbered in
+    sorted order. Spaces and quotes around a label don't count.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -91,13 +93,12 @@ class CsvImages:
         rows: list[tuple[str, str, int]] = []
         first: dict[str, tuple[str, str, int]] = {}  # by path
         try:
+            check_regular(self._csv)
             with self._csv.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.reader(file, strict=True, skipinitialspace=True)
-                header = [name.strip() for name in next(reader, [])]
+                header = [name.strip().casefold() for name in next(reader, [])]
                 if not set(_COLUMNS) <= set(header):
-                    raise DataError(
-                        f"{self._csv} begins with {header}; its first line must name columns path and label"
-                    )
+                    raise DataError(f"{self._csv} begins with {header}; {_about_header(header)}")
                 twice = [name for name in _COLUMNS if header.count(name) > 1]
                 if twice:
                     raise DataError(f"{self._csv} has the column {twice[0]} twice; keep one")
@@ -130,6 +131,14 @@ class CsvImages:
         if not rows:
             raise DataError(f"{self._csv} lists no images; add lines with path,label")
         return rows
+
+
+def _about_header(header: list[str]) -> str:
+    """Returns what to do about the first line of a CSV that lacks a column."""
+    for separator, name in _SEPARATORS.items():
+        if set(_COLUMNS) <= {cell.strip(" \"'") for each in header for cell in each.split(separator)}:
+            return f"its cells end at {name}s; separate them by commas"
+    return "its first line must name columns path and label"
 
 
 def _numbered(labels: list[tuple[str, int]], path: Path) -> tuple[list[str] | None, list[int]]:

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 
 from ijepa_scale.data.decode import decode
 from ijepa_scale.data.shards.journal import JOURNAL
-from ijepa_scale.data.shards.manifest import read_classes, read_manifest
+from ijepa_scale.data.shards.manifest import read_manifest
 from ijepa_scale.data.shards.write import ShardRow
+from ijepa_scale.data.sources.class_list import read_classes
 from ijepa_scale.data.sources.fetch import file_sha256
 from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_path, load_index, scan_index

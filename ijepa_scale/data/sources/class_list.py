@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, same_to_readers
 from ijepa_scale.data.sources.tar_index import ShardIndex
 from ijepa_scale.errors import DataError
+from ijepa_scale.regular_file import read_regular
 
 CLASSES = "classes.json"
 
@@ -40,6 +42,21 @@ def parse_classes(content: bytes, origin: str) -> list[str]:
     except ValueError as error:
         raise DataError(f"{origin} isn't a list of class names ({error}); write it again, or remove it") from None
     return names
+
+
+def read_classes(folder: Path) -> list[str] | None:
+    """Returns the class names stored next to the shards of a folder; None if there are none.
+
+    Raises:
+        DataError: the file isn't a list of names.
+    """
+    path = folder / CLASSES
+    try:
+        return parse_classes(read_regular(path), str(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror}); write it again, or remove it") from None
 
 
 def number_labels(shards: Sequence[ShardIndex], classes: list[str] | None, origin: str) -> NumberedLabels:
@@ -141,4 +158,4 @@ def _where(shards: Sequence[ShardIndex], text: str) -> str:
     raise AssertionError(f"no sample has the label {text!r}")
 
 
-__all__ = ["CLASSES", "NumberedLabels", "names_in", "number_labels", "parse_classes"]
+__all__ = ["CLASSES", "NumberedLabels", "names_in", "number_labels", "parse_classes", "read_classes"]

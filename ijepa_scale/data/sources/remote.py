@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.cache import FileCache, Handle, RemoteFile
 from ijepa_scale.data.sources.class_list import CLASSES, parse_classes
@@ -28,7 +27,7 @@ from ijepa_scale.data.sources.tar_index import (
     save_index,
     scan_index,
 )
-from ijepa_scale.data.sources.tar_shards import MANIFEST, ShardSource
+from ijepa_scale.data.sources.tar_shards import MANIFEST, ShardSource, parse_manifest
 from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -125,9 +124,8 @@ def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[
             )
         return {}
     try:
-        rows = parse_json(content)["shards"]
-        return {str(row["name"]): (int(row["bytes"]), str(row["sha256"])) for row in rows}
-    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        return {row.name: (row.bytes, row.sha256) for row in parse_manifest(content)}
+    except ValueError as error:
         raise DataError(f"{url} isn't a manifest of shards ({error}); write it again with launch/shards.py") from None
 
 

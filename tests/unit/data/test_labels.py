@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import tarfile
 import unicodedata
 
@@ -97,6 +98,23 @@ def test_names_that_read_the_same():
     assert same_to_readers(["a", composed, "b", apart]) == (composed, apart)
     assert same_to_readers(["red car", "red  car"]) == ("red car", "red  car")
     assert same_to_readers(["Cat", "cat", "cart"]) is None and differ_in_case(["Cat", "dog", "cat"]) == [("Cat", "cat")]
+
+
+def test_the_header_of_a_csv(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("Label, PATH\ncat,a.jpg\n")
+    assert CsvImages(path).name(0) == str(tmp_path / "a.jpg") and CsvImages(path).classes == ["cat"]
+    for separator, name in {";": "semicolon", "\t": "tab", "|": "bar"}.items():
+        path.write_text(f"path{separator}label\na.jpg{separator}cat\n")
+        with pytest.raises(DataError, match=f"its cells end at {name}s; separate them by commas"):
+            CsvImages(path)
+    path.write_text("file,label\n")
+    with pytest.raises(DataError, match=r"begins with \['file', 'label'\]; its first line must name columns path and"):
+        CsvImages(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="can't be read .not a regular file.; give a CSV file with path,label"):
+        CsvImages(path)
 
 
 def test_negative_labels_are_counted_and_minus_one_is_none(tmp_path):
