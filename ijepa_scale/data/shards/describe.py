@@ -42,7 +42,7 @@ def describe_shards(shards: list[ShardIndex]) -> list[str]:
     rows.append(("not read", problems.passed_over() or "none"))
     rows.append(("problems", counts or "none"))
     rows += [("", f"{problem.name}: {problem.reason}") for problem in problems.named[:_SHOWN]]
-    return [f"{name:<17} {text}".rstrip() for name, text in rows]
+    return [f"{name:<17} {text}".rstrip(" ") for name, text in rows]
 
 
 def _label_rows(shards: list[ShardIndex]) -> list[tuple[str, str]]:
