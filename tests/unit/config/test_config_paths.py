@@ -86,6 +86,13 @@ def test_a_dollar_sign_can_be_written(monkeypatch, tmp_path: Path) -> None:  # n
     assert PretrainConfig(**json.loads(json.dumps(config.values()))) == config  # as a checkpoint stores it
 
 
+def test_a_lone_tilde_is_null_and_says_so(tmp_path: Path, empty: Path) -> None:
+    said = 'folder is null; give a path (in YAML, a lone ~ is null: write "~" or $HOME)'
+    path = write(tmp_path, "c.yaml", "folder: ~")
+    assert refusal(path) == [f"{path}: {said}"]
+    assert refusal(empty, "folder=~") == [f"command line: {said}"]
+
+
 def test_a_template_is_refused_also_in_quotes(empty: Path) -> None:
     for text in ('"{{ x }}/a"', "a/{{x}}", "{{ x }}"):
         for key in ("folder", "data.train", "data.image_member", "logging.sinks.wandb.project"):
