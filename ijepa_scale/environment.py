@@ -23,6 +23,7 @@ from ijepa_scale.errors import ConfigError
 _WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes. Source: NAME_MAX and PATH_MAX of Linux's limits.h
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
+_TEMPLATE = re.compile(r"\{\{.*?\}\}")
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -225,35 +226,48 @@ def _inductor_default() -> str | None:
     return os.path.join(tempfile.gettempdir(), "torchinductor_" + user)
 
 
+class LiteralPath(str):
+    """An expanded path with a `$` that begins no variable."""
+
+
+def written_path(path: object) -> str:
+    """Returns a path as a configuration or a command line writes it, so that it expands to the same one."""
+    return str(path).replace("$", "$$")
+
+
 def expand_path(text: str) -> str:
     """Returns a path with a leading `~` or `~user` and each `$NAME` or `${NAME}` replaced; addresses stay as they are.
 
-    Only a `$` that a name follows begins a variable. The result is the same when it is expanded again. Addresses hold
-    `://`, or begin with `timm:` or with `pipe:`, which a shell expands.
+    Only a `$` that a name follows begins a variable, and `$$` is a `$` that begins none. The result is the same when it
+    is expanded again: one with such a `$` is a `LiteralPath`. Addresses hold `://`, or begin with `timm:` or with
+    `pipe:`, which a shell expands.
 
     Raises:
         ConfigError: a variable isn't set or holds another, `${` begins something else, there is no such user, or the
-            path is empty, too long, or holds characters that no path can.
+            path is empty, too long, holds a template's braces, or characters that no path can.
     """
+    if isinstance(text, LiteralPath):
+        return text
     if not text.strip():
         raise ConfigError("give a path; . is the working directory")
     if text.startswith("pipe:"):
         return text
+    check_filled(text)
     is_address = "://" in text or text.startswith("timm:")
-    if "${" in (text if is_address else _VARIABLE.sub("", text)):
+    parts = [text] if is_address else text.split("$$")  # between them stands a `$` that begins no variable
+    if any("${" in (part if is_address else _VARIABLE.sub("", part)) for part in parts):
         raise ConfigError("interpolations aren't read, write the value itself")
     if "\0" in text or not _encodes(text):
         raise ConfigError("a path can't hold the character NUL or half a surrogate pair; remove it")
     if is_address:
         return text
-    missing = [name for name in _names(text) if name not in os.environ]
-    if missing:
-        raise ConfigError(f"the variable {missing[0]} isn't set; set it, or write the path itself")
-    whole = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
-    if _names(whole):
-        raise ConfigError(
-            f"it stands for {whole!r}, which holds the variable {_names(whole)[0]}; write the path itself"
-        )
+    missing = next((name for part in parts for name in _names(part) if name not in os.environ), None)
+    if missing is not None:
+        raise ConfigError(f"the variable {missing} isn't set; set it, or write $${missing} for ${missing} in a name")
+    parts = [_VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], part) for part in parts]
+    whole, inside = "$".join(parts), next((name for part in parts for name in _names(part)), None)
+    if inside is not None:
+        raise ConfigError(f"it stands for {whole!r}, which holds the variable {inside}; write the path itself")
     if not whole.strip():
         raise ConfigError("its variables are empty; set them, or write the path itself")
     found = os.path.expanduser(whole)
@@ -266,7 +280,18 @@ def expand_path(text: str) -> str:
             f"it has {len(os.fsencode(found))} bytes and a name of {longest} in it; Linux takes {_LONGEST_PATH} and "
             f"{_LONGEST_NAME}: shorten it"
         )
-    return found
+    check_filled(found)
+    return LiteralPath(found) if len(parts) > 1 or "$$" in found else found
+
+
+def check_filled(text: str) -> None:
+    """Checks that a text isn't a template that nobody has filled in.
+
+    Raises:
+        ConfigError: it holds `{{ ... }}`.
+    """
+    if _TEMPLATE.search(text):
+        raise ConfigError("a template's {{ }} aren't read, write the value itself")
 
 
 def _encodes(path: str) -> bool:

@@ -7,23 +7,22 @@ python launch/plan.py --config C.yaml --gpus h200 --json
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
-from ijepa_scale.errors import UserError
+from ijepa_scale import terminal
 from ijepa_scale.planning.devices import GPUS_PER_NODE, Cluster, parse_gpus
 from ijepa_scale.planning.plan import plan
 from ijepa_scale.planning.plan_text import plan_json, plan_text
 from ijepa_scale.planning.reading import read_pretraining
 
 
+@terminal.command
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for an impossible run or a mistake that the user can fix."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", "--fname", required=True, help="YAML file of this package or in the published layout"
-    )
+    parser = terminal.Parser(description=__doc__)
+    config_help = "YAML file of this package or in the published layout"
+    parser.add_argument("--config", "--fname", type=terminal.path, required=True, help=config_help)
     parser.add_argument("--gpus", nargs="+", required=True, help="number and kind of GPUs, such as 8x a100-80gb")
     parser.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help=f"(default {GPUS_PER_NODE})")
     network = "GB/s per GPU and direction between nodes (default: usual for the GPU, e.g. 25 for A100, 50 for H100)"
@@ -31,25 +30,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s (default: estimated)")
     parser.add_argument("--images", type=int, help="number of training images (default: ImageNet-1k's or -22k's)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_plugins()
     parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. engine.accumulation=4")
     flags = parser.parse_intermixed_args(arguments)
     overrides = flags.overrides + [
         word for word in flags.gpus if "=" in word
     ]  # --gpus also collects the words after it
-    try:
-        config = read_pretraining(flags.config, overrides)
-        count, device = parse_gpus(" ".join(word for word in flags.gpus if "=" not in word))
-        network_bandwidth = device.network_bandwidth if flags.network is None else flags.network * 1e9
-        cluster = Cluster(device, count, flags.gpus_per_node, network_bandwidth)
-        zero = None
-        if config.engine.ds_config is not None:
-            from ijepa_scale.engine.ds_config import load_ds_config  # imports deepspeed, which takes seconds
+    config = read_pretraining(flags.config, overrides)
+    count, device = parse_gpus(" ".join(word for word in flags.gpus if "=" not in word))
+    network_bandwidth = device.network_bandwidth if flags.network is None else flags.network * 1e9
+    cluster = Cluster(device, count, flags.gpus_per_node, network_bandwidth)
+    zero = None
+    if config.engine.ds_config is not None:
+        from ijepa_scale.engine.ds_config import load_ds_config  # imports deepspeed, which takes seconds
 
-            zero = load_ds_config(config.engine.ds_config)["zero_optimization"]
-        result = plan(config, cluster, mfu=flags.mfu, num_images=flags.images, zero=zero)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        zero = load_ds_config(config.engine.ds_config)["zero_optimization"]
+    result = plan(config, cluster, mfu=flags.mfu, num_images=flags.images, zero=zero)
     print(json.dumps(plan_json(result), indent=2) if flags.json else plan_text(result))
     return 0
 

@@ -1,29 +1,30 @@
-"""Makes, verifies, describes and indexes tar shards."""
+"""Makes, verifies, describes and indexes tar shards.
+
+python launch/shards.py make --root /data/imagenet/train --to /data/shards
+python launch/shards.py verify /data/shards
+python launch/shards.py info '/data/shards/{000..127}.tar'
+"""
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 
+from ijepa_scale import terminal
 from ijepa_scale.data.shards.command_line import add_arguments, run_command
-from ijepa_scale.errors import UserError
 
 
+@terminal.command
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after a mistake that the user can fix or for faulty shards, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = terminal.Parser(description=__doc__)
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    terminal.log_to_terminal()
     try:
         return run_command(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("interrupted; run make again with the same arguments to continue", file=sys.stderr)
-        return 130
+        terminal.report("interrupted; run make again with the same arguments to continue", "")
+        return terminal.INTERRUPTED_CODE
 
 
 if __name__ == "__main__":

@@ -7,20 +7,21 @@ python launch/tune.py --config C.yaml --processes 2 data.train=/path/to/shards
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from ijepa_scale.errors import UserError
+from ijepa_scale import terminal
 from ijepa_scale.tune.run import STAGES, Options, tune
 from ijepa_scale.tune.worst import KINDS
 
 
+@terminal.command
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after a mistake that the user can fix or if nothing ran, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = terminal.Parser(description=__doc__)
     add = parser.add_argument
-    add("--config", "--fname", required=True, help="YAML file of this package or in the published layout")
-    add("--to", help="file to write (default: tuned.yaml in the run's folder)")
+    config_help = "YAML file of this package or in the published layout"
+    add("--config", "--fname", type=terminal.path, required=True, help=config_help)
+    add("--to", type=terminal.path, help="file to write (default: tuned.yaml in the run's folder)")
     add("--devices", nargs="+", help="one process per device, e.g. cuda:0 cuda:1")
     add("--processes", type=int, help="number of processes on this host (default 1)")
     add("--minutes", type=float, default=Options.minutes, help="start no candidate after this (default %(default)g)")
@@ -32,20 +33,19 @@ def main(arguments: list[str] | None = None) -> int:
     add("--memory", type=float, help="GB that one process may use (default: the device's, or the host's free memory)")
     add("--worst", choices=KINDS, default=Options.worst, help="longest masks: possible (default), or of 32 drawn steps")
     add("--skip", action="append", choices=STAGES, help="stage to skip; may be repeated")
-    add("--logs", help="folder for the output of each candidate")
+    add("--logs", type=terminal.path, help="folder for the output of each candidate")
+    parser.add_plugins()
     add("overrides", nargs="*", help="dotted settings, e.g. data.batch_size=1024")
     flags = vars(parser.parse_intermixed_args(arguments))
     named, config, overrides = flags["devices"] or [], flags.pop("config"), flags.pop("overrides")
     overrides += [word for word in named if "=" in word]  # --devices also collects the words after it
     flags["devices"] = [word for word in named if "=" not in word] or None
+    del flags["plugin"]  # imported already
     try:
         tune(config, overrides, Options(**flags))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("interrupted; no file was written", file=sys.stderr)
-        return 130
+        terminal.report("interrupted; no file was written", "")
+        return terminal.INTERRUPTED_CODE
     return 0
 
 

@@ -58,7 +58,9 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     decode_scaling: form.DecodeScaling = Field(
         "none", description="Dct: JPEG crops over twice the image size are decoded at 1/2, 1/4 or 1/8, not exactly."
     )
-    max_bad_fraction: form.Fraction = Field(0.001, description="Share of bad samples above which training stops.")
+    max_bad_fraction: form.Fraction = Field(
+        0.001, description="Share of bad samples above which training stops, or fails at its end."
+    )
 
     def _problems(self) -> Iterator[str]:
         if (self.batch_size is None) == (self.batch_size_per_process is None):

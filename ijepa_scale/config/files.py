@@ -6,6 +6,7 @@ in any of them is told in one message, with where it came from. Published and ea
 
 from __future__ import annotations
 
+import codecs
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from ijepa_scale.config.earlier import renamed
 from ijepa_scale.config.finetune_run import FinetuneConfig
-from ijepa_scale.config.form import Form
+from ijepa_scale.config.form import Form, kind_of
 from ijepa_scale.config.published import is_published, translate
 from ijepa_scale.config.schema import PretrainConfig
 from ijepa_scale.config.section import EXCLUSIVE, Section, settings
 from ijepa_scale.config.yaml_text import flat, nest, parse_yaml, write_yaml
 from ijepa_scale.environment import expand_path
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.regular_file import read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -124,15 +126,15 @@ def _files(
         circle = " -> ".join(str(p.name) for p in (*below[below.index(resolved) :], resolved))
         raise ConfigError(f"{path}: its base leads back to itself ({circle}); remove one `base`")
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        content = parse_yaml(_text_in(read_regular(path), path), str(path))
     except FileNotFoundError:
         asked = f" (the base of {below[-1]})" if below else ""
         raise ConfigError(f"{path}: no such configuration file{asked}; configs/ holds ready ones") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read as a text file ({error}); save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}); name a YAML file") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}; a configuration is a mapping of sections")
+        raise ConfigError(f"{path}: holds {kind_of(content)}; a configuration is a mapping of sections")
     if is_published(content):
         content, said = reading(content, origin=str(path))
         notes.extend(said)
@@ -149,12 +151,26 @@ def _files(
     yield str(path), content
 
 
+def _text_in(content: bytes, path: Path) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        what = "it is UTF-16 or UTF-32" if wide else error
+        raise ConfigError(f"{path}: can't be read as a text file ({what}); save it as UTF-8") from None
+    if "\0" in text[:4]:  # without a byte order mark
+        raise ConfigError(f"{path}: can't be read as a text file (it is UTF-16, or no text); save it as UTF-8")
+    return text
+
+
 def _parse_overrides(texts: Sequence[str], kind: type[Section], below: Mapping[str, Any]) -> dict[str, Any]:
     """Returns dotted settings; a value is YAML, or as it stands where text is wanted. `below` chooses sections."""
     pairs: dict[str, str] = {}
     for text in texts:
         key, equals, raw = text.partition("=")
-        if not equals or not key.strip():
+        if equals and not key.strip():
+            raise ConfigError(f"override {text!r} has no key; write section.key=value, e.g. optimizer.lr=1e-3")
+        if not equals:
             raise ConfigError(f"override {text!r} has no `=`; write section.key=value, e.g. optimizer.lr=1e-3")
         pairs[key.strip()] = raw
     fields = dict(settings(kind, renamed(_laid(below, nest(pairs)), kind, [])))

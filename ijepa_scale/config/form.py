@@ -17,6 +17,12 @@ from ijepa_scale.environment import expand_path
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
 
 
+def kind_of(value: Any) -> str:
+    """Returns what kind of value a YAML or JSON file holds, in words."""
+    kinds = {NoneType: "nothing", bool: "true or false", dict: "a mapping", list: "a list", str: "text"}
+    return kinds.get(type(value), "a number")
+
+
 class Note(NamedTuple):
     """The unit of a field, and what it takes where its type doesn't say it well."""
 

@@ -31,9 +31,11 @@ Files are YAML 1.2: `0012` is 12, `1e-3` is a number, `1_000`, `1:30`, `on` and 
 keep it as it is written: `folder: 0012` is the folder 0012, and `data.train=/data/run #2` on the command line is that
 path.
 
-In settings of unit "path", a leading `~` or `~user` and each `$NAME` or `${NAME}` are replaced by the home folder and
-the environment's values; a name that isn't set is refused. Write `./~` for a folder of that name. Addresses such as
-`https://` and `pipe:` stay as they are.
+In settings of unit "path", and in all paths on the command lines of `launch/`, a leading `~` or `~user` and each
+`$NAME` or `${NAME}` are replaced by the home folder and the environment's values; a name that isn't set is refused.
+Write `./~` for a folder of that name, and `$$` for a `$` before a name: `rates/$$USD` is the folder `$USD` in
+`rates`. An image file that `launch/predict.py` finds under the very name that it is given is taken. Addresses such as
+`https://` and `pipe:` stay as they are. A template's `{{ }}` are refused.
 """
 _HEAD = ["| setting | takes | default | bounds | unit | meaning |", "|---|---|---|---|---|---|"]
 

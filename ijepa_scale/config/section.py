@@ -25,6 +25,7 @@ from typing_extensions import Self
 
 from ijepa_scale.config.form import Form
 from ijepa_scale.config.yaml_text import Real, Whole, flat, plain
+from ijepa_scale.environment import LiteralPath, check_filled, written_path
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.nearest import unknown
 from ijepa_scale.registry import Registry
@@ -67,7 +68,7 @@ class Section(BaseModel):
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
     def values(self) -> dict[str, Any]:
-        """Returns the settings as plain values, as JSON gives them back."""
+        """Returns the settings as plain values, as JSON gives them back and a file holds them."""
         return {name: _plain(getattr(self, name)) for name in type(self).model_fields}
 
     def _problems(self) -> Iterator[str]:
@@ -117,8 +118,12 @@ class Section(BaseModel):
         if declared is None:
             form = Form(field)
             value = str(value) if form.takes_text and isinstance(value, (Whole, Real)) else plain(value)
-            if isinstance(value, str) and "${" in value and not form.is_path:
-                raise ValueError("interpolations aren't read, write the value itself")
+            if isinstance(value, LiteralPath) and form.is_path:
+                return value  # pydantic would hand it to `expand_path` as plain text
+            if isinstance(value, str) and not form.is_path:
+                if "${" in value:
+                    raise ValueError("interpolations aren't read, write the value itself")
+                check_filled(value)
             if info.field_name == cls.selector and isinstance(value, str):
                 cls._require(value)
             return handler(tuple(value) if isinstance(value, list) else value)
@@ -179,15 +184,40 @@ def explain(kind: type[Section], values: Any, error: ValidationError) -> Iterato
         key, leaf = places[-1] if places else "", [place for place in places if place in known][-1:]
         said = str(each["ctx"]["error"]) if each["type"] == "value_error" else ""
         if each["type"] in ("extra_forbidden", "invalid_key"):
-            yield from (unknown(name, known) for name in flat({key: each["input"]}))
+            names = flat({key: each["input"]})
+            yield from (
+                _of_another(kind, values, name.split(".")[len(at) :], at) or unknown(name, known) for name in names
+            )
         elif leaf:
             value = each["input"] if each["type"] == "literal_error" else _at(values, leaf[0].split(".")[len(at) :])
+            form = Form(known[leaf[0]])
+            if value is None and form.is_path:
+                yield f'{leaf[0]} is null; give a path (in YAML, a lone ~ is null: write "~" or $HOME)'
+                continue
             whole = said.startswith(f"{leaf[0]} ")
-            yield said if whole else f"{leaf[0]} is {value!r}; {said or Form(known[leaf[0]]).remedy(each['type'])}"
+            yield said if whole else f"{leaf[0]} is {value!r}; {said or form.remedy(each['type'])}"
         elif said:
             yield from (f"{key}.{line}".removeprefix(".") for line in said.splitlines())
         else:
             yield f"{key} is {each['input']!r}; it is a section, set {key}.<name> instead"
+
+
+def _of_another(kind: type[Section], values: Any, path: list[str], at: list[str]) -> str | None:
+    """Returns the complaint about a setting of a component that isn't chosen; None if no component has it."""
+    declared, section = kind, path[:-1]
+    for name in section:
+        inner, many = nested(declared.model_fields[name]) if name in declared.model_fields else (None, False)
+        if inner is None or many:
+            return None
+        declared, values = inner, values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
+    owners = [name for name in declared.names() if path[-1] in declared.member(name).model_fields]
+    if not owners:
+        return None
+    default = declared.model_fields[declared.selector].default
+    chosen = values.get(declared.selector, default) if isinstance(values, Mapping) else default
+    key, selector = ".".join([*at, *path]), ".".join([*at, *section, declared.selector])
+    choice = " or ".join(f"{selector}={owner}" for owner in owners)
+    return f"{key} is a setting of {choice}, but {selector} is {chosen}; remove it, or choose {owners[0]}"
 
 
 def _at(values: Any, path: list[str]) -> Any:
@@ -201,4 +231,6 @@ def _plain(value: Any) -> Any:
         return value.values()
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, LiteralPath):
+        return written_path(value)
     return [_plain(each) for each in value] if isinstance(value, tuple) else value

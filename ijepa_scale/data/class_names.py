@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
-
-_ESCAPED = ("Cc", "Cs", "Zl", "Zp")  # control characters, undecodable bytes, line and paragraph separators
-_DIRECTIONS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what follows
-_SHORT = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_FIRST_BYTE = 0xDC00  # of the code points by which Python holds undecodable bytes. Source: PEP 383
+from ijepa_scale.escapes import escaped
 
 
 def written(name: str) -> str:
@@ -16,18 +11,7 @@ def written(name: str) -> str:
     A backslash is doubled; an undecodable byte becomes `\xe9`, and a character without a shape or that would reorder
     the line `\n`, `\t` or `\u202e`.
     """
-    return "".join(_written(character) for character in name)
-
-
-def _written(character: str) -> str:
-    if character in _SHORT:
-        return _SHORT[character]
-    code = ord(character)
-    if _FIRST_BYTE + 0x80 <= code < _FIRST_BYTE + 0x100:
-        return f"\\x{code - _FIRST_BYTE:02x}"
-    if unicodedata.category(character) in _ESCAPED or character in _DIRECTIONS:
-        return f"\\u{code:04x}"
-    return character
+    return "".join("\\\\" if character == "\\" else escaped(character) for character in name)
 
 
 def shortened(name: str, length: int = 28) -> str:

@@ -41,7 +41,8 @@ class TrainLoader:
 
     Bad samples are replaced by others of the set, drawn by (seed, epoch, sample), logged by name and counted by
     kind in `bad`. Iteration raises `DataError` when more than `max_bad_fraction` of the samples seen are bad (checked
-    after the first 1000), or a whole batch is. Iterating again starts again at `start_step`.
+    after the first 1000), or a whole batch is. A run that may be shorter calls `check_bad` at its end. Iterating again
+    starts again at `start_step`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TrainLoader:
             source.check_parts(world, workers)
         self.num_seen = 0
         self.bad: Counter[str] = Counter()
+        self._last_bad: BadSample | None = None
         self._max_bad_fraction = max_bad_fraction
         self._images_per_step = order.part_size(world)
         self._rank = rank
@@ -97,7 +99,7 @@ class TrainLoader:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        self.num_seen, self.bad = 0, Counter()
+        self.num_seen, self.bad, self._last_bad = 0, Counter(), None
         slots = Slots(self._num_slots, self._slot_bytes)
         feed = DeviceFeed(slots, self._device)
         parts = self._make_parts()
@@ -136,13 +138,27 @@ class TrainLoader:
         fraction = self.num_bad / self.num_seen
         judged = self.num_seen >= _SEEN_BEFORE_STOP or self._max_bad_fraction == 0
         whole = len(item.bad) >= self._images_per_step >= _WHOLE_BATCH
+        self._last_bad = item.bad[-1] if item.bad else self._last_bad
         if item.bad and (whole or (judged and fraction > self._max_bad_fraction)):
-            last = item.bad[-1]
-            kinds = ", ".join(f"{count} x {kind}" for kind, count in self.bad.most_common())
-            raise DataError(
-                f"{self.num_bad} of {self.num_seen} samples couldn't be decoded ({kinds}), over data.max_bad_fraction "
-                f"{self._max_bad_fraction:g}; the last is {last.name} ({last.reason}); fix the data or raise the limit"
-            )
+            raise DataError(self._too_many(self.num_bad, self.num_seen))
+
+    def check_bad(self, bad: int, seen: int) -> None:
+        """Checks the counts of a whole run: `bad` of `seen` samples over all processes.
+
+        Raises:
+            DataError: more than `max_bad_fraction` of them are bad.
+        """
+        if bad > self._max_bad_fraction * seen:
+            raise DataError(self._too_many(bad, seen))
+
+    def _too_many(self, bad: int, seen: int) -> str:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in self.bad.most_common())
+        last = self._last_bad
+        return (
+            f"{bad} of {seen} samples couldn't be decoded{f' ({kinds})' if kinds else ''}, over data.max_bad_fraction "
+            f"{self._max_bad_fraction:g}; {f'the last is {last.name} ({last.reason}); ' if last else ''}fix the data "
+            "or raise the limit"
+        )
 
 
 def _parts_of(

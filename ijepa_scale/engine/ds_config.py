@@ -14,9 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ijepa_scale.config.form import kind_of
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.nearest import nearest
+from ijepa_scale.regular_file import read_regular
 
 # Other keys that a file may hold. They change what is printed or measured, not what is trained.
 DIAGNOSTICS = ("comms_logger", "dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
@@ -139,13 +141,14 @@ def compose(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_regular(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such DeepSpeed file; use one of ds_configs/") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error}); fix it, or copy one of ds_configs/") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: not readable as JSON ({why}); fix it, or copy one of ds_configs/") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}; write a JSON object with zero_optimization")
+        raise ConfigError(f"{path}: holds {kind_of(content)}; write a JSON object with zero_optimization")
     return content
 
 

@@ -45,7 +45,7 @@ class _Product(torch.autograd.Function):
         )
 
 
-def _product(input: Tensor, weight: Tensor, bias: Tensor, weight_copy: Tensor, bias_copy: Tensor) -> Tensor:
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None, weight_copy: Tensor, bias_copy: Tensor) -> Tensor:
     return _Product.apply(input, weight, bias, weight_copy, bias_copy)
 
 
@@ -96,8 +96,8 @@ def use_low_copies(module: nn.Module) -> dict[Tensor, Tensor]:
 
     The module must be on its device. The copies must be renewed whenever the parameters change.
     """
-    # Dynamo of torch 2.11 traces the passes of an autograd.Function apart, and with symbolic lengths that sometimes fails
-    # ("sources must not be empty for symbol"). As one node it is traced by autograd itself, as other operations are.
+    # Dynamo of torch 2.11 traces the passes of an autograd.Function apart, and with symbolic lengths that sometimes
+    # fails ("sources must not be empty for symbol"). As one node it is traced by autograd itself, as other operations.
     torch.compiler.allow_in_graph(_product)
     kinds = {Linear: CopiedLinear, PatchProjection: CopiedPatchProjection}
     copies: dict[Tensor, Tensor] = {}

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 
 from ijepa_scale.data.class_names import shortened
-from ijepa_scale.data.sources.labels import whole_number
+from ijepa_scale.data.sources.labels import class_warnings, same_to_readers, whole_number
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.tar_shards import ShardSource
 from ijepa_scale.errors import DataError
@@ -59,6 +59,8 @@ def compare_classes(train: tuple[str, SampleSource], other: tuple[str, SampleSou
             "both, or give both the same class folders or classes.json",
             named, len(ours or theirs or ()), unnamed, (ours or theirs or [""])[0],
         )  # fmt: skip
+    for line in class_warnings(theirs, name) if ours is None and theirs is not None else ():
+        logger.warning("%s", line)
     only = np.setdiff1d(source.labels(), train_source.labels())
     if len(only):
         shown = ", ".join(f"{label} ({theirs[label]!r})" if theirs else str(label) for label in only[:_SHOWN].tolist())
@@ -86,6 +88,9 @@ def require_labels(source: SampleSource, labels: np.ndarray, name: str) -> None:
 def _difference(ours: list[str], theirs: list[str]) -> str:
     """Returns, in words, how the lists differ: the first names that only one has, or the order."""
     only = sorted(set(ours) ^ set(theirs))
+    same = same_to_readers(only)
+    if same is not None:
+        return f"{same[0]!a} and {same[1]!a} read the same; rename one of them"
     return f"only one has {', '.join(map(shortened, only[:_SHOWN]))}" if only else "in another order"
 
 

@@ -110,12 +110,21 @@ class TensorBoardSink:
     """Writes the numbers of each row as TensorBoard scalars, in groups.
 
     Hides what an earlier run wrote for steps >= `drop_from`.
+
+    Raises:
+        ConfigError: the folder's path isn't UTF-8.
     """
 
     def __init__(self, folder: str | Path, drop_from: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imported here because it takes 2 s
 
-        self._writer = SummaryWriter(str(folder), purge_step=drop_from)
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=drop_from)
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"TensorBoard can't write into {folder}, whose name isn't UTF-8; set another folder, or "
+                "logging.tensorboard=false"
+            ) from None
         self._tags = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
 
     def write(self, row: Mapping[str, Any]) -> None:

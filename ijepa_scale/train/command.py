@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from ijepa_scale import environment
+from ijepa_scale import environment, terminal
 from ijepa_scale.config import read_config, to_yaml
 from ijepa_scale.config.manual import help_text
 from ijepa_scale.environment import Launch
-from ijepa_scale.registry import load_plugin
 from ijepa_scale.train import processes
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.own_images import choose_settings
@@ -26,17 +25,20 @@ logger = logging.getLogger(__name__)
 
 def launch(description: str, kind: type[Task]) -> None:
     """Reads flags and configuration, and trains in each process of the run. Print flags print and exit."""
-    flags = _parse(description)
+    with terminal.printing():
+        _launch(_parse(description), kind)
+
+
+def _launch(flags: argparse.Namespace, kind: type[Task]) -> None:
     with processes.user_errors(0):
-        for module in flags.plugin:
-            load_plugin(module)
         if flags.help_config is not None:
             print(help_text(kind.config_kind, flags.help_config))
             return
         choose = partial(_choose, flags)
         loaded = read_config(flags.config, flags.overrides, kind=kind.config_kind, choose=choose)
     if flags.print_config:
-        print("\n".join([*(f"# {note}" for note in loaded.notes), to_yaml(loaded.config)]))
+        terminal.say(*(f"# {note}" for note in loaded.notes))
+        print(to_yaml(loaded.config))
         return
     main = partial(train_here, kind, loaded.notes)
     processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
@@ -45,7 +47,7 @@ def launch(description: str, kind: type[Task]) -> None:
 def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, device: torch.device) -> None:
     """Trains in this process, of the run, and prints the result if it is the main process."""
     level = logging.INFO if launch.rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
+    terminal.log_to_terminal(level, f"[{launch.rank}] %(name)s: %(message)s")
     for note in notes:  # what was renamed, or left out of a published file
         logger.info("%s", note)
     for line in getattr(config, "chosen_by_recipe", ()):
@@ -56,7 +58,7 @@ def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, 
             config = world.broadcast_object(config)  # hosts may differ, and process 0 decides
         result = run_task(kind, config, world)
         if world.is_main:
-            print(result.text(), *result.next_commands(), sep="\n  ")
+            terminal.say(result.text(), *(f"  {command}" for command in result.next_commands()))
 
 
 def _choose(flags: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,16 +77,11 @@ def _choose(flags: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, An
 
 def _parse(description: str) -> argparse.Namespace:
     """Returns the command line's flags."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", "--fname", help="YAML file of this package, or one of the published code")
+    parser = terminal.Parser(description=description)
+    config_help = "YAML file of this package, or one of the published code"
+    parser.add_argument("--config", "--fname", type=terminal.path, help=config_help)
     parser.add_argument("--help-config", nargs="?", const="", metavar="SECTION", help="explain the settings and exit")
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="module that registers components; can be repeated",
-    )
+    parser.add_plugins()
     parser.add_argument("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
     parser.add_argument("--processes", type=int, help="number of processes to start on this host")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")

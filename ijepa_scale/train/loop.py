@@ -17,6 +17,7 @@ from ijepa_scale.checkpoint import store
 from ijepa_scale.config import CheckpointConfig, EngineConfig, LoggingConfig, to_yaml
 from ijepa_scale.config.earlier import stored
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sanity import sanity_warnings
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.world import World
@@ -191,7 +192,18 @@ class Loop:
                     self._step(batch)
                 self._after(batch.step + 1, sinks, progress)
             progress.close()
+        self._check_bad(loader)
         task.finish(self.folder)
+
+    def _check_bad(self, loader: TrainLoader) -> None:
+        """Checks the bad samples of the whole run, since each process judges its own only after many. Communicates.
+
+        Raises:
+            DataError: over all processes they are more than `data.max_bad_fraction`; raised on every process.
+        """
+        counts = torch.tensor([loader.num_bad, loader.num_seen], device=self.world.device)
+        bad, seen = self.world.gather(counts).sum(dim=0).tolist()  # host sync: once per run
+        loader.check_bad(bad, seen)
 
     def _look_at(self, batch: Batch) -> None:
         """Warns of images and labels that can hardly be meant."""

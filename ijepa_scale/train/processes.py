@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-from ijepa_scale import environment
+from ijepa_scale import environment, terminal
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.world import World, choose_device, start_world, stop_world
 from ijepa_scale.environment import Launch
@@ -20,7 +20,6 @@ from ijepa_scale.registry import PLUGINS, load_plugin
 
 Main = Callable[[Any, Launch, torch.device], None]
 
-USER_ERROR_CODE = 2
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what can happen to the folder of a run while it is written
 
 
@@ -63,7 +62,7 @@ def _child(
     rank: int, plugins: list[str], main: Main, options: Any, engine: EngineConfig, devices: list[str | None], port: int
 ) -> None:
     count = len(devices)
-    with user_errors(rank):
+    with terminal.printing(), user_errors(rank):
         for module in plugins:
             load_plugin(module)
         launch = Launch(
@@ -92,11 +91,11 @@ def user_errors(rank: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error (process {rank}): {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_CODE)
+        terminal.report(error, f"error (process {rank})")
+        sys.exit(terminal.USER_ERROR_CODE)
     except OSError as error:
         if error.errno not in _DISK:
             raise
         said = f"{error.filename or 'a file'} can't be written ({error.strerror}); what was saved before is whole"
-        print(f"error (process {rank}): {said}: free space or fix the permissions, and start again", file=sys.stderr)
-        sys.exit(USER_ERROR_CODE)
+        terminal.report(f"{said}: free space or fix the permissions, and start again", f"error (process {rank})")
+        sys.exit(terminal.USER_ERROR_CODE)

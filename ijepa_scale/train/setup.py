@@ -11,6 +11,7 @@ from ijepa_scale.config import PretrainConfig
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.config.schema import EncoderConfig
 from ijepa_scale.data.loader import TrainLoader
+from ijepa_scale.data.sources.labels import class_warnings
 from ijepa_scale.data.sources.open import training_source
 from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
@@ -103,4 +104,6 @@ def open_training_source(config: PretrainConfig | FinetuneConfig, *, log: bool) 
     source = training_source(config.data, (height, width))
     if not isinstance(source, StreamSource):
         check_problems(source.problems(), source.num_samples, config.data.max_bad_fraction, log=log)
+        for line in class_warnings(source.classes, "data.train") if log and source.classes else ():
+            logger.warning("%s", line)
     return source

@@ -29,6 +29,7 @@ import torch
 from ijepa_scale import environment
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import UserError
+from ijepa_scale.registry import PLUGINS, load_plugin
 
 GRACE_S = 3.0  # after one process has failed, the time for the others to report their reasons
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
@@ -105,7 +106,7 @@ class Children:
             for rank in range(processes):
                 process = ProcessInfo(rank=rank, size=processes, port=port, folder=folder)
                 log = str(self._logs / f"{self._started:03d}-{rank}.log") if self._logs else os.devnull
-                child = self._context.Process(target=_child, args=(function, argument, process, log))
+                child = self._context.Process(target=_child, args=(PLUGINS, function, argument, process, log))
                 children.append(child)
                 child.start()
             in_time = _wait(children, begin + limit_s)
@@ -175,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _child(function: Function, argument: Any, process: ProcessInfo, log: str) -> None:
+def _child(plugins: list[str], function: Function, argument: Any, process: ProcessInfo, log: str) -> None:
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "a") as file:  # redirects the output of this process and of all libraries in it
@@ -184,6 +185,8 @@ def _child(function: Function, argument: Any, process: ProcessInfo, log: str) ->
     if process.size > 1 and environment.threads() is None:  # as in training; else each process would use all cores
         torch.set_num_threads(max(1, torch.get_num_threads() // process.size))
     try:
+        for module in plugins:
+            load_plugin(module)
         process.note(values=function(argument, process))
     except BaseException as error:
         traceback.print_exc()

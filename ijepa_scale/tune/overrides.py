@@ -12,6 +12,7 @@ from typing import Any
 from ijepa_scale.config import PretrainConfig, load_config, read_config
 from ijepa_scale.config.files import known_keys
 from ijepa_scale.config.yaml_text import nest, write_yaml
+from ijepa_scale.environment import written_path
 from ijepa_scale.errors import ConfigError
 
 # written even if the configuration has the same values, so that a later change of it doesn't undo the tuning
@@ -35,7 +36,7 @@ def write_overrides(path: Path, base: Path, settings: Mapping[str, Any], tuned: 
     Raises:
         ConfigError: the file can't be written.
     """
-    nested = {"base": os.path.relpath(base.resolve(), path.resolve().parent), **nest(settings)}
+    nested = {"base": written_path(os.path.relpath(base.resolve(), path.resolve().parent)), **nest(settings)}
     comments = "".join(f"# {line}\n" for line in notes.splitlines())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import numpy as np
 from ijepa_scale import environment
 from ijepa_scale.config import PretrainConfig, read_config
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.registry import PLUGINS
 from ijepa_scale.tune import worst
 from ijepa_scale.tune.children import Children, Outcome
 from ijepa_scale.tune.loader_workers import Workers, choose_workers, counts
@@ -220,11 +221,12 @@ class _Tuning:
         )
 
     def _flags(self) -> str:
-        """Returns the flags that start the number of processes that was tuned for."""
+        """Returns the flags that import the plugins and start the number of processes that was tuned for."""
         options = self._options
+        plugins = "".join(f" --plugin {module}" for module in PLUGINS)
         if options.devices:
-            return f" --devices {' '.join(options.devices)}"
-        return f" --processes {options.count}" if options.count > 1 else ""
+            return f"{plugins} --devices {' '.join(options.devices)}"
+        return f"{plugins} --processes {options.count}" if options.count > 1 else plugins
 
 
 def _relative(folder: Path) -> Path:

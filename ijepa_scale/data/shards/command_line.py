@@ -13,6 +13,7 @@ from types import TracebackType
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ijepa_scale import terminal
 from ijepa_scale.config.form import member_suffix
 from ijepa_scale.data.shards.byte_sizes import format_bytes, parse_bytes
 from ijepa_scale.data.shards.describe import describe_shards
@@ -26,17 +27,17 @@ from ijepa_scale.data.shards.write import write_classes
 from ijepa_scale.data.shards.zips import ZipImages
 from ijepa_scale.data.sources.class_list import CLASSES, names_in
 from ijepa_scale.data.sources.file_list import ListSource
-from ijepa_scale.data.sources.labels import differ_in_case
+from ijepa_scale.data.sources.labels import NO_LABEL, class_warnings
 from ijepa_scale.data.sources.listing import root_of
 from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.source import SampleSource
-from ijepa_scale.data.sources.tar_index import expand, index_tar
+from ijepa_scale.data.sources.tar_index import ShardIndex, expand, index_tar
 from ijepa_scale.errors import DataError
+from ijepa_scale.escapes import one_line
 
 READERS = ("imagefolder", "list", "csv", "tar", "zip", "parquet")
 _MOST_WORKERS = 16  # the default uses no more, even on machines with more cores
 _LINE_EVERY_S = 10.0
-_SHOWN = 5  # pairs of classes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "line), tar (CLASS/*.jpg members, or CLASS.tar members), zip, parquet (a file, folder or glob with a column of "
         f"images), or a torchvision name: {', '.join(DATASETS)}",
     )  # fmt: skip
-    make.add_argument("--root", required=True, help="folder, file, or the folder of torchvision's files")
-    make.add_argument("--to", required=True, help="folder for the shards; it must not contain any yet")
+    make.add_argument(
+        "--root", type=terminal.path, required=True, help="folder, file, or the folder of torchvision's files"
+    )
+    make.add_argument(
+        "--to", type=terminal.path, required=True, help="folder for the shards; it must not contain any yet"
+    )
     make.add_argument(
         "--split", help="folder in ROOT that contains the class folders (default: train, if ROOT contains only "
         "splits), . for ROOT itself, or '**' for all images in it without labels; for a torchvision data set, its "
@@ -92,14 +97,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "classes", help=f"write {CLASSES}, which numbers labels that are names, next to shards made by other tools"
     )
     for command in (verify, info, index, classes):
-        command.add_argument("pattern", help="folder, glob or {000..127} pattern")
+        command.add_argument("pattern", type=terminal.path, help="folder, glob or {000..127} pattern")
         for name, like in (("image", "jpg"), ("label", "cls")):
             command.add_argument(
                 f"--{name}-member",
-                type=member_suffix,
+                type=_suffix,
                 metavar="SUFFIX",
                 help=f"{name} to read of samples with several, like {like}",
             )
+
+
+def _suffix(text: str) -> str:
+    try:
+        return member_suffix(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -170,7 +182,10 @@ def _make(options: argparse.Namespace) -> int:
         options.reader, options.root, split=options.split, download=options.download,
         columns=None if chosen == Columns() else chosen, most_loose=options.max_bad_fraction,
     )  # fmt: skip
-    print(source.summary(), flush=True)
+    terminal.say(source.summary())
+    if options.reader != "csv" and source.classes:  # CSV lists warn of their lines
+        for line in class_warnings(source.classes, f"--root {options.root}"):
+            terminal.report(line, "warning")
     with _Progress(source.num_samples, "images") as progress:
         made = make_shards(
             source, options.to, plan=plan, workers=options.workers, max_bad_fraction=options.max_bad_fraction,
@@ -179,7 +194,7 @@ def _make(options: argparse.Namespace) -> int:
     kinds = ", ".join(f"{count} x {kind}" for kind, count in made.left_out.most_common())
     size = format_bytes(sum(row.bytes for row in made.shards))
     skipped = Problems(skipped=source.problems().skipped).passed_over()
-    print(
+    terminal.say(
         f"{made.num_samples} images in {len(made.shards)} shards, {size}, in {options.to}; left out: {kinds or 'none'}"
         + (f"; skipped: {skipped}" if skipped else "")
     )
@@ -201,20 +216,21 @@ def _verify(options: argparse.Namespace) -> int:
             hashed = hashed and verdict.hashed
             progress.show(max(0, number), f"{samples} images, {faults} faults")
     checked = "hashes and images" if hashed else "images (hashes unchecked: no manifest.json)"
-    print(f"{len(paths)} shards, {samples} images: {f'{faults} faults' if faults else f'{checked} are good'}")
+    terminal.say(f"{len(paths)} shards, {samples} images: {f'{faults} faults' if faults else f'{checked} are good'}")
     return 2 if faults else 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    print("\n".join(describe_shards(expand(options.pattern), _members(options))))
+    terminal.say(*describe_shards(_indexed(options)))
     return 0
 
 
 def _index(options: argparse.Namespace) -> int:
-    for path in expand(options.pattern):
-        index = index_tar(path, _members(options))
+    def tell(index: ShardIndex) -> None:
         found = index.problems.summary()
-        print(f"{path}: {len(index)} samples{f'; left out: {found}' if found else ''}")
+        terminal.say(f"{index.path}: {len(index)} samples{f'; left out: {found}' if found else ''}")
+
+    _indexed(options, tell)
     return 0
 
 
@@ -226,12 +242,37 @@ def _classes(options: argparse.Namespace) -> int:
     path = folders[0] / CLASSES
     if path.exists():
         raise DataError(f"{path} exists and numbers the classes; remove it if it is wrong, and write it again")
-    names = names_in([index_tar(one, _members(options)) for one in paths])
-    for first, second in differ_in_case(names)[:_SHOWN]:
-        print(f"classes {first!r} and {second!r} differ in case only; check that both are meant", file=sys.stderr)
+    names = names_in(_indexed(options))
+    for line in class_warnings(names, "the list"):
+        terminal.report(line, "warning")
     write_classes(folders[0], names)
-    print(f"{path}: {len(names)} classes, {names[0]!r} to {names[-1]!r}")
+    terminal.say(f"{path}: {len(names)} classes, {names[0]!r} to {names[-1]!r}")
     return 0
+
+
+def _indexed(options: argparse.Namespace, tell: Callable[[ShardIndex], None] | None = None) -> list[ShardIndex]:
+    """Returns the indices of the shards, and calls `tell` with each as soon as it is there.
+
+    Raises:
+        DataError: a member is chosen that no sample has.
+    """
+    members = _members(options)
+    found = []
+    for path in expand(options.pattern):
+        found.append(index_tar(path, members))
+        if tell is not None:
+            tell(found[-1])
+    for flag, chosen, has in (
+        ("--image-member", members.image, any(len(index) for index in found)),
+        ("--label-member", members.label, any((index.labels != NO_LABEL).any() for index in found)),
+    ):
+        if chosen is not None and not has:
+            problems = Problems()
+            for index in found:
+                problems.extend(index.problems)
+            seen = problems.summary() or problems.passed_over()
+            raise DataError(f"no sample has {flag} {chosen}{f' ({seen})' if seen else ''}; correct it or leave it out")
+    return found
 
 
 def _members(options: argparse.Namespace) -> Members:
@@ -278,7 +319,7 @@ class _Progress:
 
     def note(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
-        tqdm.write(text, file=sys.stdout) if self._bar is not None else print(text, flush=True)
+        tqdm.write(one_line(text), file=sys.stdout) if self._bar is not None else terminal.say(text)
 
 
 __all__ = ["READERS", "add_arguments", "open_images", "run_command"]

@@ -9,21 +9,21 @@ import numpy as np
 
 from ijepa_scale.data.shards.byte_sizes import format_bytes
 from ijepa_scale.data.shards.journal import JOURNAL
-from ijepa_scale.data.shards.manifest import read_classes, read_manifest
-from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL
-from ijepa_scale.data.sources.scan import Members, Problems
-from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
+from ijepa_scale.data.shards.manifest import read_manifest
+from ijepa_scale.data.sources.class_list import read_classes
+from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, class_warnings
+from ijepa_scale.data.sources.scan import Problems
+from ijepa_scale.data.sources.tar_index import ShardIndex
 
 _SHOWN = 5  # problems
 
 
-def describe_shards(paths: list[Path], members: Members | None = None) -> list[str]:
-    """Returns lines that describe counts, sizes, labels, classes and problems.
+def describe_shards(shards: list[ShardIndex]) -> list[str]:
+    """Returns lines that describe counts, sizes, labels, classes and problems of indexed shards.
 
     Raises:
-        DataError: a file isn't a tar, a manifest or a list of classes though its name says so.
+        DataError: a file isn't a manifest or a list of classes though its name says so.
     """
-    shards = [index_tar(path, members) for path in paths]
     tar_bytes = np.array([shard.tar_bytes for shard in shards])
     sizes = np.concatenate([shard.sizes for shard in shards])
     rows = [
@@ -33,7 +33,7 @@ def describe_shards(paths: list[Path], members: Members | None = None) -> list[s
             f"{len(sizes)} of {_span(sizes)}, {format_bytes(sizes.mean())} on average" if len(sizes) else "none",
         ),
         *_label_rows(shards),
-        *(row for folder in sorted({path.parent for path in paths}) for row in _folder_rows(folder, shards)),
+        *(row for folder in sorted({shard.path.parent for shard in shards}) for row in _folder_rows(folder, shards)),
     ]
     problems = Problems()
     for shard in shards:
@@ -42,7 +42,7 @@ def describe_shards(paths: list[Path], members: Members | None = None) -> list[s
     rows.append(("not read", problems.passed_over() or "none"))
     rows.append(("problems", counts or "none"))
     rows += [("", f"{problem.name}: {problem.reason}") for problem in problems.named[:_SHOWN]]
-    return [f"{name:<17} {text}".rstrip() for name, text in rows]
+    return [f"{name:<17} {text}".rstrip(" ") for name, text in rows]
 
 
 def _label_rows(shards: list[ShardIndex]) -> list[tuple[str, str]]:
@@ -75,6 +75,7 @@ def _folder_rows(folder: Path, shards: list[ShardIndex]) -> list[tuple[str, str]
         largest = max((int(shard.labels.max()) for shard in here.values() if len(shard)), default=NO_LABEL)
         text = f"{len(classes)} names, {_first(classes)}"
         rows.append(("classes", text if largest < len(classes) else f"{text}; but there is a label {largest}"))
+        rows += [("", line) for line in class_warnings(classes, "the list")]
     if manifest is None:
         rows.append(("manifest", "unfinished: run make again" if (folder / JOURNAL).exists() else "none"))
         return rows

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 
 from ijepa_scale.data.decode import decode
 from ijepa_scale.data.shards.journal import JOURNAL
-from ijepa_scale.data.shards.manifest import read_classes, read_manifest
+from ijepa_scale.data.shards.manifest import read_manifest
 from ijepa_scale.data.shards.write import ShardRow
+from ijepa_scale.data.sources.class_list import read_classes
 from ijepa_scale.data.sources.fetch import file_sha256
 from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_path, load_index, scan_index
@@ -114,7 +115,7 @@ def _index_faults(index: ShardIndex, members: Members | None) -> list[str]:
 
 def _sample_faults(index: ShardIndex, classes: list[str] | None) -> list[str]:
     """Returns the faults of single samples."""
-    faults = []
+    faults, known = [], frozenset(classes or ())
     with index.path.open("rb") as file:
         for row, (offset, size, label) in enumerate(zip(index.offsets, index.sizes, index.labels, strict=True)):
             name = f"{index.path}:{index.keys[row]}"
@@ -125,7 +126,7 @@ def _sample_faults(index: ShardIndex, classes: list[str] | None) -> list[str]:
             text = index.label_text(row)
             if classes is not None and label >= len(classes):
                 faults.append(f"{name}: label {label}, but there are {len(classes)} class names")
-            elif classes is not None and text is not None and text not in classes:
+            elif classes is not None and text is not None and text not in known:
                 faults.append(f"{name}: label {text!r} is not among the {len(classes)} class names")
     return faults
 

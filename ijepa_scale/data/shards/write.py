@@ -13,8 +13,8 @@ from pathlib import Path
 import webdataset
 
 from ijepa_scale.data.sources.class_list import CLASSES
-from ijepa_scale.data.sources.tar_index import index_tar
-from ijepa_scale.data.sources.tar_shards import MANIFEST
+from ijepa_scale.data.sources.tar_index import index_tar, is_tar
+from ijepa_scale.data.sources.tar_shards import MANIFEST, ShardRow
 from ijepa_scale.errors import DataError
 
 PART = ".part"  # suffix of a file that isn't complete yet
@@ -28,16 +28,6 @@ class Sample:
     key: str  # unique, without dots
     image: bytes  # JPEG, PNG or WebP
     label: int | None = None
-
-
-@dataclass(frozen=True)
-class ShardRow:
-    """A shard's row in the manifest."""
-
-    name: str
-    bytes: int
-    samples: int
-    sha256: str
 
 
 def write_shards(
@@ -76,7 +66,7 @@ def check_empty(folder: Path) -> None:
     found = sorted(
         entry.name
         for entry in folder.iterdir()
-        if entry.name.endswith((".tar", f".tar{PART}")) or entry.name in (MANIFEST, CLASSES)
+        if is_tar(entry.name.removesuffix(PART)) or entry.name in (MANIFEST, CLASSES)
     )
     if found:
         raise DataError(f"folder {folder} already holds shards ({found[0]}); name an empty one")

@@ -5,8 +5,10 @@ The list is `classes.json` next to the shards: a JSON list of class names, in wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, same_to_readers
 from ijepa_scale.data.sources.tar_index import ShardIndex
 from ijepa_scale.errors import DataError
+from ijepa_scale.regular_file import read_regular
 
 CLASSES = "classes.json"
 
@@ -39,6 +42,21 @@ def parse_classes(content: bytes, origin: str) -> list[str]:
     except ValueError as error:
         raise DataError(f"{origin} isn't a list of class names ({error}); write it again, or remove it") from None
     return names
+
+
+def read_classes(folder: Path) -> list[str] | None:
+    """Returns the class names stored next to the shards of a folder; None if there are none.
+
+    Raises:
+        DataError: the file isn't a list of names.
+    """
+    path = folder / CLASSES
+    try:
+        return parse_classes(read_regular(path), str(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror}); write it again, or remove it") from None
 
 
 def number_labels(shards: Sequence[ShardIndex], classes: list[str] | None, origin: str) -> NumberedLabels:
@@ -85,13 +103,23 @@ def _fault(shards: Sequence[ShardIndex], classes: list[str] | None, origin: str)
             f"{_where(shards, first)} has the label {first!r}, but there is no {origin} that numbers names; write it "
             "with `python launch/shards.py classes SHARDS`, or copy the one of the training set"
         )
-    twice = next((name for number, name in enumerate(classes) if name in classes[:number]), None) if len(
-        set(classes)) < len(classes) else None  # fmt: skip
-    if twice is not None:
-        return f"{origin} names {twice!r} twice, so labels that are names can't be numbered; name each class once"
-    known = set(classes)
+    known, twice = set(classes), [name for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        return f"{origin} names {twice[0]!r} twice, so labels that are names can't be numbered; name each class once"
+    same = same_to_readers(classes)
+    if same is not None:
+        return (
+            f"{origin} names {same[0]!a} and {same[1]!a}, which read the same, so labels that are names can't be "
+            "numbered; name each class once"
+        )
     missing = next((text for shard in shards for text in shard.texts if text not in known), None)
     if missing is not None:
+        like = same_to_readers([*classes, missing])
+        if like is not None:
+            return (
+                f"{_where(shards, missing)} has the label {missing!a}, {origin} names {like[0]!a}, which reads the "
+                "same; spell them alike"
+            )
         return (
             f"{_where(shards, missing)} has the label {missing!r}, which {origin} doesn't name; correct the label, or "
             "write the list again with `python launch/shards.py classes SHARDS`"
@@ -117,7 +145,7 @@ def _ambiguous(shards: Sequence[ShardIndex], names: list[str]) -> str | None:
     same = same_to_readers(names)
     if same is None:
         return None
-    first, second = ((repr(name), _where(shards, name)) for name in same)
+    first, second = ((ascii(name), _where(shards, name)) for name in same)
     return f"labels {first[0]} of {first[1]} and {second[0]} of {second[1]} read the same; spell them alike"
 
 
@@ -130,4 +158,4 @@ def _where(shards: Sequence[ShardIndex], text: str) -> str:
     raise AssertionError(f"no sample has the label {text!r}")
 
 
-__all__ = ["CLASSES", "NumberedLabels", "names_in", "number_labels", "parse_classes"]
+__all__ = ["CLASSES", "NumberedLabels", "names_in", "number_labels", "parse_classes", "read_classes"]

@@ -17,10 +17,12 @@ from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError
+from ijepa_scale.regular_file import check_regular
 
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ("path", "label")
+_SEPARATORS = {";": "semicolon", "\t": "tab", "|": "bar"}
 _LABELLED_LINE = re.compile(r".*\.(\w+)[\s,;]+\S+")  # like "a/1.jpg 3"
 _SHOWN = 5  # warnings
 
@@ -30,10 +32,10 @@ _Row = tuple[str, str, int]  # path, label ("" if the list has none), line numbe
 class ListSource:
     """The images that a file lists, in its order. Relative paths are relative to the file's folder.
 
-    A name that ends in .csv, or `as_csv`, means a CSV file. Its header is `path,label`, other columns are ignored, or
-    `path` alone for images without labels. Labels are either all whole numbers from 0, in any spelling (`1`, `01`,
-    `1.0`), which are used unchanged, or all class names, which are numbered in sorted order. Spaces and quotes around a
-    label don't count.
+    A name that ends in .csv, or `as_csv`, means a CSV file. Its header, in any case, is `path,label`, other columns are
+    ignored, or `path` alone for images without labels. Labels are either all whole numbers from 0, in any spelling
+    (`1`, `01`, `1.0`), which are used unchanged, or all class names, which are numbered in sorted order. Spaces and
+    quotes around a label don't count.
 
     Any other file is a text with one path per line, as it is written, of images without labels.
 
@@ -99,9 +101,10 @@ def _csv_rows(path: Path) -> list[_Row]:
     rows: list[_Row] = []
     first: dict[str, _Row] = {}  # by path
     try:
+        check_regular(path)
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True, skipinitialspace=True)
-            header = [name.strip() for name in next(reader, [])]
+            header = [name.strip().casefold() for name in next(reader, [])]
             columns = _columns(header, path)
             for cells in filter(None, reader):
                 where = f"{path}, line {reader.line_num}: {cells}"
@@ -129,14 +132,19 @@ def _csv_rows(path: Path) -> list[_Row]:
 def _columns(header: list[str], path: Path) -> list[int]:
     """Returns where the paths and, if there are any, the labels are."""
     if header != ["path"] and not set(_COLUMNS) <= set(header):
-        raise DataError(
-            f"{path} begins with {header}; its first line must name columns path and label, or path alone if the "
-            "images have no labels"
-        )
+        raise DataError(f"{path} begins with {header}; {_about_header(header)}")
     twice = [name for name in _COLUMNS if header.count(name) > 1]
     if twice:
         raise DataError(f"{path} has the column {twice[0]} twice; keep one")
     return [header.index(name) for name in _COLUMNS if name in header]
+
+
+def _about_header(header: list[str]) -> str:
+    """Returns what to do about the first line of a CSV that lacks a column."""
+    for separator, name in _SEPARATORS.items():
+        if set(_COLUMNS) <= {cell.strip(" \"'") for each in header for cell in each.split(separator)}:
+            return f"its cells end at {name}s; separate them by commas"
+    return "its first line must name columns path and label, or path alone if the images have no labels"
 
 
 def _row(cells: list[str], header: list[str], columns: list[int], where: str) -> tuple[str, str]:
@@ -156,6 +164,7 @@ def _row(cells: list[str], header: list[str], columns: list[int], where: str) ->
 def _text_rows(path: Path) -> list[_Row]:
     """Returns the lines of a text file, whose paths may hold any bytes but NUL and line ends."""
     try:
+        check_regular(path)
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise DataError(
@@ -211,7 +220,7 @@ def numbered(labels: list[tuple[str, int]], path: Path, unit: str = "line") -> t
     same = same_to_readers(names)
     if same is not None:
         raise DataError(
-            f"{path} has labels {same[0]!r} and {same[1]!r}, which read the same; spell them alike "
+            f"{path} has labels {same[0]!a} and {same[1]!a}, which read the same; spell them alike "
             f"({unit}s {line_of[same[0]]} and {line_of[same[1]]})"
         )
     for one, other in differ_in_case(names)[:_SHOWN]:

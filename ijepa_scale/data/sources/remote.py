@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.cache import FileCache, Handle, RemoteFile
 from ijepa_scale.data.sources.class_list import CLASSES, parse_classes
@@ -23,11 +22,12 @@ from ijepa_scale.data.sources.tar_index import (
     braces,
     index_address,
     index_path,
+    is_tar,
     load_index,
     save_index,
     scan_index,
 )
-from ijepa_scale.data.sources.tar_shards import MANIFEST, ShardSource
+from ijepa_scale.data.sources.tar_shards import MANIFEST, ShardSource, parse_manifest
 from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
     """
     check_address(pattern)
     names = sorted(set(braces(pattern)))
-    is_folder = not names[0].endswith(".tar")
+    is_folder = not is_tar(names[0])
     folder = names[0].rstrip("/") if is_folder else names[0].rpartition("/")[0]
     known = _manifest(f"{folder}/{MANIFEST}", cache, required=is_folder)
     if is_folder:
@@ -124,9 +124,8 @@ def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[
             )
         return {}
     try:
-        rows = parse_json(content)["shards"]
-        return {str(row["name"]): (int(row["bytes"]), str(row["sha256"])) for row in rows}
-    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        return {row.name: (row.bytes, row.sha256) for row in parse_manifest(content)}
+    except ValueError as error:
         raise DataError(f"{url} isn't a manifest of shards ({error}); write it again with launch/shards.py") from None
 
 

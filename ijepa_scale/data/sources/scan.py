@@ -22,6 +22,7 @@ import numpy as np
 from ijepa_scale.data.formats import image_suffixes, is_other_image, junk_in, suffix_of
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, parse_label
 from ijepa_scale.errors import DataError
+from ijepa_scale.escapes import one_line
 
 MAX_MEMBER_BYTES = 64 << 20  # of an image; the largest JPEG in ImageNet has 15 MB
 MAX_LABEL_BYTES = 1 << 20
@@ -71,14 +72,15 @@ class Problems:
     def summary(self) -> str:
         """Returns the counts by kind, the most common first, and the name of the first problem."""
         counts = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
-        return f"{counts}; the first is {self.named[0].name} ({self.named[0].reason})" if self.named else counts
+        first = self.named[0] if self.named else None
+        return one_line(f"{counts}; the first is {first.name} ({first.reason})" if first else counts)
 
     def passed_over(self) -> str:
         """Returns the counts of what isn't read and isn't a problem, images first; "" if there is nothing."""
         counts = [*self.unread.most_common(), *self.skipped.most_common()]
         shown = ", ".join(f"{count} x {kind}" for kind, count in counts[:_SHOWN])
         more = sum(count for _, count in counts[_SHOWN:])
-        return f"{shown}, {more} x other" if more else shown
+        return one_line(f"{shown}, {more} x other" if more else shown)
 
     def pass_over(self, name: str) -> None:
         """Counts a file that isn't read, by its suffix."""
@@ -352,7 +354,8 @@ class _Walk:
             return self._drop(
                 sample,
                 ("bad label", member.name),
-                f'{data[:40]!r} isn\'t a label; give a number or name (.cls) or {{"label": number or name}} (.json)',
+                f"{data[:40]!r} isn't a label; give a number or name (.cls) or "
+                '{"label": number or name} (.json); numbers begin at 0',
             )
         if label is None:
             return None

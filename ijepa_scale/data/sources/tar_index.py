@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ijepa_scale.data.formats import junk
-from ijepa_scale.data.sources.labels import TEXT_LABEL
+from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL
 from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, Members, Problems, scan_tar
 from ijepa_scale.errors import DataError
 
@@ -36,6 +36,7 @@ _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
 )  # fmt: skip
 _REMOTE = re.compile(r"^(pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://|hf:)")
+_PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|lzma|br|z))$", re.IGNORECASE)
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 
 
@@ -153,15 +154,7 @@ def expand(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
             f"{text!r} isn't a local path; only data.train may be remote: copy the shards to a local folder and name it"
         )
     if os.path.isdir(text):
-        tars = [entry for entry in Path(text).iterdir() if entry.suffix == suffix]
-        found = [entry for entry in tars if junk(entry.name) is None]
-        if len(found) < len(tars):
-            logger.info("%s: %d hidden *%s files aren't read", text, len(tars) - len(found), suffix)
-        if not found:
-            raise DataError(
-                f"folder {text!r} holds no *{suffix} file; name a folder of shards, a glob or a brace pattern"
-            )
-        return sorted(found)
+        return _tars_in(Path(text)) if suffix == ".tar" else _files_in(Path(text), suffix)
     paths: set[Path] = set()
     for name in braces(text):
         matches = [name] if os.path.isfile(name) else glob.glob(name)
@@ -169,6 +162,65 @@ def expand(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
             raise DataError(f"{name!r} matches no file; name a folder of shards, a glob or a {{000..127}} pattern")
         paths.update(Path(match) for match in matches)
     return sorted(paths)
+
+
+def is_tar(name: str) -> bool:
+    """Returns whether a file is a shard by its name."""
+    return name.lower().endswith(".tar")
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    """Returns the sorted tars in a folder, and logs which others are in it or in the folders in it.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"folder {folder} can't be listed ({error.strerror}); fix its permissions or the disk"
+        ) from None
+    named = [entry for entry in entries if is_tar(entry.name)]
+    found = [entry for entry in named if junk(entry.name) is None]
+    notes = [f"{len(named) - len(found)} hidden *.tar files"] if len(found) < len(named) else []
+    packed = [entry.name for entry in entries if _PACKED.search(entry.name) and junk(entry.name) is None]
+    if packed:
+        notes.append(f"{len(packed)} compressed archives, like {packed[0]}: unpack or write them as plain *.tar")
+    inside = {entry: 0 if is_tar(entry.name) else _count_tars(entry) for entry in entries if junk(entry.name) is None}
+    inside = {entry: count for entry, count in inside.items() if count}
+    if inside:
+        first = next(iter(inside))
+        notes.append(f"{sum(inside.values())} *.tar files in {len(inside)} folders, like {first.name}: give {first}")
+    if not found:
+        seen = f", but {'; '.join(notes)}" if notes else ""
+        raise DataError(
+            f"folder {str(folder)!r} holds no *.tar file{seen}; name a folder of shards, a glob or a brace pattern"
+        )
+    for note in notes:
+        logger.info("%s: not read: %s", folder, note)
+    return found
+
+
+def _files_in(folder: Path, suffix: str) -> list[Path]:
+    """Returns the sorted files of another suffix in a folder, and logs how many hidden ones aren't read."""
+    named = [entry for entry in folder.iterdir() if entry.suffix == suffix]
+    found = [entry for entry in named if junk(entry.name) is None]
+    if len(found) < len(named):
+        logger.info("%s: %d hidden *%s files aren't read", folder, len(named) - len(found), suffix)
+    if not found:
+        raise DataError(
+            f"folder {str(folder)!r} holds no *{suffix} file; name a folder of them, a glob or a brace pattern"
+        )
+    return sorted(found)
+
+
+def _count_tars(folder: Path) -> int:
+    """Returns the number of tars right in a folder; 0 if it is none or can't be listed."""
+    try:
+        return sum(is_tar(entry.name) and junk(entry.name) is None for entry in folder.iterdir())
+    except OSError:
+        return 0
 
 
 def braces(text: str) -> list[str]:
@@ -215,6 +267,8 @@ def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None)
     ):
         logger.warning("index %s is damaged (its columns disagree); scanning the tar again", kept)
         return None
+    if ((labels < NO_LABEL) & (labels > TEXT_LABEL)).any():
+        return None  # from a version that took negative labels
     if (offsets + sizes).max(initial=0) > tar_bytes or sizes.max(initial=0) > MAX_MEMBER_BYTES:
         logger.warning("index %s is damaged (it points outside the tar); scanning the tar again", kept)
         return None
@@ -249,6 +303,6 @@ def save_index(index: ShardIndex, target: Path) -> None:
 
 
 __all__ = [
-    "Names", "ShardIndex", "braces", "expand", "index_address", "index_path", "index_tar", "load_index", "save_index",
-    "scan_index",
+    "Names", "ShardIndex", "braces", "expand", "index_address", "index_path", "index_tar", "is_tar", "load_index",
+    "save_index", "scan_index",
 ]  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import numpy as np
 
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.sources.cache import Handle
-from ijepa_scale.data.sources.class_list import CLASSES, number_labels, parse_classes
+from ijepa_scale.data.sources.class_list import CLASSES, number_labels, read_classes
 from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
 from ijepa_scale.errors import DataError
+from ijepa_scale.regular_file import read_regular
 
 MANIFEST = "manifest.json"
 _OPEN_FILES = 64
@@ -153,8 +156,8 @@ class ShardSource:
 
 def _the_list(paths: list[Path]) -> list[str] | None:
     """Returns the class list next to the shards; None without one."""
-    lists = {path: parse_classes(path.read_bytes(), str(path)) for path in sorted(
-        {path.parent / CLASSES for path in paths}) if path.is_file()}  # fmt: skip
+    found = {path: read_classes(path.parent) for path in sorted({path.parent / CLASSES for path in paths})}
+    lists = {path: names for path, names in found.items() if names is not None}
     if not lists:
         return None
     first, classes = next(iter(lists.items()))
@@ -167,13 +170,46 @@ def _the_list(paths: list[Path]) -> list[str] | None:
     return classes
 
 
+@dataclass(frozen=True)
+class ShardRow:
+    """A shard's row in the manifest."""
+
+    name: str
+    bytes: int
+    samples: int
+    sha256: str
+
+
+def parse_manifest(content: bytes) -> list[ShardRow]:
+    """Returns the rows of a manifest.
+
+    Raises:
+        ValueError: it is no manifest, or a value is of another kind, such as a number in quotes.
+    """
+    manifest = parse_json(content)
+    rows = manifest.get("shards") if isinstance(manifest, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError('it has no list "shards"')
+    found = []
+    for number, row in enumerate(rows):
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(ShardRow):
+            value = row.get(field.name) if isinstance(row, dict) else None
+            if type(value).__name__ != field.type or (isinstance(value, int) and value < 0):
+                wanted = "a text" if field.type == "str" else "a whole number from 0"
+                raise ValueError(f'"{field.name}" of shard {number} is {value!r}, not {wanted}')
+            values[field.name] = value
+        found.append(ShardRow(**values))
+    return found
+
+
 def manifest_samples(shard: Path) -> int:
     """Returns the number of samples that a shard has according to the manifest next to it; 0 if that can't be read."""
     try:
-        rows = parse_json((shard.parent / MANIFEST).read_bytes())["shards"]
-        return sum(int(row["samples"]) for row in rows if row["name"] == shard.name)
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError):
+        rows = parse_manifest(read_regular(shard.parent / MANIFEST))
+    except (OSError, ValueError):
         return 0
+    return sum(row.samples for row in rows if row.name == shard.name)
 
 
 def _read_ahead(paths: list[Path]) -> None:

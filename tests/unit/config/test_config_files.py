@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from ijepa_scale.config import PretrainConfig, load_config, read_config, to_yaml
 from ijepa_scale.config.files import known_keys
-from ijepa_scale.config.section import Section
+from ijepa_scale.config.section import Section, nested
+from ijepa_scale.config.yaml_text import write_yaml
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.models import build_jepa
 from ijepa_scale.nearest import nearest, nearest_dotted
@@ -191,7 +193,7 @@ def test_all_unknown_keys_come_in_one_message(tmp_path: Path) -> None:
         ("optimizer.clip_norm=x", "optimizer.clip_norm is 'x'; give a number or null"),
         ("engine.compile=maybe", "engine.compile is 'maybe'; give auto, true or false"),
         ("engine.compile=1", "engine.compile is 1; give auto, true or false"),
-        ("folder=null", "folder is None; give text"),
+        ("folder=null", 'folder is null; give a path (in YAML, a lone ~ is null: write "~" or $HOME)'),
         ("model=3", "model is 3; it is a section, set model.<name> instead"),
         ("folder=${oc.env:HOME}", "folder is '${oc.env:HOME}'; interpolations aren't read, write the value itself"),
         ("optimizer.betas=3", "optimizer.betas is 3; give 2 numbers, each from 0 to below 1"),
@@ -242,6 +244,28 @@ def test_problems_of_several_sections_come_together(tmp_path: Path) -> None:
     assert refusal(write(tmp_path, "d.yaml", "seed: -1"))[0].endswith("seed is -1; give at least 0")
 
 
+def test_a_setting_of_another_component_names_it(tmp_path: Path) -> None:
+    """As when a file sets it and the command line chooses another component."""
+    tried = 0
+    for section, declared in ((name, nested(field)[0]) for name, field in PretrainConfig.model_fields.items()):
+        if declared is None or not declared.selector:
+            continue
+        selector = f"{section}.{declared.selector}"
+        for chosen in declared.names():
+            theirs = {name: declared.member(name).model_fields for name in declared.names()}
+            own = {(name, key): field for name, fields in theirs.items() for key, field in fields.items()}
+            for (owner, key), field in own.items():
+                if key in theirs[chosen]:
+                    continue
+                path = write(tmp_path, "c.yaml", write_yaml({section: {key: field.get_default()}}))
+                lines = refusal(path, f"{selector}={chosen}")
+                (line,) = (line for line in lines if f"{section}.{key} " in line)
+                assert line.startswith(f"{path}: {section}.{key} is a setting of ") and f"{selector}={owner}" in line
+                assert f", but {selector} is {chosen}; remove it, or choose " in line
+                tried += 1
+    assert tried > 3
+
+
 def test_an_override_without_value_is_refused(empty: Path) -> None:
     assert refusal(empty, "optimizer.lr") == [
         "override 'optimizer.lr' has no `=`; write section.key=value, e.g. optimizer.lr=1e-3"
@@ -274,9 +298,25 @@ def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no.yaml") == [
         f"{tmp_path / 'no.yaml'}: no such configuration file; configs/ holds ready ones"
     ]
-    assert "can't be read as a text file" in refusal(tmp_path)[0]
+    assert refusal(tmp_path) == [f"{tmp_path}: can't be read (Is a directory); name a YAML file"]
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert refusal(tmp_path / "pipe.yaml")[0].endswith("can't be read (not a regular file); name a YAML file")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     assert "can't be read as a text file" in refusal(tmp_path / "b.yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("3", "a number"), ("1.5", "a number"), ("- a", "a list"), ("text", "text"), ("true", "true or false")],
+)
+def test_a_file_that_holds_something_else(tmp_path: Path, text: str, kind: str) -> None:
+    path = write(tmp_path, "c.yaml", text)
+    assert refusal(path) == [f"{path}: holds {kind}; a configuration is a mapping of sections"]
+
+
+def test_an_override_without_a_key_is_refused(empty: Path) -> None:
+    said = "override '=3' has no key; write section.key=value, e.g. optimizer.lr=1e-3"
+    assert refusal(empty, "=3") == [said] and refusal(empty, " =3") == [said.replace("'=3'", "' =3'")]
 
 
 def test_an_empty_section_sets_nothing(tmp_path: Path) -> None:

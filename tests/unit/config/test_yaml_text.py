@@ -137,8 +137,15 @@ def test_what_yaml_makes_of_a_value_can_be_meant(tmp_path: Path) -> None:
     assert (type(config.seed), type(config.schedule.epochs), type(config.data.batch_size)) == (int, float, int)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
-def test_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "c.yaml").write_bytes("folder: café".encode(encoding))
+@pytest.mark.parametrize(
+    ("encoding", "what"),
+    [
+        ("utf-16", "it is UTF-16 or UTF-32"), ("utf-32", "it is UTF-16 or UTF-32"), ("latin-1", "'utf-8' codec"),
+        ("utf-16-le", "it is UTF-16, or no text"), ("utf-16-be", "it is UTF-16, or no text"),
+    ],
+)  # fmt: skip
+def test_another_encoding_is_refused(tmp_path: Path, encoding: str, what: str) -> None:
+    text = "folder: cafe" if encoding[-2:] in ("le", "be") else "folder: café"
+    (tmp_path / "c.yaml").write_bytes(text.encode(encoding))
     (line,) = refusal(tmp_path / "c.yaml")
-    assert "can't be read as a text file ('utf-8' codec" in line and line.endswith("save it as UTF-8")
+    assert f"can't be read as a text file ({what}" in line and line.endswith("; save it as UTF-8")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 import tarfile
 import unicodedata
 
@@ -17,7 +19,7 @@ from ijepa_scale.data.shards.image_files import CsvImages
 from ijepa_scale.data.sources.class_list import CLASSES
 from ijepa_scale.data.sources.labels import differ_in_case, parse_label, same_to_readers, whole_number
 from ijepa_scale.data.sources.open import build_source, training_order, training_source
-from ijepa_scale.data.sources.tar_index import expand
+from ijepa_scale.data.sources.tar_index import expand, index_path, index_tar, save_index
 from ijepa_scale.data.sources.tar_shards import ShardSource
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.class_lists import compare_classes
@@ -43,9 +45,14 @@ def spellings(number):
 def test_a_whole_number_is_the_same_in_any_spelling(case):
     number, text = case
     assert whole_number(text) == number
-    assert parse_label(text.encode(), "cls") == parse_label(json.dumps({"label": text}).encode(), "json") == number
-    assert parse_label(json.dumps({"label": float(number)}).encode(), "json") == number
-    assert parse_label(json.dumps({"label": number}).encode(), "json") == number
+    contents = [(text.encode(), "cls")]
+    contents += [(json.dumps({"label": value}).encode(), "json") for value in (text, float(number), number)]
+    for content, kind in contents:
+        if number < -1:
+            with pytest.raises(ValueError):
+                parse_label(content, kind)
+        else:
+            assert parse_label(content, kind) == (None if number == -1 else number)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +100,35 @@ def test_names_that_read_the_same():
     assert same_to_readers(["Cat", "cat", "cart"]) is None and differ_in_case(["Cat", "dog", "cat"]) == [("Cat", "cat")]
 
 
+def test_the_header_of_a_csv(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("Label, PATH\ncat,a.jpg\n")
+    assert CsvImages(path).name(0) == str(tmp_path / "a.jpg") and CsvImages(path).classes == ["cat"]
+    for separator, name in {";": "semicolon", "\t": "tab", "|": "bar"}.items():
+        path.write_text(f"path{separator}label\na.jpg{separator}cat\n")
+        with pytest.raises(DataError, match=f"its cells end at {name}s; separate them by commas"):
+            CsvImages(path)
+    path.write_text("file,label\n")
+    with pytest.raises(DataError, match=r"begins with \['file', 'label'\]; its first line must name columns path and"):
+        CsvImages(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="can't be read .not a regular file.; give a CSV file with path,label"):
+        CsvImages(path)
+
+
+def test_negative_labels_are_counted_and_minus_one_is_none(tmp_path):
+    tar_of(tmp_path / "a.tar", {"jpg": True, "cls": b"-5"}, {"jpg": True, "cls": b"-1"}, {"jpg": True, "cls": b"2"})
+    source = ShardSource(expand(tmp_path))
+    assert source.labels().tolist() == [-1, 2] and dict(source.problems().counts) == {"bad label": 1}
+    assert "b'-5' isn't a label; give a number or name" in source.problems().named[0].reason
+    index = index_tar(tmp_path / "a.tar")
+    labels = index.labels.copy()
+    labels[1] = -7
+    save_index(dataclasses.replace(index, labels=labels), index_path(tmp_path / "a.tar"))
+    assert index_tar(tmp_path / "a.tar").labels.tolist() == [-1, 2]  # an index of an earlier version isn't used
+
+
 def csv_of(tmp_path, *labels):
     path = tmp_path / "list.csv"
     path.write_text("path,label\n" + "".join(f"{number}.jpg,{label}\n" for number, label in enumerate(labels)))
@@ -120,6 +156,8 @@ def test_names_in_a_csv(tmp_path, caplog):
         (("cat", "1"), r"has labels '1' and 'cat'; use either only numbers or only names \(lines 3 and 2\)"),
         (("1", "1.5"), r"has labels '1' and '1.5'; use either only numbers or only names \(lines 2 and 3\)"),
         (("1", "-1"), r"has the label -1; labels are below 2147483648 and not below 0 \(line 3\)"),
+        (("cat", "cat\u200b"), r"has labels 'cat' and 'cat\\u200b', which read the same; .* \(lines 2 and 3"),
+        (("café", "cafe\u0301"), r"has labels 'caf\\xe9' and 'cafe\\u0301', which read the same"),
         (("red car", "a", "red  car"), r"'red car' and 'red  car', which read the same; .* \(lines 2 and 4"),
         (("1", "a, b"), r"line 3: .* has 3 cells, the first line 2; put a path or label with a comma into quotes"),
         (("1", '""'), "line 3: .* lacks a path or a label; add it"),
@@ -238,7 +276,7 @@ def test_lists_that_cannot_be_written(tmp_path, capsys):
     assert "names shards in 2 folders; name those of one folder" in capsys.readouterr().err
     labelled(tmp_path, "Cat", "cat")
     assert shards.main(["classes", str(tmp_path)]) == 0
-    assert "classes 'Cat' and 'cat' differ in case only; check that both are meant" in capsys.readouterr().err
+    assert "warning: the list has classes 'Cat' and 'cat', which differ only in case" in capsys.readouterr().err
 
 
 def test_verify_names_labels_that_the_list_lacks(tmp_path, capsys):

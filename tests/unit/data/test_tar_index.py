@@ -1,14 +1,20 @@
 """Tar shards as they occur in practice: long names, links, damage, several processes at once."""
 
+import contextlib
 import io
+import logging
 import os
 import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ijepa_scale.data.sources import tar_index
 from ijepa_scale.data.sources.scan import scan_tar
 from ijepa_scale.data.sources.tar_index import Names, expand, index_path, index_tar
 from ijepa_scale.errors import DataError
@@ -50,12 +56,12 @@ def test_long_names_folders_labels_and_side_files(tmp_path, format):
         ("d.jpeg", IMAGE + b"4"),
         ("d.txt", b"caption"),
         ("e.json", b'{"label": 3}'),
-        ("e.cls", b"-5"),
+        ("e.cls", b"05"),
         ("e.jpg", IMAGE + b"5"),
     ]
     index = index_tar(make_tar(tmp_path / "a.tar", members, format))
     assert list(index.keys) == [long, "b", "c", "d", "e"]
-    assert index.labels.tolist() == [12, 7, 3, -1, -5]
+    assert index.labels.tolist() == [12, 7, 3, -1, 5]
     assert contents_of(index) == [IMAGE + b"%d" % n for n in range(1, 6)]
 
 
@@ -271,3 +277,64 @@ def test_remote_patterns_are_refused(pattern):
 def test_names_come_back():
     names = ["a", "", "é" * 40, "b/c"]
     assert list(Names.of(names)) == names and list(Names.of([])) == []
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "old", "old/x"]), min_size=1, max_size=3),
+    st.lists(
+        st.sampled_from(["s.tar", "t.TAR", "u.Tar", ".v.tar", "w.tar.gz", "x.TGZ", "y.tar.idx.npz", "z.tar.part"]),
+        min_size=1,
+    ),
+)
+def test_no_tar_in_a_folder_of_shards_is_dropped_in_silence(tmp_path_factory, folders, names):
+    root = tmp_path_factory.mktemp("set")
+    for folder in ("", *folders):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (root / folder / name).touch()
+    tars = sorted({root / name for name in names if name.lower().endswith(".tar") and name[0] != "."})
+    packed = {name for name in names if name.lower().endswith((".gz", ".tgz"))}
+    with capturing(tar_index.logger) as said:
+        if tars:
+            assert expand(root) == tars
+            text = "\n".join(said)
+        else:
+            with pytest.raises(DataError, match="holds no") as caught:
+                expand(root)
+            text = str(caught.value)
+    inside = {folder.partition("/")[0] if folder != "old/x" else "" for folder in folders} - {""}
+    assert ("1 hidden" in text) == (".v.tar" in names)
+    assert (f"{len(packed)} compressed archives, like {min(packed, default='')}" in text) == bool(packed)
+    assert (f"{len(tars) * len(inside)} *.tar files in {len(inside)} folders, like" in text) == bool(tars and inside)
+
+
+def test_a_folder_that_cannot_be_listed_or_only_holds_folders_of_shards(tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.tar").touch()
+    with pytest.raises(DataError, match=f"but 1 .*tar files in 1 folders, like train: give {tmp_path}/train; name"):
+        expand(tmp_path)
+    (tmp_path / "1.tar").mkdir()
+    with pytest.raises(DataError, match="1.tar isn't a regular file"):
+        index_tar(expand(tmp_path)[0])
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"can't be listed \(Permission denied\); fix its permissions"):
+        expand(tmp_path)
+
+
+@contextlib.contextmanager
+def capturing(logger):
+    """Yields the messages that are logged."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    level, _ = logger.level, logger.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,7 @@ def test_diagnostics_are_allowed(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "not readable as JSON (Expecting property name"),
+        ("3", "holds a number; write a JSON object with zero_optimization"),
         ("[]", "holds a list; write a JSON object with zero_optimization"),
         ('{"a": 1, "a": 2}', "not readable as JSON (the key 'a' appears twice)"),
     ],
@@ -208,6 +210,9 @@ def test_unreadable_files_are_refused(tmp_path: Path, text: str, message: str) -
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ConfigError, match="pipe.json: not readable as JSON .not a regular file.; fix it, or copy one"):
+        load_ds_config(tmp_path / "pipe.json")
     with pytest.raises(ConfigError, match="no.json: no such DeepSpeed file; use one of ds_configs/"):
         load_ds_config(tmp_path / "no.json")
 

@@ -27,10 +27,10 @@ evaluate: {{evaluator: feature_norm, every: 2, images: 2}}
 """
 
 
-def launch(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(tmp_path: Path, *arguments: str, script: str = "pretrain") -> subprocess.CompletedProcess[str]:
     path = tmp_path / "mine.yaml"
     path.write_text(CONFIG.format(folder=tmp_path / "run"))
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", str(path), *arguments]
+    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), "--config", str(path), *arguments]
     variables = clean_environment(PYTHONPATH=f"{ROOT}:{Path(__file__).parent}")
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
 
@@ -55,6 +55,17 @@ def test_one_of_each_kind_from_outside_the_package(how: tuple[str, ...], tmp_pat
     kinds = {name.split(".")[1] for name in json.loads((last / "manifest.json").read_text())["body"]["tensors"]
              if name.startswith("optimizer.")}  # fmt: skip
     assert kinds == {"momentum_buffer"}
+
+
+def test_plan_and_tune_take_a_configuration_with_components_of_a_module(tmp_path: Path) -> None:
+    planned = launch(tmp_path, "--plugin", "my_components", "--gpus", "h100", "engine.device=auto", script="plan")
+    assert planned.returncode == 0 and "images/s" in planned.stdout, planned.stderr
+    some = ("--steps", "3", "--warmup", "1", "--limit", "1", "--skip", "workers")
+    to = tmp_path / "tuned.yaml"
+    tuned = launch(tmp_path, "--plugin", "my_components", *some, "--to", str(to), script="tune")
+    assert tuned.returncode == 0, tuned.stderr + tuned.stdout
+    assert f"python launch/pretrain.py --config {to} --plugin my_components\n" in tuned.stdout
+    assert launch(tmp_path, *some, script="tune").returncode == 2
 
 
 def test_without_the_flag_a_file_cannot_name_them(tmp_path: Path) -> None:

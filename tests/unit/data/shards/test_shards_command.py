@@ -158,7 +158,9 @@ def test_info_reports_what_does_not_match(command, shards, tmp_path, capsys):
         assert part in out, part
     (shards / "manifest.json").write_text("{}")
     assert command(["info", str(shards)]) == 2
-    assert "manifest.json isn't a manifest of shards (KeyError: 'shards'); copy it again" in capsys.readouterr().err
+    assert (
+        'manifest.json isn\'t a manifest of shards (it has no list "shards"); copy it again' in capsys.readouterr().err
+    )
     (shards / "manifest.json").unlink()
     (shards / "making.jsonl").touch()
     assert command(["info", str(shards)]) == 0 and "unfinished: run make again" in capsys.readouterr().out
@@ -252,7 +254,7 @@ def test_verify_counts_samples_against_a_manifest(command, shards, capsys):
     (shards / "classes.json").write_text("{}")
     assert command(["verify", str(shards), "--workers", "0"]) == 2
     out = capsys.readouterr().out
-    assert "manifest.json isn't a manifest of shards (TypeError" in out and out.endswith("1 faults\n")
+    assert 'manifest.json isn\'t a manifest of shards (it has no list "shards")' in out and out.endswith("1 faults\n")
 
 
 def test_verify_reports_a_shard_that_disappeared(tmp_path):
@@ -286,3 +288,78 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(command, tmp_path, 
     monkeypatch.setattr("sys.stderr", terminal)
     assert command(["make", "--root", str(root), "--to", str(tmp_path / "to2"), "--workers", "0"]) == 0
     assert "40/40" in terminal.getvalue() and "\r" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("samples", "6", "is '6', not a whole number from 0"), ("bytes", 6.0, "is 6.0, not a whole number from 0"),
+        ("bytes", -1, "is -1, not a whole number from 0"), ("samples", True, "is True, not a whole number from 0"),
+        ("sha256", 7, "is 7, not a text"), ("name", None, "is None, not a text"),
+    ],
+)  # fmt: skip
+def test_a_manifest_with_values_of_another_kind_is_refused(command, shards, capsys, field, value, said):
+    path = shards / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][1][field] = value
+    path.write_text(json.dumps(manifest))
+    for arguments in (["info"], ["verify", "--workers", "0"]):
+        assert command([*arguments, str(shards)]) == 2
+        captured = capsys.readouterr()
+        text = captured.out + captured.err
+        assert f'isn\'t a manifest of shards ("{field}" of shard 1 {said}); copy it again, or remove it' in text
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "classes.json"])
+def test_a_pipe_in_the_place_of_a_list_is_refused(command, shards, capsys, name):
+    (shards / name).unlink()
+    os.mkfifo(shards / name)
+    assert command(["info", str(shards)]) == 2
+    assert "not a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("subcommand", ["info", "index", "classes"])
+def test_a_member_that_no_sample_has_is_refused(command, shards, capsys, subcommand):
+    (shards / "classes.json").unlink()
+    for flag, has in (("--image-member", "jpg"), ("--label-member", "cls")):
+        assert command([subcommand, flag, "rgb.png", str(shards)]) == 2
+        error = capsys.readouterr().err
+        assert f"error: no sample has {flag} rgb.png" in error and "; correct it or leave it out" in error
+        assert len(error.splitlines()) == 1
+        assert command(["info", flag, has, str(shards)]) == 0
+        capsys.readouterr()
+
+
+def test_names_that_would_break_a_line_are_escaped(command, tmp_path, capsys):
+    with tarfile.open(tmp_path / "a\nb.tar", "w") as tar:
+        add(tar, "good.jpg", encoded(1))
+        add(tar, "x\ny\x1b[31m\udce9.cls", b"3")
+    assert command(["info", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split()[0].endswith("a\\nb.tar:x\\ny\\u001b[31m\\xe9:")
+    assert all(line.isprintable() for line in lines)
+    (tmp_path / "c\nd.tar").write_text("no tar")
+    assert command(["info", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: shard {tmp_path}/c\\nd.tar isn't a readable tar") and error.count("\n") == 1
+
+
+def test_paths_on_the_command_line_are_expanded(command, tmp_path, capsys, monkeypatch):
+    class_folders(tmp_path / "set", 6)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SET", "set")
+    monkeypatch.chdir(tmp_path)
+    assert command(["make", "--root", "~/$SET", "--to=~/to", "--workers", "0"]) == 0
+    assert command(["info", "$HOME/to"]) == 0
+    capsys.readouterr()
+    for arguments, said in (
+        (["make", "--root", "set", "--to", ""], "--to is ''; give a path"),
+        (["make", "--root", "$UNSET/a", "--to", "b"], "--root is '$UNSET/a'; the variable UNSET isn't set"),
+        (["info", " "], "pattern is ' '; give a path"),
+        (["info"], "the following arguments are required: pattern"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command(arguments)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.startswith(f"error: {said}") and error.count("\n") == 1, error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "to"]
