@@ -229,7 +229,7 @@ def expand_path(text: str) -> str:
     """Returns a path with a leading `~` or `~user` and each `$NAME` or `${NAME}` replaced; addresses stay as they are.
 
     Only a `$` that a name follows begins a variable. The result is the same when it is expanded again. Addresses hold
-    `://`, or begin with `timm:` or with `pipe:`, which a shell expands.
+    `://`, or begin with `timm:`, `transformers:` or with `pipe:`, which a shell expands.
 
     Raises:
         ConfigError: a variable isn't set or holds another, `${` begins something else, there is no such user, or the
@@ -239,7 +239,7 @@ def expand_path(text: str) -> str:
         raise ConfigError("give a path; . is the working directory")
     if text.startswith("pipe:"):
         return text
-    is_address = "://" in text or text.startswith("timm:")
+    is_address = "://" in text or text.startswith(("timm:", "transformers:"))
     if "${" in (text if is_address else _VARIABLE.sub("", text)):
         raise ConfigError("interpolations aren't read, write the value itself")
     if "\0" in text or not _encodes(text):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ijepa_scale.checkpoint.convert import NAMINGS, to_transformers
-from ijepa_scale.checkpoint.sources import CLASSES_KEY, WHICH_KEY, read_weights
+from ijepa_scale.checkpoint.sources import CLASSES_KEY, FACTS_KEY, WHICH_KEY, read_weights
 from ijepa_scale.checkpoint.store import Checkpoint, write_safetensors
 from ijepa_scale.config import ModelConfig
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.errors import CheckpointError
-from ijepa_scale.models.pos_embed import sincos_2d
+from ijepa_scale.models.pos_embed import positions
 from ijepa_scale.models.registry import build_jepa
 from ijepa_scale.optim.adamw import AdamW
 from ijepa_scale.schedules import Schedule
@@ -32,7 +32,7 @@ def export_safetensors(
     """Writes the target or context encoder of `source` (see `read_weights`) and returns the file's path.
 
     `naming` is published (timm uses the same names) or transformers. The file's metadata says which encoder it
-    holds. For a finetuned run, the file also holds the head, and the metadata its class names.
+    holds, its sizes, and how its images are normalised. For a finetuned run, the file also holds the head, and the metadata its class names.
 
     Raises:
         CheckpointError: the source can't be read, a tensor has no name in that naming, or `path` has another suffix.
@@ -44,6 +44,9 @@ def export_safetensors(
     weights = read_weights(source, which=which)
     tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
     metadata = {"format": "pt", **({} if weights.which == "only" else {WHICH_KEY: weights.which})}
+    metadata[FACTS_KEY] = json.dumps(
+        {name: value for name, value in weights.facts.values().items() if value is not None}
+    )
     if weights.classes is not None:
         metadata[CLASSES_KEY] = json.dumps(weights.classes)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -120,8 +123,8 @@ def _published_order(model: ModelConfig) -> list[str]:
 def _positions(model: ModelConfig) -> dict[str, Tensor]:
     sizes = resolve(model)
     return {
-        "encoder.pos_embed": sincos_2d(sizes.width, sizes.grid)[None],
-        "predictor.predictor_pos_embed": sincos_2d(sizes.predictor_width, sizes.grid)[None],
+        "encoder.pos_embed": positions(sizes.width, sizes.grid, sizes.position_grid)[None],
+        "predictor.predictor_pos_embed": positions(sizes.predictor_width, sizes.grid, sizes.position_grid)[None],
     }
 
 

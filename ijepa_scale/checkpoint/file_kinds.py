@@ -34,8 +34,8 @@ _MAGIC = {
 _TORCH_ZIP, _SCRIPT = "data.pkl", "constants.pkl"  # members of each file of torch.save; of TorchScript's only
 
 
-def check_kind(path: Path) -> None:
-    """Checks by its first bytes that a file may hold weights in the format that its suffix says.
+def check_kind(path: Path, *, is_index: bool = False) -> None:
+    """Checks by its first bytes that a file may hold weights in the format that its suffix says, or be an index of it.
 
     Raises:
         CheckpointError: it can't be read, or is something else: a pointer of a large-file store, a web page, an
@@ -45,7 +45,7 @@ def check_kind(path: Path) -> None:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(_HEAD)
-        found = _other_kind(path, head, size)
+        found = _other_kind(path, head, size) if not (is_index and head.lstrip().startswith((b"{", b"["))) else None
     except OSError as error:
         raise CheckpointError(f"{path} can't be read ({error.strerror}); check its permissions and the disk") from None
     if found is not None:

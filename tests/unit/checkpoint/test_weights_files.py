@@ -264,7 +264,6 @@ def test_shards_with_an_index_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        "",
         "[]",
         "{}",
         '{"weight_map": [1]}',
