@@ -32,7 +32,8 @@ def export_safetensors(
     """Writes the target or context encoder of `source` (see `read_weights`) and returns the file's path.
 
     `naming` is published (timm uses the same names) or transformers. The file's metadata says which encoder it
-    holds, its sizes, and how its images are normalised. For a finetuned run, the file also holds the head, and the metadata its class names.
+    holds, its sizes, and how its images are normalised. For a finetuned run, the file also holds the head, and the
+    metadata its class names.
 
     Raises:
         CheckpointError: the source can't be read, a tensor has no name in that naming, or `path` has another suffix.
@@ -44,9 +45,7 @@ def export_safetensors(
     weights = read_weights(source, which=which)
     tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
     metadata = {"format": "pt", **({} if weights.which == "only" else {WHICH_KEY: weights.which})}
-    metadata[FACTS_KEY] = json.dumps(
-        {name: value for name, value in weights.facts.values().items() if value is not None}
-    )
+    metadata[FACTS_KEY] = json.dumps(weights.facts.known())
     if weights.classes is not None:
         metadata[CLASSES_KEY] = json.dumps(weights.classes)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}

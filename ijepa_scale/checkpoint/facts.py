@@ -34,6 +34,10 @@ class Facts(Section):
     std: tuple[float, ...] | None = None
     crop_fraction: form.Fraction | None = None  # of the resized image, in evaluation
 
+    def known(self) -> dict[str, Any]:
+        """Returns what the source says, as plain values."""
+        return {name: value for name, value in self.values().items() if value is not None}
+
 
 def facts_of_run(config: Mapping[str, Any]) -> Facts:
     """Returns the facts in the configuration that a checkpoint of this package stores; its mapping may be partial."""
@@ -110,7 +114,7 @@ def facts_of_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, 
         cropped = preprocessor.get("do_center_crop") and isinstance(cut, Mapping) and resized
         crop = cut["height"] / resized if cropped and isinstance(cut, Mapping) and resized else 1.0
     return Facts(
-        image_size=[side, side] if isinstance(side, int) else side,
+        image_size=(side, side) if isinstance(side, int) else side,
         heads=config.get("num_attention_heads"),
         norm_eps=config.get("layer_norm_eps"),
         mean=mean,

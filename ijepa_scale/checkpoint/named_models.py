@@ -25,12 +25,7 @@ def as_named(source: str | Path) -> str | None:
     path = Path(source)
     if path.exists() or path.suffix in (".pth", ".tar", ".pt", ".bin", ".ckpt", ".safetensors", ".json"):
         return None
-    if (
-        len(path.parts) == 2
-        and not path.is_absolute()
-        and not path.parent.exists()
-        and path.parts[0] not in ("..", "~")
-    ):
+    if len(path.parts) == 2 and path.parts[0] not in ("/", "..", "~") and not path.parent.exists():
         return f"{TRANSFORMERS}{text}"
     if len(path.parts) == 1 and text.startswith("vit_"):
         import timm  # takes seconds, and is only needed here

@@ -19,7 +19,8 @@ NO_GRAPH = (
     "or ddp or ZeRO-1/2"
 )
 
-INIT = "Run, checkpoint, .pth.tar, .safetensors, timm:NAME or transformers:NAME to start from; it gives the sizes left open"
+# Of both kinds of training.
+INIT = "Run, checkpoint, .pth.tar, .safetensors, timm:NAME or transformers:NAME to start from, and to take sizes from"
 INIT_POSITIONS = "Positions on another grid than the one that init was trained on: interpolated, or computed anew."
 
 
@@ -66,7 +67,7 @@ class ModelConfig(EncoderConfig, at="model"):
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
         if self.init_state == "training" and self.init is None:
-            yield "init_state is training but init is null; name the run or .pth.tar to go on from, or set it to weights"
+            yield "init_state is training but init is null; name the run or .pth.tar to go on from, or choose weights"
 
 
 class MaskConfig(Section, at="masks", registry=SAMPLERS, selector="sampler"):

@@ -293,9 +293,12 @@ def test_the_transform_takes_paths_arrays_and_pil_images(tmp_path: Path) -> None
         ijepa_scale.features(encoder, several, transform=transform, batch_size=4), ijepa_scale.features(encoder, every)
     )
     for wrong, text in {
-        "no.png": "image no.png: ", "grey": r"array is \(40, 50\) uint8; this encoder takes images of 3 channels: give \(H",
-        "four": r"array is \(40, 50, 4\) uint8", "float": r"array is \(40, 50, 3\) float64", "none": "is a NoneType; give a",
-    }.items():  # fmt: skip
+        "no.png": "image no.png: ",
+        "grey": r"array is \(40, 50\) uint8; this encoder takes images of 3 channels: give \(H, W, 3\) uint8",
+        "four": r"array is \(40, 50, 4\) uint8",
+        "float": r"array is \(40, 50, 3\) float64",
+        "none": "an image is a NoneType; give a path",
+    }.items():
         values = {"grey": grey, "four": np.zeros((40, 50, 4), np.uint8), "float": pixels / 255.0, "none": [None]}
         with pytest.raises(DataError, match=text):
             transform(values.get(wrong, wrong))  # type: ignore[arg-type]
