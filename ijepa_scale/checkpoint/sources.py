@@ -190,11 +190,16 @@ class ModelFile:
         converted: bool = False,
         notes: tuple[str, ...] = (),
         classes: tuple[str, ...] | None = None,
+        rest: Mapping[str, Any] | None = None,
     ) -> None:
-        """`parts` has a part for each role, or a single one, None, whose names may tell encoders apart."""
+        """`parts` has a part for each role, or a single one, None, whose names may tell encoders apart.
+
+        `rest` is all that a published file holds.
+        """
         self.origin, self._files, self._converted = origin, files, converted
         self._parts = {role: unwrapped(part, origin) for role, part in parts.items()}
         self._facts, self._notes, self._classes = facts or Facts(), notes, classes
+        self.rest = rest or {}
         everything = self._parts.get(None, {})
         self.roles = tuple(role for role in ROLES if role in self._parts) or roles_in(everything)
 
@@ -257,7 +262,7 @@ def _torch_file(path: Path) -> ModelFile:
         inside = next((content[key] for key in _INSIDE if _is_part(content, key)), content)
         parts = {None: _tensors(inside)}
     origin = str(path)
-    return ModelFile(origin, (path,), parts, facts=facts_of_folder(path.parent), notes=notes)
+    return ModelFile(origin, (path,), parts, facts=facts_of_folder(path.parent), notes=notes, rest=content)
 
 
 def _is_part(content: Mapping[Any, Any], key: str) -> bool:

@@ -20,6 +20,7 @@ from ijepa_scale.checkpoint.sources import Weights, read_weights
 from ijepa_scale.data.class_names import shortened
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.classifier import Classifier
+from ijepa_scale.models.layers import LayerNorm
 from ijepa_scale.models.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class LoadReport:
         ]
         for title, names in (("new", self.missing), ("left out", self.unexpected), ("reshaped", self.reshaped)):
             if names:
-                lines.append(f"  {title}: {_listed(names)}")
+                lines.append(f"  {title}: {listed(names)}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -110,6 +111,10 @@ def fit(
     with torch.no_grad():
         for name in loaded:
             own[name].copy_(found[name])
+    notes = weights.notes
+    theirs, eps = weights.facts.norm_eps, next(m.eps for m in encoder.modules() if isinstance(m, LayerNorm))
+    if theirs not in (None, eps):
+        notes += (f"its layer norms have eps {theirs:g}, the model's {eps:g}: features differ a little",)
     elements = {name: tensor.numel() for name, tensor in own.items()}
     return LoadReport(
         origin=weights.origin,
@@ -119,7 +124,7 @@ def fit(
         unexpected=tuple(unexpected),
         reshaped=tuple(reshaped),
         share=sum(elements[name] for name in loaded) / sum(elements.values()),
-        notes=weights.notes,
+        notes=notes,
     )
 
 
@@ -191,9 +196,9 @@ def _name_problems(
             hint = " (model.keep_head needs the norm that the head was trained with; set model.pool_norm=before)"
         elif "head.weight" in lacking:
             hint = " (set model.keep_head=false for a new head)"
-        problems.append(f"missing: {_listed(lacking)}{hint}")
+        problems.append(f"missing: {listed(lacking)}{hint}")
     if strange:
-        problems.append(f"unexpected: {_listed(strange)}")
+        problems.append(f"unexpected: {listed(strange)}")
     return problems
 
 
@@ -228,6 +233,7 @@ def _class_problems(theirs: Sequence[str] | None, ours: Sequence[str] | None) ->
     ]
 
 
-def _listed(names: tuple[str, ...] | list[str]) -> str:
+def listed(names: tuple[str, ...] | list[str]) -> str:
+    """Returns the first names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -106,15 +106,13 @@ def encoder_of_weights(
     if sizes["channels"] == 3:
         del sizes["channels"]  # the default
     encoder = build_encoder(**sizes)
-    tensors = dict(weights.tensors)
-    if "fc_norm.weight" in tensors and "norm.weight" not in tensors:
+    if "fc_norm.weight" in weights.tensors and "norm.weight" not in weights.tensors:
         encoder.norm = nn.Identity()
         logger.info("%s: a classifier whose norm follows the pooling: its tokens come without a norm", weights.origin)
-    report = fit(encoder, weights)
     for layer in encoder.modules():
         if isinstance(layer, LayerNorm) and weights.facts.norm_eps is not None:
             layer.eps = weights.facts.norm_eps
-    logger.info("%s", report.text())
+    logger.info("%s", fit(encoder, weights).text())
     return encoder.eval()
 
 

@@ -14,6 +14,7 @@ from ijepa_scale.config.manual import help_text
 from ijepa_scale.environment import Launch
 from ijepa_scale.registry import load_plugin
 from ijepa_scale.train import processes
+from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.setup import with_strategy
 from ijepa_scale.train.task import Task
@@ -44,7 +45,7 @@ def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, 
     logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
     for note in notes:  # what was renamed, or left out of a published file
         logger.info("%s", note)
-    config = with_strategy(config, launch, device)
+    config = with_strategy(with_init(config), launch, device)
     with processes.world_of(launch, device, alone=config.engine.strategy == "plain") as world:
         result = run_task(kind, config, world)
         if world.is_main:
