@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 Pool = Literal["mean", "tokens", "last4"]
 POOLS: tuple[Pool, ...] = ("mean", "tokens", "last4")
-OneImage: TypeAlias = "str | Path | Image.Image | np.ndarray"
+OneImage: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray"
+_ONE = (str, Path, bytes, Image.Image, np.ndarray)
 
 
 def load(
@@ -144,15 +145,15 @@ class ImageTransform:
     def __call__(self, images: OneImage | Sequence[OneImage]) -> Tensor:
         """Returns (C, h, w) float32 for one image, (B, C, h, w) for a list of them, on the CPU.
 
-        An image is a path, a PIL image, or an array (H, W, C) uint8. Files and PIL images are turned as their EXIF
-        orientation says, since a photograph is given as it is seen.
+        An image is a path, the bytes of a file, a PIL image, or an array (H, W, C) uint8. All but arrays are turned as
+        their EXIF orientation says, since a photograph is given as it is seen.
 
         Raises:
             DataError: an image can't be read, or has another number of channels or another dtype.
         """
-        if isinstance(images, (str, Path, Image.Image, np.ndarray)):
-            return self._transform([self._pixels(images)])[0]
-        return self._transform([self._pixels(image) for image in images])
+        if isinstance(images, _ONE):
+            return self._transform([self.pixels(images)])[0]
+        return self._transform([self.pixels(image) for image in images])
 
     def __repr__(self) -> str:
         return (
@@ -160,12 +161,18 @@ class ImageTransform:
             f"crop_fraction={self.crop_fraction:g})"
         )
 
-    def _pixels(self, image: OneImage) -> np.ndarray:
-        """Returns the image as (H, W, C) uint8."""
+    def pixels(self, image: OneImage) -> np.ndarray:
+        """Returns the whole image, (H, W, C) uint8.
+
+        Raises:
+            DataError: see `__call__`.
+        """
         if isinstance(image, np.ndarray):
             pixels, name = image, "array"
         elif isinstance(image, Image.Image):
             pixels, name = rgb_of(image.copy(), "apply"), "PIL image"  # a copy, since decoding drops what it has read
+        elif isinstance(image, bytes):
+            pixels, name = decode(image, exif="apply"), "image"
         elif isinstance(image, (str, Path)):
             name = f"image {image}"
             try:
@@ -215,7 +222,7 @@ def features(
     """
     check_pool(encoder, pool)
     device = encoder.pos_embed.device
-    if transform is not None and isinstance(images, (str, Path, Image.Image, np.ndarray)):
+    if transform is not None and isinstance(images, _ONE):
         images = [images]
     if transform is None and not isinstance(images, Tensor):
         raise DataError(
