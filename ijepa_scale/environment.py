@@ -239,8 +239,8 @@ def expand_path(text: str) -> str:
     """Returns a path with a leading `~` or `~user` and each `$NAME` or `${NAME}` replaced; addresses stay as they are.
 
     Only a `$` that a name follows begins a variable, and `$$` is a `$` that begins none. The result is the same when it
-    is expanded again: one with such a `$` is a `LiteralPath`. Addresses hold `://`, or begin with `timm:` or with
-    `pipe:`, which a shell expands.
+    is expanded again: one with such a `$` is a `LiteralPath`. Addresses hold `://`, or begin with `timm:`,
+    `transformers:`, or `pipe:`, which a shell expands.
 
     Raises:
         ConfigError: a variable isn't set or holds another, `${` begins something else, there is no such user, or the
@@ -253,7 +253,7 @@ def expand_path(text: str) -> str:
     if text.startswith("pipe:"):
         return text
     check_filled(text)
-    is_address = "://" in text or text.startswith("timm:")
+    is_address = "://" in text or text.startswith(("timm:", "transformers:"))
     parts = [text] if is_address else text.split("$$")  # between them stands a `$` that begins no variable
     if any("${" in (part if is_address else _VARIABLE.sub("", part)) for part in parts):
         raise ConfigError("interpolations aren't read, write the value itself")

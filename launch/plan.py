@@ -15,6 +15,7 @@ from ijepa_scale.planning.devices import GPUS_PER_NODE, Cluster, parse_gpus
 from ijepa_scale.planning.plan import plan
 from ijepa_scale.planning.plan_text import plan_json, plan_text
 from ijepa_scale.planning.reading import read_pretraining
+from ijepa_scale.train.initial import with_init
 
 
 @terminal.command
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = flags.overrides + [
         word for word in flags.gpus if "=" in word
     ]  # --gpus also collects the words after it
-    config = read_pretraining(flags.config, overrides)
+    config = with_init(read_pretraining(flags.config, overrides))
     count, device = parse_gpus(" ".join(word for word in flags.gpus if "=" not in word))
     network_bandwidth = device.network_bandwidth if flags.network is None else flags.network * 1e9
     cluster = Cluster(device, count, flags.gpus_per_node, network_bandwidth)

@@ -33,7 +33,12 @@ _INNER = {
     "mlp.fc2": "output.dense",
 }
 _SPLIT = ("query", "key", "value")  # the parts of attn.qkv, in this order
-_BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
+# The names of modules in memory since transformers 5; its files keep those above.
+_LATER = {
+    "attention.o_proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+    **{f"attention.{part[0]}_proj": f"attention.attention.{part}" for part in _SPLIT},
+}  # fmt: skip
+_BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def to_ours(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], str]:
@@ -94,7 +99,7 @@ def _from_transformers(tensors: Mapping[str, Tensor], origin: str) -> dict[str, 
     for name, tensor in tensors.items():
         stem, _, kind = name.rpartition(".")
         block = _BLOCK.fullmatch(name)
-        part = block[2].removeprefix("attention.attention.") if block else ""
+        part = _LATER.get(block[2], block[2]).removeprefix("attention.attention.") if block else ""
         if name in outer:
             named[outer[name]] = tensor
         elif stem in outer:

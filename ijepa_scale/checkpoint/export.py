@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ijepa_scale.checkpoint.convert import NAMINGS, to_transformers
-from ijepa_scale.checkpoint.sources import CLASSES_KEY, WHICH_KEY, read_weights
+from ijepa_scale.checkpoint.published_order import published_groups, published_names, published_numbers
+from ijepa_scale.checkpoint.sources import CLASSES_KEY, FACTS_KEY, WHICH_KEY, read_weights
 from ijepa_scale.checkpoint.store import Checkpoint, write_safetensors
 from ijepa_scale.config import ModelConfig
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.errors import CheckpointError
-from ijepa_scale.models.pos_embed import sincos_2d
-from ijepa_scale.models.registry import build_jepa
+from ijepa_scale.models.pos_embed import positions
 from ijepa_scale.optim.adamw import AdamW
 from ijepa_scale.schedules import Schedule
 
@@ -32,7 +32,8 @@ def export_safetensors(
     """Writes the target or context encoder of `source` (see `read_weights`) and returns the file's path.
 
     `naming` is published (timm uses the same names) or transformers. The file's metadata says which encoder it
-    holds. For a finetuned run, the file also holds the head, and the metadata its class names.
+    holds, its sizes, and how its images are normalised. For a finetuned run, the file also holds the head, and the
+    metadata its class names.
 
     Raises:
         CheckpointError: the source can't be read, a tensor has no name in that naming, or `path` has another suffix.
@@ -44,6 +45,7 @@ def export_safetensors(
     weights = read_weights(source, which=which)
     tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
     metadata = {"format": "pt", **({} if weights.which == "only" else {WHICH_KEY: weights.which})}
+    metadata[FACTS_KEY] = json.dumps(weights.facts.known())
     if weights.classes is not None:
         metadata[CLASSES_KEY] = json.dumps(weights.classes)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -86,10 +88,12 @@ def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoc
     model = ModelConfig(**config["model"])
     trained = checkpoint.full("model.")
     states = {state: checkpoint.full(f"optimizer.{state}.") for state in AdamW.Config.state_names}
-    names = _published_order(model)
+    names = published_names(model)
     positions = _positions(model)
     optimizer = _optimizer(names, {**trained, **positions}, config["optimizer"], (hyper.lr, hyper.weight_decay))
-    parameters = dict(zip(_grouped(names), (p for g in optimizer.param_groups for p in g["params"]), strict=True))
+    parameters = dict(
+        zip(published_numbers(model), (p for g in optimizer.param_groups for p in g["params"]), strict=True)
+    )
     for name in trained:
         optimizer.state[parameters[name]] = {
             "step": torch.tensor(float(checkpoint.step)),
@@ -110,34 +114,12 @@ def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoc
     return _write_atomically(Path(path), lambda temporary: torch.save(content, temporary))
 
 
-def _published_order(model: ModelConfig) -> list[str]:
-    """Returns the names of encoder and predictor in the order of the published modules, with fixed embeddings."""
-    names = [name for name, _ in build_jepa(model, seed=0, device="meta").named_parameters()]
-    index = names.index("predictor.mask_token") + 1
-    return ["encoder.pos_embed", *names[:index], "predictor.predictor_pos_embed", *names[index:]]
-
-
 def _positions(model: ModelConfig) -> dict[str, Tensor]:
     sizes = resolve(model)
     return {
-        "encoder.pos_embed": sincos_2d(sizes.width, sizes.grid)[None],
-        "predictor.predictor_pos_embed": sincos_2d(sizes.predictor_width, sizes.grid)[None],
+        "encoder.pos_embed": positions(sizes.width, sizes.grid, sizes.position_grid)[None],
+        "predictor.predictor_pos_embed": positions(sizes.predictor_width, sizes.grid, sizes.position_grid)[None],
     }
-
-
-def _groups(names: Iterable[str]) -> list[list[str]]:
-    """Returns the names in the four parameter groups of the published code; fixed embeddings count as weights."""
-    # names suffice: norms and biases are the 1-D parameters of both modules
-    small = [name for name in names if name.endswith(".bias") or "norm" in name]
-    return [
-        [name for name in names if name.startswith(f"{part}.") and (name in small) == one_dimensional]
-        for one_dimensional in (False, True)
-        for part in ("encoder", "predictor")
-    ]
-
-
-def _grouped(names: Iterable[str]) -> list[str]:
-    return [name for group in _groups(names) for name in group]
 
 
 def _optimizer(
@@ -146,7 +128,7 @@ def _optimizer(
     """Returns an AdamW over the four groups, so that PyTorch itself numbers the parameters and fills in settings."""
     lr, weight_decay = rates
     groups: list[dict[str, Any]] = []
-    for index, group in enumerate(_groups(names)):
+    for index, group in enumerate(published_groups(names)):
         excluded = {"WD_exclude": True, "weight_decay": 0} if index >= 2 else {"weight_decay": weight_decay}
         groups.append({"params": [torch.nn.Parameter(tensors[name]) for name in group], **excluded})
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(config["betas"]), eps=config["eps"])

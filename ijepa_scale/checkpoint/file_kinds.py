@@ -31,11 +31,14 @@ _MAGIC = {
     b"\x93NUMPY": "a NumPy array; convert the model to .safetensors",
     b"GGUF": "a GGUF file; give the weights that it was made from",
 }
+# Source: torch/serialization.py, MAGIC_NUMBER, pickled by protocol 2: how files of PyTorch before 1.6 begin.
+_TORCH_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_PICKLES = tuple(bytes((0x80, protocol)) for protocol in (2, 3, 4, 5))
 _TORCH_ZIP, _SCRIPT = "data.pkl", "constants.pkl"  # members of each file of torch.save; of TorchScript's only
 
 
-def check_kind(path: Path) -> None:
-    """Checks by its first bytes that a file may hold weights in the format that its suffix says.
+def check_kind(path: Path, *, is_index: bool = False) -> None:
+    """Checks by its first bytes that a file may hold weights in the format that its suffix says, or be an index of it.
 
     Raises:
         CheckpointError: it can't be read, or is something else: a pointer of a large-file store, a web page, an
@@ -45,7 +48,7 @@ def check_kind(path: Path) -> None:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(_HEAD)
-        found = _other_kind(path, head, size)
+        found = _other_kind(path, head, size) if not (is_index and head.lstrip().startswith((b"{", b"["))) else None
     except OSError as error:
         raise CheckpointError(f"{path} can't be read ({error.strerror}); check its permissions and the disk") from None
     if found is not None:
@@ -71,7 +74,12 @@ def _other_kind(path: Path, head: bytes, size: int) -> str | None:
         return "a tar archive; unpack it and give the file inside"
     if head.startswith(b"PK\x03\x04"):
         return _zip_kind(path, size)
-    if path.suffix == ".safetensors":
+    if head.startswith(_PICKLES) and not head.startswith(_TORCH_LEGACY) and not is_safetensors:
+        return (
+            "a plain pickle, which may hold code; load it with the program that wrote it, and torch.save its "
+            "state_dict()"
+        )
+    if path.suffix.lower() == ".safetensors":
         return _safetensors_kind(head, size) if is_safetensors else None
     return "in the safetensors format; rename it to .safetensors" if is_safetensors else None
 
@@ -89,7 +97,7 @@ def _zip_kind(path: Path, size: int) -> str | None:
         return "a zip archive without PyTorch's data.pkl; unpack it and give the file inside"
     if _SCRIPT in members:
         return "a TorchScript program, which holds code; save its state_dict() with the program that wrote it"
-    return "a PyTorch file; rename it to .pth" if path.suffix == ".safetensors" else None
+    return "a PyTorch file; rename it to .pth" if path.suffix.lower() == ".safetensors" else None
 
 
 def _safetensors_kind(head: bytes, size: int) -> str | None:

@@ -10,9 +10,11 @@ from torch import Tensor
 from ijepa_scale.errors import CheckpointError
 
 _MARKERS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")  # of each encoder's first layer
+_PREDICTOR = "predictor_embed.weight"  # of a predictor's first layer
+_PREDICTORS_OWN = ("predictor_", "mask_token")
 _HEADS = ("head.", "fc_norm.", "classifier.")  # a classifier's own layers, which stand next to its encoder
 _ROLES = {
-    "target": ("target_encoder", "teacher", "target", "ema"),
+    "target": ("target_encoder", "teacher", "target", "ema", "model_ema", "state_dict_ema"),
     "context": ("context_encoder", "student"),
 }
 _WEAK_CONTEXT = "encoder"  # the context encoder's name where there are several; otherwise anyone's
@@ -26,6 +28,30 @@ class Chosen(NamedTuple):
     left_out: tuple[str, ...]  # names of tensors outside the encoder
 
 
+def roles_in(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Returns which encoders the names tell apart: target, context, both, or neither."""
+    prefixes = _prefixes(tensors)
+    found = {_role(prefix, alone=len(prefixes) == 1) for prefix in prefixes}
+    return tuple(role for role in _ROLES if role in found)
+
+
+def find_predictor(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Returns the predictor's tensors, without the prefix of their names; None if there is none."""
+    first = next((name for name in tensors if f".{name}".endswith(f".{_PREDICTOR}")), None)
+    if first is None:
+        return None
+    prefix = first.removesuffix(_PREDICTOR)
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.removeprefix(prefix).startswith(_PREDICTORS_OWN) and name.startswith(prefix)
+    }
+
+
+def _prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name.removesuffix(marker) for name in tensors for marker in _MARKERS if f".{name}".endswith(f".{marker}")]
+
+
 def choose_encoder(tensors: Mapping[str, Tensor], which: str, origin: str) -> Chosen:
     """Returns the encoder that is asked for, target or context; all tensors if no prefix is known.
 
@@ -33,9 +59,7 @@ def choose_encoder(tensors: Mapping[str, Tensor], which: str, origin: str) -> Ch
         CheckpointError: there are several encoders, and not exactly one of them is called what is asked for; or there
             is one, and it is called the other.
     """
-    prefixes = [
-        name.removesuffix(marker) for name in tensors for marker in _MARKERS if f".{name}".endswith(f".{marker}")
-    ]
+    prefixes = _prefixes(tensors)
     if not prefixes:
         return Chosen(dict(tensors), None, ())
     roles = {prefix: _role(prefix, alone=len(prefixes) == 1) for prefix in prefixes}

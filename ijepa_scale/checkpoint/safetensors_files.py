@@ -39,6 +39,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {}
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Returns the files whose bytes make up the weights: the file, or an index and all that it names."""
+    return (path, *(path.with_name(name) for name in sorted(_shards(path)))) if path.name.endswith(INDEX) else (path,)
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ijepa_scale.checkpoint.digests import digest_of_files
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
@@ -31,7 +32,7 @@ from ijepa_scale.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished-"
 
 
@@ -56,7 +57,7 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
         entry = {
             "name": name,
             "bytes": (unfinished / name).stat().st_size,
-            "sha256": _sha256(unfinished / name),
+            "sha256": digest_of_files([unfinished / name]),
             "pieces": [[p.name, p.start, p.tensor.numel(), list(p.shape)] for p in written],
         }
     entries = world.gather_objects(entry)
@@ -64,8 +65,8 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
         body = _manifest(step, [e for e in entries if e], extra)  # type: ignore[misc]
         text = json.dumps(body, sort_keys=True)
         manifest = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
-        (unfinished / _MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
-        _flush(unfinished / _MANIFEST)
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
+        _flush(unfinished / MANIFEST)
         _flush(unfinished)
         if final.exists():  # the same step was saved before
             _remove(final)
@@ -101,7 +102,7 @@ def _manifest(step: int, entries: list[dict[str, Any]], extra: dict[str, Any]) -
 
 def newest(folder: Path) -> Path | None:
     """Returns the complete checkpoint of the highest step in `folder`, or None if there is none."""
-    complete = sorted(path for path in folder.glob("step-*") if (path / _MANIFEST).is_file())
+    complete = sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
     return complete[-1] if complete else None
 
 
@@ -169,7 +170,7 @@ class Checkpoint:
             entry = self._files[index]
             path = self.path / entry["name"]
             size = path.stat().st_size if path.is_file() else None
-            if size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            if size != entry["bytes"] or digest_of_files([path]) != entry["sha256"]:
                 raise CheckpointError(
                     f"{path} is damaged: {size} bytes, expected {entry['bytes']} with sha256 "
                     f"{entry['sha256'][:12]}...; remove {self.path} to resume from an older checkpoint"
@@ -179,9 +180,9 @@ class Checkpoint:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / _MANIFEST
+    file = path / MANIFEST
     if not file.is_file():
-        raise CheckpointError(f"{path} has no {_MANIFEST}; give a folder like RUN/checkpoints/step-00001000")
+        raise CheckpointError(f"{path} has no {MANIFEST}; give a folder like RUN/checkpoints/step-00001000")
     try:
         manifest = parse_json(file.read_bytes())
         body = manifest["body"]
@@ -210,7 +211,7 @@ def _remove(path: Path) -> None:
 
 def _prune(folder: Path, keep: int, written: Path) -> None:
     """Removes all but the `keep` newest checkpoints, and keeps `written` even if others have later steps."""
-    for path in sorted(p for p in folder.glob("step-*") if (p / _MANIFEST).is_file())[:-keep]:
+    for path in sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())[:-keep]:
         if path != written:
             _remove(path)
     for path in folder.glob(f"{_UNFINISHED}*"):
@@ -223,11 +224,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

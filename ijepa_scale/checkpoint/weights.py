@@ -7,7 +7,6 @@ model is either loaded or new for a known reason. Anything else is refused befor
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ijepa_scale.checkpoint.geometry import PATCHES, Positions, depth_of, positions_of, with_channels
 from ijepa_scale.checkpoint.sources import Weights, read_weights
 from ijepa_scale.data.class_names import shortened
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.classifier import Classifier
-from ijepa_scale.models.pos_embed import sincos_2d
+from ijepa_scale.models.layers import LayerNorm
 from ijepa_scale.models.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class LoadReport:
         ]
         for title, names in (("new", self.missing), ("left out", self.unexpected), ("reshaped", self.reshaped)):
             if names:
-                lines.append(f"  {title}: {_listed(names)}")
+                lines.append(f"  {title}: {listed(names)}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -65,8 +65,8 @@ def load_weights(
     """Loads the weights of `source` (see `read_weights`) into an encoder or a classifier; returns a report.
 
     The module mustn't be sharded yet, and changes only if everything matches. A classifier's head is loaded only with
-    `keep_head`; its classes must then be `classes`, in this order, if both are known. The position embedding is always
-    computed for the module's grid.
+    `keep_head`; its classes must then be `classes`, in this order, if both are known. The position embedding stays the
+    module's own; the report says how it differs from the source's.
 
     Raises:
         CheckpointError: the source can't be read or doesn't match; the message lists all problems.
@@ -87,12 +87,17 @@ def fit(
     own = {_plain(name, module): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     found = dict(weights.tensors)
     encoder = module.encoder if isinstance(module, Classifier) else module
-    problems, reshaped = _positions(found.pop("pos_embed", None), encoder)
-    positions = own.pop("pos_embed")
+    problems, reshaped = _positions(weights, encoder)
+    found.pop("pos_embed", None)
+    own.pop("pos_embed")
+    patches = found.get(PATCHES)
+    if patches is not None and patches.ndim == 4 and patches.shape[1] != (channels := own[PATCHES].shape[1]):
+        reshaped.append(f"{PATCHES}, {patches.shape[1]} channels -> {channels}, each the sum over them / {channels}")
+        found[PATCHES] = with_channels(patches, channels)
     unexpected = [name for name in found if name not in own or (name.startswith("head.") and not keep_head)]
     missing = [name for name in own if name not in found or name in unexpected]
     loaded = [name for name in own if name not in missing]
-    problems += _size_problems(own, found, weights, encoder)
+    problems += _size_problems(found, weights, encoder)
     if not problems:
         problems = _name_problems(module, missing, unexpected, keep_head) + _shape_problems(own, found, loaded)
         problems += [f"{n} holds values that aren't finite" for n in loaded if not found[n].isfinite().all()]
@@ -106,7 +111,10 @@ def fit(
     with torch.no_grad():
         for name in loaded:
             own[name].copy_(found[name])
-        positions.copy_(sincos_2d(encoder.width, encoder.grid)[None])
+    notes = weights.notes
+    theirs, eps = weights.facts.norm_eps, next(m.eps for m in encoder.modules() if isinstance(m, LayerNorm))
+    if theirs not in (None, eps):
+        notes += (f"its layer norms have eps {theirs:g}, the model's {eps:g}: features differ a little",)
     elements = {name: tensor.numel() for name, tensor in own.items()}
     return LoadReport(
         origin=weights.origin,
@@ -116,7 +124,7 @@ def fit(
         unexpected=tuple(unexpected),
         reshaped=tuple(reshaped),
         share=sum(elements[name] for name in loaded) / sum(elements.values()),
-        notes=weights.notes,
+        notes=notes,
     )
 
 
@@ -124,34 +132,28 @@ def _plain(name: str, module: VisionTransformer | Classifier) -> str:
     return name.removeprefix("encoder.") if isinstance(module, Classifier) else name
 
 
-def _positions(found: Tensor | None, encoder: VisionTransformer) -> tuple[list[str], list[str]]:
-    """Returns the problems and what is recomputed: a fixed embedding is computed for the grid, not interpolated."""
-    if found is None:
+def _positions(weights: Weights, encoder: VisionTransformer) -> tuple[list[str], list[str]]:
+    """Returns the problems, and how the position embedding differs from the source's."""
+    tensor = weights.tensors.get("pos_embed")
+    if tensor is not None and tensor.shape[-1] != encoder.width:
+        return [f"pos_embed is {tensor.shape[-1]} wide, the model {encoder.width}"], []
+    try:
+        found = positions_of(weights)
+    except CheckpointError as error:
+        return [str(error).removeprefix(f"{weights.origin}: ")], []
+    ours = Positions(encoder.grid, encoder.position_grid or encoder.grid)
+    if found in (None, ours):
         return [], []
-    flat = found.reshape(-1, found.shape[-1]).float()
-    if flat.shape[-1] != encoder.width:
-        return [f"pos_embed is {flat.shape[-1]} wide, the model {encoder.width}"], []
-    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 1e-2  # for half precision
-    rows, columns = encoder.grid
-    count = len(flat)
-    grids = [(count // w, w) for w in range(1, count + 1) if count % w == 0]
-    for grid in sorted(grids, key=lambda g: (g != (rows, columns), abs(g[0] - g[1]))):
-        if torch.allclose(flat, sincos_2d(encoder.width, grid), rtol=0, atol=tolerance):
-            if grid == (rows, columns):
-                return [], []
-            return [], [f"pos_embed, {grid[0]} x {grid[1]} patches -> {rows} x {columns}, recomputed"]
-    return [
-        f"pos_embed of {count} patches isn't a fixed sine-cosine embedding of any grid, and this package doesn't "
-        "support trained ones: the file belongs to another model"
-    ], []
+    assert found is not None
+    how = "interpolated" if ours.computed_for == found.computed_for else "computed anew"
+    (rows, columns), grid = found.grid, encoder.grid
+    return [], [f"pos_embed, {rows} x {columns} patches -> {grid[0]} x {grid[1]}, {how}"]
 
 
-def _size_problems(
-    own: dict[str, Tensor], found: dict[str, Tensor], weights: Weights, encoder: VisionTransformer
-) -> list[str]:
+def _size_problems(found: dict[str, Tensor], weights: Weights, encoder: VisionTransformer) -> list[str]:
     """Returns the sizes in which the models differ, each once and not for each tensor."""
     problems = []
-    patches = found.get("patch_embed.proj.weight")
+    patches = found.get(PATCHES)
     if patches is not None and patches.ndim == 4:
         size = tuple(patches.shape[2:])
         if size != (encoder.patch_size, encoder.patch_size):
@@ -161,13 +163,15 @@ def _size_problems(
             )
         if len(patches) != encoder.width:
             problems.append(f"its width is {len(patches)}, the model's {encoder.width}; set model.name or model.width")
-    depth = 1 + max((int(block[1]) for name in found if (block := re.match(r"blocks\.(\d+)\.", name))), default=-1)
+    depth = depth_of(found)
     if depth != len(encoder.blocks):
         problems.append(f"it has {depth} blocks, the model {len(encoder.blocks)}; set model.name or model.depth")
     first_block: Any = encoder.blocks[0]
     heads = first_block.attn.heads
-    if weights.heads not in (None, heads):
-        problems.append(f"it has {weights.heads} attention heads, the model {heads}; set model.name or model.heads")
+    if weights.facts.heads not in (None, heads):
+        problems.append(
+            f"it has {weights.facts.heads} attention heads, the model {heads}; set model.name or model.heads"
+        )
     return problems
 
 
@@ -192,9 +196,9 @@ def _name_problems(
             hint = " (model.keep_head needs the norm that the head was trained with; set model.pool_norm=before)"
         elif "head.weight" in lacking:
             hint = " (set model.keep_head=false for a new head)"
-        problems.append(f"missing: {_listed(lacking)}{hint}")
+        problems.append(f"missing: {listed(lacking)}{hint}")
     if strange:
-        problems.append(f"unexpected: {_listed(strange)}")
+        problems.append(f"unexpected: {listed(strange)}")
     return problems
 
 
@@ -229,6 +233,7 @@ def _class_problems(theirs: Sequence[str] | None, ours: Sequence[str] | None) ->
     ]
 
 
-def _listed(names: tuple[str, ...] | list[str]) -> str:
+def listed(names: tuple[str, ...] | list[str]) -> str:
+    """Returns the first names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -34,6 +34,7 @@ class Architecture:
 
     name: str
     grid: tuple[int, int]
+    position_grid: tuple[int, int] | None  # the grid that positions are interpolated from; None: computed for `grid`
     patch_size: int  # pixels
     width: int
     depth: int
@@ -102,6 +103,7 @@ def resolve(model: ModelConfig) -> Architecture:
     return Architecture(
         name=model.name,
         grid=model.grid,
+        position_grid=model.position_grid,
         patch_size=model.patch_size,
         width=width,
         depth=depth,

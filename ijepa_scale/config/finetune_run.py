@@ -11,6 +11,8 @@ from ijepa_scale.config import form
 from ijepa_scale.config.data import CropConfig, DataConfig, Reader
 from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.config.schema import (
+    INIT,
+    INIT_POSITIONS,
     AdamWConfig,
     CheckpointConfig,
     EncoderConfig,
@@ -38,9 +40,8 @@ class ClassifierConfig(Section, at="model"):
         "after", description="A new norm after the mean, or the encoder's trained norm before it."
     )
     frozen_blocks: int = Field(0, ge=0, description="First blocks that stay as loaded, the patch embedding with them.")
-    init: form.PathText | None = Field(
-        None, description="Run folder, checkpoint, .pth.tar, .safetensors or timm:NAME; null: random weights."
-    )
+    init: form.PathText | None = Field(None, description=f"{INIT}; null: random weights.")
+    init_positions: form.Positions = Field("interpolated", description=INIT_POSITIONS)
     weights: Literal["target", "context"] = Field("target", description="Which encoder of the file to load.")
     keep_head: bool = Field(False, description="Load the file's classification layer too, its classes being the same.")
 

@@ -20,6 +20,7 @@ _MARKS = ("mask", "meta", "optimization")
 _OWN_SECTIONS = frozenset(
     "base folder seed resume model masks augment objective optimizer schedule engine checkpoint evaluate".split()
 )
+_FILES = (".tar", ".pth", ".pt")  # of the published program; a checkpoint of this package is a folder
 _PLACEHOLDER = "$"  # $replace_this_with_..., as in the published files
 
 # Keys whose value moves to one of our keys unchanged.
@@ -175,8 +176,16 @@ def _pretraining(settings: Mapping[str, Any], ours: dict[str, Any], batch: int) 
     if not settings["meta.load_checkpoint"] and name:
         yield f"meta.read_checkpoint {name} ignored: meta.load_checkpoint is false"
     elif settings["meta.load_checkpoint"] and name:
-        ours["resume"] = f"{str(settings['logging.folder']).rstrip('/')}/{name}"
-        yield f"meta.read_checkpoint became resume={ours['resume']}"
+        path = f"{str(settings['logging.folder']).rstrip('/')}/{name}"
+        if str(name).lower().endswith(_FILES):
+            ours |= {"resume": "auto", "model.init": path, "model.init_state": "training"}
+            yield (
+                f"meta.read_checkpoint became model.init={path} with model.init_state=training: weights, optimiser and "
+                "epoch of that file, unless the folder has a newer checkpoint of this package"
+            )
+        else:
+            ours["resume"] = path
+            yield f"meta.read_checkpoint became resume={path}"
     elif settings["meta.load_checkpoint"]:
         ours["resume"] = "auto"
         yield "meta.load_checkpoint became resume=auto: the newest checkpoint in the folder, or a start where none is"

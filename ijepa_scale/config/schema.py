@@ -19,6 +19,10 @@ NO_GRAPH = (
     "or ddp or ZeRO-1/2"
 )
 
+# Of both kinds of training.
+INIT = "Run, checkpoint, .pth.tar, .safetensors, timm:NAME or transformers:NAME to start from, and to take sizes from"
+INIT_POSITIONS = "Positions on another grid than the one that init was trained on: interpolated, or computed anew."
+
 
 class EncoderConfig(Section, at="model.encoder"):
     """The encoder. A size left null is the named architecture's."""
@@ -30,6 +34,9 @@ class EncoderConfig(Section, at="model.encoder"):
     depth: form.Count | None = Field(None, description="Number of blocks.")
     heads: form.Count | None = Field(None, description="Number of attention heads; the predictor has as many.")
     mlp_ratio: float | None = Field(None, description="Width of an MLP divided by that of a token.")
+    position_grid: tuple[form.Count, form.Count] | None = Field(
+        None, description="Patches [down, across] that positions are computed for, then interpolated; null: the grid's."
+    )
 
     def _problems(self) -> Iterator[str]:
         size, patch = self.image_size, self.patch_size
@@ -51,6 +58,16 @@ class ModelConfig(EncoderConfig, at="model"):
     rescale_residual: bool = Field(
         False, description="Divide attn.proj and mlp.fc2 by sqrt(2 * layer): the released code means to, and doesn't."
     )
+    init: form.PathText | None = Field(None, description=f"{INIT}; null: random weights.")
+    init_positions: form.Positions = Field("interpolated", description=INIT_POSITIONS)
+    init_state: Literal["weights", "training"] = Field(
+        "weights", description="Weights alone from step 0, or the optimiser's state and the step too, to go on exactly."
+    )
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        if self.init_state == "training" and self.init is None:
+            yield "init_state is training but init is null; name the run or .pth.tar to go on from, or choose weights"
 
 
 class MaskConfig(Section, at="masks", registry=SAMPLERS, selector="sampler"):

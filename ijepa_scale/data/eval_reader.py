@@ -71,6 +71,11 @@ def covering_size(have: tuple[int, int], size: tuple[int, int], crop_fraction: f
     return max(cover[0], int(cover[1] * height / width)), cover[1]
 
 
+def crop_fraction_of(image_size: tuple[int, int]) -> float:
+    """Returns the share of a resized image that the centre crop covers by default, for images of that size, pixels."""
+    return _CROP_FRACTION if min(image_size) > _SMALL else 1.0
+
+
 class EvalReader:
     """Iterates over the given samples in the given order, as `EvalBatch`es.
 
@@ -95,7 +100,7 @@ class EvalReader:
     ) -> None:
         self.ids = np.asarray(ids, dtype=np.int64)
         if crop_fraction is None:
-            crop_fraction = _CROP_FRACTION if min(image_size) > _SMALL else 1.0
+            crop_fraction = crop_fraction_of(image_size)
         batches = _Batches(source, image_size, crop_fraction, mean, std, exif=exif)
         parts = [self.ids[begin : begin + batch_size] for begin in range(0, len(self.ids), batch_size)]
         self._batches = ordered_loader(batches, parts, workers=workers, prefetch=prefetch, pin_memory=pin_memory)

@@ -39,10 +39,7 @@ def decode_with_pil(data: bytes, exif: Exif) -> np.ndarray:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=formats())
         check_pixels(image.height, image.width)
-        image.load()
-        if exif == "apply":
-            image = _turned(image)
-        return np.asarray(_eight_bits(image).convert("RGB"))
+        return rgb_of(image, exif)
     except SampleError:
         raise
     except UnidentifiedImageError:
@@ -51,6 +48,16 @@ def decode_with_pil(data: bytes, exif: Exif) -> np.ndarray:
     except _FAILURES as error:
         message = f"not a decodable image ({type(error).__name__}: {error}); replace or drop it"
         raise SampleError(message, "not decodable") from None
+
+
+def rgb_of(image: Image.Image, exif: Exif) -> np.ndarray:
+    """Returns the pixels of an opened image, (H, W, 3) uint8; loads them if necessary.
+
+    Raises:
+        SampleError: their range isn't known.
+    """
+    image.load()
+    return np.asarray(_eight_bits(_turned(image) if exif == "apply" else image).convert("RGB"))
 
 
 def check_pixels(height: int, width: int) -> None:
@@ -120,4 +127,4 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-__all__ = ["MAX_PIXELS", "check_pixels", "decode_with_pil", "orientation_of", "orientation_tag", "turn"]
+__all__ = ["MAX_PIXELS", "check_pixels", "decode_with_pil", "orientation_of", "orientation_tag", "rgb_of", "turn"]

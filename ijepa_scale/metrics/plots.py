@@ -53,16 +53,17 @@ def draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, *, 
 
 
 def _knn(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """Draws the online kNN accuracy together with the untrained encoder's."""
+    """Draws the online kNN accuracy together with that of the encoder that the run started from."""
     percent = [row | {"knn": 100 * row["knn"]} for row in rows if row.get("knn") is not None]
-    untrained = [100 * row["knn_untrained"] for row in rows if row.get("knn_untrained") is not None]
+    called = "start" if any("knn_start" in row for row in rows) else "untrained"
+    first = [100 * row[f"knn_{called}"] for row in rows if row.get(f"knn_{called}") is not None]
     draw_line(axes, percent, "knn", ORANGE, title="kNN accuracy of the target encoder (%)")
     for line in axes.lines:
         line.set(marker="o", markersize=3.5, label="trained")
-    if untrained:
-        axes.axhline(untrained[0], color=GREY, linestyle="--", linewidth=1.2, label="untrained")
+    if first:
+        axes.axhline(first[0], color=GREY, linestyle="--", linewidth=1.2, label=called)
     axes.margins(y=0.15)
-    if percent or untrained:
+    if percent or first:
         axes.legend(frameon=False, fontsize=9, loc="upper left")
     else:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)

@@ -25,7 +25,7 @@ _GROUPS = {
     "speed": ("data_wait_ms", "step_ms", "images_per_s", "mfu", "peak_bytes"),
     "schedule": ("lr", "weight_decay", "momentum", "epoch", "images_seen"),
     "masks": ("context_tokens", "target_tokens"),
-    "evaluate": ("knn", "knn_untrained"),
+    "evaluate": ("knn", "knn_untrained", "knn_start"),
 }
 
 

@@ -37,6 +37,19 @@ def sincos_2d(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat(parts, dim=-1).reshape(rows * columns, width).float()
 
 
+def positions(width: int, grid: tuple[int, int], computed_for: tuple[int, int] | None = None) -> Tensor:
+    """Returns the embedding (rows * columns, width), fp32, of `grid`.
+
+    It is `sincos_2d` of that grid or, with another grid `computed_for`, that grid's embedding interpolated to it.
+
+    Raises:
+        ValueError: see `sincos_2d`.
+    """
+    if computed_for is None:
+        return sincos_2d(width, grid)
+    return resample(sincos_2d(width, computed_for), computed_for, grid)
+
+
 def resample(pos: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
     """Returns the embedding (..., N, D) of `from_grid` interpolated to `to_grid`, in its own dtype.
 

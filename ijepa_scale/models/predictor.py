@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ijepa_scale.masks.types import PackedMasks
 from ijepa_scale.models.layers import Block, LayerNorm, Linear
-from ijepa_scale.models.pos_embed import resample, sincos_2d
+from ijepa_scale.models.pos_embed import positions
 
 
 class Predictor(nn.Module):
@@ -25,14 +25,23 @@ class Predictor(nn.Module):
     predictor_pos_embed: Tensor
 
     def __init__(
-        self, *, grid: tuple[int, int], encoder_width: int, width: int, depth: int, heads: int, mlp_width: int
+        self,
+        *,
+        grid: tuple[int, int],
+        encoder_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_width: int,
+        position_grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid
+        self.position_grid = position_grid
         self.width = width
         self.predictor_embed = Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("predictor_pos_embed", sincos_2d(width, grid)[None])
+        self.register_buffer("predictor_pos_embed", positions(width, grid, position_grid)[None])
         self.predictor_blocks = nn.ModuleList(Block(width, heads, mlp_width) for _ in range(depth))
         self.predictor_norm = LayerNorm(width)
         self.predictor_proj = Linear(width, encoder_width)
@@ -97,9 +106,10 @@ class Predictor(nn.Module):
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, int]) -> None:
-        """Switches the predictor to another grid of patches, by resampling its position embedding in place."""
-        self.predictor_pos_embed = resample(self.predictor_pos_embed, self.grid, grid)
-        self.grid = grid
+        """Switches the predictor to another grid of patches, by interpolating its position embedding in place."""
+        trained = self.position_grid or self.grid
+        self.predictor_pos_embed = positions(self.width, grid, trained)[None].to(self.predictor_pos_embed)
+        self.grid, self.position_grid = grid, None if trained == grid else trained
 
     def _positions(self, patches: Tensor) -> Tensor:
         """Returns the position embeddings (..., width) of the patch indices `patches` (...)."""

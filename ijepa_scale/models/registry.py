@@ -14,14 +14,17 @@ from ijepa_scale.config.schema import ModelConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.init import initialise
 from ijepa_scale.models.jepa import JEPA
-from ijepa_scale.models.pos_embed import sincos_2d
+from ijepa_scale.models.pos_embed import positions
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer
 
 _Model = TypeVar("_Model", VisionTransformer, Predictor)
-_ENCODER_SIZES = ("width", "depth", "heads", "mlp_ratio")
+_ENCODER_SIZES = ("width", "depth", "heads", "mlp_ratio", "position_grid")
 _POSITIONS = ("pos_embed", "predictor_pos_embed")  # the fixed embeddings: the only buffers
-_PREDICTOR_SIZES = {"width": "predictor_width", "depth": "predictor_depth", "encoder_width": "width", "heads": "heads"}
+_PREDICTOR_SIZES = {
+    "width": "predictor_width", "depth": "predictor_depth", "encoder_width": "width", "heads": "heads",
+    "position_grid": "position_grid",
+}  # fmt: skip
 
 
 def build_encoder(
@@ -37,7 +40,8 @@ def build_encoder(
     """Returns the named encoder (vit_tiny, small, base, large, huge, giant) with weights drawn from `seed`.
 
     `image_size` and `patch_size` are in pixels; `width`, `depth`, `heads` and `mlp_ratio` override those of the named
-    architecture. Weights are drawn on the CPU, so `device` doesn't change them; on "meta" none are drawn.
+    architecture. With `position_grid`, positions are interpolated from that grid. Weights are drawn on the CPU, so
+    `device` doesn't change them; on "meta" none are drawn.
 
     Raises:
         ConfigError: a name or size is unknown, or sizes don't divide; one message lists all problems.
@@ -109,6 +113,7 @@ def _encoder(model: ModelConfig, seed: int, device: torch.device | str | None) -
     with torch.device("meta"):  # so that constructors don't draw from the global generator
         encoder = VisionTransformer(
             grid=sizes.grid,
+            position_grid=sizes.position_grid,
             patch_size=sizes.patch_size,
             width=sizes.width,
             depth=sizes.depth,
@@ -123,6 +128,7 @@ def _predictor(model: ModelConfig, seed: int, device: torch.device | str | None)
     with torch.device("meta"):
         predictor = Predictor(
             grid=sizes.grid,
+            position_grid=sizes.position_grid,
             encoder_width=sizes.width,
             width=sizes.predictor_width,
             depth=sizes.predictor_depth,
@@ -145,7 +151,10 @@ def _materialise(
     device = torch.device("cpu" if device is None else device)
     if device.type == "meta":
         return model.to("meta")
-    buffers = {name: sincos_2d(buffer.shape[-1], model.grid)[None] for name, buffer in model.named_buffers()}
+    buffers = {
+        name: positions(buffer.shape[-1], model.grid, model.position_grid)[None]
+        for name, buffer in model.named_buffers()
+    }
     model.to_empty(device="cpu")
     model.load_state_dict(buffers, strict=False)
     initialise(model, generator, rescale_residual)

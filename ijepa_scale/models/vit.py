@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ijepa_kernels.attention import SequenceLayout
 from ijepa_scale.models.layers import Block, LayerNorm, PatchEmbed
-from ijepa_scale.models.pos_embed import resample, sincos_2d
+from ijepa_scale.models.pos_embed import positions
 
 
 class VisionTransformer(nn.Module):
@@ -27,14 +27,23 @@ class VisionTransformer(nn.Module):
     pos_embed: Tensor
 
     def __init__(
-        self, *, grid: tuple[int, int], patch_size: int, width: int, depth: int, heads: int, mlp_width: int
+        self,
+        *,
+        grid: tuple[int, int],
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_width: int,
+        position_grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid
+        self.position_grid = position_grid
         self.patch_size = patch_size
         self.width = width
         self.patch_embed = PatchEmbed(patch_size, width)
-        self.register_buffer("pos_embed", sincos_2d(width, grid)[None])
+        self.register_buffer("pos_embed", positions(width, grid, position_grid)[None])
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width) for _ in range(depth))
         self.norm: nn.Module = LayerNorm(width)
 
@@ -117,7 +126,9 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
-        """Switches the encoder to images of another size (pixels), by resampling its position embedding in place.
+        """Switches the encoder to images of another size (pixels), by interpolating its position embedding in place.
+
+        The embedding that it was trained with, of `position_grid`, is interpolated, however often the size changes.
 
         Raises:
             ValueError: the size is not a multiple of the patch size.
@@ -128,8 +139,9 @@ class VisionTransformer(nn.Module):
             near = tuple(max(1, round(side / patch)) * patch for side in (height, width))
             raise ValueError(f"image size {(height, width)} is not a multiple of patch size {patch}; try {near}")
         grid = height // patch, width // patch
-        self.pos_embed = resample(self.pos_embed, self.grid, grid)
-        self.grid = grid
+        trained = self.position_grid or self.grid
+        self.pos_embed = positions(self.width, grid, trained)[None].to(self.pos_embed)
+        self.grid, self.position_grid = grid, None if trained == grid else trained
 
     def _embed(self, images: Tensor, keep: Tensor | None, index: Tensor | None) -> Tensor:
         """Returns patches plus positions, fp32: all (B, N, D), those at `keep` (E * B, K, D), or at `index` (C, D).

@@ -15,6 +15,7 @@ from ijepa_scale.config import read_config, to_yaml
 from ijepa_scale.config.manual import help_text
 from ijepa_scale.environment import Launch
 from ijepa_scale.train import processes
+from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.own_images import choose_settings
 from ijepa_scale.train.setup import with_strategy
@@ -52,7 +53,7 @@ def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, 
         logger.info("%s", note)
     for line in getattr(config, "chosen_by_recipe", ()):
         logger.info("chosen: %s", line)
-    config = with_strategy(config, launch, device)
+    config = with_strategy(with_init(config), launch, device)
     with processes.world_of(launch, device, alone=config.engine.strategy == "plain") as world:
         if getattr(config, "chosen_by_recipe", ()):
             config = world.broadcast_object(config)  # hosts may differ, and process 0 decides

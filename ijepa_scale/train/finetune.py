@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from ijepa_scale.augment.mae import FinetuneAugment
 from ijepa_scale.augment.mixing import check_pairs
 from ijepa_scale.augment.pipeline import to_device
 from ijepa_scale.checkpoint.export import export_safetensors
+from ijepa_scale.checkpoint.sources import open_source
 from ijepa_scale.checkpoint.store import newest
-from ijepa_scale.checkpoint.weights import LoadReport, load_weights
+from ijepa_scale.checkpoint.weights import LoadReport, fit
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.order import SampleOrder
@@ -33,7 +35,7 @@ from ijepa_scale.evaluate.classification import Accuracy, ClassifierCheck, check
 from ijepa_scale.evaluate.classifier_report import class_names, write_report
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.row import Row
-from ijepa_scale.models.classifier import build_classifier, drop_factors
+from ijepa_scale.models.classifier import Classifier, build_classifier, drop_factors
 from ijepa_scale.objectives.cross_entropy import soft_cross_entropy
 from ijepa_scale.optim.groups import layer_decay_groups
 from ijepa_scale.planning.flops import finetune_flops
@@ -43,6 +45,8 @@ from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.preflight import Preflight
 from ijepa_scale.train.setup import global_batch, open_training_source
 from ijepa_scale.train.task import Evaluation, Result, Task
+
+logger = logging.getLogger(__name__)
 
 EXPORT = "model.safetensors"
 _PRETRAINING = (
@@ -114,9 +118,7 @@ class FinetuneTask(Task):
         module = build_classifier(model, seed=config.seed)
         self.loaded: LoadReport | None = None
         if model.init is not None and starting:
-            self.loaded = load_weights(
-                module, model.init, which=model.weights, keep_head=model.keep_head, classes=self.classes
-            )
+            self.loaded = self._start(module, model.init)
         groups = partial(layer_decay_groups, layer_decay=config.optimizer.layer_decay)
         self.preflight = Preflight(config, self.batch_size, self.schedule, module, groups(module), labels)
         self._drop_rates = module.drop_rates
@@ -142,6 +144,15 @@ class FinetuneTask(Task):
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint must agree in: also the labels, which a class list may number differently."""
         return {**super().identity(), "labels": self._labels}
+
+    def _start(self, module: Classifier, init: str) -> LoadReport:
+        """Loads the weights of `model.init`, and reports them."""
+        source, model = open_source(init), self.config.model
+        report = fit(module, source.encoder(model.weights), keep_head=model.keep_head, classes=self.classes)
+        logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report.text())
+        if self.world.is_main:
+            self.origin = {"source": init, "sha256": source.digest()}
+        return report
 
     def _build_check(self) -> ClassifierCheck | None:
         config, model = self.config.evaluate, self.config.model

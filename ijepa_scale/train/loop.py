@@ -25,6 +25,7 @@ from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
 from ijepa_scale.provenance import provenance
+from ijepa_scale.train.initial import STARTING, with_init
 from ijepa_scale.train.run_folder import held
 from ijepa_scale.train.setup import check_host_memory
 from ijepa_scale.train.task import Result, Task
@@ -81,6 +82,9 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
     """
     with held(Path(config.folder), world):
         resume = find_checkpoint(config, world)
+        config = with_init(config)
+        if resume is not None and config.model.init is not None:
+            logger.info("model.init=%s isn't read again: the run goes on from %s", config.model.init, resume)
         task = kind(config, world, starting=resume is None)
         loop = Loop(task, resume)
         task.prepare_evaluation()
@@ -97,7 +101,7 @@ class Loop:
     def __init__(self, task: Task, resume: Path | None) -> None:
         self.task, self.folder = task, Path(task.config.folder)
         self.world, self.config = task.world, task.config
-        self.start = 0
+        self.start = task.first_step
         self.resumed = resume
         self.loss: float | None = None  # of the last row
         self.provenance = self._provenance() if self.world.is_main else {}
@@ -130,12 +134,15 @@ class Loop:
                 "%s is from a version that read crops over twice the image size at reduced scale; now they are read "
                 "exactly. Set data.decode_scaling=dct to read JPEGs much as before", path,
             )  # fmt: skip
+        for name in STARTING:
+            before["identity"].get("model", {}).pop(name, None)  # stored by version 0.1.0
         _check_identity(path, before["identity"], ours)
         for line in _changes(before["config"], self.config.values()):
             logger.warning("setting changed since %s: %s", path.name, line)
         checkpoint.load(self.task.engine.pieces())
         self.task.engine.loaded(checkpoint.step)
         self.start = checkpoint.step
+        self.task.origin = checkpoint.extra.get("init")
         self.task.load_state(checkpoint.extra)
         logger.info("resumed from %s: the next step is %d", path, self.start)
         if isinstance(self.task.source, StreamSource):
@@ -165,23 +172,28 @@ class Loop:
         task, last = self.task, self.task.last_step
         if last == 0:
             raise ConfigError("the run has 0 steps; give more epochs or a larger stop_after")
+        if self.resumed is None and self.start >= last:
+            raise ConfigError(
+                f"model.init goes on at step {self.start}, but the run ends at step {last}; give more schedule.epochs, "
+                "or set model.init_state=weights to start at step 0"
+            )
         if self.world.is_main:
             self._describe()
         with open_sinks(
             self.folder,
             rank=self.world.rank,
             logging=self.config.logging,
-            drop_from=self.start + 1 if self.start else 0,
+            drop_from=self.start + 1 if self.resumed else 0,
             run=self.config.values(),
         ) as sinks:
             mode = self.config.logging.progress if self.world.is_main else "none"
             progress = Progress(last, mode=mode, first_step=self.start)
-            if self.start == 0 and task.evaluates(0):
-                self._evaluate(0, sinks, progress)
+            if self.resumed is None and task.evaluates(task.first_step):
+                self._evaluate(task.first_step, sinks, progress)
             loader = task.loader(self.start)
             check_host_memory(loader, self.world)
             for batch in task.meters.timed(loader):
-                if batch.step == 0:
+                if self.resumed is None and batch.step == task.first_step:
                     with task.meters.paused():
                         if self.world.is_main:
                             self._look_at(batch)
@@ -277,6 +289,7 @@ class Loop:
             "identity": self.task.identity(),
             "config": self.config.values(),
             "versions": self.provenance,
+            "init": self.task.origin,
             **self.task.state(),
         }
         path = store.save(
@@ -294,7 +307,7 @@ class Loop:
         """Writes config.yaml and run.json, and renames rows and best state of an earlier run without checkpoints."""
         rows = self.folder / JSONL_NAME
         # otherwise an old best state could have the highest step and be taken for this run's
-        for left in (rows, self.folder / "best") if self.start == 0 else ():
+        for left in (rows, self.folder / "best") if self.resumed is None else ():
             if left.exists():
                 names = (left.with_name(f"{left.stem}-{number}{left.suffix}") for number in count(1))
                 aside = next(name for name in names if not name.exists())
@@ -310,7 +323,8 @@ class Loop:
 
     def _describe_run(self, **measured: float | None) -> None:
         """Writes run.json: versions and measurements."""
-        (self.folder / "run.json").write_text(json.dumps({**self.provenance, **measured}, indent=2) + "\n")
+        described = {**self.provenance, "init": self.task.origin, **measured}
+        (self.folder / "run.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
 def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from typing_extensions import override
 
 from ijepa_scale.augment import Augment
+from ijepa_scale.checkpoint.sources import WeightsSource, open_source
+from ijepa_scale.checkpoint.start import fill_states, optimizer_states, start_from
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.sources.open import training_order
@@ -20,7 +23,9 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.evaluate.evaluator import Evaluator, build_evaluator
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.metrics.meters import Meters
+from ijepa_scale.models.jepa import JEPA
 from ijepa_scale.models.registry import build_jepa, build_target
+from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.planning.flops import train_flops
 from ijepa_scale.schedules import Schedule
@@ -30,13 +35,19 @@ from ijepa_scale.train.setup import global_batch, open_training_source
 from ijepa_scale.train.step import TrainStep
 from ijepa_scale.train.task import Evaluation, Result, Task
 
+logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainResult(Result):
-    """The result of a pretraining run: the evaluator's figures by name. `untrained` holds those from before step 0."""
+    """The result of a pretraining run: the evaluator's figures by name. `untrained` holds those before the first step.
+
+    With `model.init` these are not of an untrained encoder, but of the one that the run started from: `is_adapted`.
+    """
 
     evaluated: dict[str, float]
     untrained: dict[str, float]
+    is_adapted: bool = False
 
     @property
     def knn(self) -> float | None:
@@ -45,7 +56,8 @@ class PretrainResult(Result):
 
     @override
     def figures(self) -> str:
-        return "".join(f", {_with_untrained(name, self.evaluated, self.untrained)}" for name in self.evaluated)
+        called = "start" if self.is_adapted else "untrained"
+        return "".join(f", {_with_first(name, self.evaluated, self.untrained, called)}" for name in self.evaluated)
 
     @override
     def next_commands(self) -> list[str]:
@@ -100,8 +112,11 @@ class PretrainTask(Task):
         self.augment = Augment(config.augment, config.model.image_size, seed=config.seed, device=world.device)
         module = build_jepa(config.model, config.seed)
         target = build_target(module)
+        start = self._start(module, target) if config.model.init is not None and starting else None
         self.engine = build_engine(world, config.engine, config.optimizer)
         self.engine.prepare(module, target)
+        if start is not None and config.model.init_state == "training":
+            self._go_on(start)
         if config.masks.context == "packed":
             require_packed(config.engine, module, world)
         self.meters = Meters(world.device)
@@ -118,6 +133,27 @@ class PretrainTask(Task):
         self.untrained: dict[str, float] = {}
         self._evaluator: Evaluator | None = None
         self._checked = config.engine.target_precision != "fp8"
+
+    def _start(self, module: JEPA, target: VisionTransformer) -> WeightsSource:
+        """Loads the weights of `model.init`, and reports them."""
+        assert self.config.model.init is not None
+        source = open_source(self.config.model.init)
+        report = start_from(source, module, target)
+        logger.log(logging.WARNING if report.predictor is None or report.notes else logging.INFO, "%s", report.text())
+        if self.world.is_main:
+            state = self.config.model.init_state
+            self.origin = {"source": self.config.model.init, "sha256": source.digest(), "state": state}
+        return source
+
+    def _go_on(self, source: WeightsSource) -> None:
+        """Loads the optimiser's state, and sets the step that the run goes on with."""
+        states = optimizer_states(source, self.config.model, self.order.steps_per_epoch)
+        fill_states(self.engine.pieces(), states, source.origin)
+        self.engine.loaded(states.optimizer_step)
+        self.first_step = states.step
+        for note in states.notes:
+            logger.warning("%s", note)
+        logger.info("the optimiser goes on from %s: the next step is %d", source.origin, self.first_step)
 
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint must agree in: its optimiser's states mean nothing to another optimiser."""
@@ -172,7 +208,7 @@ class PretrainTask(Task):
     @override
     def evaluates(self, done: int) -> bool:
         """Returns whether an evaluation is due: before the first step, every `evaluate.every`, after the last step."""
-        due = done % max(1, self.config.evaluate.every) == 0 or done == self.last_step
+        due = done % max(1, self.config.evaluate.every) == 0 or done in (self.first_step, self.last_step)
         return self._evaluator is not None and due
 
     @override
@@ -180,16 +216,22 @@ class PretrainTask(Task):
         """Returns the evaluator's figures for the target encoder. Every process must call it."""
         assert self._evaluator is not None
         self.evaluated = self._evaluator.run(self.engine.target)
-        if done == 0:
+        if done == self.first_step:
             self.untrained = self.evaluated
-        row = {**self.evaluated, **{f"{name}_untrained": value for name, value in self.untrained.items()}}
-        note = ", ".join(_with_untrained(name, self.evaluated, self.untrained) for name in self.evaluated)
+        before = "untrained" if self.config.model.init is None else "start"
+        row = {**self.evaluated, **{f"{name}_{before}": value for name, value in self.untrained.items()}}
+        note = ", ".join(_with_first(name, self.evaluated, self.untrained, before) for name in self.evaluated)
         return Evaluation(row=row, note=f"target encoder: {note}")
 
     @override
     def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> PretrainResult:
         return PretrainResult(
-            steps=steps, loss=loss, checkpoint=checkpoint, evaluated=self.evaluated, untrained=self.untrained
+            steps=steps,
+            loss=loss,
+            checkpoint=checkpoint,
+            evaluated=self.evaluated,
+            untrained=self.untrained,
+            is_adapted=self.config.model.init is not None,
         )
 
 
@@ -209,6 +251,9 @@ def build_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _with_untrained(name: str, found: dict[str, float], untrained: dict[str, float]) -> str:
-    before = f" (untrained {untrained[name]:.4g})" if name in untrained else ""
-    return f"{name} {found[name]:.4g}{before}"
+def _with_first(name: str, found: dict[str, float], first: dict[str, float], called: str) -> str:
+    """Returns a figure with the one before the first step; says so if it fell below that of the weights in use."""
+    if name not in first:
+        return f"{name} {found[name]:.4g}"
+    worse = ": worse than where it began" if called == "start" and found[name] < first[name] else ""
+    return f"{name} {found[name]:.4g} ({called} {first[name]:.4g}{worse})"

@@ -25,6 +25,7 @@ from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.row import Row, training_row
 from ijepa_scale.planning.hardware import peak_flops
 from ijepa_scale.schedules import Hyper
+from ijepa_scale.train.initial import STARTING
 from ijepa_scale.train.setup import encoder_of
 
 
@@ -75,7 +76,9 @@ class Task:
     schedule: Callable[[int], Hyper]
     step: Callable[..., StepInfo]  # (batch): takes one optimiser step, or raises before anything has changed
     batch_size: int  # images per optimiser step, over all processes
+    first_step: int = 0  # of a new run; another one if it goes on from an optimiser's state
     last_step: int  # the run stops after this number of steps
+    origin: dict[str, Any] | None = None  # what the run's first weights came from; None: they were drawn
 
     def __init__(self, config: Any, world: World, *, starting: bool) -> None:
         raise NotImplementedError
@@ -103,6 +106,8 @@ class Task:
     def identity(self) -> dict[str, Any]:
         """Returns the values, as JSON types, that must equal a checkpoint's so that this run can continue it."""
         config = self.config.values()
+        for name in STARTING:
+            config["model"].pop(name, None)  # a run that goes on doesn't start anew
         return {
             **{section: config[section] for section in self.identity_sections},
             "batch size of all processes": self.batch_size,

@@ -14,6 +14,7 @@ from ijepa_scale import environment
 from ijepa_scale.config import PretrainConfig, read_config
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.registry import PLUGINS
+from ijepa_scale.train.initial import with_init
 from ijepa_scale.tune import worst
 from ijepa_scale.tune.children import Children, Outcome
 from ijepa_scale.tune.loader_workers import Workers, choose_workers, counts
@@ -91,7 +92,7 @@ def tune(path: str, overrides: Sequence[str], options: Options, say: Callable[[s
             f"tuning starts its own processes, but {launch.launcher} has started {launch.world_size}; "
             "start it once with python, and give --processes or --devices"
         )
-    config = read_config(path, overrides).config
+    config = with_init(read_config(path, overrides).config)
     children = Children(None if options.logs is None else Path(options.logs))
     tuning = _Tuning(config, options, children, say)
     try:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import ijepa_scale
 from ijepa_scale.checkpoint import store
-from ijepa_scale.checkpoint.encoder import load_encoder
 from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
@@ -156,9 +156,7 @@ def test_the_trained_encoder_loads_from_a_checkpoint(tmp_path: Path) -> None:
     extra = {"config": {"model": MODEL.values()}}
     store.save(tmp_path / "checkpoints", 1, built.pieces(), world=ALONE, extra=extra, keep=1)
     images = images_of(part(1, ALONE))
-    target = load_encoder(tmp_path)
+    target, _ = ijepa_scale.load(tmp_path)
     assert torch.equal(target(images), built.target(images))
-    context = load_encoder(tmp_path / "checkpoints" / "step-00000001", which="context")
+    context, _ = ijepa_scale.load(tmp_path / "checkpoints" / "step-00000001", which="context")
     assert not torch.equal(context(images), target(images))
-    with pytest.raises(CheckpointError, match="which is 'teacher'; choose target or context"):
-        load_encoder(tmp_path, which="teacher")

@@ -23,7 +23,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models import build_encoder
 from ijepa_scale.models.classifier import build_classifier
-from ijepa_scale.models.pos_embed import sincos_2d
+from ijepa_scale.models.pos_embed import positions, sincos_2d
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 SIZES = dict(name="vit_tiny", image_size=(32, 32), patch_size=8, width=24, depth=2, heads=3)
@@ -251,13 +251,17 @@ def test_a_head_is_kept_only_with_the_norm_it_was_trained_with(tmp_path: Path) -
 
 @pytest.mark.parametrize("image_size, grid", [((48, 16), "6 x 2"), ((64, 16), "8 x 2"), ((64, 64), "8 x 8")])
 @pytest.mark.parametrize("make", [published, pretraining], ids=["published", "run folder"])
-def test_position_embeddings_of_another_grid_are_computed(tmp_path: Path, make, image_size: tuple, grid: str) -> None:
-    model = encoder(image_size=image_size)
-    with torch.no_grad():
-        model.pos_embed.zero_()
+@pytest.mark.parametrize("how", ["interpolated", "computed anew"])
+def test_positions_of_another_grid_stay_the_models(
+    tmp_path: Path, make, image_size: tuple, grid: str, how: str
+) -> None:
+    trained = (4, 4) if how == "interpolated" else None
+    model = encoder(image_size=image_size, position_grid=trained)
+    expected = positions(24, model.grid, trained)
+    assert torch.equal(expected, sincos_2d(24, model.grid)) == (trained is None)
     report = load_weights(model, make(tmp_path / "start.pth.tar"))
-    assert report.reshaped == (f"pos_embed, 4 x 4 patches -> {grid}, recomputed",)
-    assert torch.equal(model.pos_embed[0], sincos_2d(24, model.grid))
+    assert report.reshaped == (f"pos_embed, 4 x 4 patches -> {grid}, {how}",)
+    assert torch.equal(model.pos_embed[0], expected)
     assert torch.equal(model.norm.weight, TARGET["norm.weight"]) and report.share == 1.0
 
 
@@ -324,8 +328,8 @@ def test_unreadable_sources(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         "list.pth": "holds a list; expected a dictionary of tensors",
         "half.safetensors": "can't be read as safetensors .* copy it again",
         "notes.txt": "ends in '.txt'; give a folder or one of .safetensors, .tar",
-        "nothing.pth": "doesn't exist; give a run folder, a checkpoint, a file, or timm:NAME",
-        "": "has neither a checkpoint .* nor model.safetensors; give a run folder",
+        "nothing.pth": "doesn't exist; give a run folder, a checkpoint, a file, timm:NAME or transformers:NAME",
+        "": "has neither a checkpoint .* nor model.safetensors nor .* nor pytorch_model.bin; give a run folder",
     }.items():
         with pytest.raises(CheckpointError, match=text):
             read_weights(tmp_path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from ijepa_scale.checkpoint import store
 from ijepa_scale.checkpoint.export import export_published, export_safetensors
-from ijepa_scale.checkpoint.sources import WHICH_KEY
+from ijepa_scale.checkpoint.sources import FACTS_KEY, WHICH_KEY
 from ijepa_scale.checkpoint.weights import load_weights
 from ijepa_scale.config import ModelConfig, PretrainConfig
 from ijepa_scale.engine.protocol import Piece
@@ -125,7 +126,10 @@ def test_safetensors_come_back(tmp_path: Path, naming: str, which: str, prefix: 
     _, state = saved(tmp_path)
     path = export_safetensors(tmp_path, tmp_path / "sub" / "out.safetensors", which=which, naming=naming)
     with safe_open(str(path), framework="pt") as file:
-        assert file.metadata() == {"format": "pt", WHICH_KEY: which}
+        metadata = file.metadata()
+    said = json.loads(metadata.pop(FACTS_KEY))
+    assert metadata == {"format": "pt", WHICH_KEY: which}
+    assert said == {"image_size": [16, 16], "heads": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     report = load_weights(model := build_jepa(MODEL, seed=1).encoder, path, which=which)
     assert report.share == 1.0 and report.notes == ()
     assert all(torch.equal(parameter, state[prefix + name]) for name, parameter in model.named_parameters())

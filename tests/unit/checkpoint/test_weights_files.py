@@ -13,6 +13,7 @@ import json
 import lzma
 import os
 import pathlib
+import pickle
 import tarfile
 import types
 import zipfile
@@ -264,7 +265,6 @@ def test_shards_with_an_index_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        "",
         "[]",
         "{}",
         '{"weight_map": [1]}',
@@ -277,3 +277,72 @@ def test_shards_with_an_index_are_read(tmp_path: Path) -> None:
 def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     assert "isn't an index of safetensors files" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("plain, average", [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_an_average_next_to_a_model_is_the_target(tmp_path: Path, plain: str, average: str) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({plain: CONTEXT, average: prefixed("module."), "epoch": 1}, path)
+    for which, expected in (("target", TARGET), ("context", CONTEXT)):
+        weights = read_weights(path, which=which)
+        assert weights.which == which and all(torch.equal(weights.tensors[n], expected[n]) for n in NAMES)
+        assert weights.notes == (
+            f"holds {plain} and its average {average}: the average is the target, {plain} the context; model.weights "
+            "chooses",
+        )
+    torch.save({average: TARGET}, path)
+    assert read_weights(path).which == "target"
+    assert "holds only the target encoder, but context is requested; set model.weights=target" in refusal(
+        path, "context"
+    )
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        {"model": {"encoder": TARGET}},
+        {"state_dict": {"model": {"backbone": TARGET}}},
+        {"checkpoint": {"net": TARGET, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}},
+        {"module": {"a.b": {"c": prefixed("d.")}}},
+    ],
+)
+def test_nested_dictionaries_are_read(tmp_path: Path, nested: dict) -> None:
+    torch.save(nested, tmp_path / "w.pth")
+    found = read_weights(tmp_path / "w.pth").tensors
+    assert found.keys() == TARGET.keys() and all(torch.equal(found[n], TARGET[n]) for n in NAMES)
+
+
+@pytest.mark.parametrize("name", ["w.PTH", "w.pth.TAR", "w.SafeTensors"])
+def test_a_suffix_may_be_in_capitals(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    save_file(TARGET, path) if "Safe" in name else torch.save(TARGET, path)
+    assert torch.equal(read_weights(path).tensors["norm.weight"], TARGET["norm.weight"])
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_plain_pickle_is_named(tmp_path: Path, protocol: int) -> None:
+    for content in ({"a": [1, 2]}, {name: tensor.numpy() for name, tensor in TARGET.items()}, [Color.RED]):
+        (tmp_path / "w.pth").write_bytes(pickle.dumps(content, protocol=protocol))
+        assert refusal(tmp_path / "w.pth").endswith(
+            "it is a plain pickle, which may hold code; load it with the program that wrote it, and torch.save its "
+            "state_dict()"
+        )
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "model.safetensors.index.json", "w"])
+def test_a_pipe_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    assert (
+        refusal(tmp_path / name)
+        == f"{tmp_path / name} is a pipe or a device; weights are read from files: copy it into one"
+    )
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "model.safetensors is a pipe or a device" in refusal(tmp_path)
+
+
+def test_an_index_that_is_a_pointer_says_so(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    for content, kind in ((POINTER, "a pointer of Git LFS"), (b"", "empty (0 bytes)"), (b"<html>", "a web page")):
+        index.write_bytes(content)
+        for source in (tmp_path, index):
+            assert f"{index} holds no weights that can be read: it is {kind}" in refusal(source)

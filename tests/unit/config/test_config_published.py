@@ -178,12 +178,23 @@ def test_overrides_are_ours_on_a_published_file(tmp_path: Path, content: dict[st
 
 
 @pytest.mark.parametrize(
-    ("load", "name", "resume"),
-    [(False, None, "none"), (True, None, "auto"), (True, "jepa-ep5.pth.tar", "/logs/huge/jepa-ep5.pth.tar")],
+    ("load", "name", "resume", "init"),
+    [
+        (False, None, "none", None),
+        (False, "jepa-ep5.pth.tar", "none", None),
+        (True, None, "auto", None),
+        (True, "jepa-ep5.pth.tar", "auto", "/logs/huge/jepa-ep5.pth.tar"),
+        (True, "checkpoints/step-00000005", "/logs/huge/checkpoints/step-00000005", None),
+    ],
 )
-def test_loading_becomes_resuming(content: dict[str, Any], load: bool, name: str | None, resume: str) -> None:
+def test_loading_becomes_starting_or_resuming(
+    content: dict[str, Any], load: bool, name: str | None, resume: str, init: str | None
+) -> None:
     content["meta"] |= {"load_checkpoint": load, "read_checkpoint": name}
-    assert translate(content)[0]["resume"] == resume
+    ours, notes = translate(content)
+    assert (ours["resume"], ours["model"].get("init")) == (resume, init)
+    assert ours["model"].get("init_state") == (None if init is None else "training")
+    assert any(init in note and "model.init_state=training" in note for note in notes) if init else True
 
 
 def test_placeholders_are_refused_by_name(content: dict[str, Any]) -> None:

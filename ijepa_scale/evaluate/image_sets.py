@@ -1,0 +1,89 @@
+"""Images to embed, numbered: files, folders, lists of paths, and the sources of training. Must not know any encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ijepa_scale.data.sources.open import build_source
+from ijepa_scale.data.sources.read_file import read_image_file
+from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.predictions import ImageFiles
+
+
+class ImageSet:
+    """Images in a fixed order.
+
+    Attributes:
+        fingerprint: changes with the list of images.
+        problems: a line for each folder or sample that couldn't be listed.
+    """
+
+    def __init__(self, source: SampleSource | None, files: Sequence[str], problems: Sequence[str]) -> None:
+        self._source, self._files, self.problems = source, files, list(problems)
+        digest = hashlib.sha256(b"" if source is None else source.fingerprint.encode())
+        for path in files:
+            digest.update(os.fsencode(path) + b"\0")
+        self.fingerprint = digest.hexdigest()
+        if not len(self):
+            raise DataError(f"no images to embed{f' ({self.problems[0]})' if self.problems else ''}; name others")
+
+    @classmethod
+    def of(cls, given: Sequence[str], reader: str | None = None) -> ImageSet:
+        """Returns the images that are named: by a `reader` of training, or else by what they look like.
+
+        Tars, patterns of tars and folders that hold tars are shards; a `.txt` file holds a path per line, relative to
+        its folder; other files are images, and of other folders all images below them are taken.
+
+        Raises:
+            DataError: there are none, they can't be listed, or shards stand next to others.
+        """
+        shards = [path for path in given if _are_shards(path)]
+        if reader is not None or shards:
+            if len(given) > 1:
+                raise DataError(
+                    f"{given[0]} and {given[1]}: shards and readers take one pattern; embed them one by one"
+                )
+            source = build_source(reader or "shards", given[0])
+            problems = [f"{each.name}: {each.reason}" for each in source.problems().named]
+            return cls(source, (), problems)
+        listed = [line for path in given for line in (_lines(path) if path.endswith(".txt") else [path])]
+        found = ImageFiles(listed)
+        return cls(None, found.files, found.problems)
+
+    def __len__(self) -> int:
+        return len(self._files) if self._source is None else self._source.num_samples
+
+    def read(self, number: int) -> bytes | np.ndarray:
+        """Returns an encoded image, or its pixels.
+
+        Raises:
+            DataError: it can't be read.
+        """
+        return read_image_file(self._files[number]) if self._source is None else self._source.read(number)
+
+    def name(self, number: int) -> str:
+        """Returns an image's path, or its name in a shard."""
+        return self._files[number] if self._source is None else self._source.name(number)
+
+
+def _are_shards(path: str) -> bool:
+    if os.path.isdir(path):
+        with os.scandir(path) as entries:
+            return any(entry.name.endswith(".tar") for entry in entries)
+    return path.endswith(".tar")
+
+
+def _lines(path: str) -> list[str]:
+    """Returns the paths in a list, relative to its folder."""
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"list {path} can't be read ({error.strerror}); check the path") from None
+    names = [os.fsdecode(line) for line in text.splitlines() if line.strip()]
+    return [os.path.join(os.path.dirname(path), name) for name in names]
