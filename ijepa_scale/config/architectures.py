@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from ijepa_scale.config.schema import ModelConfig
 from ijepa_scale.errors import ConfigError
 
-IMAGE_CHANNELS = 3
 PREDICTOR_MLP_RATIO = 4.0  # of every published predictor, ViT-g's too
 
 
@@ -35,6 +34,7 @@ class Architecture:
     name: str
     grid: tuple[int, int]
     patch_size: int  # pixels
+    channels: int  # of an image
     width: int
     depth: int
     heads: int  # of the encoder and the predictor
@@ -103,6 +103,7 @@ def resolve(model: ModelConfig) -> Architecture:
         name=model.name,
         grid=model.grid,
         patch_size=model.patch_size,
+        channels=model.channels,
         width=width,
         depth=depth,
         heads=heads,

@@ -16,6 +16,7 @@ import simplejpeg
 from PIL import Image
 
 from ijepa_scale.config.form import DecodeScaling, Exif, Interpolation
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.pil_decode import check_pixels, decode_with_pil, orientation_of, turn
 
 CROP_TRIES = 10
@@ -24,7 +25,7 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _SCALES = (8, 4, 2)  # only these divisors of a JPEG's size make decoding cheaper
 _MCU_ROWS = 16  # the most rows that a JPEG codes together, in any subsampling that the fast decoder reads
 _BYTES_FOLLOW = re.compile(r"extraneous bytes before marker 0xd[0-9a]")
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -61,6 +62,7 @@ class PixelRules:
 
     exif: Exif = "ignore"  # whether images are turned as their EXIF orientation says
     decode_scaling: DecodeScaling = "none"  # whether large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size
+    pixels: PixelFormat = RGB8  # what images become; all but 8-bit RGB is decoded in `deep_decode`
 
 
 def decode(data: bytes | np.ndarray, exif: Exif = "ignore") -> np.ndarray:
@@ -171,7 +173,7 @@ def _fit(pixels: np.ndarray, box: Box, step: int, output: tuple[int, int], inter
         return crop
     within = (begins[1] - left, begins[0] - top, ends[1] - left, ends[0] - top)  # of whole pixels if step is 1
     image = Image.fromarray(np.ascontiguousarray(crop))
-    return np.asarray(image.resize((output[1], output[0]), _FILTERS[interpolation], box=within))
+    return np.asarray(image.resize((output[1], output[0]), FILTERS[interpolation], box=within))
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
