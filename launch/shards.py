@@ -1,4 +1,4 @@
-"""Makes, verifies, describes and indexes tar shards."""
+"""Makes, verifies, describes and indexes tar shards, and measures their pixels."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ijepa_scale.config.form import PixelType
 
+MAX_CHANNELS = 16
 _BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 _WHITE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 
@@ -38,4 +39,4 @@ class PixelFormat:
 
 RGB8 = PixelFormat()
 
-__all__ = ["RGB8", "PixelFormat"]
+__all__ = ["MAX_CHANNELS", "RGB8", "PixelFormat"]

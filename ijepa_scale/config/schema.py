@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from ijepa_scale.config import form
 from ijepa_scale.config.data import AugmentConfig, CropConfig, DataConfig, Reader
-from ijepa_scale.config.pixels import PixelFormat
+from ijepa_scale.config.pixels import MAX_CHANNELS, PixelFormat
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import EVALUATORS, OBJECTIVES, OPTIMIZERS, SAMPLERS, SINKS
 
@@ -27,7 +27,9 @@ class EncoderConfig(Section, at="model.encoder"):
     name: str = Field("vit_base", description="Of vit_tiny, vit_small, vit_base, vit_large, vit_huge and vit_giant.")
     image_size: form.ImageSize = Field((224, 224), description="Side of a square image, or [height, width].")
     patch_size: form.Pixels = Field(16, description="Side of a patch; the sides of the image are multiples of it.")
-    channels: int = Field(3, ge=1, le=16, description="Channels of an image; 3 of 8 bits are red, green and blue.")
+    channels: int = Field(
+        3, ge=1, le=MAX_CHANNELS, description="Channels of an image; 3 of 8 bits are red, green and blue."
+    )
     width: form.Count | None = Field(None, description="Width of a token.")
     depth: form.Count | None = Field(None, description="Number of blocks.")
     heads: form.Count | None = Field(None, description="Number of attention heads; the predictor has as many.")

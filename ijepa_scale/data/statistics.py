@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ijepa_scale.config.data import DataConfig
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.data.sources.fetch import scheme_of
@@ -90,32 +92,38 @@ def read_statistics(path: Path) -> Statistics:
 
 
 def normalisation_of(
-    data: str | None, *, reader: str, pixels: PixelFormat, fingerprint: str
+    data: DataConfig, *, pixels: PixelFormat, fingerprint: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and standard deviation of each channel, as measured of the images that `data.train` names.
 
     Raises:
         DataError: they weren't measured, or of other images; the message has the command that does.
     """
-    path = None if reader == "stream" else statistics_path(data)
+    path = None if data.reader == "stream" else statistics_path(data.train)
     if path is None:
         raise DataError(
-            f"augment.mean and augment.std are null, and no measured ones can lie next to data.train={data} of reader "
-            f"{reader}; give {pixels.channels} numbers each"
+            f"augment.mean and augment.std are null, and no measured ones can lie next to data.train={data.train} of "
+            f"reader {data.reader}; give {pixels.channels} numbers each"
         )
+    members = ((name, getattr(data, f"{name}_member")) for name in ("image", "label"))
+    words = [
+        "python launch/shards.py stats", shlex.quote(str(data.train)), f"--reader {data.reader}",
+        f"--channels {pixels.channels} --pixels {pixels.dtype}",
+        *(f"--{name}-member {member}" for name, member in members if member is not None),
+    ]  # fmt: skip
     remedy = (
-        f"run `python launch/shards.py stats {data} --reader {reader} --channels {pixels.channels} --pixels "
-        f"{pixels.dtype}`, or give augment.mean and augment.std with {pixels.channels} numbers each"
+        f"run `{' '.join(words)}`, or give augment.mean and augment.std with {pixels.channels} "
+        f"number{'s' * (pixels.channels > 1)} each"
     )
     try:
         found = read_statistics(path)
     except DataError as error:
         raise DataError(f"augment.mean and augment.std are null and {error}; {remedy}") from None
     if (found.channels, found.dtype) != (pixels.channels, pixels.dtype):
-        measured = f"{found.channels} channels of {found.dtype}"
+        measured = f"{found.channels} of {found.dtype}"
         raise DataError(f"{path} was measured for {measured}, and images have {pixels}; {remedy}")
     if found.fingerprint != fingerprint:
-        raise DataError(f"{path} was measured on another list of images than {data} has now; {remedy}")
+        raise DataError(f"{path} was measured on another list of images than {data.train} has now; {remedy}")
     return found.mean, found.std
 
 

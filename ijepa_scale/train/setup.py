@@ -77,7 +77,7 @@ def normalised(config: Config, source: SampleSource | StreamSource) -> Config:
     if isinstance(source, SyntheticSource):
         mean, std = source.statistics()
     else:
-        mean, std = normalisation_of(data.train, reader=data.reader, pixels=pixels, fingerprint=source.fingerprint)
+        mean, std = normalisation_of(data, pixels=pixels, fingerprint=source.fingerprint)
         logger.info("augment.mean and augment.std are those measured: %s", statistics_path(data.train))
     return config.replace(augment=config.augment.replace(mean=mean, std=std))
 

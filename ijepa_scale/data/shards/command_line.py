@@ -1,4 +1,4 @@
-"""The command line for shards: make, verify, info, index, classes. Only parses arguments and prints results."""
+"""The command line for shards: make, verify, info, index, classes, stats. Only parses arguments and prints results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -13,23 +14,32 @@ from types import TracebackType
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ijepa_scale.config.form import member_suffix
+from ijepa_scale.config.data import DataConfig
+from ijepa_scale.config.form import PixelType, member_suffix
+from ijepa_scale.config.pixels import MAX_CHANNELS, RGB8, PixelFormat
 from ijepa_scale.data.shards.byte_sizes import format_bytes, parse_bytes
 from ijepa_scale.data.shards.describe import describe_shards
 from ijepa_scale.data.shards.image_files import CsvImages, FolderImages
 from ijepa_scale.data.shards.known import DATASETS, TorchvisionImages
 from ijepa_scale.data.shards.make import JPEG_QUALITY, MAX_BAD_FRACTION, MakePlan, make_shards
+from ijepa_scale.data.shards.measure import measure
 from ijepa_scale.data.shards.tars import TarImages
 from ijepa_scale.data.shards.verify import verify_shards
 from ijepa_scale.data.shards.write import write_classes
 from ijepa_scale.data.sources.class_list import CLASSES, names_in
 from ijepa_scale.data.sources.labels import differ_in_case
+from ijepa_scale.data.sources.open import training_source
 from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.data.sources.tar_index import expand, index_tar
+from ijepa_scale.data.statistics import STATISTICS, statistics_path, write_statistics
 from ijepa_scale.errors import DataError
+from ijepa_scale.registry import SOURCES
 
 READERS = ("imagefolder", "csv", "tar")
+_CSV = "csv"
+_NOT_MEASURED = ("stream", "synthetic")
 _MOST_WORKERS = 16  # the default uses no more, even on machines with more cores
 _LINE_EVERY_S = 10.0
 _SHOWN = 5  # pairs of classes
@@ -64,20 +74,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resize-shorter", type=int, metavar="PIXELS", help="resize images whose shorter side is larger (bicubic, "
         f"antialiased; JPEG of quality {JPEG_QUALITY}, 4:4:4); the others are stored unchanged",
     )  # fmt: skip
-    make.add_argument(
-        "--max-bad-fraction", type=float, default=MAX_BAD_FRACTION, metavar="X",
-        help=f"fraction of images that may be left out because they can't be used (default {MAX_BAD_FRACTION:g})",
-    )  # fmt: skip
     make.add_argument("--prefix", default="shard", help="beginning of the shards' names (default shard)")
     make.add_argument("--seed", type=int, default=0, help="seed of the order in which images are written (default 0)")
     verify = commands.add_parser("verify", help="hash the shards and decode every image; exit with code 2 on faults")
-    for command, verb in ((make, "decode"), (verify, "hash and decode")):
+    stats = commands.add_parser(
+        "stats",
+        help=f"measure mean and standard deviation of each channel, and write {STATISTICS} next to the images",
+        description="Measures mean and standard deviation of each channel over all pixels, which training takes where "
+        "augment.mean and augment.std are null.",
+    )
+    stats.add_argument("data", help="what data.train names: folder, pattern of shards, or a CSV list (path,label)")
+    known = [name for name in (*SOURCES.names(), _CSV) if name not in _NOT_MEASURED]
+    stats.add_argument(
+        "--reader", choices=known, help="how they are stored, as in data.reader; default: by what DATA is"
+    )
+    for command, verb in ((make, "decode"), (verify, "hash and decode"), (stats, "decode")):
+        command.add_argument("--channels", type=int, default=RGB8.channels, help="channels of an image (default 3)")
+        command.add_argument(
+            "--pixels", default=RGB8.dtype, choices=typing.get_args(PixelType), help="type of their values"
+        )
         command.add_argument(
             "--workers",
             type=int,
             default=cores,
             help=f"number of processes that {verb}; 0 uses this process (default on this machine: {cores})",
         )
+    for command in (make, stats):
+        command.add_argument(
+            "--max-bad-fraction", type=float, default=MAX_BAD_FRACTION, metavar="X",
+            help=f"fraction of images that may be left out because they can't be used (default {MAX_BAD_FRACTION:g})",
+        )  # fmt: skip
     info = commands.add_parser("info", help="describe the shards")
     index = commands.add_parser("index", help="write indices next to shards that were made by other tools")
     classes = commands.add_parser(
@@ -85,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for command in (verify, info, index, classes):
         command.add_argument("pattern", help="folder, glob or {000..127} pattern")
+    for command in (verify, info, index, classes, stats):
         for name, like in (("image", "jpg"), ("label", "cls")):
             command.add_argument(
                 f"--{name}-member",
@@ -102,6 +129,10 @@ def run_command(options: argparse.Namespace) -> int:
     """
     if getattr(options, "workers", 0) < 0:
         raise DataError(f"workers is {options.workers}; give 0 or more processes")
+    if not 0 <= getattr(options, "max_bad_fraction", 0) <= 1:
+        raise DataError(f"max-bad-fraction is {options.max_bad_fraction:g}; give a fraction from 0 to 1")
+    if not 1 <= getattr(options, "channels", 1) <= MAX_CHANNELS:
+        raise DataError(f"channels is {options.channels}; give 1 to {MAX_CHANNELS}")
     with logging_redirect_tqdm():
         return _COMMANDS[options.command](options)
 
@@ -128,13 +159,12 @@ def open_images(reader: str, root: str, *, split: str | None = None, download: b
 
 
 def _make(options: argparse.Namespace) -> int:
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise DataError(f"max-bad-fraction is {options.max_bad_fraction:g}; give a fraction from 0 to 1")
     plan = MakePlan(
         shard_bytes=parse_bytes(options.shard_size),
         prefix=options.prefix,
         seed=options.seed,
         resize_shorter=options.resize_shorter,
+        pixels=PixelFormat(options.channels, options.pixels),
     )
     if options.reader == "imagefolder" and Path(options.to).resolve().is_relative_to(Path(options.root).resolve()):
         raise DataError(
@@ -160,11 +190,11 @@ def _make(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     paths = expand(options.pattern)
     folders = len({path.parent for path in paths})
-    faults = samples = 0
+    faults, samples, pixels = 0, 0, PixelFormat(options.channels, options.pixels)
     hashed = True
     with _Progress(len(paths), "shards") as progress:
         for number, verdict in enumerate(
-            verify_shards(paths, workers=options.workers, members=_members(options)), start=1 - folders
+            verify_shards(paths, workers=options.workers, members=_members(options), pixels=pixels), start=1 - folders
         ):
             for fault in verdict.faults:
                 progress.note(f"bad: {fault}")
@@ -205,12 +235,48 @@ def _classes(options: argparse.Namespace) -> int:
     return 0
 
 
+def _stats(options: argparse.Namespace) -> int:
+    pixels, members = PixelFormat(options.channels, options.pixels), _members(options)
+    reader = options.reader or _reader_of(options.data)
+    source: SampleSource | StreamSource
+    if reader == _CSV:
+        source = CsvImages(options.data)
+    else:
+        section = getattr(SOURCES.get(reader), "Config", DataConfig)
+        data = section(
+            reader=reader, train=options.data, batch_size=1, image_member=members.image, label_member=members.label
+        )
+        source = training_source(data, (0, 0))
+    path = statistics_path(options.data)
+    if path is None or isinstance(source, StreamSource):
+        raise DataError(f"{options.data} is remote, so nothing can be written next to it; measure a local copy")
+    print(source.summary(), flush=True)
+    with _Progress(source.num_samples, "images") as progress:
+        found = measure(
+            source, pixels, workers=options.workers, max_bad_fraction=options.max_bad_fraction,
+            progress=lambda done, bad: progress.show(done, f"{bad} left out"),
+        )  # fmt: skip
+    write_statistics(found, path)
+    for name, values in (("mean", found.mean), ("std", found.std)):
+        print(f"{name:<5} {', '.join(f'{value:.6g}' for value in values)}")
+    print(f"{path}: {found.images} images with {pixels}; augment.mean=null augment.std=null takes them")
+    return 0
+
+
+def _reader_of(data: str) -> str:
+    """Returns how images are stored, by what their path names."""
+    if os.path.isdir(data):
+        return "shards" if any(name.endswith(".tar") for name in os.listdir(data)) else "imagefolder"
+    return _CSV if data.endswith(".csv") else "shards"
+
+
 def _members(options: argparse.Namespace) -> Members:
     return Members(options.image_member, options.label_member)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "make": _make, "verify": _verify, "info": _info, "index": _index, "classes": _classes,
+    "stats": _stats,
 }  # fmt: skip
 
 
