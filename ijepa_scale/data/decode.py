@@ -17,7 +17,10 @@ from PIL import Image
 
 from ijepa_scale.config.form import DecodeScaling, Exif, Interpolation
 from ijepa_scale.config.pixels import RGB8, PixelFormat
+from ijepa_scale.data.array_decode import NPY_MAGIC
+from ijepa_scale.data.dicom_decode import is_dicom
 from ijepa_scale.data.pil_decode import check_pixels, decode_with_pil, orientation_of, turn
+from ijepa_scale.data.stored_values import decode_stored
 
 CROP_TRIES = 10
 CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform random numbers needed for one sample's crop
@@ -75,7 +78,7 @@ def decode(data: bytes | np.ndarray, exif: Exif = "ignore") -> np.ndarray:
         return data
     size = _jpeg_size(data)
     if size is None:
-        return decode_with_pil(data, exif)
+        return _decode_rest(data, exif)
     check_pixels(*size)
     pixels = _decode_jpeg(data, size, 1)
     if pixels is None:
@@ -121,8 +124,15 @@ def decode_crop(
         pixels = _decode_jpeg(data, size, step, rows=box[0] + box[2] if orientation == 1 else None)
         if pixels is not None:
             return _fit(turn(pixels, orientation), box, step, output, interpolation)
-    pixels = decode_with_pil(data, rules.exif)
+    pixels = _decode_rest(data, rules.exif)
     return _fit(pixels, choose_box(pixels.shape[0], pixels.shape[1], draws, scale, ratio), 1, output, interpolation)
+
+
+def _decode_rest(data: bytes, exif: Exif) -> np.ndarray:
+    """Returns the pixels of what isn't a JPEG: by Pillow, but NPY and DICOM as they are."""
+    if data.startswith(NPY_MAGIC) or is_dicom(data):
+        return decode_stored(data, RGB8)
+    return decode_with_pil(data, exif)
 
 
 def largest_crop(output: tuple[int, int], ratio: tuple[float, float]) -> int:

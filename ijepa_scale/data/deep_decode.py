@@ -13,13 +13,11 @@ from PIL import Image, UnidentifiedImageError
 
 from ijepa_scale.config.form import Exif, Interpolation
 from ijepa_scale.config.pixels import PixelFormat
-from ijepa_scale.data.array_decode import NPY_MAGIC, decode_npy
 from ijepa_scale.data.decode import FILTERS, Box, decode
-from ijepa_scale.data.dicom_decode import decode_dicom, is_dicom
 from ijepa_scale.data.formats import formats
 from ijepa_scale.data.pil_decode import orientation_of, turn
 from ijepa_scale.data.pixel_format import check_format, undecodable
-from ijepa_scale.data.tiff_decode import TIFF_MAGIC, decode_tiff
+from ijepa_scale.data.stored_values import decode_stored, is_stored
 from ijepa_scale.errors import DataError, SampleError
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -81,12 +79,8 @@ def _pixels(data: bytes | np.ndarray, wanted: PixelFormat, exif: Exif) -> np.nda
     if isinstance(data, np.ndarray):
         check_format((data.shape[0], data.shape[1]), data.shape[2], data.dtype.name, wanted)
         return data
-    if data[:4] in TIFF_MAGIC:
-        return decode_tiff(data, wanted, exif)
-    if data.startswith(NPY_MAGIC):
-        return decode_npy(data, wanted)
-    if is_dicom(data):
-        return decode_dicom(data, wanted)
+    if is_stored(data):
+        return decode_stored(data, wanted, exif)
     if data.startswith(_PNG_MAGIC) and data[24:25] == b"\x10" and data[25] in _PNG_COLOURS:
         return _deep_png(data, wanted, exif)
     return _with_pil(data, wanted, exif)

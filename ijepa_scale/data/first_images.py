@@ -13,7 +13,6 @@ from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.errors import DataError, SampleError
 
 _TRIED = 8
-_TYPES = ", ".join(typing.get_args(PixelType))
 
 
 def check_first(source: SampleSource, pixels: PixelFormat, exif: Exif, section: str) -> None:
@@ -34,10 +33,11 @@ def check_first(source: SampleSource, pixels: PixelFormat, exif: Exif, section: 
     first, (common, *others) = f"the first is {source.name(ids[0])}", found
     if common is not None and not others:
         channels, dtype = common
-        fits = 1 <= channels <= MAX_CHANNELS and dtype in typing.get_args(PixelType)
+        types = typing.get_args(PixelType)
+        fits = 1 <= channels <= MAX_CHANNELS and dtype in types
         wrong = [f"{section}.channels={channels}"] if channels != pixels.channels else []
         wrong += [f"data.pixels={dtype}"] if dtype != pixels.dtype else []
-        remedy = f"set {' '.join(wrong)}, or convert" if fits else f"save 1 to {MAX_CHANNELS} of {_TYPES}: convert"
+        remedy = f"set {' '.join(wrong)}, or convert" if fits else f"save 1 to {MAX_CHANNELS} of {', '.join(types)}: convert"
         raise DataError(
             f"all of {len(ids)} images that were tried have {channels} channel{'s' * (channels != 1)} of {dtype}, but "
             f"{section}.channels is {pixels.channels} and data.pixels is {pixels.dtype} ({first}); {remedy} the images"

@@ -142,8 +142,8 @@ def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None, wanted: 
 
     Of other formats than 8-bit RGB, JPEG, PNG, WebP, TIFF, NPY and DICOM keep their bytes, and others become NPY.
 
-    An 8-bit RGB image whose shorter side is above `resize_shorter` is resized to it (PIL bicubic, antialiased) and stored
-    as JPEG. Pixels, and other formats than JPEG, PNG and WebP, are stored as PNG. The EXIF orientation stays.
+    An 8-bit RGB image whose shorter side is above `resize_shorter` is resized to it (PIL bicubic, antialiased) and
+    stored as JPEG. Pixels, and other formats than JPEG, PNG and WebP, are stored as PNG. The EXIF orientation stays.
 
     Raises:
         SampleError: it can't be decoded, or is too large for a shard.
