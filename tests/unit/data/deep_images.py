@@ -80,28 +80,31 @@ def dicom(pixels: np.ndarray, kind: str = "MONOCHROME2", *, bits: int | None = N
 SIDE, CELLS, CLASSES = 24, 6, 8
 
 
-def mosaic(rng: np.random.Generator, label: int, channels: int, *, flips: float, noise: float) -> np.ndarray:
-    """Returns (24, 24, C) uint16 of 6 x 6 bright or dark cells, half of them bright: which ones is the label, 0 to 7.
+def patchwork(rng: np.random.Generator, label: int, channels: int) -> np.ndarray:
+    """Returns (24, 24, C) uint16 of 6 x 6 cells: something weak that all cells share tells the label, 0 to 7.
 
-    All labels have the same cells in other places, so a bag of patches doesn't tell them apart. A share of the cells is
-    flipped, contrast varies, and each value has noise.
+    The rest of a cell is strong and drawn for each. It is what an untrained encoder mostly sees, and nothing around a
+    cell predicts it. With many bands, a cell has one spectrum; with one band, one pattern of 4 x 4 pixels. Label and
+    rest have no direction in common.
     """
-    half = CELLS * CELLS // 2
-    cells = np.random.default_rng(99 + label).permutation([1.0] * half + [-1.0] * half).reshape(CELLS, CELLS)
-    cells = cells * np.where(rng.random(cells.shape) < flips, -1, 1) * rng.uniform(0.6, 1.4)
-    bands = np.kron(cells, np.ones((SIDE // CELLS,) * 2))[..., None] * (np.cos(0.9 * np.arange(channels)) + 0.2)
-    bands = bands + noise * rng.standard_normal(bands.shape)
-    return np.clip(3000 + 600 * bands, 0, 65535).round().astype(np.uint16)
+    size = 16 if channels == 1 else channels
+    directions, _ = np.linalg.qr(np.random.default_rng(99).standard_normal((size, size)))
+    weights = np.random.default_rng(7).standard_normal((CLASSES, 3))[label] + 0.15 * rng.standard_normal(3)
+    cells = directions[:, :3] @ weights + 10 * rng.standard_normal((CELLS, CELLS, size - 3)) @ directions[:, 3:].T
+    if channels == 1:
+        found = cells.reshape(CELLS, CELLS, 4, 4).swapaxes(1, 2).reshape(SIDE, SIDE, 1)
+    else:
+        found = np.kron(cells, np.ones((SIDE // CELLS, SIDE // CELLS, 1)))
+    found = found + 0.5 * rng.standard_normal(found.shape)
+    return np.clip(30_000 + 600 * found, 0, 65535).round().astype(np.uint16)
 
 
-def mosaic_folders(
-    root: Path, count: int, *, channels: int, flips: float = 0.2, noise: float = 1.0, seed: int = 0
-) -> Path:
-    """Writes `count` mosaics in folders of their labels: as TIFF, or as 16-bit PNG if they have one channel."""
+def patchwork_folders(root: Path, count: int, *, channels: int, seed: int) -> Path:
+    """Writes `count` patchworks in folders of their labels: as TIFF, or as 16-bit PNG if they have one channel."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         label = number % CLASSES
-        pixels = mosaic(rng, label, channels, flips=flips, noise=noise)
+        pixels = patchwork(rng, label, channels)
         path = root / f"class{label}" / f"{number:05d}.{'png' if channels == 1 else 'tif'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(pixels) if channels == 1 else tiff(pixels, "separate" if number % 3 else "contig"))

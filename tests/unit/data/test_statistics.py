@@ -144,9 +144,7 @@ def test_a_run_refuses_what_was_not_measured_and_says_the_command_that_does(tmp_
 def test_bad_images_are_left_out_up_to_a_share_and_constant_channels_refused(tmp_path, caplog, capsys):
     samples = [Sample(f"{n:03d}", npy(image(n, 2, "uint8")), 0) for n in range(20)]
     source = ShardSource(write_shards([*samples, Sample("bad", npy(image(0, 1, "uint8")), 0)], tmp_path / "a"))
-    with pytest.raises(
-        DataError, match="1 of 21 images can't be used, over the allowed fraction 0.001; .*1 channel"
-    ):
+    with pytest.raises(DataError, match="1 of 21 images can't be used, over the allowed fraction 0.001; .*1 channel"):
         measure(source, PixelFormat(2))
     assert measure(source, PixelFormat(2), max_bad_fraction=0.1).images == 20
     flat = np.dstack([image(1, 1, "uint8"), np.full((6, 7, 1), 9, np.uint8)])
