@@ -27,7 +27,7 @@ from ijepa_kernels.attention import SequenceLayout, attention
 from ijepa_kernels.attention.backend import ON_CPU, activate
 from ijepa_kernels.fp8_linear import FP8, Fp8UnavailableError, check_capability
 from ijepa_scale.config import BlockMaskConfig, ModelConfig
-from ijepa_scale.config.architectures import IMAGE_CHANNELS, Architecture, resolve
+from ijepa_scale.config.architectures import Architecture, resolve
 from ijepa_scale.masks import DenseMasks, MaskSampler, PackedMasks
 from ijepa_scale.planning.hardware import peak_flops
 from ijepa_scale.planning.tokens import draw_masks, mean_tokens, micro_batches
@@ -101,7 +101,7 @@ def products(model: ModelConfig, images: int) -> Iterator[Product]:
     sizes, (config, _) = resolve(model), masks_for(model, images, "truncate")
     tokens = mean_tokens(micro_batches(config, draw_masks(config, model.grid, batch_size=images), model.grid, images))
     patches, context, predictor = images * sizes.num_patches, _rows(tokens.context), _rows(tokens.predictor)
-    pixels = IMAGE_CHANNELS * sizes.patch_size**2
+    pixels = sizes.channels * sizes.patch_size**2
     first = Product(
         role="target", layer="patches", rows=patches, inputs=pixels, outputs=sizes.width, count=1, passes=("forward",)
     )

@@ -86,8 +86,8 @@ def alone(device: torch.device) -> World:
 
 
 def images_for(config: PretrainConfig, count: int, device: torch.device, *, first: int = 0) -> Tensor:
-    """Returns images (count, 3, H, W) fp32 of normal noise on the device, keyed by position from `first` on."""
-    shape = (3, *config.model.image_size)
+    """Returns images (count, C, H, W) fp32 of normal noise on the device, keyed by position from `first` on."""
+    shape = (config.model.channels, *config.model.image_size)
     rows = [torch.randn(shape, generator=rng.generator(0, "benchmark", first + row)) for row in range(count)]
     return torch.stack(rows).to(device)
 

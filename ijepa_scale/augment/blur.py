@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class GaussianBlur:
-    """Blurs (B, 3, h, w) images of one size, mirrored at their edges (without repeating the edge pixel).
+    """Blurs (B, C, h, w) images of one size, mirrored at their edges (without repeating the edge pixel).
 
     The kernel reaches 3 * max_sigma pixels each way, or less on smaller images.
     """

@@ -30,13 +30,13 @@ class RandomErasing:
         self.probability, self._seed = probability, seed
 
     def __call__(self, images: Tensor, *, epoch: int, sample_ids: np.ndarray) -> Tensor:
-        """Erases rectangles of the normalised images (B, 3, h, w) in place and returns them. Doesn't synchronise."""
+        """Erases rectangles of the normalised images (B, C, h, w) in place and returns them. Doesn't synchronise."""
         boxes = self.draw((images.shape[-2], images.shape[-1]), epoch=epoch, sample_ids=sample_ids)
         for row in np.flatnonzero(boxes[:, 2]).tolist():
             top, left, height, width = boxes[row].tolist()
             key = rng.key(self._seed, "erase.noise", epoch, int(sample_ids[row]))
             numbers = np.random.Generator(np.random.Philox(key=key))
-            noise = torch.from_numpy(numbers.standard_normal((3, height, width), dtype=np.float32))
+            noise = torch.from_numpy(numbers.standard_normal((images.shape[1], height, width), dtype=np.float32))
             images[row, :, top : top + height, left : left + width] = to_device(noise, images.device)
         return images
 

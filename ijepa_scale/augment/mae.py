@@ -20,6 +20,7 @@ from ijepa_scale.augment.mixing import Mixing
 from ijepa_scale.augment.pipeline import change_rows, to_device
 from ijepa_scale.augment.rand_augment import RandAugment
 from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.decode import longest_sides
@@ -42,6 +43,7 @@ class FinetuneAugment:
         *,
         num_classes: int,
         seed: int,
+        pixels: PixelFormat = RGB8,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.image_size, self.seed = config, image_size, seed
@@ -51,16 +53,16 @@ class FinetuneAugment:
         self._erase = RandomErasing(config.random_erasing, seed=seed) if config.random_erasing else None
         self._rand_augment = None
         if config.rand_augment is not None:
-            red, green, blue = (min(255, round(255 * value)) for value in config.mean)
+            red, green, blue = (min(255, round(255 * value)) for value in config.normalisation[0])
             self._rand_augment = RandAugment(
                 parse(config.rand_augment), seed=seed, fill=(red, green, blue), interpolation=config.interpolation
             )
-        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (config.mean, config.std))
-        self._scale, self._shift = (1.0 / (255.0 * std)).float(), (-mean / std).float()  # (3,) on the host
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in config.normalisation)
+        self._scale, self._shift = (1.0 / (pixels.white * std)).float(), (-mean / std).float()  # (C,) on the host
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns (B, 3, h, w) float32 images and (B, classes) float32 soft labels; doesn't synchronise.
+        """Returns (B, C, h, w) float32 images and (B, classes) float32 soft labels; doesn't synchronise.
 
         Raises:
             ConfigError: the micro-batch has an odd size while mixup or cutmix is on.
@@ -69,12 +71,13 @@ class FinetuneAugment:
         config = self.config
         flip = rng.uniform(self.seed, "finetune.flip", batch.epoch, batch.sample_ids, 1)[:, 0] < config.flip
         changes = self._rand_augment is not None or config.color_jitter
-        options: dict[str, Any] = {"interpolation": config.interpolation}
+        options: dict[str, Any] = {"interpolation": config.interpolation, "channels": batch.channels}
         if not changes:
             options |= {"normalise": (self._scale.tolist(), self._shift.tolist()), "dtype": torch.float32}
         if self._cold:
             self._cold = False
-            warm_up(self.image_size, longest_sides(self.image_size, config.crop_ratio), **options, device=self.device)
+            sides, kind = longest_sides(self.image_size, config.crop_ratio), batch.pixels.dtype
+            warm_up(self.image_size, sides, pixel_dtype=kind, **options, device=self.device)
         pixels = crop_resize(batch.pixels, batch.sizes, self.image_size, flip=flip if config.flip else None, **options)
         images = pixels
         if changes:

@@ -18,6 +18,7 @@ from ijepa_scale import rng
 from ijepa_scale.augment import color
 from ijepa_scale.augment.blur import GaussianBlur
 from ijepa_scale.config.data import AugmentConfig
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.decode import longest_sides
 
@@ -46,18 +47,25 @@ class Augment:
     """
 
     def __init__(
-        self, config: AugmentConfig, image_size: tuple[int, int], *, seed: int, device: torch.device | str = "cpu"
+        self,
+        config: AugmentConfig,
+        image_size: tuple[int, int],
+        *,
+        seed: int,
+        pixels: PixelFormat = RGB8,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.image_size, self.seed = config, image_size, seed
         self.device = torch.device(device)
-        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (config.mean, config.std))
-        self._scale, self._shift = (1.0 / (255.0 * std)).float(), (-mean / std).float()  # (3,) on the host
+        self._white = pixels.white
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in config.normalisation)
+        self._scale, self._shift = (1.0 / (self._white * std)).float(), (-mean / std).float()  # (C,) on the host
         self._cold = True  # the resizing kernels aren't compiled yet
         self._blur = GaussianBlur(image_size, max_sigma=_SIGMAS[1], device=self.device) if config.blur else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        """Returns (B, 3, h, w) float32 normalised images on this object's device; doesn't synchronise.
+        """Returns (B, C, h, w) float32 normalised images on this object's device; doesn't synchronise.
 
         The first call compiles the kernels for crops of all sizes.
         """
@@ -66,23 +74,24 @@ class Augment:
         draws = rng.uniform(self.seed, "augment", batch.epoch, batch.sample_ids, _DRAWS)
         flip = draws[:, _FLIP] < config.flip if config.flip else None
         changes = config.color_jitter or config.grayscale or config.solarize or self._blur is not None
-        options: dict[str, Any] = {"interpolation": config.interpolation}
+        options: dict[str, Any] = {"interpolation": config.interpolation, "channels": batch.channels}
         if not changes:
             options["normalise"] = (self._scale.tolist(), self._shift.tolist())  # host tensors: no synchronisation
             options["dtype"] = torch.float32
         if self._cold:
             self._cold = False
-            warm_up(self.image_size, longest_sides(self.image_size, config.crop_ratio), **options, device=self.device)
+            sides, kind = longest_sides(self.image_size, config.crop_ratio), batch.pixels.dtype
+            warm_up(self.image_size, sides, pixel_dtype=kind, **options, device=self.device)
         images = crop_resize(batch.pixels, batch.sizes, self.image_size, flip=flip, **options)
         if not changes:
             return images
         images = images.float()
-        images = self._photometric(images.mul_(1.0 / 255.0), draws).mul_(255.0)
+        images = self._photometric(images.mul_(1.0 / self._white), draws).mul_(self._white)
         scale, shift = (to_device(values, self.device)[:, None, None] for values in (self._scale, self._shift))
         return images.mul_(scale).add_(shift)
 
     def _photometric(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """Returns images in [0, 1] after jitter, grayscale, blur and solarize; may change `images`."""
+        """Returns images, whose white is 1, after jitter, grayscale, blur and solarize; may change `images`."""
         config = self.config
         if config.color_jitter:
             self._jitter(images, draws)

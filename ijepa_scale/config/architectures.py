@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from ijepa_scale.config.schema import ModelConfig
 from ijepa_scale.errors import ConfigError
 
-IMAGE_CHANNELS = 3
 PREDICTOR_MLP_RATIO = 4.0  # of every published predictor, ViT-g's too
 
 
@@ -36,6 +35,7 @@ class Architecture:
     grid: tuple[int, int]
     position_grid: tuple[int, int] | None  # the grid that positions are interpolated from; None: computed for `grid`
     patch_size: int  # pixels
+    channels: int  # of an image
     width: int
     depth: int
     heads: int  # of the encoder and the predictor
@@ -105,6 +105,7 @@ def resolve(model: ModelConfig) -> Architecture:
         grid=model.grid,
         position_grid=model.position_grid,
         patch_size=model.patch_size,
+        channels=model.channels,
         width=width,
         depth=depth,
         heads=heads,

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
+from typing_extensions import override
 
 from ijepa_scale.config import form
+from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import SOURCES
 
@@ -20,6 +22,7 @@ def _known_reader(name: str) -> str:
     return name
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WITHOUT_MEMBERS = ("imagefolder", "list", "synthetic")  # readers whose samples are one image each
 
 Reader = Annotated[str, AfterValidator(_known_reader)]
@@ -58,6 +61,9 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     decode_scaling: form.DecodeScaling = Field(
         "none", description="Dct: JPEG crops over twice the image size are decoded at 1/2, 1/4 or 1/8, not exactly."
     )
+    pixels: form.PixelType = Field(
+        "uint8", description="Type of the images' values; files of another type, or other channels, are bad samples."
+    )
     max_bad_fraction: form.Fraction = Field(
         0.001, description="Share of bad samples above which training stops, or fails at its end."
     )
@@ -77,12 +83,35 @@ class CropConfig(Section, at="augment"):
     """What both kinds of augmentation do: crops, resized as in PIL, and normalisation."""
 
     crop_ratio: form.CropRatio = Field((3 / 4, 4 / 3), description="Width of a crop divided by its height.")
-    mean: tuple[float, float, float] = Field(
-        (0.485, 0.456, 0.406), description="Of red, green and blue in [0, 1]; ImageNet's."
+    mean: form.Means | None = Field(
+        IMAGENET_MEAN,
+        description="Of each channel in [0, 1]; ImageNet's. Null, the default of all but 8-bit RGB: shards.py stats'.",
     )
-    std: tuple[form.Positive, form.Positive, form.Positive] = Field(
-        (0.229, 0.224, 0.225), description="Standard deviation of red, green and blue; ImageNet's."
+    std: form.Deviations | None = Field(
+        IMAGENET_STD, description="Standard deviation of each channel, like mean. Null: that of shards.py stats."
     )
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, once they are known."""
+        assert self.mean is not None and self.std is not None  # a run reads them before it builds anything
+        return self.mean, self.std
+
+    def for_format(self, pixels: PixelFormat) -> CropConfig:
+        """Returns the section for images of this format: without ImageNet's values where they are only a default."""
+        open_ones = {"mean", "std"} - self.model_fields_set
+        return self if pixels.is_rgb8 or not open_ones else self.replace(**dict.fromkeys(open_ones))
+
+    def misfits(self, pixels: PixelFormat) -> Iterator[str]:
+        """Yields what doesn't fit images of this format, beginning with the name of a setting of this section."""
+        if (self.mean is None) != (self.std is None):
+            yield f"mean is {self.mean} and std is {self.std}; give both, or neither"
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != pixels.channels:
+                yield (
+                    f"{name} has {len(values)} numbers, but images have {pixels}; give {pixels.channels}, or null "
+                    "for those that `launch/shards.py stats` measures"
+                )
 
 
 class AugmentConfig(CropConfig):
@@ -98,3 +127,13 @@ class AugmentConfig(CropConfig):
     grayscale: form.Fraction = Field(0.0, description="Probability of a grey image.")
     blur: form.Fraction = Field(0.0, description="Probability of a Gaussian blur, sigma 0.1 to 2 pixels.")
     solarize: form.Fraction = Field(0.0, description="Probability of inverting the levels from 128 on.")
+
+    @override
+    def misfits(self, pixels: PixelFormat) -> Iterator[str]:
+        yield from super().misfits(pixels)
+        for name in ("color_jitter", "grayscale", "solarize"):
+            if getattr(self, name) and (pixels.channels != 3 or pixels.dtype == "float32"):
+                yield (
+                    f"{name} is {getattr(self, name)}, but images have {pixels}, and it changes the colours of RGB "
+                    "images of uint8 or uint16; set it to 0"
+                )

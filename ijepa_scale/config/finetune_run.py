@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
+from typing_extensions import override
 
 from ijepa_scale.config import form
 from ijepa_scale.config.data import CropConfig, DataConfig, Reader
+from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.config.rand_augment_notation import parse
 from ijepa_scale.config.schema import (
     INIT,
@@ -124,6 +126,16 @@ class FinetuneAugmentConfig(CropConfig):
     switch_probability: form.Fraction = Field(0.5, description="Probability of CutMix, where both are on.")
     label_smoothing: form.Fraction = Field(0.1, description="Share of a label that is spread over all classes.")
 
+    @override
+    def misfits(self, pixels: PixelFormat) -> Iterator[str]:
+        yield from super().misfits(pixels)
+        for name, off in (("rand_augment", "null"), ("color_jitter", "0")):
+            if getattr(self, name) and not pixels.is_rgb8:
+                yield (
+                    f"{name} is {getattr(self, name)}, but images have {pixels}, and it changes 8-bit RGB images only; "
+                    f"set it to {off}"
+                )
+
 
 class ClassifierEvaluationConfig(Section, at="evaluate"):
     """Accuracy on held-out images, over all processes, each image once."""
@@ -163,6 +175,7 @@ class FinetuneConfig(RunConfig):
     evaluate: ClassifierEvaluationConfig = ClassifierEvaluationConfig()
 
     def _problems(self) -> Iterator[str]:
+        yield from self._format(self.model.encoder.channels)
         if self.engine.target_precision is not None:
             precision = self.engine.target_precision
             yield f"engine.target_precision is {precision}; finetuning has no target: set it to null"

@@ -9,7 +9,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from ijepa_scale.config import form
-from ijepa_scale.config.data import AugmentConfig, DataConfig, Reader
+from ijepa_scale.config.data import AugmentConfig, CropConfig, DataConfig, Reader
+from ijepa_scale.config.pixels import MAX_CHANNELS, PixelFormat
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import EVALUATORS, OBJECTIVES, OPTIMIZERS, SAMPLERS, SINKS
 
@@ -30,6 +31,9 @@ class EncoderConfig(Section, at="model.encoder"):
     name: str = Field("vit_base", description="Of vit_tiny, vit_small, vit_base, vit_large, vit_huge and vit_giant.")
     image_size: form.ImageSize = Field((224, 224), description="Side of a square image, or [height, width].")
     patch_size: form.Pixels = Field(16, description="Side of a patch; the sides of the image are multiples of it.")
+    channels: int = Field(
+        3, ge=1, le=MAX_CHANNELS, description="Channels of an image; 3 of 8 bits are red, green and blue."
+    )
     width: form.Count | None = Field(None, description="Width of a token.")
     depth: form.Count | None = Field(None, description="Number of blocks.")
     heads: form.Count | None = Field(None, description="Number of attention heads; the predictor has as many.")
@@ -312,6 +316,16 @@ class RunConfig(Section):
         "auto", description="The newest checkpoint of the folder (auto), none, or a checkpoint folder."
     )
 
+    def _format(self, channels: int) -> Iterator[str]:
+        """Leaves the normalisation open where ImageNet's can't be meant; yields what doesn't fit the images' format."""
+        data: DataConfig = getattr(self, "data")  # noqa: B009  # of both kinds of run
+        augment: CropConfig = getattr(self, "augment")  # noqa: B009
+        pixels = PixelFormat(channels, data.pixels)
+        fitting = augment.for_format(pixels)
+        if fitting is not augment:
+            object.__setattr__(self, "augment", fitting)
+        yield from (f"augment.{line}" for line in fitting.misfits(pixels))
+
 
 class PretrainConfig(RunConfig):
     """A pretraining run."""
@@ -333,3 +347,6 @@ class PretrainConfig(RunConfig):
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = KnnConfig()
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._format(self.model.channels)

@@ -20,22 +20,23 @@ class Batch:
     without gaps, so only the pixels that were cut out are copied to the device.
     """
 
-    pixels: Tensor  # (bytes,) uint8: crop after crop, each (height, width, 3) RGB, row by row
+    pixels: Tensor  # (values,) uint8, uint16 or float32: crop after crop, each (height, width, C), row by row
     sizes: np.ndarray  # (B, 2) int64, host: height and width of each crop, pixels
     sample_ids: np.ndarray  # (B,) int64, host: the sample's number in the whole set
     labels: Tensor  # (B,) int64; -1 if there is none
     step: int  # optimiser step this batch belongs to
     epoch: int
     position: int  # position of the first image in the global batch
+    channels: int = 3  # C
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def crop(self, row: int) -> Tensor:
-        """Returns a view of the crop of image `row`, (h, w, 3) uint8."""
+        """Returns a view of the crop of image `row`, (h, w, C)."""
         height, width = self.sizes[row].tolist()
         begin = int(self._ends()[row])
-        return self.pixels[begin : begin + height * width * 3].view(height, width, 3)
+        return self.pixels[begin : begin + height * width * self.channels].view(height, width, self.channels)
 
     def split(self, parts: int) -> Iterator[Batch]:
         """Yields `parts` consecutive micro-batches of equal size."""
@@ -65,4 +66,4 @@ class Batch:
 
     def _ends(self) -> np.ndarray:
         """Returns the offset of each crop in `pixels` and the end of the last one, (B + 1,)."""
-        return np.concatenate([[0], np.cumsum(3 * self.sizes[:, 0] * self.sizes[:, 1])])
+        return np.concatenate([[0], np.cumsum(self.channels * self.sizes[:, 0] * self.sizes[:, 1])])

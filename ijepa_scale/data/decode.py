@@ -16,7 +16,11 @@ import simplejpeg
 from PIL import Image
 
 from ijepa_scale.config.form import DecodeScaling, Exif, Interpolation
+from ijepa_scale.config.pixels import RGB8, PixelFormat
+from ijepa_scale.data.array_decode import NPY_MAGIC
+from ijepa_scale.data.dicom_decode import is_dicom
 from ijepa_scale.data.pil_decode import check_pixels, decode_with_pil, orientation_of, turn
+from ijepa_scale.data.stored_values import decode_stored
 
 CROP_TRIES = 10
 CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform random numbers needed for one sample's crop
@@ -24,7 +28,7 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _SCALES = (8, 4, 2)  # only these divisors of a JPEG's size make decoding cheaper
 _MCU_ROWS = 16  # the most rows that a JPEG codes together, in any subsampling that the fast decoder reads
 _BYTES_FOLLOW = re.compile(r"extraneous bytes before marker 0xd[0-9a]")
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -61,6 +65,7 @@ class PixelRules:
 
     exif: Exif = "ignore"  # whether images are turned as their EXIF orientation says
     decode_scaling: DecodeScaling = "none"  # whether large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size
+    pixels: PixelFormat = RGB8  # what images become; all but 8-bit RGB is decoded in `deep_decode`
 
 
 def decode(data: bytes | np.ndarray, exif: Exif = "ignore") -> np.ndarray:
@@ -73,7 +78,7 @@ def decode(data: bytes | np.ndarray, exif: Exif = "ignore") -> np.ndarray:
         return data
     size = _jpeg_size(data)
     if size is None:
-        return decode_with_pil(data, exif)
+        return _decode_rest(data, exif)
     check_pixels(*size)
     pixels = _decode_jpeg(data, size, 1)
     if pixels is None:
@@ -119,8 +124,15 @@ def decode_crop(
         pixels = _decode_jpeg(data, size, step, rows=box[0] + box[2] if orientation == 1 else None)
         if pixels is not None:
             return _fit(turn(pixels, orientation), box, step, output, interpolation)
-    pixels = decode_with_pil(data, rules.exif)
+    pixels = _decode_rest(data, rules.exif)
     return _fit(pixels, choose_box(pixels.shape[0], pixels.shape[1], draws, scale, ratio), 1, output, interpolation)
+
+
+def _decode_rest(data: bytes, exif: Exif) -> np.ndarray:
+    """Returns the pixels of what isn't a JPEG: by Pillow, but NPY and DICOM as they are."""
+    if data.startswith(NPY_MAGIC) or is_dicom(data):
+        return decode_stored(data, RGB8)
+    return decode_with_pil(data, exif)
 
 
 def largest_crop(output: tuple[int, int], ratio: tuple[float, float]) -> int:
@@ -171,7 +183,7 @@ def _fit(pixels: np.ndarray, box: Box, step: int, output: tuple[int, int], inter
         return crop
     within = (begins[1] - left, begins[0] - top, ends[1] - left, ends[0] - top)  # of whole pixels if step is 1
     image = Image.fromarray(np.ascontiguousarray(crop))
-    return np.asarray(image.resize((output[1], output[0]), _FILTERS[interpolation], box=within))
+    return np.asarray(image.resize((output[1], output[0]), FILTERS[interpolation], box=within))
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:

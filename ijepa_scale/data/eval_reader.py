@@ -14,13 +14,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ijepa_scale.config.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_scale.config.form import Exif
-from ijepa_scale.data.decode import decode
+from ijepa_scale.config.pixels import RGB8, PixelFormat
+from ijepa_scale.data.deep_decode import decode_as, resize_deep
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.errors import DataError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CROP_FRACTION = 0.875  # 224 of 256 pixels
 _TRIED = 64  # images that a worker tries at once
 _SMALL = 64  # pixels: up to this size the crop fraction is 1
@@ -30,7 +31,7 @@ _SMALL = 64  # pixels: up to this size the crop fraction is 1
 class EvalBatch:
     """Images in the order of the given ids; the last batch may be smaller."""
 
-    images: Tensor  # (B, 3, h, w) float32, normalised
+    images: Tensor  # (B, C, h, w) float32, normalised
     labels: Tensor  # (B,) int64; -1 if there is none
     sample_ids: np.ndarray  # (B,) int64
 
@@ -49,17 +50,20 @@ def spread(count: int, chosen: int) -> np.ndarray:
 
 
 def center_crop(pixels: np.ndarray, size: tuple[int, int], crop_fraction: float) -> np.ndarray:
-    """Resizes an image (PIL bicubic) to cover size / crop_fraction and returns its centre, (h, w, 3) uint8.
+    """Resizes an image (PIL bicubic) to cover size / crop_fraction and returns its centre, (h, w, C) of its type.
 
     For a square `size` this equals torchvision's Resize(round(size / crop_fraction)) and CenterCrop(size).
     """
     height, width = pixels.shape[:2]
     resized = covering_size((height, width), size, crop_fraction)
-    image = Image.fromarray(pixels)
-    if resized != (height, width):
-        image = image.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
+    if resized == (height, width):
+        found = pixels
+    elif pixels.shape[2] == 3 and pixels.dtype == np.uint8:
+        found = np.asarray(Image.fromarray(pixels).resize((resized[1], resized[0]), Image.Resampling.BICUBIC))
+    else:
+        found = resize_deep(pixels, resized, Image.Resampling.BICUBIC)
     top, left = (round((have - want) / 2.0) for have, want in zip(resized, size, strict=True))
-    return np.asarray(image)[top : top + size[0], left : left + size[1]]
+    return found[top : top + size[0], left : left + size[1]]
 
 
 def covering_size(have: tuple[int, int], size: tuple[int, int], crop_fraction: float) -> tuple[int, int]:
@@ -94,6 +98,7 @@ class EvalReader:
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         exif: Exif = "ignore",
+        pixels: PixelFormat = RGB8,
         workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
@@ -101,7 +106,7 @@ class EvalReader:
         self.ids = np.asarray(ids, dtype=np.int64)
         if crop_fraction is None:
             crop_fraction = crop_fraction_of(image_size)
-        batches = _Batches(source, image_size, crop_fraction, mean, std, exif=exif)
+        batches = _Batches(source, image_size, crop_fraction, mean, std, exif=exif, pixels=pixels)
         parts = [self.ids[begin : begin + batch_size] for begin in range(0, len(self.ids), batch_size)]
         self._batches = ordered_loader(batches, parts, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
 
@@ -115,25 +120,27 @@ class EvalReader:
             yield item
 
 
-def bad_images(source: SampleSource, ids: np.ndarray, *, exif: Exif = "ignore", workers: int = 0) -> list[str]:
+def bad_images(
+    source: SampleSource, ids: np.ndarray, *, exif: Exif = "ignore", pixels: PixelFormat = RGB8, workers: int = 0
+) -> list[str]:
     """Returns the name of each of the given samples that can't be read or decoded, and why. Decodes all of them."""
     parts = [ids[begin : begin + _TRIED] for begin in range(0, len(ids), _TRIED)]
-    found = ordered_loader(_Trials(source, exif), parts, workers=workers, prefetch=2)
+    found = ordered_loader(_Trials(source, exif, pixels), parts, workers=workers, prefetch=2)
     return [bad for part in found for bad in part]
 
 
 class _Trials(Dataset):
     """Maps ids to the names of those samples that can't be used, and why."""
 
-    def __init__(self, source: SampleSource, exif: Exif) -> None:
-        self._source = source
+    def __init__(self, source: SampleSource, exif: Exif, pixels: PixelFormat) -> None:
+        self._source, self._pixels = source, pixels
         self._exif: Exif = exif
 
     def __getitem__(self, ids: np.ndarray) -> list[str]:
         bad = []
         for sample in ids.tolist():
             try:
-                decode(self._source.read(sample), self._exif)
+                decode_as(self._pixels, self._source.read(sample), self._exif)
             except DataError as error:
                 bad.append(f"{self._source.name(sample)} ({error})")
         return bad
@@ -151,17 +158,19 @@ class _Batches(Dataset):
         std: tuple[float, ...],
         *,
         exif: Exif,
+        pixels: PixelFormat,
     ) -> None:
         self.exif: Exif = exif
+        self.pixels = pixels
         self.source, self.image_size, self.crop_fraction = source, image_size, crop_fraction
-        self.scale = torch.tensor([1.0 / (255.0 * value) for value in std])[:, None, None]
+        self.scale = torch.tensor([1.0 / (pixels.white * value) for value in std])[:, None, None]
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])[:, None, None]
 
     def __getitem__(self, ids: np.ndarray) -> EvalBatch | str:
         images, labels = [], []
         for sample in ids.tolist():
             try:
-                pixels = decode(self.source.read(sample), self.exif)
+                pixels = decode_as(self.pixels, self.source.read(sample), self.exif)
             except DataError as error:
                 return f"sample {self.source.name(sample)}: {error}"
             images.append(center_crop(pixels, self.image_size, self.crop_fraction))

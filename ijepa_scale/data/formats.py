@@ -21,6 +21,7 @@ _SUFFIXES = {  # Pillow's format -> file suffixes, without the dot
     "JPEG2000": "jp2 j2k j2c jpx",
     "AVIF": "avif",
 }
+_DATA_IMAGES = frozenset(("npy", "dcm", "dicom"))  # often something else that lies next to images
 _OTHER_IMAGES = frozenset(
     "ai arw bpg cin cr2 cr3 cur dcm dcx dds dib dicom djvu dng dpx eps exr flif fit fits hdr heic heics heif heifs "
     "icns ico jbig jls jng jpf jxl jxr mng mpo nef nrw orf pcd pcx pef psb psd qoi raf ras raw rgb rw2 sgi srw svg "
@@ -55,6 +56,14 @@ def is_image(name: str) -> bool:
     """Returns whether a file of this name is read as an image."""
     _, dot, suffix = name.rpartition(".")
     return suffix.lower() in image_suffixes() and dot != ""
+
+
+def is_data_image(name: str) -> bool:
+    """Returns whether a file of this name is an image where no file next to it is one for sure: NPY and DICOM.
+
+    A folder of photographs may hold features.npy, and a sample of a shard the embedding of its image.
+    """
+    return name.rpartition(".")[2].lower() in _DATA_IMAGES
 
 
 def is_other_image(name: str) -> bool:
@@ -97,4 +106,7 @@ def _undecodable() -> set[str]:
     return {name for name, feature in needed.items() if not features.check(feature)}
 
 
-__all__ = ["formats", "image_suffixes", "is_archive", "is_image", "is_other_image", "junk", "junk_in", "suffix_of"]
+__all__ = [
+    "formats", "image_suffixes", "is_archive", "is_data_image", "is_image", "is_other_image", "junk", "junk_in",
+    "suffix_of",
+]  # fmt: skip

@@ -28,6 +28,7 @@ from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+_TYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 _SEEN_BEFORE_STOP = 1000  # samples seen before the bad fraction is first checked
 _WHOLE_BATCH = 8  # images: a batch of at least this many, all of them bad, ends the run at once
 
@@ -76,9 +77,12 @@ class TrainLoader:
         self._max_bad_fraction = max_bad_fraction
         self._images_per_step = order.part_size(world)
         self._rank = rank
-        crops = Crops(augment, image_size, seed, rules or PixelRules())
+        rules = rules or PixelRules()
+        self._pixels = rules.pixels
+        crops = Crops(augment, image_size, seed, rules)
         self._make_parts = _parts_of(source, order, crops, rank=rank, world=world)
-        self._slot_bytes = 3 * largest_crop(image_size, augment.crop_ratio) * self._images_per_step
+        values = self._pixels.channels * largest_crop(image_size, augment.crop_ratio) * self._images_per_step
+        self._slot_bytes = values * self._pixels.value_bytes
         self._steps = range(start_step, max(start_step, stop_step))
         self._workers, self._prefetch = workers, prefetch
         # one buffer in use by the caller, two being copied to the device, the others filled by workers
@@ -104,7 +108,7 @@ class TrainLoader:
         feed = DeviceFeed(slots, self._device)
         parts = self._make_parts()
         batches = ordered_loader(
-            _SlotParts(parts, slots),
+            _SlotParts(parts, slots, self._pixels.dtype),
             ((step, feed.take()) for step in self._steps),
             workers=self._workers,
             prefetch=self._prefetch,
@@ -113,6 +117,7 @@ class TrainLoader:
 
     def _checked(self, items: Iterable[Item], slots: Slots, parts: Parts) -> Iterator[tuple[Item, Batch]]:
         """Yields items with their batches; raises the error that a worker reported."""
+        channels = self._pixels.channels
         for item in items:
             if item.error is not None:
                 raise DataError(item.error)
@@ -121,13 +126,16 @@ class TrainLoader:
             self._count(item)
             assert item.sizes is not None and item.sample_ids is not None and item.labels is not None
             batch = Batch(
-                pixels=slots.tensor(item.slot, 3 * int((item.sizes[:, 0] * item.sizes[:, 1]).sum())),
+                pixels=slots.tensor(
+                    item.slot, channels * int((item.sizes[:, 0] * item.sizes[:, 1]).sum()), _TYPES[self._pixels.dtype]
+                ),
                 sizes=item.sizes,
                 sample_ids=item.sample_ids,
                 labels=torch.from_numpy(item.labels),
                 step=item.step,
                 epoch=parts.epoch(item.step),
                 position=self._rank * len(item.sample_ids),
+                channels=channels,
             )
             yield item, batch
 
@@ -181,13 +189,13 @@ def _parts_of(
 class _SlotParts(Dataset):
     """Maps (step, slot) to this process's part of global batch `step`, with its pixels in buffer `slot`."""
 
-    def __init__(self, parts: Parts, slots: Slots) -> None:
-        self._parts, self._slots = parts, slots
+    def __init__(self, parts: Parts, slots: Slots, dtype: str) -> None:
+        self._parts, self._slots, self._dtype = parts, slots, dtype
 
     def __getitem__(self, step_and_slot: tuple[int, int]) -> Item:
         step, slot = step_and_slot
         try:
-            return self._parts.fill(step, slot, self._slots.array(slot))
+            return self._parts.fill(step, slot, self._slots.array(slot).view(self._dtype))
         except DataError as error:  # reported to the main process as one line, not as a worker's traceback
             return Item(slot, error=str(error))
 

@@ -14,7 +14,8 @@ from torch.utils.data import get_worker_info
 
 from ijepa_scale import rng
 from ijepa_scale.config.form import Interpolation
-from ijepa_scale.data.decode import CROP_DRAWS, PixelRules, decode_crop
+from ijepa_scale.data.decode import CROP_DRAWS, PixelRules, choose_box, decode_crop
+from ijepa_scale.data.deep_decode import crop_deep, decode_deep
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSample, StreamSource
@@ -64,7 +65,7 @@ class Parts(Protocol):
         """Returns the epoch of a step."""
 
     def fill(self, step: int, slot: int, pixels: np.ndarray) -> Item:
-        """Writes the crops of one batch into `pixels` (bytes,) uint8, without gaps; returns what it wrote."""
+        """Writes the crops of one batch into `pixels` (values,), without gaps; returns what it wrote."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +82,25 @@ class Crops:
         return rng.uniform(self.seed, "crop", epoch, ids, CROP_DRAWS)
 
     def cut(self, data: bytes | np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Returns the crop that `draws` (CROP_DRAWS,) choose, (h, w, 3) uint8.
+        """Returns the crop that `draws` (CROP_DRAWS,) choose, (h, w, C) in the format of the rules.
 
         Raises:
             SampleError: the image can't be decoded.
         """
+        augment, rules = self.augment, self.rules
+        if not rules.pixels.is_rgb8:
+            pixels = decode_deep(data, rules.pixels, rules.exif)
+            height, width = pixels.shape[:2]
+            box = choose_box(height, width, draws.tolist(), augment.crop_scale, augment.crop_ratio)
+            return crop_deep(pixels, box, self.image_size, augment.interpolation)
         return decode_crop(
             data,
             draws.tolist(),
             self.image_size,
-            scale=self.augment.crop_scale,
-            ratio=self.augment.crop_ratio,
-            interpolation=self.augment.interpolation,
-            rules=self.rules,
+            scale=augment.crop_scale,
+            ratio=augment.crop_ratio,
+            interpolation=augment.interpolation,
+            rules=rules,
         )
 
 
@@ -138,16 +145,17 @@ class IndexedParts:
 
     def _replacement(self, epoch: int, bad_id: int) -> tuple[int, np.ndarray]:
         """Returns (sample id, crop) of the first decodable one among the replacements drawn for a bad sample."""
+        reason = ""
         draws = rng.uniform(self.crops.seed, "replace", epoch, np.array([bad_id]), _REPLACEMENTS)[0]
         for sample in (draws * self.source.num_samples).astype(np.int64):
             drawn = self.crops.draws(epoch, sample[None])[0]
             try:
                 return int(sample), self.crops.cut(self.source.read(int(sample)), drawn)
-            except SampleError:
-                continue  # counted as bad when the order reaches it
+            except SampleError as error:
+                reason = str(error)  # counted as bad when the order reaches it
         raise DataError(
             f"sample {self.source.name(bad_id)} and {_REPLACEMENTS} replacements drawn for it couldn't be decoded; "
-            "check that the data holds images"
+            f"check that the data holds images (the last one: {reason})"
         )
 
 

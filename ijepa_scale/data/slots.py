@@ -44,11 +44,11 @@ class Slots:
         """Returns a view of buffer `slot`, (size,) uint8."""
         return np.frombuffer(self._memory, np.uint8, self.size, slot * self.size)
 
-    def tensor(self, slot: int, count: int) -> torch.Tensor:
-        """Returns a view of the first `count` bytes of buffer `slot`, (count,) uint8."""
+    def tensor(self, slot: int, count: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        """Returns a view of the first `count` numbers of buffer `slot`, (count,) of this type."""
         if not count:
-            return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(self._memory, dtype=torch.uint8, count=count, offset=slot * self.size)
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=slot * self.size)
 
     def pin(self) -> None:
         """Locks the pages in memory and registers them with CUDA, so that copies to the device are asynchronous.

@@ -83,7 +83,7 @@ class CopiedPatchProjection(PatchProjection):
     bias_copy: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns tokens (..., D) of patches (..., 3 * P * P)."""
+        """Returns tokens (..., D) of patches (..., C * P * P)."""
         weight, copy = self.weight.flatten(1), self.weight_copy.flatten(1)
         if input.is_cuda:
             input, copy = aligned(input, copy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_scale.config.form import Exif
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
@@ -23,7 +25,7 @@ from ijepa_scale.evaluate.class_lists import require_labels
 from ijepa_scale.evaluate.features import check_images, local_ids
 from ijepa_scale.metrics.confusion import Confusion
 
-Classify = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> logits (B, C)
+Classify = Callable[[Tensor], Tensor]  # images (B, C, h, w) -> logits (B, C)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +62,13 @@ class ClassifierCheck:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         exif: Exif = "ignore",
+        pixels: PixelFormat = RGB8,
         workers: int = 0,
     ) -> None:
         self._source, self._image_size, self._world = source, image_size, world
-        self._exif, self._workers = exif, workers
-        self._options = {"batch_size": batch_size, "crop_fraction": crop_fraction, "workers": workers, "exif": exif}
-        self._normalisation = {"mean": mean, "std": std}
+        self._reading: dict[str, Any] = {"exif": exif, "pixels": pixels, "workers": workers}
+        self._options = {"batch_size": batch_size, "crop_fraction": crop_fraction, **self._reading}
+        self._normalisation: dict[str, Any] = {"mean": mean, "std": std}
         self.labels = check_labels(source, num_classes, "evaluate.data")
 
     def try_images(self) -> None:
@@ -75,14 +78,14 @@ class ClassifierCheck:
             DataError: some can't be used.
         """
         ids = np.arange(self._source.num_samples)
-        check_images(self._source, ids, "evaluate.data", world=self._world, exif=self._exif, workers=self._workers)
+        check_images(self._source, ids, "evaluate.data", world=self._world, **self._reading)
 
     def run(self, classify: Classify) -> Accuracy:
         """Returns the accuracy of `classify`. Synchronises and communicates, so all processes must call it."""
         world, total = self._world, self._source.num_samples
         ids = local_ids(np.arange(total), world.rank, world.size)
         options = {**self._options, "pin_memory": world.device.type == "cuda"}
-        reader = EvalReader(self._source, self._image_size, ids=ids, **options, **self._normalisation)  # type: ignore[arg-type]
+        reader = EvalReader(self._source, self._image_size, ids=ids, **options, **self._normalisation)
         parts = []
         for batch in reader:
             logits = classify(batch.images.to(world.device, non_blocking=True)).float()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.config.form import Exif
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.engine.world import World
 from ijepa_scale.evaluate.features import Forward
@@ -18,9 +19,10 @@ class ImageSettings:
     """How the encoder's images are read, sized and normalised."""
 
     size: tuple[int, int]  # height and width, pixels
-    mean: tuple[float, ...]  # of RGB values in [0, 1]
+    mean: tuple[float, ...]  # of each channel, in units of the format's white
     std: tuple[float, ...]
     exif: Exif = "ignore"
+    pixels: PixelFormat = RGB8
     members: Members | None = None  # of shards
 
 
@@ -50,12 +52,13 @@ def build_evaluator(config: PretrainConfig, world: World) -> Evaluator:
         ConfigError: the name is unknown.
         DataError: images or labels can't be used.
     """
-    data = config.data
+    data, (mean, std) = config.data, config.augment.normalisation
     images = ImageSettings(
         size=config.model.image_size,
-        mean=config.augment.mean,
-        std=config.augment.std,
+        mean=mean,
+        std=std,
         exif=data.exif,
+        pixels=PixelFormat(config.model.channels, data.pixels),
         members=Members(data.image_member, data.label_member),
     )
     return EVALUATORS.get(config.evaluate.evaluator)(config.evaluate, images, world)

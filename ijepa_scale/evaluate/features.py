@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ijepa_scale.config.form import Exif
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.eval_reader import EvalBatch, bad_images
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
@@ -17,7 +18,7 @@ from ijepa_scale.errors import DataError
 
 _NAMED = 5  # bad images in an error
 
-Forward = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> tokens (B, N, D)
+Forward = Callable[[Tensor], Tensor]  # images (B, C, h, w) -> tokens (B, N, D)
 Gather = Callable[[Tensor], Tensor]  # (...) -> (processes, ...); all processes pass equal shapes
 
 
@@ -32,7 +33,14 @@ def local_ids(ids: np.ndarray, rank: int, world: int) -> np.ndarray:
 
 
 def check_images(
-    source: SampleSource, ids: np.ndarray, name: str, *, world: World, exif: Exif = "ignore", workers: int = 0
+    source: SampleSource,
+    ids: np.ndarray,
+    name: str,
+    *,
+    world: World,
+    exif: Exif = "ignore",
+    pixels: PixelFormat = RGB8,
+    workers: int = 0,
 ) -> None:
     """Decodes the images of an evaluation set once, so that a bad one is found before anything is trained.
 
@@ -42,7 +50,7 @@ def check_images(
         DataError: images can't be read or decoded; a result over the others couldn't be compared with any other.
     """
     part = local_ids(ids, world.rank, world.size)
-    found = world.gather_objects(bad_images(source, part, exif=exif, workers=workers))
+    found = world.gather_objects(bad_images(source, part, exif=exif, pixels=pixels, workers=workers))
     bad = list(dict.fromkeys(text for texts in found for text in cast(list[str], texts)))  # the last id is padding
     if bad:
         shown = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")

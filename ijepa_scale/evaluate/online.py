@@ -36,7 +36,7 @@ class OnlineKnn:
         self._train = _Split("evaluate.train", train, config.max_train)
         self._test = _Split("evaluate.test", test, config.max_test)
         for split in (self._train, self._test):
-            check_images(split.source, split.ids, split.name, world=world, exif=images.exif)
+            check_images(split.source, split.ids, split.name, world=world, exif=images.exif, pixels=images.pixels)
         self._num_classes = int(max(self._train.labels.max(), self._test.labels.max())) + 1
 
     def run(self, forward: Forward) -> dict[str, float]:
@@ -65,6 +65,7 @@ class OnlineKnn:
             mean=self._images.mean,
             std=self._images.std,
             exif=self._images.exif,
+            pixels=self._images.pixels,
             pin_memory=self._world.device.type == "cuda",
         )
         return gather_features(

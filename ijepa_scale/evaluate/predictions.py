@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ijepa_scale.augment.eval_transform import EvalTransform
 from ijepa_scale.checkpoint.store import Checkpoint, newest
+from ijepa_scale.config.data import DataConfig
 from ijepa_scale.config.earlier import stored
 from ijepa_scale.config.finetune_run import FinetuneConfig
-from ijepa_scale.data.decode import decode
+from ijepa_scale.config.pixels import RGB8, PixelFormat
+from ijepa_scale.data.deep_decode import decode_as
 from ijepa_scale.data.sources.listing import images_below
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.errors import CheckpointError, ConfigError, DataError, SampleError
@@ -48,13 +50,15 @@ class ImageClassifier:
             )
         used = ("model", "augment", "evaluate")
         found = stored(checkpoint.extra["config"], FinetuneConfig, sections=used)
-        config = FinetuneConfig(**{name: found[name] for name in used})
+        pixels = found.get("data", {}).get("pixels", RGB8.dtype)  # the reader that data names need not be there
+        config = FinetuneConfig(**{name: found[name] for name in used}, data=DataConfig(batch_size=1, pixels=pixels))
         self._config = config.model
         self.classes = checkpoint.extra["classes"] or [str(number) for number in range(self._config.num_classes)]
         self._device = _usable(device)
-        size, augment = config.model.encoder.image_size, config.augment
+        size, (mean, std) = config.model.encoder.image_size, config.augment.normalisation
+        self._pixels = PixelFormat(config.model.encoder.channels, config.data.pixels)
         self._transform = EvalTransform(
-            size, config.evaluate.crop_of(size), mean=augment.mean, std=augment.std, device=self._device
+            size, config.evaluate.crop_of(size), mean=mean, std=std, pixels=self._pixels, device=self._device
         )
         prefix = "target." if "target.head.weight" in checkpoint.tensors else "model."  # averaged weights, if any
         self.module: Classifier = build_classifier(self._config)
@@ -66,7 +70,7 @@ class ImageClassifier:
         self.module.eval().to(self._device)
 
     def load(self, path: str | Path) -> Tensor:
-        """Returns an image, (3, h, w) float32, resized, centre-cropped and normalised as in evaluation.
+        """Returns an image, (C, h, w) float32, resized, centre-cropped and normalised as in evaluation.
 
         Unlike training by default, turns it as its EXIF orientation says, since a photograph is given as it is seen.
 
@@ -74,14 +78,14 @@ class ImageClassifier:
             DataError: it can't be read or decoded.
         """
         try:
-            pixels = decode(read_image_file(path), exif="apply")
+            pixels = decode_as(self._pixels, read_image_file(path), exif="apply")
         except SampleError as error:
             raise DataError(f"image {path}: {error}") from None
         return self._transform([pixels])[0]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, top: int = 5) -> list[list[Guess]]:
-        """Returns the `top` likeliest classes of each image (B, 3, h, w), the likeliest first. Synchronises."""
+        """Returns the `top` likeliest classes of each image (B, C, h, w), the likeliest first. Synchronises."""
         shares, order = self.module(images.to(self._device)).softmax(dim=-1).topk(min(top, len(self.classes)))
         return [
             [Guess(self.classes[number], share) for share, number in zip(row, numbers, strict=True)]

@@ -52,7 +52,7 @@ class PatchProjection(nn.Conv2d):
     """A convolution whose kernel equals its stride, applied to extracted patches as one matrix product."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns tokens (..., D) of patches (..., 3 * P * P), each in the order (channel, row, column)."""
+        """Returns tokens (..., D) of patches (..., C * P * P), each in the order (channel, row, column)."""
         weight = self.weight.flatten(1)
         if input.is_cuda:
             input, weight = aligned(input, weight)
@@ -85,18 +85,18 @@ def aligned(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 class PatchEmbed(nn.Module):
     """Embeds all patches, or some of them, as one token each."""
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, patch_size: int, width: int, channels: int = 3) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchProjection(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """Returns the tokens (B, N, D), row-major, of images (B, 3, H, W).
+        """Returns the tokens (B, N, D), row-major, of images (B, C, H, W).
 
         With `index` (C,) into the flattened B * N patches, returns only these, (C, D).
         """
         size = self.patch_size
-        patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, P, columns, P)
+        patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, P, columns, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return self.proj(patches if index is None else patches.flatten(0, 1).index_select(0, index))
 

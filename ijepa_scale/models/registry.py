@@ -32,6 +32,7 @@ def build_encoder(
     *,
     image_size: int | tuple[int, int] = 224,
     patch_size: int = 16,
+    channels: int = 3,
     rescale_residual: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -39,9 +40,9 @@ def build_encoder(
 ) -> VisionTransformer:
     """Returns the named encoder (vit_tiny, small, base, large, huge, giant) with weights drawn from `seed`.
 
-    `image_size` and `patch_size` are in pixels; `width`, `depth`, `heads` and `mlp_ratio` override those of the named
-    architecture. With `position_grid`, positions are interpolated from that grid. Weights are drawn on the CPU, so
-    `device` doesn't change them; on "meta" none are drawn.
+    `image_size` and `patch_size` are in pixels, `channels` are those of an image; `width`, `depth`, `heads` and
+    `mlp_ratio` override those of the named architecture. With `position_grid`, positions are interpolated from that
+    grid. Weights are drawn on the CPU, so `device` doesn't change them; on "meta" none are drawn.
 
     Raises:
         ConfigError: a name or size is unknown, or sizes don't divide; one message lists all problems.
@@ -51,6 +52,7 @@ def build_encoder(
         name=name,
         image_size=_sides(image_size),
         patch_size=patch_size,
+        channels=channels,
         rescale_residual=rescale_residual,
         **_renamed("build_encoder", sizes, known),
     )
@@ -119,6 +121,7 @@ def _encoder(model: ModelConfig, seed: int, device: torch.device | str | None) -
             depth=sizes.depth,
             heads=sizes.heads,
             mlp_width=sizes.mlp_width,
+            channels=sizes.channels,
         )
     return _materialise(encoder, rng.generator(seed, "init.encoder"), model.rescale_residual, device)
 

@@ -36,13 +36,15 @@ class VisionTransformer(nn.Module):
         heads: int,
         mlp_width: int,
         position_grid: tuple[int, int] | None = None,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         self.grid = grid
         self.position_grid = position_grid
         self.patch_size = patch_size
         self.width = width
-        self.patch_embed = PatchEmbed(patch_size, width)
+        self.channels = channels
+        self.patch_embed = PatchEmbed(patch_size, width, channels)
         self.register_buffer("pos_embed", positions(width, grid, position_grid)[None])
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width) for _ in range(depth))
         self.norm: nn.Module = LayerNorm(width)
@@ -58,10 +60,10 @@ class VisionTransformer(nn.Module):
         last: int | None = None,
         drop: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Returns the tokens of images (B, 3, H, W) after the final norm, fp32: by default all, (B, N, D).
+        """Returns the tokens of images (B, channels, H, W) after the final norm, fp32: by default all, (B, N, D).
 
         Args:
-            images: (B, 3, H, W).
+            images: (B, channels, H, W).
             keep: patch indices (B, K) int64: encodes only these, returns (B, K, D). Or (E, B, K), E context blocks
                 per image: returns (E * B, K, D), where the image varies fastest.
             index: (C,) int64 into the flattened B * N patches, with their `layout`: encodes packed sequences,
@@ -74,7 +76,8 @@ class VisionTransformer(nn.Module):
             drop: (B, depth, 2), only with `last`: drop path's factors, see `Block`.
 
         Raises:
-            ValueError: the images don't fit the grid, arguments can't be combined, or `last` is outside 1 ... depth.
+            ValueError: the images don't fit the grid or the channels, arguments can't be combined, or `last` is outside
+                1 ... depth.
         """
         ways = sum(way is not None for way in (keep, index, wanted, last))
         self._check(images, ways, index, layout)
@@ -178,9 +181,10 @@ class VisionTransformer(nn.Module):
                 "the encoder was given more than one of keep, index, wanted and last, or only one of index and layout; "
                 "give keep, or index with its layout, or wanted, or last, or none of them"
             )
-        expected = tuple(side * self.patch_size for side in self.grid)
-        if images.dim() != 4 or tuple(images.shape[2:]) != expected:
+        expected = (self.channels, *(side * self.patch_size for side in self.grid))
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
-                f"images are {tuple(images.shape)}; this encoder takes (B, 3, {expected[0]}, {expected[1]}): "
-                "build it with that image_size, or call set_image_size to resample the position embedding"
+                f"images are {tuple(images.shape)}; this encoder takes (B, {', '.join(map(str, expected))}): "
+                "build it with that image_size and those channels, or call set_image_size to resample the position "
+                "embedding"
             )

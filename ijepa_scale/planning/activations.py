@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ijepa_scale.config.architectures import IMAGE_CHANNELS, Architecture, resolve
+from ijepa_scale.config.architectures import Architecture, resolve
 from ijepa_scale.config.schema import ModelConfig
 from ijepa_scale.planning.memory import FP32_BYTES
 from ijepa_scale.planning.tokens import Tokens
@@ -90,7 +90,7 @@ def activations(
     block = block_bytes(tokens.context, *wide, heads=sizes.heads, e=e, by_runs=by_runs)
     inner = block_bytes(tokens.predictor, *narrow, heads=sizes.heads, e=e, by_runs=by_runs)
     last = _last_block(tokens, *narrow, heads=sizes.heads, e=e, by_runs=by_runs)
-    embedded = e * tokens.context * IMAGE_CHANNELS * sizes.patch_size**2
+    embedded = e * tokens.context * sizes.channels * sizes.patch_size**2
     # the final norm, and the input of the product after it
     encoder_tail = tokens.context * (_NORM_STATISTICS + (FP32_BYTES + e) * sizes.width)
     predictor_tail = last.kept(checkpointing) + tokens.predicted * (_NORM_STATISTICS + (FP32_BYTES + e) * narrow[0])
@@ -98,7 +98,7 @@ def activations(
     halves = e == BF16_BYTES
     inside, outside = _linear_weights(sizes)
     copied = BF16_BYTES if halves and casts else 0
-    pixels = IMAGE_CHANNELS * sizes.num_patches * sizes.patch_size**2
+    pixels = sizes.channels * sizes.num_patches * sizes.patch_size**2
     return Activations(
         inputs=FP32_BYTES * tokens.images * (pixels + tokens.wanted * sizes.width),
         encoder=embedded + sizes.depth * block.kept(checkpointing) + encoder_tail,
@@ -184,7 +184,7 @@ def _forward_work(n: float, width: int, mlp_width: int, *, e: int, checkpointing
 def _target_work(tokens: Tokens, sizes: Architecture, e: int) -> float:
     """Returns the most bytes that the target's forward uses at once: in its embedding or at a block's GELU."""
     n = tokens.images * tokens.patches
-    embedding = n * (FP32_BYTES + (e if e == BF16_BYTES else 0)) * IMAGE_CHANNELS * sizes.patch_size**2
+    embedding = n * (FP32_BYTES + (e if e == BF16_BYTES else 0)) * sizes.channels * sizes.patch_size**2
     embedding += n * (e + FP32_BYTES) * sizes.width
     block = n * FP32_BYTES * sizes.width  # the residual stream at the block's input
     block += _forward_work(n, sizes.width, sizes.mlp_width, e=e, checkpointing="full")

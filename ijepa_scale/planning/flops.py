@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ijepa_scale.config.architectures import IMAGE_CHANNELS, Architecture, resolve
+from ijepa_scale.config.architectures import Architecture, resolve
 from ijepa_scale.config.schema import ModelConfig
 from ijepa_scale.masks.types import DenseMasks, Masks
 
@@ -116,7 +116,7 @@ def _count(
 
 def _patches(sizes: Architecture) -> float:
     """Returns the forward FLOPs of the patch convolution on one image."""
-    return 2 * sizes.num_patches * sizes.width * IMAGE_CHANNELS * sizes.patch_size**2
+    return 2 * sizes.num_patches * sizes.width * sizes.channels * sizes.patch_size**2
 
 
 def _blocks(lengths: Iterable[int], width: int, mlp_width: int, depth: int) -> float:

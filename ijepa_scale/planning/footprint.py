@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from ijepa_scale.config.architectures import IMAGE_CHANNELS, resolve
+from ijepa_scale.config.architectures import resolve
 from ijepa_scale.config.schema import MaskConfig, ModelConfig
 from ijepa_scale.planning.activations import BF16_BYTES, Activations, activations
 from ijepa_scale.planning.communication import Buffers, buffers
@@ -170,7 +170,7 @@ def largest_micro_batch(
 def _image_bytes(model: ModelConfig, tokens: Tokens) -> float:
     """Returns the bytes of a micro-batch's images in fp32."""
     sizes = resolve(model)
-    return FP32_BYTES * tokens.images * IMAGE_CHANNELS * sizes.num_patches * sizes.patch_size**2
+    return FP32_BYTES * tokens.images * sizes.channels * sizes.num_patches * sizes.patch_size**2
 
 
 def _moments(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ijepa_scale.config.architectures import IMAGE_CHANNELS, resolve
+from ijepa_scale.config.architectures import resolve
 from ijepa_scale.config.schema import ModelConfig
 
 
@@ -46,7 +46,7 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     """
     sizes = resolve(model)
     width, narrow = sizes.width, sizes.predictor_width
-    patch = IMAGE_CHANNELS * sizes.patch_size**2 * width + width
+    patch = sizes.channels * sizes.patch_size**2 * width + width
     encoder = patch + sizes.depth * block_parameters(width, sizes.mlp_width) + 2 * width
     embed, mask_token, project = width * narrow + narrow, narrow, narrow * width + width
     blocks = sizes.predictor_depth * block_parameters(narrow, sizes.predictor_mlp_width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ijepa_scale.config.architectures import IMAGE_CHANNELS, Architecture, resolve
+from ijepa_scale.config.architectures import Architecture, resolve
 from ijepa_scale.config.schema import MaskConfig, ModelConfig
 from ijepa_scale.planning.devices import Device
 from ijepa_scale.planning.flops import FlopCount
@@ -84,7 +84,7 @@ def _work(
     width, mlp, narrow, narrow_mlp = sizes.width, sizes.mlp_width, sizes.predictor_width, sizes.predictor_mlp_width
     wide, small = (_products(reach, each, end) for each in (width, narrow))
     everything = tokens.images * tokens.patches
-    patch = 2 * IMAGE_CHANNELS * sizes.patch_size**2 * width
+    patch = 2 * sizes.channels * sizes.patch_size**2 * width
     wanted = tokens.images * tokens.wanted
     target = _linears(everything, width, mlp) * (sizes.depth - 1) + _last_linears(everything, wanted, width, mlp)
     context = 3 * _linears(tokens.context, width, mlp) * sizes.depth

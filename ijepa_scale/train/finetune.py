@@ -43,7 +43,7 @@ from ijepa_scale.schedules import FinetuneSchedule
 from ijepa_scale.train.finetune_step import FinetuneStep
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.preflight import Preflight
-from ijepa_scale.train.setup import global_batch, open_training_source
+from ijepa_scale.train.setup import global_batch, normalised, open_training_source, pixels_of
 from ijepa_scale.train.task import Evaluation, Result, Task
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class FinetuneTask(Task):
         check_pairs(self.batch_size // (world.size * config.engine.accumulation), config.augment)
         self.source = source = open_training_source(config, log=world.is_main)
         assert not isinstance(source, StreamSource), "FinetuneConfig refuses streams"
+        self.config = config = normalised(config, source)
         labels = check_labels(source, model.num_classes, "data.train")
         self.order = SampleOrder(source.shard_sizes, self.batch_size, config.seed, data.window_shards)
         self.schedule: FinetuneSchedule = build_finetune_schedule(config, self.batch_size, self.order.steps_per_epoch)
@@ -113,6 +114,7 @@ class FinetuneTask(Task):
             model.encoder.image_size,
             num_classes=model.num_classes,
             seed=config.seed,
+            pixels=pixels_of(config),
             device=world.device,
         )
         module = build_classifier(model, seed=config.seed)
@@ -158,7 +160,7 @@ class FinetuneTask(Task):
         config, model = self.config.evaluate, self.config.model
         if config.data is None:
             return None
-        data = self.config.data
+        data, (mean, std) = self.config.data, self.config.augment.normalisation
         source = build_source(config.reader, config.data, members=Members(data.image_member, data.label_member))
         check_problems(source.problems(), source.num_samples, 0.0)  # accuracy over fewer images would not be comparable
         assert not isinstance(self.source, StreamSource)
@@ -170,9 +172,10 @@ class FinetuneTask(Task):
             world=self.world,
             batch_size=config.batch_size,
             crop_fraction=config.crop_of(model.encoder.image_size),
-            mean=self.config.augment.mean,
-            std=self.config.augment.std,
+            mean=mean,
+            std=std,
             exif=data.exif,
+            pixels=pixels_of(self.config),
             workers=config.workers,
         )
 

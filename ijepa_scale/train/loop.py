@@ -27,7 +27,7 @@ from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
 from ijepa_scale.provenance import provenance
 from ijepa_scale.train.initial import STARTING, with_init
 from ijepa_scale.train.run_folder import held
-from ijepa_scale.train.setup import check_host_memory
+from ijepa_scale.train.setup import check_host_memory, pixels_of
 from ijepa_scale.train.task import Result, Task
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ class Loop:
             before["identity"].setdefault("optimizer.name", "adamw")  # the only one in version 0.1.0
         if "labels" in ours:
             before["identity"].setdefault("labels", ours["labels"])  # not stored by version 0.1.0
+        before["identity"].setdefault("data.pixels", "uint8")  # not stored where there was no other type
         if "data.decode_scaling" not in before["identity"]:
             before["identity"] |= {name: ours[name] for name in ("data.exif", "data.decode_scaling")}
             logger.warning(
@@ -220,8 +221,9 @@ class Loop:
     def _look_at(self, batch: Batch) -> None:
         """Warns of images and labels that can hardly be meant."""
         config = self.task.config
+        mean, std = config.augment.normalisation
         for line in sanity_warnings(
-            self.task.source, batch, mean=config.augment.mean, std=config.augment.std, exif=config.data.exif
+            self.task.source, batch, mean=mean, std=std, exif=config.data.exif, pixels=pixels_of(config)
         ):
             logger.warning("%s", line)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor
 
+from ijepa_scale.config.data import CropConfig
+from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.metrics.plots import draw_masks, mask_grids
+from ijepa_scale.train.setup import pixels_of
 
 if TYPE_CHECKING:
     from ijepa_scale.train.pretrain import PretrainTask
@@ -16,12 +19,24 @@ if TYPE_CHECKING:
 _NUM_IMAGES = 6
 
 
+def viewable(images: Tensor, augment: CropConfig, pixels: PixelFormat) -> Tensor:
+    """Returns normalised images (B, C, h, w) as RGB in [0, 1].
+
+    Of other formats than 8-bit RGB it takes the first three channels, or the only one as grey, and shows two standard
+    deviations around the mean: 16-bit images are often dark, and floats have no white.
+    """
+    if pixels.is_rgb8:
+        mean, std = (images.new_tensor(values)[:, None, None] for values in augment.normalisation)
+        return (images.float() * std + mean).clamp(0, 1)
+    shown = images[:, :3] if pixels.channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    return (shown.float() / 4 + 0.5).clamp(0, 1)
+
+
 def draw_first_batch(task: PretrainTask, batch: Batch, path: Path) -> None:
     """Draws a few augmented images with their context and target blocks. Synchronises. Called once per run."""
     micro = next(batch.split(task.config.engine.accumulation))
     count = min(_NUM_IMAGES, len(micro))
-    mean, std = (torch.tensor(v)[:, None, None] for v in (task.config.augment.mean, task.config.augment.std))
-    images = task.augment(micro)[:count].cpu() * std + mean
+    images = viewable(task.augment(micro)[:count].cpu(), task.config.augment, pixels_of(task.config))
     masks = task.masks(micro.step, micro.position, len(micro), task.batch_size)
     context, targets = mask_grids(masks, len(micro), task.config.model.grid)
-    draw_masks(images.clamp(0, 1), context[:count], targets[:count], path)
+    draw_masks(images, context[:count], targets[:count], path)

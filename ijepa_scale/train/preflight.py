@@ -18,6 +18,8 @@ from ijepa_scale.metrics.classifier_plots import draw_labelled
 from ijepa_scale.planning.memory import spread_states
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.schedules import FinetuneSchedule
+from ijepa_scale.train.picture import viewable
+from ijepa_scale.train.setup import pixels_of
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +124,5 @@ class Preflight:
 
     def draw(self, folder: Path, images: Tensor, targets: Tensor, classes: list[str] | None) -> None:
         """Draws a few images as the model gets them, with their labels. Synchronises. Called once per run."""
-        augment = self._config.augment
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (augment.mean, augment.std))
-        shown = (images[:_NUM_IMAGES].float() * std + mean).clamp(0, 1)
+        shown = viewable(images[:_NUM_IMAGES], self._config.augment, pixels_of(self._config))
         draw_labelled(shown.cpu(), targets[:_NUM_IMAGES].cpu(), classes, folder / PICTURE)

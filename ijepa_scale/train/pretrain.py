@@ -31,7 +31,7 @@ from ijepa_scale.planning.flops import train_flops
 from ijepa_scale.schedules import Schedule
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.picture import draw_first_batch
-from ijepa_scale.train.setup import global_batch, open_training_source
+from ijepa_scale.train.setup import global_batch, normalised, open_training_source, pixels_of
 from ijepa_scale.train.step import TrainStep
 from ijepa_scale.train.task import Evaluation, Result, Task
 
@@ -98,6 +98,7 @@ class PretrainTask(Task):
             config.masks, config.model.grid, seed=config.seed
         )  # first, since it may refuse the configuration
         self.source = open_training_source(config, log=world.is_main)
+        self.config = config = normalised(config, self.source)
         self.order = training_order(
             config.data,
             self.source,
@@ -109,7 +110,9 @@ class PretrainTask(Task):
         stop, total = config.schedule.stop_after, self.schedule.total_steps
         self.last_step = total if stop is None else min(stop, total)
         objective = build_objective(config.objective, triton=config.engine.triton)
-        self.augment = Augment(config.augment, config.model.image_size, seed=config.seed, device=world.device)
+        self.augment = Augment(
+            config.augment, config.model.image_size, seed=config.seed, pixels=pixels_of(config), device=world.device
+        )
         module = build_jepa(config.model, config.seed)
         target = build_target(module)
         start = self._start(module, target) if config.model.init is not None and starting else None

@@ -9,12 +9,16 @@ import torch
 
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.config.schema import EncoderConfig
+from ijepa_scale.data.first_images import check_first
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sources.labels import class_warnings
 from ijepa_scale.data.sources.open import training_source
 from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
+from ijepa_scale.data.sources.synthetic import SyntheticSource
+from ijepa_scale.data.statistics import normalisation_of, statistics_path
 from ijepa_scale.engine.parallelize import choose_compile
 from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
@@ -53,6 +57,30 @@ def with_strategy(config: Config, launch: Launch, device: torch.device) -> Confi
 def encoder_of(config: PretrainConfig | FinetuneConfig) -> EncoderConfig:
     """Returns the section of the encoder: the model section in pretraining, a part of it in finetuning."""
     return config.model if isinstance(config, PretrainConfig) else config.model.encoder
+
+
+def pixels_of(config: PretrainConfig | FinetuneConfig) -> PixelFormat:
+    """Returns the format of the images that a run reads."""
+    return PixelFormat(encoder_of(config).channels, config.data.pixels)
+
+
+def normalised(config: Config, source: SampleSource | StreamSource) -> Config:
+    """Returns the configuration with the measured normalisation, if it is left open, and logs where it is from.
+
+    Raises:
+        DataError: nothing was measured of these images; or the first images all have another format.
+    """
+    data, pixels = config.data, pixels_of(config)
+    if not pixels.is_rgb8 and not isinstance(source, StreamSource):
+        check_first(source, pixels, data.exif, "model" if isinstance(config, PretrainConfig) else "model.encoder")
+    if config.augment.mean is not None:
+        return config
+    if isinstance(source, SyntheticSource):
+        mean, std = source.statistics()
+    else:
+        mean, std = normalisation_of(data, pixels=pixels, fingerprint=source.fingerprint)
+        logger.info("augment.mean and augment.std are those measured: %s", statistics_path(data.train))
+    return config.replace(augment=config.augment.replace(mean=mean, std=std))
 
 
 def global_batch(config: PretrainConfig | FinetuneConfig, processes: int) -> int:
@@ -101,7 +129,7 @@ def open_training_source(config: PretrainConfig | FinetuneConfig, *, log: bool) 
         DataError: the data can't be read, or more than `data.max_bad_fraction` of it can't be used.
     """
     height, width = (max(_SYNTHETIC_SIDE, side) for side in encoder_of(config).image_size)
-    source = training_source(config.data, (height, width))
+    source = training_source(config.data, (height, width), encoder_of(config).channels)
     if not isinstance(source, StreamSource):
         check_problems(source.problems(), source.num_samples, config.data.max_bad_fraction, log=log)
         for line in class_warnings(source.classes, "data.train") if log and source.classes else ():

@@ -26,7 +26,7 @@ from ijepa_scale.metrics.row import Row, training_row
 from ijepa_scale.planning.hardware import peak_flops
 from ijepa_scale.schedules import Hyper
 from ijepa_scale.train.initial import STARTING
-from ijepa_scale.train.setup import encoder_of
+from ijepa_scale.train.setup import encoder_of, pixels_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Task:
             self.config.augment,  # for the crops; the rest is done on the device
             encoder_of(self.config).image_size,
             seed=self.config.seed,
-            rules=PixelRules(data.exif, data.decode_scaling),
+            rules=PixelRules(data.exif, data.decode_scaling, pixels_of(self.config)),
             rank=self.world.rank,
             world=self.world.size,
             workers=data.workers,
@@ -115,6 +115,7 @@ class Task:
             "data.window_shards": self.config.data.window_shards,
             "data.exif": self.config.data.exif,
             "data.decode_scaling": self.config.data.decode_scaling,
+            "data.pixels": self.config.data.pixels,
         }
 
     def row(self, means: dict[str, float], done: int) -> Row:

@@ -28,7 +28,7 @@ from ijepa_scale.masks.draw import Lengths
 from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.planning.flops import mask_flops
 from ijepa_scale.train.pretrain import PretrainTask
-from ijepa_scale.train.setup import global_batch
+from ijepa_scale.train.setup import global_batch, pixels_of
 from ijepa_scale.train.step import TrainStep
 from ijepa_scale.tune.children import ProcessInfo
 from ijepa_scale.tune.machine import Machine, PeakMemory, describe
@@ -178,7 +178,7 @@ def _reader(
         config.augment,
         config.model.image_size,
         seed=config.seed,
-        rules=PixelRules(config.data.exif, config.data.decode_scaling),
+        rules=PixelRules(config.data.exif, config.data.decode_scaling, pixels_of(config)),
         rank=rank,
         world=world,
         workers=config.data.workers,
@@ -209,7 +209,7 @@ def measure_loader(job: LoaderJob, process: ProcessInfo) -> dict[str, Any]:
     """
     config, data = job.config, job.config.data
     height, width = (max(256, side) for side in config.model.image_size)  # the size of synthetic images
-    source = training_source(data, (height, width))
+    source = training_source(data, (height, width), config.model.channels)
     if not isinstance(source, StreamSource):
         check_problems(source.problems(), source.num_samples, data.max_bad_fraction, log=False)
     batch_size = global_batch(config, process.size)

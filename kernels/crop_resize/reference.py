@@ -12,38 +12,43 @@ def crop_resize(
     sizes: np.ndarray,
     output: tuple[int, int],
     *,
+    channels: int = 3,
     interpolation: str = "bilinear",
     flip: np.ndarray | None = None,
 ) -> Tensor:
-    """Returns the crops resized to `output`: (B, 3, h, w) uint8 levels; see `ijepa_kernels.crop_resize.crop_resize`.
+    """Returns the crops resized to `output`: (B, C, h, w); see `ijepa_kernels.crop_resize.crop_resize`.
 
-    Computes in float32 whatever autocast says: with bfloat16 weights levels would be off by up to 2.9 of 255. Rounds
-    to uint8 between the passes, as PIL does. Pixels outside a crop have weight 0.
+    Values are levels of uint8 for uint8 pixels, else float32. Computes in float32 whatever autocast says: with bfloat16
+    weights levels would be off by up to 2.9 of 255. Rounds uint8 between the passes, as PIL does. Pixels outside a crop
+    have weight 0.
     """
     height, width = output
     device = pixels.device
     sizes = np.asarray(sizes, dtype=np.int64)
-    canvas = padded(pixels, sizes)
-    batch, channels, canvas_height, canvas_width = canvas.shape
+    canvas = padded(pixels, sizes, channels)
+    batch, _, canvas_height, canvas_width = canvas.shape
     flips = np.zeros(batch, dtype=bool) if flip is None else np.asarray(flip, dtype=bool)
     with torch.autocast(device.type, enabled=False):
         across = filter_matrix(sizes[:, 1], width, canvas_width, interpolation, device, flips)  # (B, w, Wc)
         down = filter_matrix(sizes[:, 0], height, canvas_height, interpolation, device)  # (B, h, Hc)
         rows = canvas.reshape(batch, channels * canvas_height, canvas_width).float()
-        narrow = _round(torch.bmm(rows, across.transpose(1, 2)))  # horizontal pass first
-        narrow = narrow.view(batch, channels, canvas_height, width)
-        return _round(torch.matmul(down[:, None], narrow)).to(torch.uint8)
+        narrow = torch.bmm(rows, across.transpose(1, 2))  # horizontal pass first
+        narrow = (_round(narrow) if pixels.dtype == torch.uint8 else narrow).view(batch, channels, canvas_height, width)
+        found = torch.matmul(down[:, None], narrow)
+        if pixels.dtype == torch.uint8:
+            return _round(found).to(torch.uint8)
+        return found.clamp_(0.0, 65535.0) if pixels.dtype == torch.uint16 else found
 
 
-def padded(pixels: Tensor, sizes: np.ndarray) -> Tensor:
-    """Returns (B, 3, Hc, Wc) uint8: each crop at the top left of the smallest canvas that fits them all."""
+def padded(pixels: Tensor, sizes: np.ndarray, channels: int = 3) -> Tensor:
+    """Returns (B, C, Hc, Wc) of the pixels' type: each crop at the top left of the smallest canvas for them all."""
     canvas_height, canvas_width = sizes.max(axis=0, initial=1).tolist()
-    canvas = torch.zeros(len(sizes), 3, canvas_height, canvas_width, dtype=torch.uint8, device=pixels.device)
+    canvas = torch.zeros(len(sizes), channels, canvas_height, canvas_width, dtype=pixels.dtype, device=pixels.device)
     begin = 0
     for row, (height, width) in enumerate(sizes.tolist()):
-        crop = pixels[begin : begin + 3 * height * width].view(height, width, 3)
+        crop = pixels[begin : begin + channels * height * width].view(height, width, channels)
         canvas[row, :, :height, :width] = crop.permute(2, 0, 1)
-        begin += 3 * height * width
+        begin += channels * height * width
     return canvas
 
 

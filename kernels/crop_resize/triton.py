@@ -178,10 +178,10 @@ def _launch(
     )  # fmt: skip
 
 
-def _crop_table(sizes: np.ndarray, flip: np.ndarray | None, device: torch.device) -> Tensor:
-    """Returns (B, 4) int64 on `device`: first byte, height, width and flip of each crop."""
+def _crop_table(sizes: np.ndarray, flip: np.ndarray | None, device: torch.device, channels: int = 3) -> Tensor:
+    """Returns (B, 4) int64 on `device`: first value, height, width and flip of each crop."""
     table = np.zeros((len(sizes), 4), dtype=np.int64)
-    table[1:, 0] = np.cumsum(3 * sizes[:-1, 0].astype(np.int64) * sizes[:-1, 1])
+    table[1:, 0] = np.cumsum(channels * sizes[:-1, 0].astype(np.int64) * sizes[:-1, 1])
     table[:, 1:3] = sizes
     if flip is not None:
         table[:, 3] = flip

@@ -1,4 +1,4 @@
-"""The command line for shards: make, verify, info, index, classes. Only parses arguments and prints results."""
+"""The command line for shards: make, verify, info, index, classes, stats. Only parses arguments and prints results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +15,15 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ijepa_scale import terminal
-from ijepa_scale.config.form import member_suffix
+from ijepa_scale.config.data import DataConfig
+from ijepa_scale.config.form import PixelType, member_suffix
+from ijepa_scale.config.pixels import MAX_CHANNELS, RGB8, PixelFormat
 from ijepa_scale.data.shards.byte_sizes import format_bytes, parse_bytes
 from ijepa_scale.data.shards.describe import describe_shards
 from ijepa_scale.data.shards.image_files import CsvImages, FolderImages
 from ijepa_scale.data.shards.known import DATASETS, TorchvisionImages
 from ijepa_scale.data.shards.make import JPEG_QUALITY, MAX_BAD_FRACTION, MakePlan, make_shards
+from ijepa_scale.data.shards.measure import measure
 from ijepa_scale.data.shards.parquet import Columns, ParquetImages
 from ijepa_scale.data.shards.tars import TarImages
 from ijepa_scale.data.shards.verify import verify_shards
@@ -29,13 +33,18 @@ from ijepa_scale.data.sources.class_list import CLASSES, names_in
 from ijepa_scale.data.sources.file_list import ListSource
 from ijepa_scale.data.sources.labels import NO_LABEL, class_warnings
 from ijepa_scale.data.sources.listing import root_of
+from ijepa_scale.data.sources.open import reader_of, training_source
 from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.data.sources.tar_index import ShardIndex, expand, index_tar
+from ijepa_scale.data.statistics import STATISTICS, statistics_path, write_statistics
 from ijepa_scale.errors import DataError
 from ijepa_scale.escapes import one_line
+from ijepa_scale.registry import SOURCES
 
 READERS = ("imagefolder", "list", "csv", "tar", "zip", "parquet")
+_NOT_MEASURED = ("stream", "synthetic")
 _MOST_WORKERS = 16  # the default uses no more, even on machines with more cores
 _LINE_EVERY_S = 10.0
 
@@ -77,20 +86,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resize-shorter", type=int, metavar="PIXELS", help="resize images whose shorter side is larger (bicubic, "
         f"antialiased; JPEG of quality {JPEG_QUALITY}, 4:4:4); the others are stored unchanged",
     )  # fmt: skip
-    make.add_argument(
-        "--max-bad-fraction", type=float, default=MAX_BAD_FRACTION, metavar="X",
-        help=f"fraction of images that may be left out because they can't be used (default {MAX_BAD_FRACTION:g})",
-    )  # fmt: skip
     make.add_argument("--prefix", default="shard", help="beginning of the shards' names (default shard)")
     make.add_argument("--seed", type=int, default=0, help="seed of the order in which images are written (default 0)")
     verify = commands.add_parser("verify", help="hash the shards and decode every image; exit with code 2 on faults")
-    for command, verb in ((make, "decode"), (verify, "hash and decode")):
+    stats = commands.add_parser(
+        "stats",
+        help=f"measure mean and standard deviation of each channel, and write {STATISTICS} next to the images",
+        description="Measures mean and standard deviation of each channel over all pixels, which training takes where "
+        "augment.mean and augment.std are null.",
+    )
+    stats.add_argument("data", type=terminal.path, help="what data.train names: folder, list, or pattern of shards")
+    known = [name for name in SOURCES.names() if name not in _NOT_MEASURED]
+    stats.add_argument(
+        "--reader", choices=known, help="how they are stored, as in data.reader; default: by what DATA is"
+    )
+    for command, verb in ((make, "decode"), (verify, "hash and decode"), (stats, "decode")):
+        command.add_argument("--channels", type=int, default=RGB8.channels, help="channels of an image (default 3)")
+        command.add_argument(
+            "--pixels", default=RGB8.dtype, choices=typing.get_args(PixelType), help="type of their values"
+        )
         command.add_argument(
             "--workers",
             type=int,
             default=cores,
             help=f"number of processes that {verb}; 0 uses this process (default on this machine: {cores})",
         )
+    for command in (make, stats):
+        command.add_argument(
+            "--max-bad-fraction", type=float, default=MAX_BAD_FRACTION, metavar="X",
+            help=f"fraction of images that may be left out because they can't be used (default {MAX_BAD_FRACTION:g})",
+        )  # fmt: skip
     info = commands.add_parser("info", help="describe the shards")
     index = commands.add_parser("index", help="write indices next to shards that were made by other tools")
     classes = commands.add_parser(
@@ -98,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for command in (verify, info, index, classes):
         command.add_argument("pattern", type=terminal.path, help="folder, glob or {000..127} pattern")
+    for command in (verify, info, index, classes, stats):
         for name, like in (("image", "jpg"), ("label", "cls")):
             command.add_argument(
                 f"--{name}-member",
@@ -122,6 +148,10 @@ def run_command(options: argparse.Namespace) -> int:
     """
     if getattr(options, "workers", 0) < 0:
         raise DataError(f"workers is {options.workers}; give 0 or more processes")
+    if not 0 <= getattr(options, "max_bad_fraction", 0) <= 1:
+        raise DataError(f"max-bad-fraction is {options.max_bad_fraction:g}; give a fraction from 0 to 1")
+    if not 1 <= getattr(options, "channels", 1) <= MAX_CHANNELS:
+        raise DataError(f"channels is {options.channels}; give 1 to {MAX_CHANNELS}")
     with logging_redirect_tqdm():
         return _COMMANDS[options.command](options)
 
@@ -165,13 +195,12 @@ def open_images(
 
 
 def _make(options: argparse.Namespace) -> int:
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise DataError(f"max-bad-fraction is {options.max_bad_fraction:g}; give a fraction from 0 to 1")
     plan = MakePlan(
         shard_bytes=parse_bytes(options.shard_size),
         prefix=options.prefix,
         seed=options.seed,
         resize_shorter=options.resize_shorter,
+        pixels=PixelFormat(options.channels, options.pixels),
     )
     if options.reader == "imagefolder" and Path(options.to).resolve().is_relative_to(root_of(options.root).resolve()):
         raise DataError(
@@ -204,11 +233,11 @@ def _make(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     paths = expand(options.pattern)
     folders = len({path.parent for path in paths})
-    faults = samples = 0
+    faults, samples, pixels = 0, 0, PixelFormat(options.channels, options.pixels)
     hashed = True
     with _Progress(len(paths), "shards") as progress:
         for number, verdict in enumerate(
-            verify_shards(paths, workers=options.workers, members=_members(options)), start=1 - folders
+            verify_shards(paths, workers=options.workers, members=_members(options), pixels=pixels), start=1 - folders
         ):
             for fault in verdict.faults:
                 progress.note(f"bad: {fault}")
@@ -275,12 +304,37 @@ def _indexed(options: argparse.Namespace, tell: Callable[[ShardIndex], None] | N
     return found
 
 
+def _stats(options: argparse.Namespace) -> int:
+    pixels, members = PixelFormat(options.channels, options.pixels), _members(options)
+    reader = options.reader or reader_of(options.data)
+    section = getattr(SOURCES.get(reader), "Config", DataConfig)
+    data = section(
+        reader=reader, train=options.data, batch_size=1, image_member=members.image, label_member=members.label
+    )
+    source = training_source(data, (0, 0))
+    path = statistics_path(options.data)
+    if path is None or isinstance(source, StreamSource):
+        raise DataError(f"{options.data} is remote, so nothing can be written next to it; measure a local copy")
+    terminal.say(source.summary())
+    with _Progress(source.num_samples, "images") as progress:
+        found = measure(
+            source, pixels, workers=options.workers, max_bad_fraction=options.max_bad_fraction,
+            progress=lambda done, bad: progress.show(done, f"{bad} left out"),
+        )  # fmt: skip
+    write_statistics(found, path)
+    for name, values in (("mean", found.mean), ("std", found.std)):
+        terminal.say(f"{name:<5} {', '.join(f'{value:.6g}' for value in values)}")
+    terminal.say(f"{path}: {found.images} images with {pixels}; augment.mean=null augment.std=null takes them")
+    return 0
+
+
 def _members(options: argparse.Namespace) -> Members:
     return Members(options.image_member, options.label_member)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "make": _make, "verify": _verify, "info": _info, "index": _index, "classes": _classes,
+    "stats": _stats,
 }  # fmt: skip
 
 

@@ -20,7 +20,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ijepa_scale import rng
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.decode import decode
+from ijepa_scale.data.deep_decode import decode_deep
 from ijepa_scale.data.pil_decode import orientation_tag
 from ijepa_scale.data.shards.journal import Entry, Journal
 from ijepa_scale.data.shards.known import encode_png
@@ -46,6 +48,7 @@ class MakePlan:
     prefix: str = "shard"
     seed: int = 0  # of the order of the images
     resize_shorter: int | None = None  # pixels: images with a longer shorter side are resized to it; None: no image is
+    pixels: PixelFormat = RGB8  # what the images must be
 
     def __post_init__(self) -> None:
         if self.resize_shorter is not None and self.resize_shorter < 1:
@@ -57,6 +60,11 @@ class MakePlan:
             or self.prefix[0] == "."
         ):
             raise DataError(f"prefix {self.prefix!r} can't begin a file name; give letters, like train")
+        if self.resize_shorter is not None and not self.pixels.is_rgb8:
+            raise DataError(
+                f"resize-shorter is {self.resize_shorter} and images have {self.pixels}; only 8-bit RGB is resized: "
+                "resize the others before"
+            )
 
     def facts(self, source: SampleSource) -> dict[str, Any]:
         """Returns the facts that must be equal in a run that continues another."""
@@ -68,6 +76,7 @@ class MakePlan:
             "prefix": self.prefix,
             "seed": self.seed,
             "resize-shorter": self.resize_shorter,
+            **({} if self.pixels.is_rgb8 else {"pixels": str(self.pixels)}),
         }
 
 
@@ -128,15 +137,19 @@ def make_shards(
         journal.close(whole=whole)
 
 
-def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None) -> bytes:
+def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None, wanted: PixelFormat = RGB8) -> bytes:
     """Decodes an image to check it, and returns the bytes to store: if possible, its own.
 
-    An image whose shorter side is above `resize_shorter` is resized to it (PIL bicubic, antialiased) and stored as
-    JPEG. Pixels, and formats that shards can't hold (BMP, TIFF, ...), are stored as PNG. The EXIF orientation stays.
+    Of other formats than 8-bit RGB, JPEG, PNG, WebP, TIFF, NPY and DICOM keep their bytes, and others become NPY.
+
+    An 8-bit RGB image whose shorter side is above `resize_shorter` is resized to it (PIL bicubic, antialiased) and
+    stored as JPEG. Pixels, and other formats than JPEG, PNG and WebP, are stored as PNG. The EXIF orientation stays.
 
     Raises:
         SampleError: it can't be decoded, or is too large for a shard.
     """
+    if not wanted.is_rgb8:
+        return _checked_bytes(data, wanted)
     pixels = decode(data)
     height, width = pixels.shape[:2]
     if resize_shorter is not None and min(height, width) > resize_shorter:
@@ -151,8 +164,18 @@ def prepare_image(data: bytes | np.ndarray, resize_shorter: int | None) -> bytes
                 f"{size[0]} x {size[1]} pixels can't be stored as JPEG ({error}); drop it", "no JPEG"
             ) from None
         return stream.getvalue()
-    if isinstance(data, np.ndarray) or image_suffix(data) is None:
+    if isinstance(data, np.ndarray) or image_suffix(data) not in ("jpg", "png", "webp"):
         data = encode_png(Image.fromarray(pixels), exif=orientation_tag(data))
+    check_size(len(data))
+    return data
+
+
+def _checked_bytes(data: bytes | np.ndarray, wanted: PixelFormat) -> bytes:
+    pixels = decode_deep(data, wanted)
+    if isinstance(data, np.ndarray) or image_suffix(data) is None:
+        stream = io.BytesIO()
+        np.save(stream, pixels, allow_pickle=False)
+        data = stream.getvalue()
     check_size(len(data))
     return data
 
@@ -178,8 +201,8 @@ class _Chunk:
 class _Images(Dataset):
     """Maps (position of the first image, ids) to those images, read and verified."""
 
-    def __init__(self, source: SampleSource, resize_shorter: int | None) -> None:
-        self._source, self._resize_shorter = source, resize_shorter
+    def __init__(self, source: SampleSource, plan: MakePlan) -> None:
+        self._source, self._plan = source, plan
         self._digits = max(6, len(str(source.num_samples - 1)))
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> _Chunk:
@@ -190,7 +213,7 @@ class _Images(Dataset):
 
     def _one(self, position: int, sample: int) -> Sample | _Bad:
         try:
-            image = prepare_image(self._source.read(sample), self._resize_shorter)
+            image = prepare_image(self._source.read(sample), self._plan.resize_shorter, self._plan.pixels)
         except SampleError as error:
             return _Bad(position, error.kind, self._source.name(sample), str(error))
         label = self._source.label(sample)
@@ -231,7 +254,7 @@ class _Run:
         if begin:
             logger.info("continuing after %d images in %d shards", begin, len(self._journal.entries))
         items = ((position, order[position : position + _CHUNK]) for position in range(begin, len(order), _CHUNK))
-        chunks = ordered_loader(_Images(self._source, plan.resize_shorter), items, workers=workers, prefetch=_PREFETCH)
+        chunks = ordered_loader(_Images(self._source, plan), items, workers=workers, prefetch=_PREFETCH)
         for chunk in _alive(chunks):
             if chunk.error is not None:
                 raise DataError(chunk.error)

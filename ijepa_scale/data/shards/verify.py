@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from ijepa_scale.data.decode import decode
+from ijepa_scale.config.pixels import RGB8, PixelFormat
+from ijepa_scale.data.deep_decode import decode_as
 from ijepa_scale.data.shards.journal import JOURNAL
 from ijepa_scale.data.shards.manifest import read_manifest
 from ijepa_scale.data.shards.write import ShardRow
@@ -34,7 +35,9 @@ class Verdict:
     hashed: bool = True  # false if no manifest says what the hash should be
 
 
-def verify_shards(paths: list[Path], *, workers: int = 0, members: Members | None = None) -> Iterator[Verdict]:
+def verify_shards(
+    paths: list[Path], *, workers: int = 0, members: Members | None = None, pixels: PixelFormat = RGB8
+) -> Iterator[Verdict]:
     """Yields a verdict on the manifest and class names of each folder, then one on each shard, in order.
 
     Hashes each shard and compares it with the manifest, lists its members again and compares them with its index,
@@ -60,14 +63,14 @@ def verify_shards(paths: list[Path], *, workers: int = 0, members: Members | Non
             faults.append(f"{folder}: unfinished ({JOURNAL} exists); run make again with the same arguments")
         yield Verdict(tuple(faults))
     items = [(path, rows[path.parent], listed[path.parent]) for path in paths]
-    yield from ordered_loader(_Shards(members), items, workers=workers, prefetch=_PREFETCH)
+    yield from ordered_loader(_Shards(members, pixels), items, workers=workers, prefetch=_PREFETCH)
 
 
 class _Shards(Dataset):
     """Maps (path, manifest rows, class names) to the verdict on that shard."""
 
-    def __init__(self, members: Members | None) -> None:
-        self._members = members
+    def __init__(self, members: Members | None, pixels: PixelFormat) -> None:
+        self._members, self._pixels = members, pixels
 
     def __getitem__(self, item: tuple[Path, dict[str, ShardRow] | None, list[str] | None]) -> Verdict:
         path, rows, classes = item
@@ -83,7 +86,7 @@ class _Shards(Dataset):
         unnamed = index.problems.counts.total() - len(index.problems.named)
         if unnamed:
             faults.append(f"{path}: {unnamed} more problems of these kinds")
-        faults += _sample_faults(index, classes)
+        faults += _sample_faults(index, classes, self._pixels)
         return Verdict(tuple(faults), len(index), hashed=rows is not None)
 
 
@@ -113,14 +116,14 @@ def _index_faults(index: ShardIndex, members: Members | None) -> list[str]:
     return [f"{stored}: doesn't match the samples in the shard; remove it"]
 
 
-def _sample_faults(index: ShardIndex, classes: list[str] | None) -> list[str]:
+def _sample_faults(index: ShardIndex, classes: list[str] | None, pixels: PixelFormat) -> list[str]:
     """Returns the faults of single samples."""
     faults, known = [], frozenset(classes or ())
     with index.path.open("rb") as file:
         for row, (offset, size, label) in enumerate(zip(index.offsets, index.sizes, index.labels, strict=True)):
             name = f"{index.path}:{index.keys[row]}"
             try:
-                decode(os.pread(file.fileno(), int(size), int(offset)))
+                decode_as(pixels, os.pread(file.fileno(), int(size), int(offset)))
             except SampleError as error:
                 faults.append(f"{name}: {error}")
             text = index.label_text(row)

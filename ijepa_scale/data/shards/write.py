@@ -12,9 +12,12 @@ from pathlib import Path
 
 import webdataset
 
+from ijepa_scale.data.array_decode import NPY_MAGIC
+from ijepa_scale.data.dicom_decode import is_dicom
 from ijepa_scale.data.sources.class_list import CLASSES
 from ijepa_scale.data.sources.tar_index import index_tar, is_tar
 from ijepa_scale.data.sources.tar_shards import MANIFEST, ShardRow
+from ijepa_scale.data.tiff_decode import TIFF_MAGIC
 from ijepa_scale.errors import DataError
 
 PART = ".part"  # suffix of a file that isn't complete yet
@@ -26,7 +29,7 @@ class Sample:
     """One image to write."""
 
     key: str  # unique, without dots
-    image: bytes  # JPEG, PNG or WebP
+    image: bytes  # JPEG, PNG, WebP, TIFF, NPY or DICOM
     label: int | None = None
 
 
@@ -214,13 +217,21 @@ def image_suffix(image: bytes) -> str | None:
         return "jpg"
     if image.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
-    return "webp" if image.startswith(b"RIFF") and image[8:12] == b"WEBP" else None
+    if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
+        return "webp"
+    if image[:4] in TIFF_MAGIC:
+        return "tif"
+    if image.startswith(NPY_MAGIC):
+        return "npy"
+    return "dcm" if is_dicom(image) else None
 
 
 def _suffix(sample: Sample) -> str:
     suffix = image_suffix(sample.image)
     if suffix is None:
-        raise DataError(f"image {sample.key!r} begins with {sample.image[:12]!r}; give JPEG, PNG or WebP")
+        raise DataError(
+            f"image {sample.key!r} begins with {sample.image[:12]!r}; give JPEG, PNG, WebP, TIFF, NPY or DICOM"
+        )
     return suffix
 
 

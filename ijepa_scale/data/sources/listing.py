@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ijepa_scale.data.formats import is_archive, is_image, junk
+from ijepa_scale.data.formats import is_archive, is_data_image, is_image, junk
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.errors import DataError
 
@@ -204,7 +204,9 @@ class FolderListing:
         self._real: list[str] = []  # folders still to be listed
         self._links: list[str] = []  # links to folders, to be followed when no real one is left; a heap
         self._tops: dict[str, list[str]] = {}  # folder in the root, or "" -> folders with images
+        self._data_images: dict[str, list[str]] = {}  # folder -> names of NPY and DICOM files
         self._walk()
+        self._take_data_images()
 
     @property
     def folders(self) -> list[str]:
@@ -257,6 +259,20 @@ class FolderListing:
             seen.add(identity)
             self._list(folder)
 
+    def _take_data_images(self) -> None:
+        """Lists NPY and DICOM files if there are no other images; else passes them over."""
+        alone = not self._images
+        for folder, names in self._data_images.items():
+            if alone:
+                self._keep(folder, names)
+            else:
+                for name in names:
+                    self._problems.pass_over(name)
+
+    def _keep(self, folder: str, images: list[str]) -> None:
+        self._images[folder] = "/".join(sorted(images))
+        self._tops.setdefault(folder.partition("/")[0], []).append(folder)
+
     def _identity(self, folder: str | Path) -> tuple[int, int]:
         """Returns the device and inode of a folder, relative to the root or absolute."""
         path = self.root / folder
@@ -268,7 +284,7 @@ class FolderListing:
 
     def _list(self, folder: str) -> None:
         """Lists one folder: keeps its images, counts what it passes over, and notes the folders in it."""
-        path, images, real = os.path.join(self.root, folder), [], []
+        path, images, real, data_images = os.path.join(self.root, folder), [], [], []
         try:
             with os.scandir(path) as entries:
                 for entry in entries:
@@ -280,6 +296,8 @@ class FolderListing:
                     elif _is_folder(entry):
                         inner = os.path.join(folder, name)
                         real.append(inner) if not entry.is_symlink() else heapq.heappush(self._links, inner)
+                    elif is_data_image(name):
+                        data_images.append(name)
                     else:
                         self._problems.pass_over(name)
                         if not folder and entry.is_symlink() and not os.path.exists(entry.path):
@@ -289,12 +307,11 @@ class FolderListing:
         except OSError as error:
             raise _unlistable(path, error) from None
         self._real += sorted(real, reverse=True)
-        top = folder.partition("/")[0]
-        found = self._tops.setdefault(top, [])
+        self._tops.setdefault(folder.partition("/")[0], [])
         if images:
-            images.sort()
-            self._images[folder] = "/".join(images)
-            found.append(folder)
+            self._keep(folder, images)
+        if data_images:
+            self._data_images[folder] = data_images
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ijepa_scale.config.data import WITHOUT_MEMBERS, DataConfig
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.fetch import scheme_of
 from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
-from ijepa_scale.data.sources.tar_index import expand
+from ijepa_scale.data.sources.synthetic import SyntheticSource
+from ijepa_scale.data.sources.tar_index import expand, is_tar
 from ijepa_scale.errors import DataError
 from ijepa_scale.registry import SOURCES
 
 
-def training_source(data: DataConfig, image_size: tuple[int, int]) -> SampleSource | StreamSource:
-    """Returns the source of a run's training images. `image_size` is the size of synthetic images.
+def reader_of(data: str) -> str:
+    """Returns the name of the reader that suits what a path names: a folder of tars or of images, a list, or shards."""
+    if os.path.isdir(data):
+        return "shards" if any(is_tar(name) for name in os.listdir(data)) else "imagefolder"
+    return "list" if Path(data).suffix.lower() in (".csv", ".txt", ".lst") else "shards"
+
+
+def training_source(
+    data: DataConfig, image_size: tuple[int, int], channels: int = RGB8.channels
+) -> SampleSource | StreamSource:
+    """Returns the source of a run's training images. `image_size` and `channels` are those of synthetic images.
 
     Raises:
         ConfigError: `data.reader` is unknown.
         DataError: `data.train` is missing, the data can't be read, or it is remote and there is no cache.
     """
+    if data.reader == "synthetic":  # the only reader that makes pixels, so it must know their format
+        return SyntheticSource(data.synthetic_samples, image_size, pixels=PixelFormat(channels, data.pixels))
     return SOURCES.get(data.reader)(data, image_size)
 
 

@@ -19,7 +19,7 @@ from typing import IO
 
 import numpy as np
 
-from ijepa_scale.data.formats import image_suffixes, is_other_image, junk_in, suffix_of
+from ijepa_scale.data.formats import image_suffixes, is_data_image, is_other_image, junk_in, suffix_of
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, parse_label
 from ijepa_scale.errors import DataError
 from ijepa_scale.escapes import one_line
@@ -141,7 +141,8 @@ class Members:
 
     def is_image(self, suffix: str) -> bool:
         """Returns whether a member with this suffix, in lower case, is an image that may be read or must be named."""
-        return suffix == self.image or suffix.rpartition(".")[2] in image_suffixes()
+        known = suffix.rpartition(".")[2] in image_suffixes() or (self.image is None and is_data_image(suffix))
+        return known or suffix == self.image
 
     def is_label(self, suffix: str) -> bool:
         """Returns whether a member with this suffix, in lower case, may have the label."""
@@ -325,6 +326,14 @@ class _Walk:
 
     def _image(self, sample: _Sample, member: tarfile.TarInfo, suffix: str) -> None:
         wanted = self._members.image
+        if wanted is None and is_data_image(suffix):  # an image only if the sample has no other
+            useful = 0 < member.size <= MAX_MEMBER_BYTES and (sample.image is None or is_data_image(sample.image))
+            if not useful:
+                return self._problems.pass_over(f"x.{suffix}")
+        elif wanted is None and sample.image is not None and is_data_image(sample.image):
+            for other in (sample.image, *sample.more):
+                self._problems.pass_over(f"x.{other}")
+            sample.image, sample.more = None, ()
         if suffix == sample.image:
             self._drop(sample, ("several images", member.name), "the tar has two members of this name; write it again")
         elif sample.image is not None or (wanted is not None and suffix != wanted):
@@ -335,6 +344,7 @@ class _Walk:
             )
         else:
             sample.image, sample.offset, sample.size = suffix, member.offset_data, member.size
+        return None
 
     def _label(self, sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
         """Stores the label of a member, if it has one; a `.json` counts only without a `.cls`."""

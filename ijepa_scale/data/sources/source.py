@@ -26,7 +26,7 @@ class SampleSource(Protocol):
     classes: list[str] | None  # names by label, if the set has them
 
     def read(self, sample_id: int) -> bytes | np.ndarray:
-        """Returns the encoded image, or its pixels (H, W, 3) uint8 if there is nothing to decode.
+        """Returns the encoded image, or its pixels (H, W, C) if there is nothing to decode.
 
         Raises:
             SampleError: this sample can't be used.

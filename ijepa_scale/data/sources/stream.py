@@ -24,7 +24,7 @@ import webdataset
 from webdataset.tariterators import group_by_keys
 
 from ijepa_scale import rng
-from ijepa_scale.data.formats import junk_in
+from ijepa_scale.data.formats import is_data_image, junk_in
 from ijepa_scale.data.order import part_size
 from ijepa_scale.data.sources.fetch import Retry, check_address, open_remote, scheme_of
 from ijepa_scale.data.sources.labels import NO_LABEL, parse_label
@@ -216,6 +216,8 @@ def _members(
                     continue
                 most = MAX_MEMBER_BYTES if is_image else MAX_LABEL_BYTES
                 if not 0 < member.size <= most:
+                    if wanted.image is None and is_data_image(suffix):
+                        continue
                     reason = f"{member.size} bytes; give 1 to {most}"
                     bad.append(StreamSample(0, number, f"{url}:{member.name}", kind="member size", reason=reason))
                     continue
@@ -238,6 +240,8 @@ def _sample(members: dict[str, Any], url: str, number: int, wanted: Members) -> 
     digest = hashlib.blake2b(f"{url.rpartition('/')[2]}|{key}|{number}".encode("utf-8", "surrogateescape"))
     sample_id, name = int.from_bytes(digest.digest()[:8], "little") >> 1, f"{url}:{key}"
     images = [suffix for suffix in members if wanted.is_image(suffix)]
+    if wanted.image is None:
+        images = [suffix for suffix in images if not is_data_image(suffix)] or images
     chosen = [suffix for suffix in images if suffix == wanted.image or wanted.image is None]
     if not chosen:
         return StreamSample(sample_id, number, name, kind="no image", reason=wanted.no_image(images))

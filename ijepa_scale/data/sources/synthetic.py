@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ijepa_scale import rng
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.sources.scan import Problems
 
 
@@ -14,21 +15,34 @@ class SyntheticSource:
     _SHARD = 1024
     _CLASSES = 1000
 
-    def __init__(self, num_samples: int, image_size: tuple[int, int] = (256, 256), seed: int = 0) -> None:
+    def __init__(
+        self, num_samples: int, image_size: tuple[int, int] = (256, 256), seed: int = 0, pixels: PixelFormat = RGB8
+    ) -> None:
         self.num_samples = num_samples
         full, rest = divmod(num_samples, self._SHARD)
         self.shard_sizes = np.array([self._SHARD] * full + [rest] * bool(rest), dtype=np.int64)
         self.classes: list[str] | None = None
-        self.fingerprint = f"synthetic-{num_samples}-{image_size[0]}x{image_size[1]}-{seed}"
-        self._shape = (*image_size, 3)
-        self._bytes = image_size[0] * image_size[1] * 3
+        kind = "" if pixels.is_rgb8 else f"-{pixels}"
+        self.fingerprint = f"synthetic-{num_samples}-{image_size[0]}x{image_size[1]}-{seed}{kind}"
+        self._shape = (*image_size, pixels.channels)
+        self._values = image_size[0] * image_size[1] * pixels.channels
         texture = np.random.Generator(np.random.Philox(key=rng.key(seed, "synthetic")))
-        self._texture = texture.integers(0, 256, 2 * self._bytes + 1, dtype=np.uint8)
+        count = 2 * self._values + 1
+        self._texture: np.ndarray = (
+            texture.random(count, dtype=np.float32)
+            if pixels.dtype == "float32"
+            else texture.integers(0, int(pixels.white) + 1, count, dtype=np.dtype(pixels.dtype).type)
+        )
 
     def read(self, sample_id: int) -> np.ndarray:
-        """Returns a read-only view of the pixels, (H, W, 3) uint8."""
-        begin = sample_id * 7919 % (self._bytes + 1)  # a prime stride spreads neighbouring ids over the texture
-        return self._texture[begin : begin + self._bytes].reshape(self._shape)
+        """Returns a read-only view of the pixels, (H, W, C)."""
+        begin = sample_id * 7919 % (self._values + 1)  # a prime stride spreads neighbouring ids over the texture
+        return self._texture[begin : begin + self._values].reshape(self._shape)
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns mean and standard deviation of each channel of uniform noise, in units of white."""
+        channels = self._shape[-1]
+        return (0.5,) * channels, (12**-0.5,) * channels
 
     def label(self, sample_id: int) -> int:
         """Returns one of 1000 labels."""

@@ -30,7 +30,7 @@ from ijepa_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 # the errors that reading a damaged index file can raise
 _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error

@@ -269,7 +269,7 @@ def test_another_step_mixes_otherwise():
         ({"rand_augment": "rand-m9"}, "augment.rand_augment is 'rand-m9'; give rand-...-inc1"),
         ({"rand_augment": "m9", "flip": 2.0}, "augment.flip is 2.0; .*\n*augment.rand_augment is 'm9'; give rand"),
         ({"interpolation": "nearest"}, "augment.interpolation is 'nearest'; choose one of bilinear, bicubic"),
-        ({"std": (0.0, 1.0, 1.0)}, "augment.std is .*; give 3 numbers, each above 0"),
+        ({"std": (0.0, 1.0, 1.0)}, "augment.std is .*; give a number above 0 for each channel"),
     ],
 )
 def test_wrong_settings_are_refused(changes, text):
