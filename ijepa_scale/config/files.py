@@ -7,8 +7,8 @@ in any of them is told in one message, with where it came from. Published and ea
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
@@ -27,6 +27,8 @@ from ijepa_scale.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=Section)
+
+Choose = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 class Loaded(NamedTuple):
@@ -49,18 +51,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, kind: type[C
 
 
 def read_config(
-    path: str | Path, overrides: Sequence[str] = (), *, kind: type = PretrainConfig, num_processes: int | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    kind: type = PretrainConfig,
+    num_processes: int | None = None,
+    needs_paths: bool = True,
+    choose: Choose | None = None,
 ) -> Loaded:
     """Returns the configuration and the notes of a translation; `num_processes` only enriches those notes.
 
+    Without `needs_paths`, a published file may have placeholders for paths, as it was published.
+
+    If the configuration names a recipe, `choose` returns its settings, nested, for those given, nested: they are laid
+    below all others.
+
     Raises:
         ConfigError: Missing or unreadable file, bases in a circle, unknown keys, wrong types, values
-            outside their range.
+            outside their range, or a recipe without `choose`.
     """
     notes: list[str] = []
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}  # of dotted keys, those of later layers later
-    layers = list(_files(Path(path), (), notes, finetuning=kind is FinetuneConfig, num_processes=num_processes))
+    reading = partial(
+        translate, finetuning=kind is FinetuneConfig, num_processes=num_processes, needs_paths=needs_paths
+    )
+    layers = list(_files(Path(path), (), notes, reading))
     below: Mapping[str, Any] = reduce(lambda low, high: _laid(low, high), (content for _, content in layers), {})
     layers.append(("command line", nest(_parse_overrides(overrides, kind, below))))
     for origin, content in layers:
@@ -70,10 +86,23 @@ def read_config(
             origins.pop(key, None)
             origins[key] = origin
     try:
+        if values.get("recipe") is not None:
+            values = _followed(values, choose, kind)
         return Loaded(kind(**values), notes)
     except ConfigError as error:
         lines = sorted((_placed(line, origins) for line in str(error).splitlines()), key=itemgetter(0))
         raise ConfigError("\n".join(line for _, line in lines)) from None
+
+
+def _followed(values: dict[str, Any], choose: Choose | None, kind: type[Section]) -> dict[str, Any]:
+    """Returns the settings with those that their recipe chooses, and without the recipe."""
+    kind(recipe=values["recipe"])  # refuses an unknown one
+    if choose is None:
+        raise ConfigError(
+            f"recipe is {values['recipe']}, which chooses settings by the images and the machine when a run begins; "
+            "give the config.yaml of the run's folder here, or the file that `launch/pretrain.py --print-config` prints"
+        )
+    return {**_laid(choose(values), values), "recipe": None}
 
 
 def to_yaml(config: Section) -> str:
@@ -87,9 +116,9 @@ def known_keys(config: Section | type[Section]) -> list[str]:
 
 
 def _files(
-    path: Path, below: tuple[Path, ...], notes: list[str], *, finetuning: bool, num_processes: int | None
+    path: Path, below: tuple[Path, ...], notes: list[str], reading: Callable[..., tuple[dict[str, Any], list[str]]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields what a file holds with its name, its bases first. `below` are the files that led here."""
+    """Yields what a file holds with its name, its bases first. `below` led here; `reading` translates."""
     resolved = path.resolve()
     if resolved in below:
         circle = " -> ".join(str(p.name) for p in (*below[below.index(resolved) :], resolved))
@@ -105,7 +134,7 @@ def _files(
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}; a configuration is a mapping of sections")
     if is_published(content):
-        content, said = translate(content, finetuning=finetuning, num_processes=num_processes, origin=str(path))
+        content, said = reading(content, origin=str(path))
         notes.extend(said)
     base = content.pop("base", None)
     if not isinstance(base, (str, NoneType)):
@@ -116,7 +145,7 @@ def _files(
             lower = path.parent / expand_path(base)
         except ConfigError as error:
             raise ConfigError(f"{path}: base is {base!r}; {error}") from None
-        yield from _files(lower, over, notes, finetuning=finetuning, num_processes=num_processes)
+        yield from _files(lower, over, notes, reading)
     yield str(path), content
 
 

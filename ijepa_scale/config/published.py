@@ -8,6 +8,7 @@ rate) stays off. Every key is translated or listed as ignored, with why. Mapping
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -22,10 +23,11 @@ _OWN_SECTIONS = frozenset(
 _PLACEHOLDER = "$"  # $replace_this_with_..., as in the published files
 
 # Keys whose value moves to one of our keys unchanged.
-_MOVED = {"data.crop_scale": "augment.crop_scale", "data.num_workers": "data.workers", "logging.folder": "folder"}
+_MOVED = {"data.num_workers": "data.workers", "logging.folder": "folder"}
 _PRETRAINING = {
-    **_MOVED, "data.crop_size": "model.image_size", "mask.patch_size": "model.patch_size",
-    "mask.allow_overlap": "masks.allow_overlap", "mask.aspect_ratio": "masks.target_aspect",
+    **_MOVED, "data.crop_scale": "augment.crop_scale", "data.crop_size": "model.image_size",
+    "mask.patch_size": "model.patch_size", "mask.aspect_ratio": "masks.target_aspect",
+    "mask.allow_overlap": "masks.allow_overlap",
     "mask.enc_mask_scale": "masks.context_scale", "mask.min_keep": "masks.min_keep",
     "mask.num_enc_masks": "masks.num_context_blocks", "mask.num_pred_masks": "masks.num_target_blocks",
     "mask.pred_mask_scale": "masks.target_scale", "meta.model_name": "model.name",
@@ -46,6 +48,7 @@ _FINETUNING = {
     "optimization.weight_decay": "optimizer.weight_decay",
 }  # fmt: skip
 _REQUIRED = ("data.batch_size", "data.image_folder", "data.root_path", "meta.use_bfloat16")
+_PATHS = ("data.image_folder", "data.root_path", "logging.folder")
 # Keys that are true or false and become something else.
 _SWITCHES = (
     "data.use_color_distortion", "data.use_gaussian_blur", "data.use_horizontal_flip", "meta.load_checkpoint",
@@ -54,6 +57,7 @@ _SWITCHES = (
 # Keys that may be left out: ignored, or read only with a switch.
 _IGNORED = {
     "data.pin_mem": "memory is pinned wherever there is a GPU",
+    "meta.checkpoint_file": "the published code doesn't read it; meta.read_checkpoint names a checkpoint",
     "logging.write_tag": "the files of a run have fixed names in its folder",
     "meta.copy_data": "data is read where it lies",
 }
@@ -67,10 +71,13 @@ _IGNORED_FINETUNING = {
     "meta.pred_depth": "finetuning has no predictor",
     "meta.pred_emb_dim": "finetuning has no predictor",
     "optimization.ema": "finetuning has no target encoder",
-    "optimization.final_weight_decay": "weight decay is constant",
     "optimization.ipe_scale": "the schedule is as long as the run",
-    "optimization.start_lr": "the warm-up begins at 0",
 }  # fmt: skip
+# Read in `_finetuning`, with notes on what the fork's code does.
+_NOTED_FINETUNING = (
+    "data.crop_scale", "data.use_horizontal_flip", "optimization.final_weight_decay", "optimization.start_lr",
+)  # fmt: skip
+_FORKS_CROPS, _FORKS_FLIP = (0.08, 1.0), 0.5  # timm's defaults, which the fork's transform leaves
 _FORKS = (  # keys that only finetuning files have
     "data.drop_path", "data.mixup", "data.cutmix", "data.reprob", "data.nb_classes", "data.resume_epoch",
     "optimization.label_smoothing",
@@ -87,12 +94,14 @@ def translate(
     *,
     finetuning: bool = False,
     num_processes: int | None = None,
+    needs_paths: bool = True,
     origin: str = "published file",
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns our nested mapping and notes on what was ignored or means something slightly different.
 
     Of a pretraining file the result reproduces the published draws: reference mask sampler, context cut to the
     shortest of `data.batch_size` images. `num_processes`, where known, puts the global batch into the notes.
+    Without `needs_paths`, paths may still be placeholders.
 
     Raises:
         ConfigError: A file of the other kind, placeholders, unknown or missing keys, or switches that are neither
@@ -100,6 +109,7 @@ def translate(
     """
     settings = {key: value for key, value in flat(content).items() if "." in key or value is not None}
     forks = [key for key in _FORKS if key in settings]
+    loads = settings.get("meta.load_checkpoint") is True and not settings.get("meta.read_checkpoint")
     if forks and not finetuning:
         raise ConfigError(
             f"{origin}: {', '.join(forks)} belong to a finetuning file; pretraining can't use it: "
@@ -111,8 +121,23 @@ def translate(
         )
     moved, ignored = (_FINETUNING, _IGNORED_FINETUNING) if finetuning else (_PRETRAINING, _IGNORED)
     required = {*moved, *_REQUIRED, *(() if finetuning else _SWITCHES)}
-    optional = {*ignored, *_SWITCHES, "data.color_jitter_strength", "meta.read_checkpoint"}
+    optional = {
+        *ignored,
+        *_SWITCHES,
+        *(_NOTED_FINETUNING if finetuning else ()),
+        "data.color_jitter_strength",
+        "meta.read_checkpoint",
+    }
     switches = [key for key in _SWITCHES if key in required or key not in ignored]
+    if finetuning and loads:
+        raise ConfigError(
+            f"{origin}: meta.load_checkpoint is true but meta.read_checkpoint names no file, for which the fork loads "
+            "a fixed one; name the file to start from, or set meta.load_checkpoint to false for random weights"
+        )
+    if not needs_paths:
+        settings = {key: value for key, value in settings.items() if key not in _PATHS} | {
+            key: str(settings[key]).replace(_PLACEHOLDER, "") for key in _PATHS if settings.get(key) is not None
+        }
     problems = list(_problems(settings, required=required, optional=optional, switches=switches))
     if problems:
         raise ConfigError("\n".join(f"{origin}: {problem}" for problem in problems))
@@ -126,9 +151,10 @@ def translate(
         else "it is also the group that shares a mask size and cut"
     )
     notes.append(f"data.batch_size {batch} is per process{total}; {said}")
-    root = "/".join([str(settings["data.root_path"]).rstrip("/"), str(settings["data.image_folder"]).strip("/")])
-    ours["data.reader"], ours["data.train"] = "imagefolder", f"{root}/train"
-    ours["augment.flip"] = 0.5 if settings.get("data.use_horizontal_flip", True) else 0.0
+    root = str(settings["data.image_folder"]).rstrip("/")
+    if not finetuning:
+        root = os.path.join(str(settings["data.root_path"]), root)  # as the published code does
+    ours["data.reader"], ours["data.train"] = "imagefolder", os.path.join(root, "train")
     ours["engine.precision"] = "bf16" if settings["meta.use_bfloat16"] else "fp32"
     notes += _finetuning(settings, ours, root) if finetuning else _pretraining(settings, ours, batch)
     return nest(ours), notes
@@ -137,6 +163,7 @@ def translate(
 def _pretraining(settings: Mapping[str, Any], ours: dict[str, Any], batch: int) -> Iterator[str]:
     """Adds what only a pretraining file says to `ours` and yields notes."""
     ours["masks.sampler"], ours["masks.context"], ours["masks.group_size"] = "reference", "truncate", batch
+    ours["augment.flip"] = 0.5 if settings["data.use_horizontal_flip"] else 0.0
     ours["augment.blur"] = 0.5 if settings["data.use_gaussian_blur"] else 0.0
     ours["augment.color_jitter"] = ours["augment.grayscale"] = 0.0
     if settings["data.use_color_distortion"]:
@@ -158,12 +185,23 @@ def _pretraining(settings: Mapping[str, Any], ours: dict[str, Any], batch: int) 
 
 def _finetuning(settings: Mapping[str, Any], ours: dict[str, Any], root: str) -> Iterator[str]:
     """Adds what only a finetuning file says to `ours` and yields notes."""
-    ours["evaluate.reader"], ours["evaluate.data"], ours["optimizer.layer_decay"] = "imagefolder", f"{root}/val", 1.0
+    ours["evaluate.reader"], ours["evaluate.data"] = "imagefolder", os.path.join(root, "val")
+    ours["optimizer.layer_decay"] = 1.0
     yield "optimizer.layer_decay is 1: the fork has none; 0.75 is the MAE recipe's for ViT-L and ViT-H"
     yield "optimization.lr is taken as it is, not scaled by the batch"
+    yield f"data.root_path ignored: the fork reads data.image_folder alone, so data.train={ours['data.train']}"
+    ours["augment.crop_scale"], ours["augment.flip"] = list(_FORKS_CROPS), _FORKS_FLIP
+    for key, target in (("data.crop_scale", "augment.crop_scale"), ("data.use_horizontal_flip", "augment.flip")):
+        if key in settings:
+            yield f"{key} ignored, as by the fork: {target} is {ours[target]}, as in its code"
+    decay, final = settings["optimization.weight_decay"], settings.get("optimization.final_weight_decay")
+    if final not in (None, decay):
+        yield f"optimization.final_weight_decay ignored: the fork ramps {decay} to {final}, here it stays at {decay}"
+    if settings.get("optimization.start_lr"):
+        yield f"optimization.start_lr ignored: the fork warms up from {settings['optimization.start_lr']}, here from 0"
     name = settings.get("meta.read_checkpoint")
-    if settings.get("meta.load_checkpoint", True) and name:
-        ours["model.init"] = f"{str(settings['logging.folder']).rstrip('/')}/{name}"
+    if settings.get("meta.load_checkpoint", name is not None) and name:
+        ours["model.init"] = os.path.join(str(settings["logging.folder"]), str(name))
         yield f"meta.read_checkpoint became model.init={ours['model.init']}, its target encoder"
     else:
         yield "no checkpoint is loaded: model.init is null, the weights are random"

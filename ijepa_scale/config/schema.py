@@ -316,6 +316,12 @@ class RunConfig(Section):
 class PretrainConfig(RunConfig):
     """A pretraining run."""
 
+    recipe: Literal["own_images"] | None = Field(
+        None, description="Own_images: what isn't set is chosen by the images and the machine when the run begins."
+    )
+    chosen_by_recipe: tuple[str, ...] = Field(
+        (), description="What a recipe chose, and why; written into the run's config.yaml, and not read."
+    )
     model: ModelConfig = ModelConfig()
     masks: MaskConfig = BlockMaskConfig()
     data: DataConfig = DataConfig(batch_size=2048)

@@ -148,12 +148,17 @@ def _refused(problem: str, mark: Any) -> yaml.MarkedYAMLError:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block mappings with short lists in one line. Quotes a text that YAML 1.1 or 1.2 takes for something else."""
+    """Block mappings, lists of single words in one line. Quotes a text that YAML takes for something else."""
 
     yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}
 
 
-_Dumper.add_representer(list, lambda dumper, each: dumper.represent_sequence(_TAG + "seq", each, flow_style=True))
+_Dumper.add_representer(  # sentences a line each, anything else in one line
+    list,
+    lambda dumper, items: dumper.represent_sequence(
+        _TAG + "seq", items, flow_style=not any(isinstance(item, str) and " " in item for item in items)
+    ),
+)
 _Dumper.add_representer(  # quotes for a line break that PyYAML would write as it is, and read back as a space
     str, lambda dumper, text: dumper.represent_scalar(_TAG + "str", text, '"' if "\x85" in text else None)
 )

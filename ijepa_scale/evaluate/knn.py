@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
@@ -22,8 +24,25 @@ def knn_predict(
 ) -> Tensor:
     """Returns the predicted classes (Q,) int64 of the test features (Q, D). Deterministic. Synchronises.
 
-    Each of the `neighbors` training features (N, D) with the highest cosine similarity votes for its label (N,) with
-    weight exp(similarity / temperature); if several classes tie, the lowest wins.
+    See `knn_sweep`, of which it is one choice.
+    """
+    choices = [(neighbors, temperature)]
+    return knn_sweep(train_features, train_labels, test_features, choices=choices, num_classes=num_classes)[0]
+
+
+def knn_sweep(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    choices: Sequence[tuple[int, float]],
+    num_classes: int,
+) -> Tensor:
+    """Returns the predicted classes (choices, Q) int64 of the test features (Q, D) for choices of (k, temperature).
+
+    Each of the k training features (N, D) with the highest cosine similarity votes for its label (N,) with weight
+    exp(similarity / temperature); if several classes tie, the lowest wins. Similarities are computed once for all
+    choices. Deterministic. Synchronises.
 
     Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018,
     section 3.4.
@@ -40,14 +59,19 @@ def knn_predict(
         )
     bank = normalize(train_features.float(), dim=1).T
     votes_of = one_hot(train_labels.to(bank.device), num_classes).float()
-    predictions = []
+    most = min(max(neighbors for neighbors, _ in choices), len(train_features))
+    predictions: list[Tensor] = []
     for chunk in test_features.split(max(1, _CHUNK_ELEMENTS // len(train_features))):
         similarity = normalize(chunk.float(), dim=1) @ bank
-        nearest, index = similarity.topk(min(neighbors, len(train_features)), dim=1)
-        # relative to the nearest, so that weights don't overflow and are never all 0
-        weights = ((nearest - nearest[:, :1]) / temperature).exp()
-        predictions.append(torch.einsum("qk,qkc->qc", weights, votes_of[index]).argmax(dim=1))
-    return torch.cat(predictions) if predictions else train_labels.new_empty(0)
+        nearest, index = similarity.topk(most, dim=1)
+        votes = votes_of[index]
+        found = []
+        for neighbors, temperature in choices:
+            # relative to the nearest, so that weights don't overflow and are never all 0
+            weights = ((nearest[:, :neighbors] - nearest[:, :1]) / temperature).exp()
+            found.append(torch.einsum("qk,qkc->qc", weights, votes[:, :neighbors]).argmax(dim=1))
+        predictions.append(torch.stack(found))
+    return torch.cat(predictions, dim=1) if predictions else train_labels.new_empty(len(choices), 0)
 
 
 def knn_accuracy(

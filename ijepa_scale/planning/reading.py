@@ -17,7 +17,7 @@ def read_pretraining(path: str, overrides: Sequence[str] = ()) -> PretrainConfig
         ConfigError: the file is a finetuning configuration, or is invalid; see `read_config`.
     """
     try:
-        return read_config(path, overrides).config
+        return read_config(path, overrides, needs_paths=False).config
     except ConfigError:
         if _reads_as(path, FinetuneConfig) and not _reads_as(path, PretrainConfig):
             raise ConfigError(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
+from ijepa_scale import environment
 from ijepa_scale.config import read_config, to_yaml
 from ijepa_scale.config.manual import help_text
 from ijepa_scale.environment import Launch
 from ijepa_scale.registry import load_plugin
 from ijepa_scale.train import processes
 from ijepa_scale.train.loop import run_task
+from ijepa_scale.train.own_images import choose_settings
 from ijepa_scale.train.setup import with_strategy
 from ijepa_scale.train.task import Task
 
@@ -30,7 +33,8 @@ def launch(description: str, kind: type[Task]) -> None:
         if flags.help_config is not None:
             print(help_text(kind.config_kind, flags.help_config))
             return
-        loaded = read_config(flags.config, flags.overrides, kind=kind.config_kind)
+        choose = partial(_choose, flags)
+        loaded = read_config(flags.config, flags.overrides, kind=kind.config_kind, choose=choose)
     if flags.print_config:
         print("\n".join([*(f"# {note}" for note in loaded.notes), to_yaml(loaded.config)]))
         return
@@ -44,11 +48,29 @@ def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, 
     logging.basicConfig(level=level, format=f"[{launch.rank}] %(name)s: %(message)s")
     for note in notes:  # what was renamed, or left out of a published file
         logger.info("%s", note)
+    for line in getattr(config, "chosen_by_recipe", ()):
+        logger.info("chosen: %s", line)
     config = with_strategy(config, launch, device)
     with processes.world_of(launch, device, alone=config.engine.strategy == "plain") as world:
+        if getattr(config, "chosen_by_recipe", ()):
+            config = world.broadcast_object(config)  # hosts may differ, and process 0 decides
         result = run_task(kind, config, world)
         if world.is_main:
-            print(result.text())
+            print(result.text(), *result.next_commands(), sep="\n  ")
+
+
+def _choose(flags: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the recipe of a configuration chooses for the processes of this run."""
+    launch = environment.detect_launch()
+    count = len(flags.devices) if flags.devices else flags.processes
+    if count is not None:
+        launch = Launch(world_size=count, local_world_size=count)
+    engine = given.get("engine")
+    named = engine.get("device", "auto") if isinstance(engine, Mapping) else "auto"
+    device = flags.devices[0] if flags.devices else named
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return choose_settings(given, launch, device)
 
 
 def _parse(description: str) -> argparse.Namespace:

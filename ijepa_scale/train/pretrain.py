@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ class PretrainResult(Result):
     @override
     def figures(self) -> str:
         return "".join(f", {_with_untrained(name, self.evaluated, self.untrained)}" for name in self.evaluated)
+
+    @override
+    def next_commands(self) -> list[str]:
+        run = shlex.quote(str(self.checkpoint.parents[1]))
+        return [
+            f"python launch/embed.py IMAGES --model {run} --to features.npy",
+            f"python launch/finetune.py --config configs/finetune/base.yaml model.init={run} model.num_classes=N "
+            "data.train=TRAIN evaluate.data=VAL",
+            f"python launch/export.py {run} --to encoder.safetensors",
+        ]
 
 
 def pretrain(config: PretrainConfig, world: World) -> PretrainResult:

@@ -54,6 +54,10 @@ class Result:
         loss = "no steps were left" if self.loss is None else f"loss {self.loss:.4f}"
         return f"done: {self.steps} steps, {loss}{self.figures()}; {self.checkpoint}"
 
+    def next_commands(self) -> list[str]:
+        """Returns the commands that a user may want next."""
+        return []
+
 
 class Task:
     """One process's part of a run. Subclasses build their parts in `__init__`, and `step` takes their steps."""

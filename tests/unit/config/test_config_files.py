@@ -15,7 +15,7 @@ from ijepa_scale.masks import MaskSampler
 from ijepa_scale.models import build_jepa
 from ijepa_scale.nearest import nearest, nearest_dotted
 from ijepa_scale.planning.parameters import count_parameters
-from tests.unit.config.writing import refusal, write
+from tests.unit.config.writing import load_shipped, refusal, write
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 ENCODER_MILLIONS = {
@@ -36,7 +36,7 @@ def is_a_path(text: str) -> bool:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_yaml_loads_and_builds(path: Path) -> None:
-    config = load_config(path)
+    config = load_shipped(path)
     model = build_jepa(config.model, seed=0, device="meta")
     total = sum(tensor.numel() for tensor in model.encoder.state_dict().values())
     assert total == count_parameters(config.model).encoder_total
@@ -92,7 +92,7 @@ def test_the_demo_runs_500_steps() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_yaml_of_a_config_loads_to_an_equal_one(path: Path, tmp_path: Path) -> None:
-    config = load_config(path, ["optimizer.clip_norm=3.5", "optimizer.eps=1e-12", "folder=a: b # c"])
+    config = load_shipped(path, ["optimizer.clip_norm=3.5", "optimizer.eps=1e-12", "folder=a: b # c"])
     assert load_config(write(tmp_path, "again.yaml", to_yaml(config))) == config
 
 

@@ -122,8 +122,8 @@ def forked(**changes: object) -> dict:
     content = {
         "data": {
             "batch_size": 16, "color_jitter_strength": 0.0, "crop_scale": [0.3, 1.0], "crop_size": 224,
-            "image_folder": "imagenet/", "num_workers": 8, "pin_mem": True, "root_path": "/data/", "drop_path": 0.25,
-            "mixup": 0.8, "cutmix": 1.0, "reprob": 0.25, "nb_classes": 1000, "resume_epoch": 3,
+            "image_folder": "/data/imagenet/", "num_workers": 8, "pin_mem": True, "root_path": "/data/",
+            "drop_path": 0.25, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.25, "nb_classes": 1000, "resume_epoch": 3,
             "use_color_distortion": False, "use_gaussian_blur": False, "use_horizontal_flip": True,
         },
         "logging": {"folder": "logs/h14/", "write_tag": "jepa"},
@@ -136,7 +136,7 @@ def forked(**changes: object) -> dict:
             "pred_emb_dim": 384, "read_checkpoint": "IN1K-vit.h.14-300e.pth.tar", "use_bfloat16": True,
         },
         "optimization": {
-            "ema": [0.996, 1.0], "epochs": 50, "final_lr": 1e-6, "final_weight_decay": 0.05, "ipe_scale": 1.0,
+            "ema": [0.996, 1.0], "epochs": 50, "final_lr": 1e-6, "final_weight_decay": 0.4, "ipe_scale": 1.0,
             "label_smoothing": 0.1, "lr": 1e-3, "start_lr": 2e-4, "warmup": 5, "weight_decay": 0.05,
         },
     }  # fmt: skip
@@ -172,7 +172,17 @@ def test_the_forks_file_is_translated(tmp_path):
     assert {name: optimizer[name] for name in expected} == expected
     text = "\n".join(loaded.notes)
     assert "128 over 8 processes" in text and "optimizer.layer_decay is 1" in text
-    for key in ("data.resume_epoch", "mask.min_keep", "meta.pred_depth", "optimization.ema", "optimization.start_lr"):
+    assert augment.crop_scale == (0.08, 1.0)
+    assert "data.crop_scale ignored, as by the fork: augment.crop_scale is [0.08, 1.0]" in text
+    assert "the fork ramps 0.05 to 0.4, here it stays at 0.05" in text and "warms up from 0.0002, here from 0" in text
+    for key in (
+        "data.root_path",
+        "data.resume_epoch",
+        "mask.min_keep",
+        "meta.pred_depth",
+        "optimization.ema",
+        "optimization.start_lr",
+    ):
         assert f"{key} ignored: " in text
 
 
@@ -186,6 +196,7 @@ def test_without_a_checkpoint_the_file_says_so(tmp_path):
     [
         ({}, PretrainConfig, "belong to a finetuning file"),
         ({"data__mixup": None}, FinetuneConfig, "missing: data.mixup"),
+        ({"meta__read_checkpoint": None}, FinetuneConfig, "is true but meta.read_checkpoint names no file"),
         ({"data__cutmixx": 1.0}, FinetuneConfig, "data.cutmixx: unknown in the published layout; did you mean"),
         ({"data__root_path": "$replace_this"}, FinetuneConfig, "data.root_path is still the placeholder"),
         ({"meta__use_bfloat16": 1}, FinetuneConfig, "meta.use_bfloat16 is 1; give true or false"),

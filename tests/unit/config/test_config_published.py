@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from ijepa_scale.config import load_config, read_config
 from ijepa_scale.config.published import is_published, translate
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.planning.reading import read_pretraining
 
 HUGE = """
 data:
@@ -87,6 +89,27 @@ def test_the_published_huge_run_is_ours_of_that_name(tmp_path: Path, content: di
     assert (config.data.reader, config.data.workers) == ("imagefolder", 10)
     assert config.data.train == "/datasets/imagenet_full_size/061417/train"
     assert (config.folder, config.resume, config.seed) == ("/logs/huge/", "none", 0)
+
+
+@pytest.mark.parametrize("folder", ["/elsewhere/images/", "images", "a/../b"])
+def test_an_absolute_image_folder_wins(content: dict[str, Any], folder: str) -> None:
+    content["data"] |= {"root_path": "/datasets/", "image_folder": folder}
+    expected = os.path.join("/datasets/", folder.rstrip("/"), "train")
+    assert translate(content)[0]["data"]["train"] == expected
+
+
+def test_planning_needs_no_paths(tmp_path: Path, content: dict[str, Any]) -> None:
+    content["data"] |= {"root_path": "$replace_this", "image_folder": "$and_this"}
+    content["logging"]["folder"] = "$and_this_too/"
+    path = save(tmp_path, content)
+    with pytest.raises(ConfigError, match="data.root_path is still the placeholder"):
+        read_config(path)
+    assert read_pretraining(str(path)).model.name == "vit_huge"
+
+
+def test_a_file_with_checkpoint_file_is_read(content: dict[str, Any]) -> None:
+    content["meta"]["checkpoint_file"] = "x.pth.tar"
+    assert "meta.checkpoint_file ignored: the published code doesn't read it" in "\n".join(translate(content)[1])
 
 
 def test_every_key_is_translated_or_noted(content: dict[str, Any]) -> None:

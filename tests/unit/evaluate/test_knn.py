@@ -1,11 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate import knn
-from ijepa_scale.evaluate.knn import knn_accuracy, knn_predict
+from ijepa_scale.evaluate.knn import knn_accuracy, knn_predict, knn_sweep
 
 
 def clusters(count: int, seed: int, noise: float = 1.0, dim: int = 12, classes: int = 5):
@@ -63,3 +65,24 @@ def test_what_cannot_vote_is_refused():
         knn_accuracy(train, labels, train[:0], labels[:0], **options)
     with pytest.raises(DataError, match="labels are from -1 to -1; kNN needs labels from 0 to 4: label all images"):
         knn_predict(train, labels * 0 - 1, train, **options)
+
+
+def test_a_sweep_equals_its_choices_and_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(300, 16, generator=generator), torch.randn(80, 16, generator=generator)
+    labels = torch.randint(0, 5, (300,), generator=generator)
+    choices = [(1, 0.07), (20, 0.07), (20, 1.0), (1000, 0.1)]
+    swept = knn_sweep(train, labels, test, choices=choices, num_classes=5)
+    assert swept.shape == (4, 80)
+    for found, (neighbors, temperature) in zip(swept, choices, strict=True):
+        alone = knn_predict(
+            train, labels, test, neighbors=neighbors, temperature=temperature, num_classes=5
+        )  # fmt: skip
+        assert torch.equal(found, alone)
+
+        def votes(distances: np.ndarray, temperature: float = temperature) -> np.ndarray:
+            return np.exp((1 - distances) / temperature)
+
+        peer = KNeighborsClassifier(min(neighbors, 300), metric="cosine", weights=votes, algorithm="brute")
+        expected = peer.fit(train.double().numpy(), labels.numpy()).predict(test.double().numpy())
+        assert (found.numpy() == expected).all()
