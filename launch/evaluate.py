@@ -39,6 +39,7 @@ if __name__ == "__main__":
     parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS, help="(default: all)")
     parser.add_argument("--weights", choices=["target", "context"], default="target", help="which encoder")
     parser.add_argument("--image-size", type=int, help="side of the images in pixels (default: as trained)")
+    parser.add_argument("--heads", type=int, help="attention heads, if the source doesn't tell")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10], help="images per class (default 1 5 10)")
     parser.add_argument("--epochs", type=int, default=50, help="of the linear probe (default 50)")
     parser.add_argument("--no-untrained", action="store_true", help="skip the same architecture at random weights")
@@ -50,7 +51,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     wanted = EvaluationRequest(
         source=given.source, train=given.data[0], test=given.data[1], protocols=tuple(given.protocol),
-        reader=given.reader, which=given.weights, image_size=given.image_size, folder=given.to,
+        reader=given.reader, which=given.weights, image_size=given.image_size, heads=given.heads, folder=given.to,
         batch_size=given.batch_size, workers=given.workers, seed=given.seed, shots=tuple(given.shots),
         epochs=given.epochs, untrained=not given.no_untrained,
     )  # fmt: skip

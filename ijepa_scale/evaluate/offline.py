@@ -41,6 +41,7 @@ class EvaluationRequest:
     reader: str = "imagefolder"
     which: str = "target"
     image_size: int | None = None
+    heads: int | None = None
     exif: Exif = "ignore"
     folder: Path = Path("runs/evaluation")
     batch_size: int = 64
@@ -63,7 +64,7 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     unknown = [name for name in request.protocols if name not in PROTOCOLS]
     if unknown:
         raise ConfigError(f"protocol {', '.join(unknown)} is unknown; choose among {', '.join(PROTOCOLS)}")
-    encoder, transform = load(request.source, which=request.which, image_size=request.image_size)
+    encoder, transform = load(request.source, which=request.which, image_size=request.image_size, heads=request.heads)
     sets = [
         _opened(f"{name} images", path, request) for name, path in (("train", request.train), ("test", request.test))
     ]
