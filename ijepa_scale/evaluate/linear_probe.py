@@ -19,6 +19,7 @@ from ijepa_scale.errors import DataError
 from ijepa_scale.optim.lars import LarsOptimizer
 
 _INIT_STD = 0.01  # of the weights. Source: the linear protocols of arXiv 1911.05722 and 2111.06377, A.1
+_BATCH, _LEAST_BATCH, _STEPS = 16_384, 32, 78  # 78 batches of 16,384 are an epoch of ImageNet-1k
 _LAYERS = {"last": 1, "last4": 4}
 
 
@@ -41,7 +42,7 @@ class Probe:
 class ProbeRecipe:
     """How the classifiers are trained: as in arXiv 2301.08243, with LARS."""
 
-    batch_size: int = 16_384  # images; a smaller set is one batch
+    batch_size: int | None = None  # images; None: 16,384, or fewer if an epoch had less than 78 steps, but at least 32
     epochs: int = 50
     drop_every: int = 15  # epochs after which the learning rate is divided by 10
     momentum: float = 0.9
@@ -50,9 +51,16 @@ class ProbeRecipe:
     seed: int = 0
 
 
-def published_sweep(layers: tuple[str, ...] = ("last", "last4")) -> list[Probe]:
-    """Returns the published sweep: rates 0.01, 0.05 and 0.001, decay 5e-4 and 0, with and without BatchNorm."""
-    choices = itertools.product(layers, (False, True), (0.01, 0.05, 0.001), (5e-4, 0.0))
+PUBLISHED_RATES, LARGER_RATES = (0.01, 0.05, 0.001), (0.3, 3.0, 30.0)
+
+
+def sweep(rates: tuple[float, ...] = PUBLISHED_RATES, layers: tuple[str, ...] = ("last", "last4")) -> list[Probe]:
+    """Returns the published sweep: 3 learning rates, decay 5e-4 and 0, with and without BatchNorm; or other rates.
+
+    Under LARS a step is 0.001 times the rate, as a share of the weights' norm, so the published rates need ImageNet's
+    many steps; the larger ones suit smaller sets.
+    """
+    choices = itertools.product(layers, (False, True), rates, (5e-4, 0.0))
     return [Probe(layers=layer, batch_norm=norm, lr=lr, weight_decay=decay) for layer, norm, lr, decay in choices]
 
 
@@ -134,7 +142,7 @@ def fit_probes(
 
 def _batches(count: int, recipe: ProbeRecipe, epoch: int) -> Iterator[np.ndarray]:
     order = rng.permutation(count, recipe.seed, "probe-order", epoch)
-    size = min(recipe.batch_size, count)
+    size = min(count, recipe.batch_size or min(_BATCH, max(_LEAST_BATCH, count // _STEPS)))
     for start in range(0, count - size + 1, size):
         yield order[start : start + size]
 

@@ -34,7 +34,7 @@ def logistic_regression(
 
     Features are standardised by the training features. The strength of the L2 penalty is the one that classifies a
     fifth of the training images best, learned from the others; classes of one image are always learned from. With one
-    strength nothing is held out. scikit-learn's L-BFGS minimises.
+    strength nothing is held out, and without a class of two images the strength is 1. scikit-learn's L-BFGS minimises.
 
     Raises:
         ConfigError: scikit-learn isn't installed.
@@ -57,8 +57,10 @@ def logistic_regression(
         return model.fit(inputs[rows], labels[rows])
 
     chosen, everything = strengths[0], np.arange(len(labels))
-    if len(strengths) > 1:
-        held = held_out(labels, seed)
+    held = held_out(labels, seed)
+    if len(strengths) > 1 and not len(held):
+        chosen = 1.0
+    elif len(strengths) > 1:
         kept = np.setdiff1d(everything, held)
         scores = {each: float((fitted(kept, each).predict(inputs[held]) == labels[held]).mean()) for each in strengths}
         chosen = max(scores, key=scores.__getitem__)  # the strongest penalty of equal ones

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from ijepa_scale import rng
 from ijepa_scale.errors import DataError
-from ijepa_scale.evaluate.linear_probe import Probe, ProbeRecipe, fit_probes, published_sweep
+from ijepa_scale.evaluate.linear_probe import Probe, ProbeRecipe, fit_probes, sweep
 
 WIDTH, CLASSES = 6, 3
 RECIPE = ProbeRecipe(batch_size=16, epochs=6, drop_every=2)
@@ -26,7 +26,7 @@ def data(count: int = 50, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_sweep_equals_its_heads_trained_one_by_one():
     features, labels = data()
-    probes = published_sweep()
+    probes = sweep()
     assert len({probe.text() for probe in probes}) == 24
     together = fit_probes(features, labels, probes, width=WIDTH, num_classes=CLASSES, recipe=RECIPE)
     for probe, linear in zip(probes, together.linears, strict=True):
@@ -94,6 +94,6 @@ def test_one_layer_alone_needs_no_others():
 def test_labels_outside_the_classes_are_refused():
     features, labels = data()
     with pytest.raises(DataError, match="labels are from 0 to 2; a linear probe needs labels from 0 to 1"):
-        fit_probes(features, labels, published_sweep(), width=WIDTH, num_classes=2)
+        fit_probes(features, labels, sweep(), width=WIDTH, num_classes=2)
     with pytest.raises(DataError, match="0 training features"):
-        fit_probes(features[:0], labels[:0], published_sweep(), width=WIDTH, num_classes=2)
+        fit_probes(features[:0], labels[:0], sweep(), width=WIDTH, num_classes=2)

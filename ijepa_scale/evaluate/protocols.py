@@ -1,0 +1,163 @@
+"""Protocols that classify images by frozen features. Knows nothing of encoders or files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ijepa_scale import rng
+from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.intervals import accuracy_interval
+from ijepa_scale.evaluate.knn import knn_sweep
+from ijepa_scale.evaluate.linear_probe import LARGER_RATES, ProbeRecipe, fit_probes, sweep
+from ijepa_scale.evaluate.logistic import few_shots, logistic_regression
+
+NEIGHBORS, TEMPERATURES = (5, 10, 20, 50, 100, 200), (0.03, 0.07, 0.2)
+USUAL = (20, 0.07)  # of kNN, stated next to the best of the sweep. Source: arXiv 2104.14294, section 4
+SHARES = (0.01, 0.1)  # of the training images of each class, for the low-shot protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Features of labelled images: of the last block, or of the last four side by side, the last one at the end."""
+
+    features: np.ndarray  # (N, D) or (N, 4 * D) float32, possibly memory-mapped
+    labels: np.ndarray  # (N,) int64
+
+    def last(self, width: int) -> np.ndarray:
+        """Returns the last block's features, (N, width)."""
+        return np.ascontiguousarray(self.features[:, -width:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The accuracy of one protocol, from 0 to 1."""
+
+    protocol: str
+    setting: str  # what was chosen
+    accuracy: float
+    low: float  # bounds of the 95% interval over the test images, or of the seeds
+    high: float
+    note: str = ""  # how it differs from the published protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What protocols share."""
+
+    width: int  # D
+    num_classes: int
+    device: torch.device
+    seeds: int = 3  # draws of few images
+    shots: tuple[int, ...] = (1, 5, 10)
+    recipe: ProbeRecipe = ProbeRecipe()
+
+
+def knn(train: Split, test: Split, options: Options) -> list[Score]:
+    """Returns kNN with 20 neighbours at temperature 0.07, and the best of a sweep of both."""
+    count = len(train.labels)
+    neighbors = sorted({min(count, each) for each in (*NEIGHBORS, USUAL[0])})
+    usual = (min(count, USUAL[0]), USUAL[1])
+    choices = [usual, *((k, t) for k in neighbors for t in TEMPERATURES if (k, t) != usual)]
+    predicted = knn_sweep(
+        _tensor(train.last(options.width), options), _tensor(train.labels, options),
+        _tensor(test.last(options.width), options), choices=choices, num_classes=options.num_classes,
+    )  # fmt: skip
+    right = (predicted.cpu().numpy() == test.labels).sum(axis=1)
+    best = int(right.argmax())
+    texts = [f"k {k}, temperature {t:g}" for k, t in choices]
+    return [
+        _score("knn", texts[0], int(right[0]), len(test.labels)),
+        _score("knn, best", texts[best], int(right[best]), len(test.labels), note="chosen on the test images"),
+    ]
+
+
+def linear(train: Split, test: Split, options: Options) -> list[Score]:
+    """Returns the linear probe by the published protocol, the best of its sweep, and with larger rates too."""
+    layers = ("last", "last4") if train.features.shape[1] == 4 * options.width else ("last",)
+    published = sweep(layers=layers)
+    probes = [*published, *sweep(LARGER_RATES, layers)]
+    fitted = fit_probes(
+        train.features, torch.from_numpy(train.labels), probes, width=options.width, num_classes=options.num_classes,
+        device=options.device, recipe=options.recipe,
+    )  # fmt: skip
+    right = (fitted.predict(test.features).cpu().numpy() == test.labels).sum(axis=1)
+    best, widest = int(right[: len(published)].argmax()), int(right.argmax())
+    note = f"best of {len(published)} on the test images, as published; centre crops instead of augmented ones"
+    scores = [_score("linear", probes[best].text(), int(right[best]), len(test.labels), note=note)]
+    note = f"best of {len(probes)} on the test images; the published rates suit ImageNet's many steps"
+    return [*scores, _score("linear, more rates", probes[widest].text(), int(right[widest]), len(test.labels), note)]
+
+
+def logistic(train: Split, test: Split, options: Options) -> list[Score]:
+    """Returns logistic regression on all training images, its penalty chosen on a fifth of them."""
+    found = logistic_regression(train.last(options.width), train.labels, test.last(options.width))
+    right = int((found.predicted == test.labels).sum())
+    return [_score("logistic", f"C {found.strength:g}", right, len(test.labels))]
+
+
+def lowshot(train: Split, test: Split, options: Options) -> list[Score]:
+    """Returns logistic regression on a few training images of each class: mean and range of several draws."""
+    counts = np.bincount(train.labels, minlength=options.num_classes)
+    least = int(counts[counts > 0].min())
+    scores = [
+        _few(f"{shots}-shot", train, test, options, partial(few_shots, train.labels, shots))
+        for shots in options.shots
+        if shots <= least
+    ]
+    if not scores:
+        raise DataError(
+            f"the smallest class has {least} training images, fewer than {min(options.shots)} shots; give --shots "
+            f"{least}"
+        )
+    for share in SHARES:
+        if share * len(train.labels) >= 2 * np.count_nonzero(counts):
+            name, note = f"{share:.0%} low-shot", "logistic regression instead of finetuning"
+            scores.append(_few(name, train, test, options, partial(_share_of, train.labels, share), note))
+    return scores
+
+
+def _share_of(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Returns sorted rows of a share of the images of each class, at least 1, keyed by seed and class."""
+    rows = []
+    for label in np.unique(labels).tolist():
+        mine = np.flatnonzero(labels == label)
+        rows.append(mine[rng.permutation(len(mine), seed, "few-shots", label)[: max(1, round(share * len(mine)))]])
+    return np.sort(np.concatenate(rows))
+
+
+def _few(
+    name: str, train: Split, test: Split, options: Options, draw: Callable[[int], np.ndarray], note: str = ""
+) -> Score:
+    features, found = train.last(options.width), []
+    for seed in range(options.seeds):
+        rows = draw(seed)
+        result = logistic_regression(features[rows], train.labels[rows], test.last(options.width), seed=seed)
+        found.append(float((result.predicted == test.labels).mean()))
+    setting = f"{len(rows)} images, {options.seeds} draws"
+    return Score(
+        protocol=name, setting=setting, accuracy=float(np.mean(found)), low=min(found), high=max(found), note=note
+    )
+
+
+def _score(protocol: str, setting: str, right: int, total: int, note: str = "") -> Score:
+    low, high = accuracy_interval(right, total)
+    return Score(protocol=protocol, setting=setting, accuracy=right / total, low=low, high=high, note=note)
+
+
+def _tensor(values: np.ndarray, options: Options) -> Tensor:
+    return torch.from_numpy(values).to(options.device)
+
+
+Protocol = Callable[[Split, Split, Options], list[Score]]
+PROTOCOLS: dict[str, Protocol] = {"knn": knn, "linear": linear, "logistic": logistic, "lowshot": lowshot}
+
+
+def run_protocols(names: Sequence[str], train: Split, test: Split, options: Options) -> list[Score]:
+    """Returns the scores of the named protocols, in their order."""
+    return [score for name in names for score in PROTOCOLS[name](train, test, options)]

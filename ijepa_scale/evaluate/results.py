@@ -1,0 +1,107 @@
+"""The table of an evaluation, as text, JSON, Markdown and a picture. Knows nothing of encoders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ijepa_scale.evaluate.protocols import Score
+from ijepa_scale.metrics.plots import BLUE, GREY, new_figure, save_figure
+
+JSON, MARKDOWN, PICTURE = "evaluation.json", "evaluation.md", "evaluation.png"
+_COLUMNS = ("protocol", "accuracy", "95% interval", "untrained", "published", "setting", "note")
+
+# Top-1 accuracies in percent. Source: arXiv 2301.08243
+_PUBLISHED = {
+    ("vit_base", 16, 224): {"linear": 72.9},
+    ("vit_large", 16, 224): {"linear": 77.5, "1% low-shot": 69.4},
+    ("vit_huge", 14, 224): {"linear": 79.3, "1% low-shot": 73.3},
+    ("vit_huge", 16, 448): {"linear": 81.1, "1% low-shot": 77.3},
+}
+_IMAGENET_CLASSES, _IMAGENET_TEST = 1000, 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Scores of an encoder and of the same architecture at random weights, in the same order."""
+
+    facts: dict[str, Any]  # what was evaluated on what
+    scores: list[Score]
+    untrained: list[Score]
+    published: dict[str, float]  # percent, by protocol
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Returns the table's rows as text, in the order of the columns."""
+        without = {score.protocol: score for score in self.untrained}
+        rows: list[tuple[str, ...]] = []
+        for score in self.scores:
+            reference = without.get(score.protocol)
+            published = self.published.get(score.protocol)
+            rows.append(
+                (
+                    score.protocol,
+                    f"{100 * score.accuracy:.2f}%",
+                    f"{100 * score.low:.2f} - {100 * score.high:.2f}",
+                    f"{100 * reference.accuracy:.2f}%" if reference else "",
+                    f"{published:.1f}%" if published is not None else "",
+                    score.setting,
+                    score.note,
+                )
+            )
+        return rows
+
+    def text(self) -> str:
+        """Returns the table as lines of text."""
+        rows = [_COLUMNS, *self.rows()]
+        kept = [index for index in range(len(_COLUMNS)) if any(row[index] for row in rows[1:])]
+        widths = [max(len(row[index]) for row in rows) for index in kept]
+        lines = ["  ".join(row[i].ljust(w) for i, w in zip(kept, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+    def markdown(self) -> str:
+        """Returns the table in Markdown, with what was evaluated below it."""
+        head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+        body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows()]
+        facts = [f"- {name}: {value}" for name, value in self.facts.items()]
+        return "\n".join([*head, *body, "", *facts, ""])
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes the table as JSON, Markdown and a picture, and returns their paths."""
+        content = {
+            "facts": self.facts, "published": self.published,
+            "scores": [asdict(score) for score in self.scores],
+            "untrained": [asdict(score) for score in self.untrained],
+        }  # fmt: skip
+        (folder / JSON).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / MARKDOWN).write_text(self.markdown())
+        return [folder / JSON, folder / MARKDOWN, self._draw(folder / PICTURE)]
+
+    def _draw(self, path: Path) -> Path:
+        names = [score.protocol for score in self.scores]
+        figure = new_figure(width=7.0, height=0.9 + 0.45 * len(names))
+        axes = figure.subplots()
+        for color, shift, scores, label in (
+            (BLUE, -0.18, self.scores, "trained"), (GREY, 0.18, self.untrained, "same architecture, random weights"),
+        ):  # fmt: skip
+            places = [names.index(score.protocol) + shift for score in scores]
+            values = [100 * score.accuracy for score in scores]
+            errors = [[100 * (s.accuracy - s.low) for s in scores], [100 * (s.high - s.accuracy) for s in scores]]
+            axes.barh(places, values, height=0.34, color=color, label=label, xerr=errors, error_kw={"linewidth": 1})
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("Accuracy on held-out images (%)")
+        axes.grid(axis="x", alpha=0.3, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        return save_figure(figure, path)
+
+
+def published_figures(
+    name: str, patch_size: int, image_size: tuple[int, int], *, num_classes: int, num_test: int
+) -> dict[str, float]:
+    """Returns I-JEPA's published accuracies (percent, by protocol) where the encoder and ImageNet's set are theirs."""
+    if (num_classes, num_test) != (_IMAGENET_CLASSES, _IMAGENET_TEST) or image_size[0] != image_size[1]:
+        return {}
+    return _PUBLISHED.get((name, patch_size, image_size[0]), {})

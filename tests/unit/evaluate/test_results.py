@@ -1,0 +1,80 @@
+"""The table of an evaluation, and the protocols behind it on features whose answer is known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.linear_probe import ProbeRecipe
+from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Score, Split, run_protocols
+from ijepa_scale.evaluate.results import Results, published_figures
+
+WIDTH, CLASSES = 8, 4
+
+
+def split(count: int, seed: int, spread: float) -> Split:
+    """Classes `spread` apart in the last WIDTH columns, noise in the others."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % CLASSES
+    features = generator.normal(size=(count, 4 * WIDTH)).astype(np.float32)
+    features[:, -WIDTH : -WIDTH + CLASSES] += spread * np.eye(CLASSES, dtype=np.float32)[labels]
+    return Split(features=features, labels=labels)
+
+
+def options(**changes: object) -> Options:
+    fixed = {
+        "width": WIDTH,
+        "num_classes": CLASSES,
+        "device": torch.device("cpu"),
+        "recipe": ProbeRecipe(epochs=30),
+    }
+    return Options(**{**fixed, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_protocol_finds_what_the_features_hold_and_nothing_more(name):
+    test = split(400, 1, 4.0)
+    for score in PROTOCOLS[name](split(400, 0, 4.0), test, options()):
+        least = 0.55 if "1-shot" in score.protocol else 0.3 if score.protocol == "linear" else 0.85
+        assert score.low <= score.accuracy <= score.high and score.accuracy > least, score
+    for score in PROTOCOLS[name](split(400, 2, 0.0), split(400, 3, 0.0), options()):
+        assert score.accuracy < 0.4, score  # chance is 0.25
+
+
+def test_scores_repeat_and_each_image_counts_once():
+    train, test = split(203, 0, 2.0), split(101, 1, 2.0)
+    first, second = (run_protocols(list(PROTOCOLS), train, test, options()) for _ in range(2))
+    assert first == second
+    whole = [score for score in first if "shot" not in score.protocol]
+    assert all(abs(score.accuracy * 101 - round(score.accuracy * 101)) < 1e-9 for score in whole)
+
+
+def test_too_few_images_for_the_shots_are_refused():
+    with pytest.raises(DataError, match="the smallest class has 2 training images, fewer than 5 shots; give --shots 2"):
+        PROTOCOLS["lowshot"](split(8, 0, 1.0), split(8, 1, 1.0), options(shots=(5, 10)))
+
+
+def test_the_table_is_written_as_text_json_markdown_and_picture(tmp_path):
+    scores = [
+        Score(protocol="knn", setting="k 20, temperature 0.07", accuracy=0.5, low=0.4, high=0.6),
+        Score(protocol="linear", setting="last, lr 0.05, wd 0", accuracy=0.7931, low=0.79, high=0.8, note="a | b"),
+    ]
+    untrained = [Score(protocol="knn", setting="k 20, temperature 0.07", accuracy=0.1, low=0.0, high=0.2)]
+    results = Results(facts={"train": "x"}, scores=scores, untrained=untrained, published={"linear": 79.3})
+    lines = results.text().splitlines()
+    assert lines[0].split()[:2] == ["protocol", "accuracy"] and "10.00%" in lines[2] and "79.3%" in lines[3]
+    for path in results.write(tmp_path):
+        assert path.stat().st_size > 100
+    assert json.loads((tmp_path / "evaluation.json").read_text())["scores"][1]["accuracy"] == 0.7931
+    assert "a \\| b" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_published_figures_stand_next_to_imagenet_only():
+    imagenet = {"num_classes": 1000, "num_test": 50_000}
+    assert published_figures("vit_huge", 14, (224, 224), **imagenet)["linear"] == 79.3
+    assert published_figures("vit_huge", 16, (224, 224), **imagenet) == {}
+    assert published_figures("vit_huge", 14, (224, 224), num_classes=10, num_test=50_000) == {}
