@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ijepa_scale.config.form import Exif, Interpolation
-from ijepa_scale.config.pixels import PixelFormat
+from ijepa_scale.config.pixels import MAX_CHANNELS, PixelFormat
 from ijepa_scale.data.decode import FILTERS, Box, decode
 from ijepa_scale.data.formats import formats
 from ijepa_scale.data.pil_decode import orientation_of, turn
-from ijepa_scale.data.pixel_format import check_format, undecodable
+from ijepa_scale.data.pixel_format import FormatError, check_format, undecodable
 from ijepa_scale.data.stored_values import decode_stored, is_stored
 from ijepa_scale.errors import DataError, SampleError
 
@@ -50,6 +50,21 @@ def decode_deep(data: bytes | np.ndarray, wanted: PixelFormat, exif: Exif = "ign
 def decode_as(wanted: PixelFormat, data: bytes | np.ndarray, exif: Exif = "ignore") -> np.ndarray:
     """Returns the whole image in the format that is wanted, (H, W, C); 8-bit RGB by `decode`, the others as above."""
     return decode(data, exif) if wanted.is_rgb8 else decode_deep(data, wanted, exif)
+
+
+def stored_format(data: bytes | np.ndarray) -> tuple[int, str]:
+    """Returns the channels and the numpy type of an image's values as its file stores them.
+
+    Raises:
+        SampleError: not an image, damaged or too large.
+        DataError: a package that reads it isn't installed.
+    """
+    unusual = PixelFormat(MAX_CHANNELS, "float32")  # anything else is refused by its header
+    try:
+        decode_deep(data, unusual)
+    except FormatError as error:
+        return error.channels, error.dtype
+    return unusual.channels, unusual.dtype
 
 
 def crop_deep(pixels: np.ndarray, box: Box, output: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
@@ -119,4 +134,4 @@ def _with_pil(data: bytes, wanted: PixelFormat, exif: Exif) -> np.ndarray:
     return turn(pixels, orientation_of(data)) if exif == "apply" else pixels
 
 
-__all__ = ["crop_deep", "decode_as", "decode_deep", "resize_deep"]
+__all__ = ["crop_deep", "decode_as", "decode_deep", "resize_deep", "stored_format"]

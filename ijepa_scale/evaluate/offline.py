@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from ijepa_scale import rng
+from ijepa_scale import rng, terminal
 from ijepa_scale.config.architectures import ARCHITECTURES
 from ijepa_scale.config.form import Exif
 from ijepa_scale.data.sources.fetch import scheme_of
-from ijepa_scale.data.sources.open import build_source
+from ijepa_scale.data.sources.open import build_source, reader_of
 from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.engine.world import World
+from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.evaluate.class_lists import compare_classes
 from ijepa_scale.evaluate.frozen import Pool, load
@@ -26,6 +28,7 @@ from ijepa_scale.evaluate.results import Results, published_figures
 from ijepa_scale.evaluate.stored_features import FeatureStore, ImageSet
 from ijepa_scale.models.init import initialise
 from ijepa_scale.models.vit import VisionTransformer
+from ijepa_scale.train import processes
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class EvaluationRequest:
     train: str
     test: str
     protocols: tuple[str, ...] = ("knn", "linear", "logistic", "lowshot")
-    reader: str = "imagefolder"
+    reader: str | None = None  # None: by what `train` is
     which: str = "target"
     image_size: int | None = None
     heads: int | None = None
@@ -50,6 +53,15 @@ class EvaluationRequest:
     shots: tuple[int, ...] = (1, 5, 10)
     epochs: int = 50
     untrained: bool = True
+
+
+def evaluate_here(request: EvaluationRequest, launch: Launch, device: torch.device) -> None:
+    """Evaluates in this process of the run, and prints the table on the main one."""
+    terminal.log_to_terminal(logging.INFO if launch.rank == 0 else logging.WARNING)
+    with processes.world_of(launch, device, alone=True) as world:
+        results = evaluate_encoder(request, world)
+        if results is not None:
+            terminal.say(*results.text().splitlines(), "", *results.write(request.folder))
 
 
 def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None:
@@ -125,7 +137,7 @@ def _opened(name: str, path: str, request: EvaluationRequest) -> SampleSource:
     """Returns the labelled images under a path."""
     if scheme_of(path) is not None:
         raise DataError(f"{name}: {path} is remote; copy it to a local folder first")
-    source = build_source(request.reader, path)
+    source = build_source(request.reader or reader_of(request.train), path)
     check_problems(source.problems(), source.num_samples, max_bad_fraction=0.0)
     return source
 

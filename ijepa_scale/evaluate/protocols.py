@@ -31,7 +31,7 @@ class Split:
 
     def last(self, width: int) -> np.ndarray:
         """Returns the last block's features, (N, width)."""
-        return np.ascontiguousarray(self.features[:, -width:])
+        return np.array(self.features[:, -width:])  # in memory, whatever the features are
 
 
 @dataclass(frozen=True, kw_only=True)

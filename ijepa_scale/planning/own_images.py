@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ijepa_scale.config.architectures import ARCHITECTURES, resolve
+from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.config.schema import BlockMaskConfig, ModelConfig
 from ijepa_scale.config.yaml_text import flat, plain
 from ijepa_scale.planning.devices import Device
@@ -37,6 +38,8 @@ class Facts:
 
     images: int
     shorter_side: int  # pixels, the median of a few images
+    pixels: PixelFormat = RGB8  # as a few images store them, where that isn't what becomes 8-bit RGB
+    reader: str = "imagefolder"  # that suits the images
     processes: int
     processes_per_host: int
     cores: int  # of this host, that the run may use
@@ -73,8 +76,8 @@ class _Rules:
 
     def choose_all(self) -> None:
         for rule in (
-            self._image_size, self._patch_size, self._model, self._predictor, self._batch, self._precision,
-            self._accumulation, self._masks, self._length, self._rates, self._momentum, self._host,
+            self._reader, self._format, self._image_size, self._patch_size, self._model, self._predictor, self._batch,
+            self._precision, self._accumulation, self._masks, self._length, self._rates, self._momentum, self._host,
         ):  # fmt: skip
             for choice in rule():
                 self.values[choice.key] = choice.value
@@ -87,6 +90,18 @@ class _Rules:
         """Returns the model section as it is so far."""
         named = {key.partition(".")[2]: value for key, value in self.values.items() if key.startswith("model.")}
         return ModelConfig(**{**named, **changes})
+
+    def _reader(self) -> Iterator[Choice]:
+        if not self._has("data.reader"):
+            yield Choice("data.reader", self.facts.reader, "by what data.train names")
+
+    def _format(self) -> Iterator[Choice]:
+        found = self.facts.pixels
+        for key, value, usual in (
+            ("model.channels", found.channels, RGB8.channels), ("data.pixels", found.dtype, RGB8.dtype),
+        ):  # fmt: skip
+            if value != usual and not self._has(key):
+                yield Choice(key, value, f"a few images were looked at, and all have {found}")
 
     def _image_size(self) -> Iterator[Choice]:
         if self._has("model.image_size"):

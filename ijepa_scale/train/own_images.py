@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ import torch
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.config.data import DataConfig
+from ijepa_scale.config.form import PixelType
+from ijepa_scale.config.pixels import MAX_CHANNELS, RGB8, PixelFormat
 from ijepa_scale.config.yaml_text import flat, nest, parse_yaml, plain
-from ijepa_scale.data.decode import decode
+from ijepa_scale.data.deep_decode import decode_as, stored_format
+from ijepa_scale.data.eval_reader import spread
 from ijepa_scale.data.sources.fetch import scheme_of
-from ijepa_scale.data.sources.open import training_source
+from ijepa_scale.data.sources.open import reader_of, training_source
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.environment import Launch, expand_path
@@ -28,6 +32,7 @@ from ijepa_scale.planning.own_images import Facts, choose
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 64  # images whose size is read
+_BECOME_RGB = 4  # channels of 8 bits: grey and colours, with or without transparency
 
 
 def choose_settings(given: Mapping[str, Any], launch: Launch, device: str) -> dict[str, Any]:
@@ -73,6 +78,8 @@ def _facts(given: Mapping[str, Any], launch: Launch, device: str) -> Facts:
         raise ConfigError("data.train is null; name your images, e.g. data.train=/data/photos")
     if data.get("batch_size_per_process") is None:
         data.setdefault("batch_size", 1)
+    named = expand_path(str(data["train"]))
+    data["reader"] = data.get("reader") or reader_of(named)
     section = DataConfig.chosen(data).model_validate(data)
     assert isinstance(section, DataConfig)
     source = training_source(section, (256, 256))
@@ -81,13 +88,21 @@ def _facts(given: Mapping[str, Any], launch: Launch, device: str) -> Facts:
             "recipe is own_images but data.reader is stream, which doesn't tell the number of images; "
             "set data.reader=shards"
         )
+    samples = _samples(source, section)
+    pixels = _format(samples)
+    if isinstance(model := given.get("model"), Mapping) and model.get("channels") is not None:
+        pixels = PixelFormat(plain(model["channels"]), section.pixels)
+    elif data.get("pixels") is not None:
+        pixels = PixelFormat(pixels.channels, section.pixels)
     facts: dict[str, Any] = {"device": "cpu", "device_name": "CPU"}
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(int(device.partition(":")[2] or launch.local_rank))
         facts = {"device": "cuda", "device_name": properties.name, "memory_bytes": float(properties.total_memory)}
     return Facts(
         images=source.num_samples,
-        shorter_side=_shorter_side(source, section),
+        shorter_side=_shorter_side(samples, pixels, section),
+        pixels=pixels,
+        reader=data["reader"],
         processes=launch.world_size,
         processes_per_host=launch.local_world_size,
         cores=len(os.sched_getaffinity(0)),
@@ -96,19 +111,48 @@ def _facts(given: Mapping[str, Any], launch: Launch, device: str) -> Facts:
     )
 
 
-def _shorter_side(source: SampleSource, data: DataConfig) -> int:
-    """Returns the median of the shorter sides, in pixels, of a few images: the first of a remote set, else any."""
+def _samples(source: SampleSource, data: DataConfig) -> list[bytes | np.ndarray]:
+    """Returns a few images: the first of a remote set, else spread over it. Bad ones are left to training.
+
+    Raises:
+        DataError: none can be read.
+    """
     ids = np.arange(min(_LOOKED_AT, source.num_samples))
     if scheme_of(str(data.train)) is None:
-        ids = np.unique(np.linspace(0, source.num_samples - 1, len(ids)).astype(np.int64))
-    sides = []
+        ids = spread(source.num_samples, _LOOKED_AT)
+    found = []
     for sample in ids.tolist():
-        with contextlib.suppress(SampleError):  # counted where it is read for training
-            sides.append(min(decode(source.read(sample), data.exif).shape[:2]))
-    if not sides:
+        with contextlib.suppress(SampleError):
+            content = source.read(sample)
+            stored_format(content)
+            found.append(content)
+    if not found:
         raise DataError(
             f"none of {len(ids)} images of {data.train} that were tried can be read, such as "
             f"{source.name(int(ids[0]))}; docs/data.md lists what is read"
+        )
+    return found
+
+
+def _format(samples: list[bytes | np.ndarray]) -> PixelFormat:
+    """Returns the format that all samples have, if 8-bit RGB would lose some of it; else 8-bit RGB."""
+    formats = {stored_format(sample) for sample in samples}
+    channels, dtype = next(iter(formats))
+    usual = dtype == RGB8.dtype and channels <= _BECOME_RGB
+    known = channels <= MAX_CHANNELS and dtype in typing.get_args(PixelType)
+    return PixelFormat(channels, cast(PixelType, dtype)) if len(formats) == 1 and known and not usual else RGB8
+
+
+def _shorter_side(samples: list[bytes | np.ndarray], pixels: PixelFormat, data: DataConfig) -> int:
+    """Returns the median of the samples' shorter sides, pixels."""
+    sides = []
+    for sample in samples:
+        with contextlib.suppress(SampleError):  # counted where it is read for training
+            sides.append(min(decode_as(pixels, sample, data.exif).shape[:2]))
+    if not sides:
+        raise DataError(
+            f"none of {len(samples)} images of {data.train} that were tried has {pixels}; set model.channels and "
+            "data.pixels to what they have"
         )
     return int(np.median(sides))
 
