@@ -45,10 +45,6 @@ class _Product(torch.autograd.Function):
         )
 
 
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None, weight_copy: Tensor, bias_copy: Tensor) -> Tensor:
-    return _Product.apply(input, weight, bias, weight_copy, bias_copy)
-
-
 def _weight_gradient(gradient: Tensor, input: Tensor) -> Tensor:
     """Returns gradient^T @ input, (out, in) fp32, for bf16 tensors with a row per token.
 
@@ -68,12 +64,12 @@ class CopiedLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the projection along the last dimension."""
-        return _product(input, self.weight, self.bias, self.weight_copy, self.bias_copy)
+        return _Product.apply(input, self.weight, self.bias, self.weight_copy, self.bias_copy)
 
     def rows(self, input: Tensor, start: int, stop: int) -> Tensor:
         """Returns only the outputs [start, stop) of `forward`."""
         parts = (self.weight, self.bias, self.weight_copy, self.bias_copy)
-        return _product(input, *(part[start:stop] for part in parts))
+        return _Product.apply(input, *(part[start:stop] for part in parts))
 
 
 class CopiedPatchProjection(PatchProjection):
@@ -83,12 +79,12 @@ class CopiedPatchProjection(PatchProjection):
     bias_copy: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns tokens (..., D) of patches (..., C * P * P)."""
+        """Returns tokens (..., D) of patches (..., 3 * P * P)."""
         weight, copy = self.weight.flatten(1), self.weight_copy.flatten(1)
         if input.is_cuda:
             input, copy = aligned(input, copy)
             weight = F.pad(weight, (0, copy.shape[1] - weight.shape[1]))  # it only receives the gradient
-        return _product(input, weight, self.bias, copy, self.bias_copy)
+        return _Product.apply(input, weight, self.bias, copy, self.bias_copy)
 
 
 def use_low_copies(module: nn.Module) -> dict[Tensor, Tensor]:
@@ -96,9 +92,6 @@ def use_low_copies(module: nn.Module) -> dict[Tensor, Tensor]:
 
     The module must be on its device. The copies must be renewed whenever the parameters change.
     """
-    # Dynamo of torch 2.11 traces the passes of an autograd.Function apart, and with symbolic lengths that sometimes
-    # fails ("sources must not be empty for symbol"). As one node it is traced by autograd itself, as other operations.
-    torch.compiler.allow_in_graph(_product)
     kinds = {Linear: CopiedLinear, PatchProjection: CopiedPatchProjection}
     copies: dict[Tensor, Tensor] = {}
     for part in module.modules():

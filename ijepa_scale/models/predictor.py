@@ -89,7 +89,9 @@ class Predictor(nn.Module):
         *blocks, last = self.predictor_blocks
         for block in blocks:
             tokens = block(tokens)
-        predicted = last(tokens, queries=tokens[:, num_kept:])
+        # Nor may the queries be a view: if torch.compile guards a size of the tensor behind it, it sometimes fails, by
+        # Python's hash seed, with "sources must not be empty for symbol" (torch 2.11).
+        predicted = last(tokens, queries=tokens[:, num_kept:].clone())
         return self.predictor_proj(self.predictor_norm(predicted))
 
     def _packed(self, context: Tensor, masks: PackedMasks) -> Tensor:

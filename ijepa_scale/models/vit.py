@@ -105,9 +105,8 @@ class VisionTransformer(nn.Module):
         final = self.blocks[-1]
         if wanted is None:
             return self.norm(final(tokens, layout))
-        rows = wanted + torch.arange(len(tokens), device=wanted.device)[:, None] * tokens.shape[1]
-        queries = tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*wanted.shape, -1)
-        return self.norm(final(tokens, queries=queries))
+        images = torch.arange(len(tokens), device=wanted.device)[:, None]
+        return self.norm(final(tokens, queries=tokens[images, wanted]))  # no view: see `Predictor._dense`
 
     def _before_last(self, tokens: Tensor, layout: SequenceLayout | None) -> Tensor:
         *blocks, _ = self.blocks

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from ijepa_scale.config.schema import ModelConfig
-from ijepa_scale.engine.parallelize import compile_blocks
+from ijepa_scale.engine.parallelize import blocks, compile_blocks
 from ijepa_scale.models import build_encoder, build_jepa, build_predictor, build_target
 from tests.unit.models.packing_by_hand import (
     UNEVEN_CONTEXT,
@@ -82,6 +82,24 @@ def test_dense_masks_packed_give_the_dense_result():
     jepa, images, masks = small_jepa(), images_of(3), random_masks(2, 2, 3)
     packed = pack_by_hand(masks.context.tolist(), masks.targets.tolist())
     torch.testing.assert_close(jepa(images, packed), jepa(images, masks).flatten(0, 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_get_no_views(packed):
+    """If a block's input is a view, torch.compile fails by chance, or makes one more graph; see `Predictor._dense`."""
+    jepa, images, masks = small_jepa(), images_of(3), random_masks(1, 2, 3)
+    target = build_target(jepa)
+    given: list[torch.Tensor] = []
+    for block in (*blocks(jepa), *blocks(target)):
+        block.register_forward_pre_hook(
+            lambda _, args, named: given.extend(x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        target(images, wanted=masks.targets[0])
+    jepa(images, pack_by_hand(masks.context.tolist(), masks.targets.tolist()) if packed else masks)
+    assert len(given) == len(blocks(jepa)) + len(blocks(target)) + 2, "two last blocks get queries"
+    assert not any(x._is_view() for x in given)
 
 
 @pytest.mark.parametrize("packed", [False, True])
