@@ -2,8 +2,9 @@
 
 python -m benchmarks.listing --files 1000000 --classes 1000 --scratch /tmp/listing [--out FILE.jsonl]
 
-Writes a tree of empty files ROOT/CLASS/NAME.jpg below `--scratch`, or ROOT/NAME.jpg with `--classes 0`, lists it in a new
-process for each way and turn, and removes it. The ways take turns; the first turn, after the tree was written, isn't counted. The page cache is warm.
+Writes a tree of empty files ROOT/CLASS/NAME.jpg below `--scratch`, or ROOT/NAME.jpg with `--classes 0`, lists it in a
+new process for each way and turn, and removes it. The ways take turns; the first turn, after the tree was written,
+isn't counted. The page cache is warm.
 """
 
 from __future__ import annotations
