@@ -164,6 +164,14 @@ def test_links_to_inner_tars_and_devices(tmp_path):
         assert source.problems().counts == ({"link or device": 1} if kind == tarfile.LNKTYPE else {})
 
 
+def test_a_link_around_the_split(tmp_path):
+    root = class_folders(tmp_path / "top" / "set" / "train", 6)
+    (root / "up").symlink_to("..")
+    tar, zipped = archives(tmp_path / "top", tmp_path)
+    for source in (FolderImages(root), TarImages(tar, "set/train"), ZipImages(zipped, "set/train")):
+        assert source.classes == ["a", "b", "c"] and len(source.problems().doubts) == 1
+
+
 def test_links_inside_classes(tmp_path):
     root = class_folders(tmp_path / "set", 6)
     (root / "a" / "up").symlink_to("..")
