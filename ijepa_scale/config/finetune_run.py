@@ -140,7 +140,9 @@ class FinetuneAugmentConfig(CropConfig):
 class ClassifierEvaluationConfig(Section, at="evaluate"):
     """Accuracy on held-out images, over all processes, each image once."""
 
-    data: form.PathText | None = Field(None, description="Tar pattern or folder of class folders; null: no evaluation.")
+    data: form.PathText | None = Field(
+        None, description="Tar pattern, folder of class folders, or CSV; null: no evaluation."
+    )
     reader: Reader = Field("shards", description="How the images are stored, as in data.reader; not stream.")
     every_epochs: form.Epochs = Field(
         1.0, gt=0, description="Epochs between evaluations; there is always one at the end."

@@ -129,7 +129,7 @@ class IndexedParts:
                 crop = self.crops.cut(self.source.read(sample), draws[row])
             except SampleError as error:
                 bad.append(BadSample(error.kind, self.source.name(sample), str(error)))
-                ids[row], crop = self._replacement(epoch, sample)
+                ids[row], crop = self._replacement(epoch, sample, error)
             end = _put(crop, pixels, end)
             sizes[row] = crop.shape[:2]
         labels = np.array([self.source.label(sample) for sample in ids.tolist()], dtype=np.int64)
@@ -143,7 +143,7 @@ class IndexedParts:
             self.source.prepare(self.order.shards(epoch, number), self.order.shards(epoch, number + 1))
             self._prepared = window
 
-    def _replacement(self, epoch: int, bad_id: int) -> tuple[int, np.ndarray]:
+    def _replacement(self, epoch: int, bad_id: int, why: SampleError) -> tuple[int, np.ndarray]:
         """Returns (sample id, crop) of the first decodable one among the replacements drawn for a bad sample."""
         reason = ""
         draws = rng.uniform(self.crops.seed, "replace", epoch, np.array([bad_id]), _REPLACEMENTS)[0]
@@ -154,8 +154,8 @@ class IndexedParts:
             except SampleError as error:
                 reason = str(error)  # counted as bad when the order reaches it
         raise DataError(
-            f"sample {self.source.name(bad_id)} and {_REPLACEMENTS} replacements drawn for it couldn't be decoded; "
-            f"check that the data holds images (the last one: {reason})"
+            f"sample {self.source.name(bad_id)} ({why}) and {_REPLACEMENTS} replacements drawn for it couldn't be "
+            f"decoded; check that the data holds images (the last one: {reason})"
         )
 
 

@@ -147,8 +147,8 @@ class ArchiveMembers:
                 (n for n in range(1, len(parts) + 1) if "/".join(parts[:n]) in self._links), None
             )  # the first part of the path that is a link
             if through is None:
-                inner = name.lower().endswith(".tar") and name not in self._all_folders | self._others
-                return "" if name == "." else name[:-4] if inner else name
+                known = name in self._all_folders or name in self._others
+                return "" if name == "." else name[:-4] if name.lower().endswith(".tar") and not known else name
             at = "/".join(parts[:through])
             name = posixpath.normpath(posixpath.join(posixpath.dirname(at), self._links[at], *parts[through:]))
             if set(name.split("/")) == {".."}:

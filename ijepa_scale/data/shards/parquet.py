@@ -24,7 +24,7 @@ from ijepa_scale.data.sources.tar_index import expand
 from ijepa_scale.errors import DataError, SampleError
 
 MAX_GROUP_BYTES = 2 << 30  # of the images of a row group, uncompressed
-_WINDOW_BYTES = 256 << 20  # of the row groups that each reading process keeps
+_WINDOW_BYTES = 128 << 20  # of the row groups that each reading process keeps
 _MOST_GROUPS = 64  # in a window
 _PART = re.compile(r"(.+?)-\d+-of-\d+(-[0-9a-f]+)?\.parquet")  # how Hugging Face names the files of a split
 _DAMAGED = "damaged row group"

@@ -95,7 +95,7 @@ def doubt_classes(place: str, loose: int, inside: int, give: Callable[[str], str
 
 def describe_unlabelled(num_samples: int, loose: int, place: str) -> str:
     """Returns what a root was read as, for the log."""
-    where = "" if loose == num_samples else f"; {loose} of them in no folder"
+    where = "" if loose in (0, num_samples) else f"; {loose} of them in no folder"
     return f"{num_samples} images without labels in {place}{where}"
 
 

@@ -205,6 +205,23 @@ def test_whoever_needs_labels_says_that_there_are_none(tmp_path):
         check_labels(flat, 3, "data")
 
 
+paths = st.binary(min_size=1, max_size=12).filter(lambda name: not set(name) & set(b"\n\r\0") and name.strip() != b"")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(paths.map(lambda name: name + b".jpg"), min_size=1, max_size=5), st.sampled_from([b"\n", b"\r\n", b"\n\n"])
+)
+def test_a_line_is_a_path_whatever_its_bytes(tmp_path_factory, names, end):
+    tmp_path = tmp_path_factory.mktemp("list")
+    names[0] = b"first" + names[0]  # else a byte order mark may begin it
+    (tmp_path / "l").write_bytes(end.join(names))
+    source = build_source("list", tmp_path / "l")
+    assert [os.fsencode(source.name(n)) for n in range(source.num_samples)] == [
+        os.fsencode(tmp_path / os.fsdecode(name)) for name in names
+    ]
+
+
 @pytest.mark.parametrize("name", ["list.txt", "list", "list.csv"])
 def test_a_list_of_paths(tmp_path, name):
     (tmp_path / "a b").mkdir()

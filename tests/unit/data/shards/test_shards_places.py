@@ -14,6 +14,7 @@ from ijepa_scale.data.shards.make import make_shards
 from ijepa_scale.data.shards.tars import TarImages
 from ijepa_scale.data.shards.zips import ZipImages
 from ijepa_scale.data.sources.folder import ImageFolderSource
+from ijepa_scale.data.sources.listing import images_below
 from ijepa_scale.data.sources.source import check_problems
 from ijepa_scale.errors import DataError
 from tests.unit.data.shards.image_sets import add, class_folders, encoded, tar_of_tars, zip_of
@@ -163,6 +164,14 @@ def test_links_to_inner_tars_and_devices(tmp_path):
         assert source.problems().counts == ({"link or device": 1} if kind == tarfile.LNKTYPE else {})
 
 
+def test_a_link_around_the_split(tmp_path):
+    root = class_folders(tmp_path / "top" / "set" / "train", 6)
+    (root / "up").symlink_to("..")
+    tar, zipped = archives(tmp_path / "top", tmp_path)
+    for source in (FolderImages(root), TarImages(tar, "set/train"), ZipImages(zipped, "set/train")):
+        assert source.classes == ["a", "b", "c"] and len(source.problems().doubts) == 1
+
+
 def test_links_inside_classes(tmp_path):
     root = class_folders(tmp_path / "set", 6)
     (root / "a" / "up").symlink_to("..")
@@ -174,3 +183,12 @@ def test_links_inside_classes(tmp_path):
         assert source.problems().skipped == {
             "link a/up to a folder that is listed anyway": 1, ".txt": 1, "no suffix": 1
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_in_a_classs_place_that_leads_to_nothing_is_an_error(tmp_path, target):
+    class_folders(tmp_path, 1)
+    (tmp_path / "itself").symlink_to(target)
+    with pytest.raises(DataError, match="link .*/itself leads to nothing, so a class may be missing"):
+        ImageFolderSource(tmp_path)
+    assert images_below(str(tmp_path))[0]  # prediction needs no classes

@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import struct
+import tracemalloc
 import zipfile
 
 import pytest
@@ -97,8 +98,11 @@ def test_a_member_that_claims_too_much_is_left_out(tmp_path):
     (tmp_path / "b.zip").write_bytes(content)
     source = ZipImages(tmp_path / "b.zip")
     assert source.problems().counts == {"image size": 2} and source.num_samples == 2
+    tracemalloc.start()
     with pytest.raises(SampleError, match="doesn't match its size or checksum in the archive"):
         source.read(1)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20  # not the 32 MiB that it unpacks to
+    tracemalloc.stop()
 
 
 def test_encrypted_and_overlapping_archives_are_refused(tmp_path, monkeypatch):
