@@ -20,7 +20,7 @@ from ijepa_scale.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a mistake that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="run folder, checkpoint, .pth.tar, .safetensors, or timm:NAME")
+    parser.add_argument("source", help="run folder, checkpoint, .pth.tar, .safetensors, timm:NAME or transformers:NAME")
     parser.add_argument("--to", type=Path, required=True, help="file to write: .safetensors, or .pth.tar as published")
     parser.add_argument("--weights", choices=["target", "context"], default="target", help="which encoder")
     parser.add_argument("--naming", choices=NAMINGS, default="published", help="naming scheme of the tensors")
