@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a mistake that the user can fix."""
     parser = terminal.Parser(description=__doc__)
     add = parser.add_argument
-    add("source", type=terminal.path, help="run folder, checkpoint, .pth.tar, .safetensors, or timm:NAME")
+    add("source", type=terminal.path, help="run, checkpoint, .pth.tar, .safetensors, timm:NAME or transformers:NAME")
     add("--to", type=terminal.path, required=True, help="file to write: .safetensors, or .pth.tar as published")
     add("--weights", choices=["target", "context"], default="target", help="which encoder")
     add("--naming", choices=NAMINGS, default="published", help="naming scheme of the tensors")

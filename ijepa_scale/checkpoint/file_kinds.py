@@ -33,7 +33,7 @@ _MAGIC = {
 }
 # Source: torch/serialization.py, MAGIC_NUMBER, pickled by protocol 2: how files of PyTorch before 1.6 begin.
 _TORCH_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-_PICKLES = tuple(bytes((0x80, protocol)) for protocol in (2, 3, 4, 5))
+_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _TORCH_ZIP, _SCRIPT = "data.pkl", "constants.pkl"  # members of each file of torch.save; of TorchScript's only
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ def as_named(source: str | Path) -> str | None:
     if text.startswith((TIMM, TRANSFORMERS)):
         return text
     path = Path(source)
-    if path.exists() or path.suffix in (".pth", ".tar", ".pt", ".bin", ".ckpt", ".safetensors", ".json"):
+    if os.path.lexists(source) or path.suffix in (".pth", ".tar", ".pt", ".bin", ".ckpt", ".safetensors", ".json"):
         return None
-    if len(path.parts) == 2 and path.parts[0] not in ("/", "..", "~") and not path.parent.exists():
+    if len(path.parts) == 2 and path.parts[0] not in ("/", "..", "~") and not os.path.lexists(path.parent):
         return f"{TRANSFORMERS}{text}"
     if len(path.parts) == 1 and text.startswith("vit_"):
         import timm  # takes seconds, and is only needed here

@@ -68,7 +68,8 @@ def choose_encoder(tensors: Mapping[str, Tensor], which: str, origin: str) -> Ch
         if len(prefixes) == 1:
             other = roles[prefixes[0]]
             raise CheckpointError(
-                f"{origin} holds only the {other} encoder, but {which} is requested; set model.weights={other}"
+                f"{origin} holds only the {other} encoder, but {which} is requested; set model.weights={other}, in "
+                f"Python which={other!r}"
             )
         named = ", ".join(prefix.rstrip(".") or "one without a prefix" for prefix in prefixes)
         raise CheckpointError(

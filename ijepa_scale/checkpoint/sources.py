@@ -9,6 +9,7 @@ refused. Knows nothing of the model that the weights are loaded into.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,16 +99,16 @@ def open_source(source: str | Path) -> WeightsSource:
         tensors, facts = fetch(name)
         return ModelFile(name, (), {None: tensors}, facts=facts, converted=True)
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         checkpoint = newest(path / "checkpoints") or newest(path) or path
         if (checkpoint / MANIFEST).is_file():
             return RunSource(Checkpoint(checkpoint))
         path = _inside(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, takes a name that no file can have
         raise CheckpointError(
             f"{path} doesn't exist; give a run folder, a checkpoint, a file, timm:NAME or transformers:NAME"
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} is a pipe or a device; weights are read from files: copy it into one")
     is_index = path.name.endswith(f".safetensors{INDEX}")
     if not is_index and path.suffix.lower() not in _SUFFIXES:
@@ -208,7 +209,7 @@ class ModelFile:
         if None not in self._parts and which not in self._parts:
             raise CheckpointError(
                 f"{self.origin} holds only the {self.roles[0]} encoder, but {which} is requested; set "
-                f"model.weights={self.roles[0]}"
+                f"model.weights={self.roles[0]}, in Python which={self.roles[0]!r}"
             )
         stated = which if None not in self._parts else None
         chosen = choose_encoder(self._parts[stated], which, self.origin)

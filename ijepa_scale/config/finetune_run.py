@@ -48,6 +48,8 @@ class ClassifierConfig(Section, at="model"):
     keep_head: bool = Field(False, description="Load the file's classification layer too, its classes being the same.")
 
     def _problems(self) -> Iterator[str]:
+        if self.init is None and "patch_size" not in self.encoder.model_fields_set:
+            yield from (f"encoder.{problem}" for problem in self.encoder.misfit())
         if self.keep_head and self.init is None:
             yield "keep_head is true but init is null; name the file whose head is kept, or set it to false"
 

@@ -43,6 +43,11 @@ class EncoderConfig(Section, at="model.encoder"):
     )
 
     def _problems(self) -> Iterator[str]:
+        if "patch_size" in self.model_fields_set:  # otherwise a source of weights may give it
+            yield from self.misfit()
+
+    def misfit(self) -> Iterator[str]:
+        """Yields what is wrong between the size of images and that of patches."""
         size, patch = self.image_size, self.patch_size
         if any(side < patch or side % patch for side in size):
             near = tuple(max(1, round(side / patch)) * patch for side in size)
@@ -69,7 +74,8 @@ class ModelConfig(EncoderConfig, at="model"):
     )
 
     def _problems(self) -> Iterator[str]:
-        yield from super()._problems()
+        if self.init is None or "patch_size" in self.model_fields_set:
+            yield from self.misfit()
         if self.init_state == "training" and self.init is None:
             yield "init_state is training but init is null; name the run or .pth.tar to go on from, or choose weights"
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 STARTING = ("init", "init_positions", "init_state", "weights", "keep_head")  # settings that only a new run reads
 _OVERRIDES = ("width", "depth", "heads", "mlp_ratio")  # of a named architecture
 _NORMALISATION = ("mean", "std")
+_RGB = 3
 
 
 def with_init(config: Config) -> Config:
@@ -53,8 +54,13 @@ def with_init(config: Config) -> Config:
             f"model.init={init} doesn't tell the {lacking[0]} of its encoder; set {section.at}.{lacking[0]}"
         )
     taken = {n: v for n, v in found.items() if n in type(section).model_fields and n not in given}
-    images = {n: found[n] for n in _NORMALISATION if n in found and n not in images_given}
     section = section.replace(**taken)
+    channels = getattr(section, "channels", _RGB)
+    images = {
+        name: found[name]
+        for name in _NORMALISATION
+        if name not in images_given and len(found.get(name) or ()) == channels  # other channels have other statistics
+    }
     interpolated = config.model.init_positions == "interpolated" and "position_grid" not in given
     if trained is not None and interpolated and trained.computed_for != section.grid:
         taken["position_grid"] = trained.computed_for

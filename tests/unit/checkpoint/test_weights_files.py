@@ -221,7 +221,7 @@ def test_of_two_encoders_the_one_asked_for_is_read(tmp_path: Path, target: str, 
     torch.save(prefixed("teacher."), path)
     assert read_weights(path).which == "target"
     assert refusal(path, "context").endswith(
-        "only the target encoder, but context is requested; set model.weights=target"
+        "only the target encoder, but context is requested; set model.weights=target, in Python which='target'"
     )
     torch.save({**prefixed("a."), **prefixed("b.")}, path)
     assert "holds 2 encoders (a, b), and 0 of them are called target; save the one to load" in refusal(path)

@@ -101,6 +101,20 @@ def test_a_run_starts_from_a_run_and_resumes_without_it(
     assert json.loads((folder / "run.json").read_text())["init"] == origin
 
 
+def test_a_run_at_another_size_resumes_with_its_positions(first: Path, data: Path, tmp_path: Path) -> None:
+    overrides = (f"model.init={first}", "model.image_size=24")
+    config = configure(tmp_path, data, *overrides, name="large", model="{}")
+    images = torch.randn(2, 3, 24, 24)
+    pretrain(config.replace(schedule=config.schedule.replace(stop_after=2)), ALONE)
+    encoder, _ = ijepa_scale.load(tmp_path / "large")
+    assert encoder.position_grid == (4, 4) and torch.equal(encoder.pos_embed[0], positions(24, (6, 6), (4, 4)))
+    pretrain(config, ALONE)
+    large, _ = ijepa_scale.load(tmp_path / "large", image_size=16)
+    assert torch.equal(large.pos_embed[0], positions(24, (4, 4)))  # of the grid that it was trained on at first
+    with torch.no_grad():
+        assert ijepa_scale.load(tmp_path / "large")[0](images).shape == (2, 36, 24)
+
+
 def test_features_are_unchanged_after_0_steps(first: Path, data: Path, tmp_path: Path) -> None:
     images = torch.randn(2, 3, 16, 16)
     expected = {which: ijepa_scale.load(first, which=which)[0](images) for which in ("context", "target")}
@@ -169,6 +183,12 @@ def test_positions_are_chosen_by_name_in_both_kinds_of_training(first: Path, how
     assert finetuning.augment.std == (0.3, 0.3, 0.3)
     same = with_init(PretrainConfig(model=shape))
     assert same.model.image_size == (16, 16) and same.model.position_grid is None
+
+
+def test_a_name_too_long_for_a_file_does_not_exist() -> None:
+    for name in ("a" * 5000 + "/b", "a" * 5000, "\0"):
+        with pytest.raises(CheckpointError, match="doesn't exist; give a run folder|transformers can't load"):
+            open_source(name)
 
 
 def test_what_the_source_does_not_tell_must_be_set(tmp_path: Path) -> None:
