@@ -13,6 +13,7 @@ from ijepa_scale.data.shards.manifest import read_classes, read_manifest
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL
 from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
+from ijepa_scale.data.statistics import STATISTICS, read_statistics
 
 _SHOWN = 5  # problems
 
@@ -75,6 +76,9 @@ def _folder_rows(folder: Path, shards: list[ShardIndex]) -> list[tuple[str, str]
         largest = max((int(shard.labels.max()) for shard in here.values() if len(shard)), default=NO_LABEL)
         text = f"{len(classes)} names, {_first(classes)}"
         rows.append(("classes", text if largest < len(classes) else f"{text}; but there is a label {largest}"))
+    if (folder / STATISTICS).is_file():
+        found = read_statistics(folder / STATISTICS)
+        rows.append(("pixels", f"{found.channels} of {found.dtype}, measured on {found.images} images: {STATISTICS}"))
     if manifest is None:
         rows.append(("manifest", "unfinished: run make again" if (folder / JOURNAL).exists() else "none"))
         return rows
