@@ -13,6 +13,7 @@ from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.config.schema import EncoderConfig
 from ijepa_scale.data.first_images import check_first
 from ijepa_scale.data.loader import TrainLoader
+from ijepa_scale.data.sources.fetch import scheme_of
 from ijepa_scale.data.sources.labels import class_warnings
 from ijepa_scale.data.sources.open import training_source
 from ijepa_scale.data.sources.source import SampleSource, check_problems
@@ -71,7 +72,8 @@ def normalised(config: Config, source: SampleSource | StreamSource) -> Config:
         DataError: nothing was measured of these images; or the first images all have another format.
     """
     data, pixels = config.data, pixels_of(config)
-    if not pixels.is_rgb8 and not isinstance(source, StreamSource):
+    is_remote = data.train is not None and scheme_of(data.train) is not None
+    if not isinstance(source, StreamSource) and not (pixels.is_rgb8 and is_remote):
         check_first(source, pixels, data.exif, "model" if isinstance(config, PretrainConfig) else "model.encoder")
     if config.augment.mean is not None:
         return config

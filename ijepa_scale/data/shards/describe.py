@@ -14,6 +14,7 @@ from ijepa_scale.data.sources.class_list import read_classes
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, class_warnings
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import ShardIndex
+from ijepa_scale.data.statistics import STATISTICS, read_statistics
 
 _SHOWN = 5  # problems
 
@@ -76,6 +77,9 @@ def _folder_rows(folder: Path, shards: list[ShardIndex]) -> list[tuple[str, str]
         text = f"{len(classes)} names, {_first(classes)}"
         rows.append(("classes", text if largest < len(classes) else f"{text}; but there is a label {largest}"))
         rows += [("", line) for line in class_warnings(classes, "the list")]
+    if (folder / STATISTICS).is_file():
+        found = read_statistics(folder / STATISTICS)
+        rows.append(("pixels", f"{found.channels} of {found.dtype}, measured on {found.images} images: {STATISTICS}"))
     if manifest is None:
         rows.append(("manifest", "unfinished: run make again" if (folder / JOURNAL).exists() else "none"))
         return rows

@@ -77,24 +77,25 @@ def dicom(pixels: np.ndarray, kind: str = "MONOCHROME2", *, bits: int | None = N
     return stream.getvalue()
 
 
-SIDE, CELLS, CLASSES = 24, 6, 8
+CELLS, CLASSES = 6, 8
 
 
 def patchwork(rng: np.random.Generator, label: int, channels: int) -> np.ndarray:
-    """Returns (24, 24, C) uint16 of 6 x 6 cells: something weak that all cells share tells the label, 0 to 7.
+    """Returns uint16 of 6 x 6 cells: something weak that all cells share tells the label, 0 to 7.
 
     The rest of a cell is strong and drawn for each. It is what an untrained encoder mostly sees, and nothing around a
-    cell predicts it. With many bands, a cell has one spectrum; with one band, one pattern of 4 x 4 pixels. Label and
-    rest have no direction in common.
+    cell predicts it. With many bands, (24, 24, C), a cell of 4 x 4 pixels has one spectrum. With one, (48, 48, 1), a
+    cell of 8 x 8 pixels has one pattern of 4 x 4 levels. Label and rest have no direction in common.
     """
     size = 16 if channels == 1 else channels
     directions, _ = np.linalg.qr(np.random.default_rng(99).standard_normal((size, size)))
     weights = np.random.default_rng(7).standard_normal((CLASSES, 3))[label] + 0.15 * rng.standard_normal(3)
     cells = directions[:, :3] @ weights + 10 * rng.standard_normal((CELLS, CELLS, size - 3)) @ directions[:, 3:].T
     if channels == 1:
-        found = cells.reshape(CELLS, CELLS, 4, 4).swapaxes(1, 2).reshape(SIDE, SIDE, 1)
+        patterns = np.kron(cells.reshape(CELLS, CELLS, 4, 4), np.ones((2, 2)))
+        found = patterns.swapaxes(1, 2).reshape(8 * CELLS, 8 * CELLS, 1)
     else:
-        found = np.kron(cells, np.ones((SIDE // CELLS, SIDE // CELLS, 1)))
+        found = np.kron(cells, np.ones((4, 4, 1)))
     found = found + 0.5 * rng.standard_normal(found.shape)
     return np.clip(30_000 + 600 * found, 0, 65535).round().astype(np.uint16)
 

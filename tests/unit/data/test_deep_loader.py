@@ -162,12 +162,18 @@ def test_settings_that_fit_no_image_are_named_at_the_start(tmp_path):
     ):
         with pytest.raises(DataError, match=text.format(pixels.channels, pixels.dtype) + remedy):
             check_first(source, pixels, "ignore", "model")
+    with pytest.raises(DataError, match="13 channels of uint16, but model.channels is 3 and data.pixels is uint8"):
+        check_first(source, PixelFormat(), "ignore", "model")
+    text = [Sample(str(n), png(values((4, 4, 3), "uint8"))[:60], 0) for n in range(9)]
+    check_first(ShardSource(write_shards(text, tmp_path / "d")), PixelFormat(), "ignore", "model")
     signed = [Sample(str(n), npy(image(n).astype(np.int16)), 0) for n in range(9)]
-    with pytest.raises(DataError, match="13 channels of int16, .* save 1 to 16 of uint8, uint16, float32: convert"):
+    with pytest.raises(
+        DataError, match="13 channels of int16, .* save 1 to 16 channels of uint8, uint16, float32: con"
+    ):
         check_first(ShardSource(write_shards(signed, tmp_path / "b")), BANDS, "ignore", "model")
     mixed = [Sample(str(n), npy(image(n)[..., : 1 + n % 3]), 0) for n in range(9)]
     with pytest.raises(
-        DataError, match="none of 8 images .* with model.encoder.channels=13 .*: its pixels have 1 channel"
+        DataError, match="none of 8 images .* and model.encoder.channels is 13 .*: its pixels have 1 channel"
     ):
         check_first(ShardSource(write_shards(mixed, tmp_path / "c")), BANDS, "ignore", "model.encoder")
 

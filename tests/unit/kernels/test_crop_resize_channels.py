@@ -86,12 +86,31 @@ def test_bicubic_overshoot_is_clamped_where_there_is_a_white():
 
 def test_the_kernel_equals_the_reference_under_the_interpreter():
     found = json.loads(run("-m", "tests.unit.kernels.interpret_crop_channels", TRITON_INTERPRET="1").splitlines()[-1])
-    assert len(found) == 16
+    assert len(found) == 8
     for name, off in found.items():
         kind = name.split(", ")[0]
         assert off["of reference"] <= (1.0 / 255 if kind == "uint8" else 1e-5), (name, off)
         assert off["of float"] <= 1 / 256, (name, off)
-        assert off["normalised"] < 1e-5, (name, off)
+
+
+COMPILE = """
+import json
+from ijepa_kernels.crop_resize.triton_channels import _kernel
+from tests.unit.kernels.kernel_harness import compiled
+found = []
+for pixels, channels, cubic in (("u16", 13, False), ("fp32", 1, True), ("u8", 4, True)):
+    signature = {"pixels": f"*{pixels}", "crops": "*i64", "factors": "*fp32", "out": "*fp32", "out_height": "i32",
+                 "out_width": "i32"}
+    constants = {"CHANNELS": channels, "LEVELS": pixels == "u8", "CLAMPED": pixels == "u16", "TAPS": 8,
+                 "CUBIC": cubic, "TILE": 32, "ROWS": 16}
+    found += compiled(_kernel, signature, constants, num_warps=4).values()
+print(json.dumps(found))
+"""
+
+
+def test_the_kernel_compiles_for_gpus_without_spills(tmp_path):
+    found = json.loads(run("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1])
+    assert len(found) == 6 and all(spilled == 0 and registers > 0 for registers, spilled, _ in found)
 
 
 def test_the_warm_up_compiles_every_variant_that_crops_can_need(monkeypatch):

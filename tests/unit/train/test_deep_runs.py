@@ -67,7 +67,9 @@ def evaluated(root: Path) -> list[str]:
 
 def gain(tmp_path: Path, root: Path, channels: int, *, seed: int, epochs: int) -> tuple[float, float]:
     """Returns the kNN accuracies of the untrained and of the trained encoder."""
-    more = (f"seed={seed}", f"schedule.epochs={epochs}", "evaluate.every=100000", *evaluated(root))
+    more = [f"seed={seed}", f"schedule.epochs={epochs}", "evaluate.every=100000", *evaluated(root)]
+    if channels == 1:  # whole images, whose patches are the cells
+        more += ["model.image_size=48", "model.patch_size=8", "augment.crop_scale=[1.0,1.0]", "optimizer.lr=2e-3"]
     run = config(tmp_path, PRETRAIN, *settings(root, channels, tmp_path / f"run{seed}", *more))
     found = pretrain(run, WORLD)
     assert found.knn is not None
