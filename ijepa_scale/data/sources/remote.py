@@ -124,7 +124,7 @@ def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[
             )
         return {}
     try:
-        return {row.name: (row.bytes, row.sha256) for row in parse_manifest(content)}
+        return {row.name: (row.bytes, row.sha256) for row in parse_manifest(content, counted=False)}
     except ValueError as error:
         raise DataError(f"{url} isn't a manifest of shards ({error}); write it again with launch/shards.py") from None
 

@@ -180,8 +180,8 @@ class ShardRow:
     sha256: str
 
 
-def parse_manifest(content: bytes) -> list[ShardRow]:
-    """Returns the rows of a manifest.
+def parse_manifest(content: bytes, *, counted: bool = True) -> list[ShardRow]:
+    """Returns the rows of a manifest; those that needn't be `counted` may lack "samples", which is then 0.
 
     Raises:
         ValueError: it is no manifest, or a value is of another kind, such as a number in quotes.
@@ -195,6 +195,8 @@ def parse_manifest(content: bytes) -> list[ShardRow]:
         values: dict[str, Any] = {}
         for field in dataclasses.fields(ShardRow):
             value = row.get(field.name) if isinstance(row, dict) else None
+            if value is None and field.name == "samples" and not counted:
+                value = 0
             if type(value).__name__ != field.type or (isinstance(value, int) and value < 0):
                 wanted = "a text" if field.type == "str" else "a whole number from 0"
                 raise ValueError(f'"{field.name}" of shard {number} is {value!r}, not {wanted}')
