@@ -6,13 +6,14 @@ Knows nothing of models or images.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from ijepa_scale import rng
 from ijepa_scale.errors import DataError
@@ -80,11 +81,9 @@ class FittedProbes:
         device = next(self.linears.parameters()).device
         parts = []
         for start in range(0, len(features), batch_size):
-            inputs = _inputs(
-                self.probes, self.norms, self._width, _rows(features, slice(start, start + batch_size), device)
-            )
-            scores = [linear(each) for linear, each in zip(self.linears, inputs, strict=True)]
-            parts.append(torch.stack([each.argmax(dim=1) for each in scores]))
+            rows = _rows(features, slice(start, start + batch_size), device)
+            scores = _scores(self.probes, list(self.linears), self.norms, self._width, rows)
+            parts.append(scores.argmax(dim=2))
         return torch.cat(parts, dim=1)
 
 
@@ -121,7 +120,7 @@ def fit_probes(
     ).to(device)
     heads = [_linear(probe, width, num_classes, recipe.seed).to(device) for probe in probes]
     optimizer = LarsOptimizer(
-        [group for probe, linear in zip(probes, heads, strict=True) for group in _groups(probe, linear)],
+        _groups(probes, heads),
         lr=0.0,
         momentum=recipe.momentum,
         trust_coefficient=recipe.trust_coefficient,
@@ -132,10 +131,10 @@ def fit_probes(
             group["lr"] = peak * 0.1 ** (epoch // recipe.drop_every)
         for ids in _batches(len(features), recipe, epoch):
             targets = labels[torch.from_numpy(ids)].to(device)
-            inputs = _inputs(probes, norms, width, _rows(features, ids, device))
-            losses = [cross_entropy(linear(each), targets) for linear, each in zip(heads, inputs, strict=True)]
+            scores = _scores(probes, heads, norms, width, _rows(features, ids, device))  # (probes, B, C)
             optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
+            every = targets.expand(len(probes), -1).flatten()
+            (cross_entropy(scores.flatten(0, 1), every, reduction="sum") / len(ids)).backward()
             optimizer.step()
     return FittedProbes(probes, norms, nn.ModuleList(heads), width)
 
@@ -154,9 +153,16 @@ def _linear(probe: Probe, width: int, num_classes: int, seed: int) -> nn.Linear:
     return linear
 
 
-def _groups(probe: Probe, linear: nn.Linear) -> list[dict]:
-    weight = {"params": [linear.weight], "lr": probe.lr, "weight_decay": probe.weight_decay, "decay": True}
-    return [weight, {"params": [linear.bias], "lr": probe.lr, "weight_decay": 0.0, "decay": False}]
+def _groups(probes: list[Probe], heads: list[nn.Linear]) -> list[dict[str, Any]]:
+    """Returns the optimiser's groups: weights and biases of equal settings together."""
+    groups: dict[tuple[float, float, bool], list[Tensor]] = {}
+    for probe, head in zip(probes, heads, strict=True):
+        groups.setdefault((probe.lr, probe.weight_decay, True), []).append(head.weight)
+        groups.setdefault((probe.lr, 0.0, False), []).append(head.bias)
+    return [
+        {"params": params, "lr": lr, "weight_decay": decay, "decay": decays}
+        for (lr, decay, decays), params in groups.items()
+    ]
 
 
 def _rows(features: Tensor | np.ndarray, ids: np.ndarray | slice, device: torch.device | str) -> Tensor:
@@ -167,10 +173,15 @@ def _rows(features: Tensor | np.ndarray, ids: np.ndarray | slice, device: torch.
     return torch.from_numpy(np.ascontiguousarray(features[ids])).to(device, torch.float32)
 
 
-def _inputs(probes: list[Probe], norms: nn.ModuleDict, width: int, rows: Tensor) -> list[Tensor]:
-    """Returns what each classifier gets; what several get is computed once."""
-    found: dict[tuple[str, bool], Tensor] = {}
+def _scores(probes: list[Probe], heads: Sequence[nn.Module], norms: nn.ModuleDict, width: int, rows: Tensor) -> Tensor:
+    """Returns the scores (probes, B, C) of all classifiers. Those with the same input share one product."""
+    found: list[Tensor] = [rows] * len(probes)
     for layers, batch_norm in dict.fromkeys((probe.layers, probe.batch_norm) for probe in probes):
-        part = rows[:, -_LAYERS[layers] * width :]
-        found[layers, batch_norm] = norms[layers](part) if batch_norm else part
-    return [found[probe.layers, probe.batch_norm] for probe in probes]
+        mine = [n for n, probe in enumerate(probes) if (probe.layers, probe.batch_norm) == (layers, batch_norm)]
+        inputs = rows[:, -_LAYERS[layers] * width :]
+        weight = torch.cat([cast(nn.Linear, heads[n]).weight for n in mine])
+        bias = torch.cat([cast(nn.Linear, heads[n]).bias for n in mine])
+        scores = linear(norms[layers](inputs) if batch_norm else inputs, weight, bias)
+        for n, part in zip(mine, scores.chunk(len(mine), dim=1), strict=True):
+            found[n] = part
+    return torch.stack(found)
