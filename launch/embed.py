@@ -3,56 +3,65 @@
 Skips and names images that can't be used, and then exits with code 2. Started again after it was killed, it goes on.
 
 python launch/embed.py PHOTOS --model runs/mine --to features.npy
+python launch/embed.py PHOTO.jpg OTHER.png --model encoder.safetensors --to features.safetensors --pool last4
 torchrun --nproc-per-node 8 launch/embed.py '/data/{000..127}.tar' --model jepa.pth.tar --to features.parquet
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
 import torch
 
+from ijepa_scale import terminal
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.environment import Launch
 from ijepa_scale.evaluate.embed import EmbedOptions, embed
 from ijepa_scale.train import processes
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Embeds in each process of the run. Exits with code 2 after a mistake of the user's or if an image was skipped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@terminal.command
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after a mistake that the user can fix or if an image was skipped."""
+    parser = terminal.Parser(description=__doc__)
     add = parser.add_argument
-    add("images", nargs="+", help="image files, folders, a .txt list of paths, or shards")
-    add("--model", required=True, help="run, checkpoint, .pth.tar, .safetensors, timm:NAME or transformers:NAME")
-    add("--to", type=Path, required=True, help="file to write: .npy, .safetensors or .parquet")
+    add("images", nargs="+", type=terminal.existing_path, help="image files, folders, a .txt list of paths, or shards")
+    add(
+        "--model",
+        required=True,
+        type=terminal.existing_path,
+        help="run, checkpoint, .pth.tar, .safetensors, timm:NAME or transformers:NAME",
+    )
+    add("--to", type=terminal.path, required=True, help="file to write: .npy, .safetensors or .parquet")
     add("--which", choices=["target", "context"], default="target", help="which encoder (default target)")
     add("--pool", choices=["mean", "last4"], default="mean", help="mean of the last block's tokens, or of the last 4's")
-    add("--image-size", type=int, help="side of the encoder's images, pixels (default: as trained)")
+    add("--image-size", type=terminal.at_least_1, help="side of the encoder's images, pixels (default: as trained)")
     add("--reader", help="reader of training for IMAGES, such as imagefolder (default: by their names)")
-    add("--batch-size", type=int, default=64, help="images of a forward pass (default 64)")
+    add("--batch-size", type=terminal.at_least_1, default=64, help="images of a forward pass (default 64)")
     add("--workers", type=int, default=2, help="decoding processes per process (default 2)")
     add("--overwrite", action="store_true", help="replace the file if it exists")
     add("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
-    add("--processes", type=int, help="number of processes to start on this host")
+    add("--processes", type=terminal.at_least_1, help="number of processes to start on this host")
+    parser.add_plugins()
     flags = vars(parser.parse_args(arguments))
-    started = {name: flags.pop(name) for name in ("devices", "processes")}
-    processes.run(embed_here, EmbedOptions(**flags), EngineConfig(), **started)
+    started, _ = {name: flags.pop(name) for name in ("devices", "processes")}, flags.pop("plugin")
+    processes.run(embed_here, EmbedOptions(**flags | {"to": Path(flags["to"])}), EngineConfig(), **started)
+    return 0
 
 
 def embed_here(options: EmbedOptions, launch: Launch, device: torch.device) -> None:
     """Embeds in this process, and reports if it is the main process."""
-    logging.basicConfig(level=logging.INFO if launch.rank == 0 else logging.WARNING, format="%(message)s")
+    terminal.log_to_terminal(logging.INFO if launch.rank == 0 else logging.WARNING)
     with processes.world_of(launch, device, alone=True) as world:
         result = embed(options, world)
     if launch.rank == 0:
         for line in result.skipped:
-            print(f"skipped: {line}", file=sys.stderr)
-        print(f"{result.path}: {result.rows} x {result.width}, {len(result.skipped)} images skipped")
-    sys.exit(processes.USER_ERROR_CODE if result.skipped else 0)
+            terminal.report(line, "skipped")
+        terminal.say(f"{result.path}: {result.rows} x {result.width}, {len(result.skipped)} images skipped")
+    sys.exit(terminal.USER_ERROR_CODE if result.skipped else 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

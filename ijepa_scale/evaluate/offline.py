@@ -25,7 +25,7 @@ from ijepa_scale.evaluate.frozen import Pool, load
 from ijepa_scale.evaluate.linear_probe import ProbeRecipe
 from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Split, run_protocols
 from ijepa_scale.evaluate.results import Results, published_figures
-from ijepa_scale.evaluate.stored_features import FeatureStore, ImageSet
+from ijepa_scale.evaluate.stored_features import FeatureStore, ImagesToEncode
 from ijepa_scale.models.init import initialise
 from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.train import processes
@@ -99,7 +99,7 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
         net.to(world.device)
         splits = []
         for each, source, answers in zip(("train", "test"), sets, labels, strict=True):
-            images = ImageSet(name=name + each, source=source, exif=request.exif)
+            images = ImagesToEncode(name=name + each, source=source, exif=request.exif)
             rows = store.features(net, transform, images, pool, tried=bool(name))
             splits.append(Split(features=rows, labels=answers))
         tables.append(run_protocols(request.protocols, splits[0], splits[1], options) if world.is_main else [])

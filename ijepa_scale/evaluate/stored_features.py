@@ -29,7 +29,7 @@ _BATCHES_AT_ONCE = 8  # of each process, after which rows are written
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSet:
+class ImagesToEncode:
     """Images to compute features of."""
 
     name: str  # for messages and the file's name
@@ -58,7 +58,7 @@ class FeatureStore:
         self,
         encoder: VisionTransformer,
         transform: ImageTransform,
-        images: ImageSet,
+        images: ImagesToEncode,
         pool: Pool,
         *,
         tried: bool = False,
@@ -86,7 +86,7 @@ class FeatureStore:
         return np.load(path, mmap_mode="r")
 
     def _compute(
-        self, encoder: VisionTransformer, transform: ImageTransform, images: ImageSet, pool: Pool, path: Path
+        self, encoder: VisionTransformer, transform: ImageTransform, images: ImagesToEncode, pool: Pool, path: Path
     ) -> None:
         """Writes the file: rows into a temporary one, which is renamed when it is whole."""
         world, total = self.world, images.source.num_samples
@@ -134,7 +134,7 @@ class FeatureStore:
         _write_atomically(written, "0")
         return 0
 
-    def _key(self, encoder: VisionTransformer, transform: ImageTransform, images: ImageSet, pool: Pool) -> str:
+    def _key(self, encoder: VisionTransformer, transform: ImageTransform, images: ImagesToEncode, pool: Pool) -> str:
         """Returns 16 hexadecimal digits that change with anything that features depend on."""
         facts = {
             "weights": digest_of_tensors({name: each.cpu() for name, each in encoder.state_dict().items()}),

@@ -15,20 +15,20 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.evaluate import stored_features
 from ijepa_scale.evaluate.frozen import ImageTransform, features, pooled
-from ijepa_scale.evaluate.stored_features import FeatureStore, ImageSet
+from ijepa_scale.evaluate.stored_features import FeatureStore, ImagesToEncode
 from ijepa_scale.models.registry import build_encoder
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 GREY: dict[str, Any] = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
-def images(folder: Path, count: int = 30) -> ImageSet:
+def images(folder: Path, count: int = 30) -> ImagesToEncode:
     generator = np.random.default_rng(0)
     for number in range(count):
         path = folder / "ab"[number % 2] / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
-    return ImageSet(name="train", source=ImageFolderSource(folder))
+    return ImagesToEncode(name="train", source=ImageFolderSource(folder))
 
 
 def small(seed: int = 0) -> tuple[Any, ImageTransform]:
