@@ -9,16 +9,12 @@ torchrun --nproc-per-node 8 launch/embed.py '/data/{000..127}.tar' --model jepa.
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
-import torch
-
 from ijepa_scale import terminal
 from ijepa_scale.config import EngineConfig
-from ijepa_scale.environment import Launch
-from ijepa_scale.evaluate.embed import EmbedOptions, embed
+from ijepa_scale.evaluate.embed import EmbedOptions, embed_here
 from ijepa_scale.train import processes
 
 
@@ -49,18 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
     started, _ = {name: flags.pop(name) for name in ("devices", "processes")}, flags.pop("plugin")
     processes.run(embed_here, EmbedOptions(**flags | {"to": Path(flags["to"])}), EngineConfig(), **started)
     return 0
-
-
-def embed_here(options: EmbedOptions, launch: Launch, device: torch.device) -> None:
-    """Embeds in this process, and reports if it is the main process."""
-    terminal.log_to_terminal(logging.INFO if launch.rank == 0 else logging.WARNING)
-    with processes.world_of(launch, device, alone=True) as world:
-        result = embed(options, world)
-    if launch.rank == 0:
-        for line in result.skipped:
-            terminal.report(line, "skipped")
-        terminal.say(f"{result.path}: {result.rows} x {result.width}, {len(result.skipped)} images skipped")
-    sys.exit(terminal.USER_ERROR_CODE if result.skipped else 0)
 
 
 if __name__ == "__main__":

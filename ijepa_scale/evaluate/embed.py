@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ijepa_scale import terminal
 from ijepa_scale.checkpoint.sources import open_source
 from ijepa_scale.data.class_names import written
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.engine.world import World
+from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.evaluate.feature_files import check_format, write_features
 from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool, load, pooled
 from ijepa_scale.evaluate.image_sets import ImageSet
+from ijepa_scale.train import processes
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +75,18 @@ class Part(NamedTuple):
     features: Tensor
     ids: np.ndarray
     skipped: dict[int, str]
+
+
+def embed_here(options: EmbedOptions, launch: Launch, device: torch.device) -> None:
+    """Embeds in this process, and reports if it is the main process."""
+    terminal.log_to_terminal(logging.INFO if launch.rank == 0 else logging.WARNING)
+    with processes.world_of(launch, device, alone=True) as world:
+        result = embed(options, world)
+    if launch.rank == 0:
+        for line in result.skipped:
+            terminal.report(line, "skipped")
+        terminal.say(f"{result.path}: {result.rows} x {result.width}, {len(result.skipped)} images skipped")
+    sys.exit(terminal.USER_ERROR_CODE if result.skipped else 0)
 
 
 def embed(options: EmbedOptions, world: World) -> Embedded:

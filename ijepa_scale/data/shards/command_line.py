@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -89,17 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--prefix", default="shard", help="beginning of the shards' names (default shard)")
     make.add_argument("--seed", type=int, default=0, help="seed of the order in which images are written (default 0)")
     verify = commands.add_parser("verify", help="hash the shards and decode every image; exit with code 2 on faults")
-    stats = commands.add_parser(
-        "stats",
-        help=f"measure mean and standard deviation of each channel, and write {STATISTICS} next to the images",
-        description="Measures mean and standard deviation of each channel over all pixels, which training takes where "
-        "augment.mean and augment.std are null.",
-    )
-    stats.add_argument("data", type=terminal.path, help="what data.train names: folder, list, or pattern of shards")
-    known = [name for name in SOURCES.names() if name not in _NOT_MEASURED]
-    stats.add_argument(
-        "--reader", choices=known, help="how they are stored, as in data.reader; default: by what DATA is"
-    )
+    stats = _add_stats(commands)
     for command, verb in ((make, "decode"), (verify, "hash and decode"), (stats, "decode")):
         command.add_argument("--channels", type=int, default=RGB8.channels, help="channels of an image (default 3)")
         command.add_argument(
@@ -131,6 +122,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 metavar="SUFFIX",
                 help=f"{name} to read of samples with several, like {like}",
             )
+
+
+def _add_stats(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command `stats`."""
+    stats = commands.add_parser(
+        "stats",
+        help=f"measure mean and standard deviation of each channel, and write {STATISTICS} next to the images",
+        description="Measures mean and standard deviation of each channel over all pixels, which training takes where "
+        "augment.mean and augment.std are null.",
+    )
+    stats.add_argument("data", type=terminal.path, help="what data.train names: folder, list, or pattern of shards")
+    known = [name for name in SOURCES.names() if name not in _NOT_MEASURED]
+    stats.add_argument(
+        "--reader", choices=known, help="how they are stored, as in data.reader; default: by what DATA is"
+    )
+    return stats
 
 
 def _suffix(text: str) -> str:
