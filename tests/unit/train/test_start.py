@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import ijepa_scale
 from ijepa_scale.checkpoint.geometry import with_channels
+from ijepa_scale.checkpoint.published_order import published_numbers
 from ijepa_scale.checkpoint.sources import open_source
 from ijepa_scale.checkpoint.start import optimizer_states, start_from
 from ijepa_scale.config import PretrainConfig, load_config
@@ -219,3 +220,57 @@ def test_equal_channels_give_the_same_tokens_for_any_number_of_them(before: int,
     grey = torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(seed + 1))
     tokens = [(w * grey).sum(dim=(1, 2, 3)) for w in (weight, fitted)]
     torch.testing.assert_close(*tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_a_published_file_with_read_checkpoint_starts_from_its_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes: dict[str, Any] = dict(name="vit_tiny", image_size=64, patch_size=16, predictor_depth=1, predictor_width=48)
+    model = PretrainConfig(model=sizes).model
+    jepa, target = build_jepa(model, seed=5), build_jepa(model, seed=6).encoder
+    tensors = {**jepa.state_dict(), "predictor.predictor_pos_embed": jepa.predictor.predictor_pos_embed}
+    numbers = published_numbers(model)
+    moments = {
+        number: {"step": torch.tensor(4.0), "exp_avg": torch.zeros_like(tensors[name]),
+                 "exp_avg_sq": torch.full_like(tensors[name], 1e-8)}
+        for number, name in enumerate(numbers) if "pos_embed" not in name
+    }  # fmt: skip
+    parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
+    wrapped = {name: {f"module.{n}": t for n, t in part.state_dict().items()} for name, part in parts.items()}
+    optimizer = {"state": moments, "param_groups": [{"params": list(range(len(numbers)))}]}
+    (tmp_path / "logs").mkdir()
+    torch.save({**wrapped, "opt": optimizer, "epoch": 2}, tmp_path / "logs" / "jepa-ep2.pth.tar")
+    for number in range(8):
+        folder = tmp_path / "images" / "train" / f"c{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(picture(COLORS["red"], number))
+    content = {
+        "data": dict(
+            batch_size=4, color_jitter_strength=0.0, crop_scale=[0.3, 1.0], crop_size=64, image_folder="images",
+            num_workers=0, pin_mem=True, root_path=str(tmp_path), use_color_distortion=False, use_gaussian_blur=False,
+            use_horizontal_flip=False,
+        ),
+        "logging": dict(folder=str(tmp_path / "logs"), write_tag="jepa"),
+        "mask": dict(
+            allow_overlap=False, aspect_ratio=[0.75, 1.5], enc_mask_scale=[0.85, 1.0], min_keep=0, num_enc_masks=1,
+            num_pred_masks=2, patch_size=16, pred_mask_scale=[0.15, 0.2],
+        ),
+        "meta": dict(
+            copy_data=False, load_checkpoint=True, model_name="vit_tiny", pred_depth=1, pred_emb_dim=48,
+            read_checkpoint="jepa-ep2.pth.tar", use_bfloat16=False,
+        ),
+        "optimization": dict(
+            ema=[0.996, 1.0], epochs=4, final_lr=1e-6, final_weight_decay=0.4, ipe_scale=1.0, lr=1e-3, start_lr=2e-4,
+            warmup=1, weight_decay=0.04,
+        ),
+    }  # fmt: skip
+    (tmp_path / "published.yaml").write_text(json.dumps(content))
+    overrides = ("engine.device=cpu", "engine.strategy=plain", "logging.every=1", "logging.tensorboard=false")
+    config = load_config(tmp_path / "published.yaml", [*overrides, "schedule.stop_after=6"])
+    with caplog.at_level(logging.INFO):
+        pretrain(config, ALONE)
+    assert [row["step"] for row in rows(tmp_path / "logs")] == [5, 6]  # 2 epochs of 2 steps were done
+    assert "the optimiser goes on from" in caplog.text and "the next step is 4" in caplog.text
+    assert json.loads((tmp_path / "logs" / "run.json").read_text())["init"]["state"] == "training"
+    pretrain(load_config(tmp_path / "published.yaml", overrides), ALONE)  # then from its own newer checkpoint
+    assert [row["step"] for row in rows(tmp_path / "logs")] == [5, 6, 7, 8]
