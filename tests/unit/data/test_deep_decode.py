@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from ijepa_scale.config.pixels import PixelFormat
-from ijepa_scale.data import tiff_decode
+from ijepa_scale.data import pixel_format, tiff_decode
 from ijepa_scale.data.deep_decode import crop_deep, decode_as, decode_deep, resize_deep
 from ijepa_scale.data.eval_reader import center_crop
 from ijepa_scale.data.pixel_format import FormatError
@@ -186,6 +186,22 @@ def test_pages_of_one_size_are_bands_and_others_are_left():
             writer.write(band, contiguous=False, metadata=None)
         writer.write(bands[::2, ::2, 0], metadata=None, subfiletype=1)
     np.testing.assert_array_equal(read(stream.getvalue(), 5, "uint16"), bands)
+
+
+def test_tiff_that_would_take_too_much_is_refused(monkeypatch):
+    many = tiff(values((8, 8, 5), "uint16"), "pages")
+    monkeypatch.setattr(tiff_decode, "_MAX_PAGES", 4)
+    with pytest.raises(SampleError, match="it has 5 pages; give up to 4"):
+        read(many, 5, "uint16")
+    volume = tiff(values((16, 16, 16), "uint16"), "pages", volumetric=True, tile=(16, 16, 16))
+    with pytest.raises(SampleError, match="its pixels have a depth of 16; save them as bands"):
+        read(volume, 16, "uint16")
+    monkeypatch.setattr(tiff_decode, "MAX_BYTES", 1000)
+    with pytest.raises(SampleError, match="its tiles take over 1000 bytes each; write smaller ones"):
+        read(tiff(values((32, 32, 1), "uint16"), tile=(32, 32)), 1, "uint16")
+    monkeypatch.setattr(pixel_format, "MAX_BYTES", 1000)
+    with pytest.raises(SampleError, match="13 channels of uint16: 6656 bytes decoded; give up to 1000, or cut it into"):
+        read(npy(values((16, 16, 13), "uint16")), 13, "uint16")
 
 
 def test_compressed_tiff_without_its_package_says_what_to_install(monkeypatch):

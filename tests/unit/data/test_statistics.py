@@ -19,7 +19,7 @@ from ijepa_scale.data.shards.measure import Moments, Sums, measure
 from ijepa_scale.data.shards.write import Sample, write_shards
 from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.data.sources.tar_shards import ShardSource
-from ijepa_scale.data.statistics import normalisation_of, read_statistics, statistics_path
+from ijepa_scale.data.statistics import normalisation_of, read_statistics, statistics_path, write_statistics
 from ijepa_scale.errors import DataError
 from launch import shards
 from tests.unit.data.deep_images import npy, tiff, values
@@ -129,12 +129,14 @@ def test_a_run_refuses_what_was_not_measured_and_says_the_command_that_does(tmp_
     with pytest.raises(DataError, match="was measured on another list of images than .* has now; run `python"):
         found()
     path = root / "pixel_stats.json"
-    content = json.loads(path.read_text())
+    content, read_back = json.loads(path.read_text()), read_statistics(path)
     for broken in ("{", "[]", json.dumps({**content, "std": [0] * 13}), json.dumps({**content, "mean": [1]}),
                    json.dumps({**content, "version": 9}), json.dumps({**content, "more": 1})):  # fmt: skip
         path.write_text(broken)
         with pytest.raises(DataError, match="pixel_stats.json isn't a file of pixel statistics .*; run `python"):
             found()
+    with pytest.raises(DataError, match="pixel_stats.json can't be written .No such file or directory.; make room"):
+        write_statistics(read_back, tmp_path / "nowhere" / "pixel_stats.json")
     for reader, train in (("stream", str(tmp_path)), ("shards", "https://example.org/{0..9}.tar")):
         data = DataConfig(reader=reader, train=train, batch_size=1, cache="x")
         with pytest.raises(DataError, match=f"no measured ones can lie next to .* of reader {reader}; give 13 numbers"):
