@@ -76,7 +76,7 @@ def test_equal_samples_make_equal_bytes(tmp_path):
     ("sample", "message"),
     [
         (Sample("a.b", image(0)), "key 'a.b' is empty or has a dot"),
-        (Sample("a", b"GIF89a"), "image 'a' begins with b'GIF89a'; give JPEG, PNG or WebP"),
+        (Sample("a", b"GIF89a"), "image 'a' begins with b'GIF89a'; give JPEG, PNG, WebP, TIFF, NPY or DICOM"),
     ],
 )
 def test_what_cannot_be_written(tmp_path, sample, message):
