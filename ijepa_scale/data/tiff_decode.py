@@ -35,7 +35,8 @@ def decode_tiff(data: bytes, wanted: PixelFormat, exif: Exif) -> np.ndarray:
     """Returns the bands of a TIFF, (H, W, C).
 
     The bands of the first page are the channels; if it has one, so have the other pages of its size and type. Pages of
-    other sizes (thumbnails, overviews) aren't read. Where zero is white, levels are inverted.
+    other sizes (thumbnails, overviews) aren't read. Where zero is white, levels are inverted. Single
+    bits are 0 and 255.
 
     Raises:
         SampleError: it can't be read, has a palette, depth, or a compression whose size can't be bounded.
@@ -48,7 +49,7 @@ def decode_tiff(data: bytes, wanted: PixelFormat, exif: Exif) -> np.ndarray:
         first = file.pages.first
         bands = [first] if first.samplesperpixel > 1 else _bands(file, first)
         height, width = first.imagelength, first.imagewidth
-        kind = "no type" if first.dtype is None else first.dtype.name
+        kind = "no type" if first.dtype is None else "uint8" if first.dtype == np.bool_ else first.dtype.name
         if first.imagedepth > 1 or first.tiledepth > 1 or first.photometric == _PALETTE:
             what = "a palette" if first.photometric == _PALETTE else f"a depth of {first.imagedepth}"
             raise SampleError(f"its pixels have {what}; save them as bands", "pixel format")
@@ -57,6 +58,8 @@ def decode_tiff(data: bytes, wanted: PixelFormat, exif: Exif) -> np.ndarray:
             _check_codec(page, data)
         planes = [page.asarray(maxworkers=1) for page in bands]
         pixels = np.stack(planes, axis=-1) if first.samplesperpixel == 1 else planes[0]
+        if pixels.dtype == np.bool_:
+            pixels = np.where(pixels, 255, 0).astype(np.uint8)
         if first.samplesperpixel > 1 and first.planarconfig == 2:
             pixels = np.moveaxis(pixels, 0, -1)
         if first.photometric == _WHITE_IS_ZERO and wanted.dtype != "float32":

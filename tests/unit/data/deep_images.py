@@ -24,14 +24,15 @@ def values(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
 
 def tiff(pixels: np.ndarray, layout: str = "contig", **options: Any) -> bytes:
     """Returns (H, W, C) pixels as TIFF: contig (interleaved), separate (planar), or pages (one band on each)."""
-    stream = io.BytesIO()
-    options = {"photometric": "minisblack", **options}
-    if layout == "contig":
-        tifffile.imwrite(stream, pixels, planarconfig="contig" if pixels.shape[2] > 1 else None, **options)
-    else:
-        bands = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
-        planar = {"planarconfig": "separate"} if layout == "separate" and len(bands) > 1 else {}
-        tifffile.imwrite(stream, bands, **planar, **options)
+    stream, kind = io.BytesIO(), {name: options.pop(name) for name in ("byteorder", "bigtiff") if name in options}
+    options = {"photometric": "minisblack", "metadata": None, **options}
+    bands = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+    with tifffile.TiffWriter(stream, **kind) as writer:
+        if layout == "pages" or len(bands) == 1:
+            for band in bands:
+                writer.write(band, contiguous=False, **options)
+        else:
+            writer.write(pixels if layout == "contig" else bands, planarconfig=layout, **options)
     return stream.getvalue()
 
 

@@ -178,6 +178,13 @@ def test_white_is_zero_is_inverted_and_orientation_is_applied():
     np.testing.assert_array_equal(read(grey, 1, "uint8"), GREY8)
 
 
+@pytest.mark.parametrize("compression", ["raw", "group4", "tiff_lzw"])
+def test_single_bits_of_tiff_are_black_and_white(compression):
+    image = Image.fromarray(GREY8[..., 0] > 127)
+    found = read(saved(image, "TIFF", compression=compression), 1, "uint8")
+    np.testing.assert_array_equal(found[..., 0], np.asarray(image.convert("L")))
+
+
 def test_pages_of_one_size_are_bands_and_others_are_left():
     bands = values((12, 14, 5), "uint16")
     stream = io.BytesIO()
@@ -193,7 +200,9 @@ def test_tiff_that_would_take_too_much_is_refused(monkeypatch):
     monkeypatch.setattr(tiff_decode, "_MAX_PAGES", 4)
     with pytest.raises(SampleError, match="it has 5 pages; give up to 4"):
         read(many, 5, "uint16")
-    volume = tiff(values((16, 16, 16), "uint16"), "pages", volumetric=True, tile=(16, 16, 16))
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, values((16, 16, 16), "uint16"), photometric="minisblack", volumetric=True, tile=(16,) * 3)
+    volume = stream.getvalue()
     with pytest.raises(SampleError, match="its pixels have a depth of 16; save them as bands"):
         read(volume, 16, "uint16")
     monkeypatch.setattr(tiff_decode, "MAX_BYTES", 1000)
