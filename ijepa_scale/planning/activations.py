@@ -156,7 +156,7 @@ def _last_block(tokens: Tokens, width: int, mlp_width: int, *, heads: int, e: in
     attention = q * (e * width + FP32_BYTES * heads)
     norms = (n + 2 * q) * (_NORM_STATISTICS + e * width)
     return BlockBytes(
-        input=FP32_BYTES * width * (n + (q if tokens.packed else 0.0)),  # if packed, the wanted rows are a copy
+        input=FP32_BYTES * width * (n + q),  # the wanted rows are a copy
         products=e * width * (q + 2 * n) + attention + e * q * mlp_width,
         results=2 * e * q * width,
         cheap=norms + q * (FP32_BYTES * width + e * mlp_width) + (e * q * width if by_runs else 0.0),

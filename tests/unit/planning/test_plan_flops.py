@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ijepa_scale.config import BlockMaskConfig, ModelConfig, load_config
+from ijepa_scale.config import BlockMaskConfig, ModelConfig
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.planning.flops import FlopCount, mask_flops
+from tests.unit.config.writing import load_shipped
 from tests.unit.planning.nominal_flops import step_flops
 
 CONFIGS = sorted(Path(__file__).parents[3].glob("configs/*.yaml"))
@@ -35,7 +36,7 @@ def _counts(model: ModelConfig, masks_config: BlockMaskConfig) -> tuple[dict[str
 @pytest.mark.parametrize("context", ["truncate", "packed"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_flops_of_every_configuration_agree_with_torchs_counter(path: Path, context: str) -> None:
-    config = load_config(path)
+    config = load_shipped(path)
     masks_config = config.masks.replace(context=context, group_size=IMAGES)
     measured, counted = _counts(config.model, masks_config)
     for part, flops in measured.items():
