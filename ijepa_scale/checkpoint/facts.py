@@ -33,6 +33,7 @@ class Facts(Section):
     mean: tuple[float, ...] | None = None  # of each channel, in [0, 1]
     std: tuple[float, ...] | None = None
     crop_fraction: form.Fraction | None = None  # of the resized image, in evaluation
+    pixels: form.PixelType | None = None  # type of the images' values
 
     def known(self) -> dict[str, Any]:
         """Returns what the source says, as plain values."""
@@ -58,6 +59,7 @@ def facts_of_run(config: Mapping[str, Any]) -> Facts:
         mean=augment.get("mean"),
         std=augment.get("std"),
         crop_fraction=crop,
+        pixels=config.get("data", {}).get("pixels"),
     )
 
 

@@ -9,15 +9,16 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ijepa_scale.augment.eval_transform import EvalTransform
 from ijepa_scale.checkpoint.geometry import PATCHES, positions_of, sizes_of_weights
 from ijepa_scale.checkpoint.sources import Weights, read_weights
 from ijepa_scale.checkpoint.weights import fit
-from ijepa_scale.config.form import Positions
-from ijepa_scale.data.decode import decode
+from ijepa_scale.config.form import PixelType, Positions
+from ijepa_scale.config.pixels import PixelFormat
+from ijepa_scale.data.deep_decode import decode_as
 from ijepa_scale.data.eval_reader import IMAGENET_MEAN, IMAGENET_STD, crop_fraction_of
 from ijepa_scale.data.pil_decode import rgb_of
 from ijepa_scale.data.sources.read_file import read_image_file
@@ -43,6 +44,7 @@ def load(
     heads: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    pixels: PixelType | None = None,
 ) -> tuple[VisionTransformer, ImageTransform]:
     """Returns a trained encoder, fp32 on the CPU in eval mode, and the transform that makes its images.
 
@@ -59,6 +61,8 @@ def load(
         heads: attention heads, needed only if the source and its width and depth don't tell.
         mean: of each channel, in [0, 1], instead of the source's. ImageNet's if the source has none.
         std: standard deviation of each channel.
+        pixels: type of the images' values, `uint8`, `uint16` or `float32`, instead of the source's. `uint8` if the
+            source doesn't tell.
 
     Raises:
         CheckpointError: the source doesn't exist, is damaged, or isn't an encoder that this package has.
@@ -81,7 +85,8 @@ def load(
                 f"load(..., {name}=[...]) with {channels}"
             )
         values[name] = tuple(chosen)
-    return encoder, ImageTransform(encoder, crop_fraction=facts.crop_fraction, **values)
+    dtype = pixels or facts.pixels or "uint8"
+    return encoder, ImageTransform(encoder, crop_fraction=facts.crop_fraction, pixels=dtype, **values)
 
 
 def encoder_of_weights(
@@ -126,6 +131,7 @@ class ImageTransform:
         mean: of each channel, in [0, 1].
         std: standard deviation of each channel.
         crop_fraction: share of the resized image that the crop covers. By default 0.875, and 1 up to 64 pixels.
+        format: channels of an image and the type of its values.
     """
 
     def __init__(
@@ -135,18 +141,21 @@ class ImageTransform:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         crop_fraction: float | None = None,
+        pixels: PixelType = "uint8",
     ) -> None:
         height, width = (side * encoder.patch_size for side in encoder.grid)
         self.image_size, self.channels = (height, width), channels_of(encoder)
         self.mean, self.std = mean, std
         self.crop_fraction = crop_fraction or crop_fraction_of(self.image_size)
-        self._transform = EvalTransform(self.image_size, self.crop_fraction, mean=mean, std=std)
+        self.format = PixelFormat(self.channels, pixels)
+        self._transform = EvalTransform(self.image_size, self.crop_fraction, mean=mean, std=std, pixels=self.format)
 
     def __call__(self, images: OneImage | Sequence[OneImage]) -> Tensor:
         """Returns (C, h, w) float32 for one image, (B, C, h, w) for a list of them, on the CPU.
 
-        An image is a path, the bytes of a file, a PIL image, or an array (H, W, C) uint8. All but arrays are turned as
-        their EXIF orientation says, since a photograph is given as it is seen.
+        An image is a path, the bytes of a file, a PIL image, or an array (H, W, C) of the encoder's type of values. All
+        but arrays are turned as their EXIF orientation says, since a photograph is given as it is seen. To an encoder
+        of 8-bit RGB, files and PIL images of other kinds are converted; to another one, none is.
 
         Raises:
             DataError: an image can't be read, or has another number of channels or another dtype.
@@ -158,11 +167,11 @@ class ImageTransform:
     def __repr__(self) -> str:
         return (
             f"ImageTransform(image_size={self.image_size}, channels={self.channels}, mean={self.mean}, std={self.std}, "
-            f"crop_fraction={self.crop_fraction:g})"
+            f"crop_fraction={self.crop_fraction:g}, pixels={self.format.dtype})"
         )
 
     def pixels(self, image: OneImage) -> np.ndarray:
-        """Returns the whole image, (H, W, C) uint8.
+        """Returns the whole image, (H, W, C) of the encoder's type of values.
 
         Raises:
             DataError: see `__call__`.
@@ -170,23 +179,27 @@ class ImageTransform:
         if isinstance(image, np.ndarray):
             pixels, name = image, "array"
         elif isinstance(image, Image.Image):
-            pixels, name = rgb_of(image.copy(), "apply"), "PIL image"  # a copy, since decoding drops what it has read
+            image, name = image.copy(), "PIL image"  # a copy, since decoding drops what it has read
+            is_rgb8 = self.format.is_rgb8
+            pixels = rgb_of(image, "apply") if is_rgb8 else np.atleast_3d(np.asarray(ImageOps.exif_transpose(image)))
         elif isinstance(image, bytes):
-            pixels, name = decode(image, exif="apply"), "image"
+            pixels, name = decode_as(self.format, image, "apply"), "image"
         elif isinstance(image, (str, Path)):
             name = f"image {image}"
             try:
-                pixels = decode(read_image_file(image), exif="apply")
+                pixels = decode_as(self.format, read_image_file(image), "apply")
             except SampleError as error:
                 raise DataError(f"{name}: {error}") from None
         else:
             raise DataError(
-                f"an image is a {type(image).__name__}; give a path, a PIL image, or an array (H, W, C) uint8"
+                f"an image is a {type(image).__name__}; give a path, a PIL image, or an array (H, W, C) "
+                f"{self.format.dtype}"
             )
-        if pixels.ndim != 3 or pixels.dtype != np.uint8 or pixels.shape[2] != self.channels or not pixels.size:
+        dtype = self.format.dtype
+        if pixels.ndim != 3 or pixels.dtype != np.dtype(dtype) or pixels.shape[2] != self.channels or not pixels.size:
             raise DataError(
                 f"{name} is {pixels.shape} {pixels.dtype}; this encoder takes images of {self.channels} channels: give "
-                f"(H, W, {self.channels}) uint8"
+                f"(H, W, {self.channels}) {dtype}"
             )
         return pixels
 

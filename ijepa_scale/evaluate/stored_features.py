@@ -79,7 +79,7 @@ class FeatureStore:
             if not tried:
                 check_images(
                     images.source, np.arange(total), images.name, world=self.world, exif=images.exif,
-                    workers=self._workers,
+                    pixels=transform.format, workers=self._workers,
                 )  # fmt: skip
             self._compute(encoder, transform, images, pool, path)
         self._advance(images.name, total, total)
@@ -108,6 +108,7 @@ class FeatureStore:
                 mean=transform.mean,
                 std=transform.std,
                 exif=images.exif,
+                pixels=transform.format,
                 workers=self._workers,
                 pin_memory=world.device.type == "cuda",
             )

@@ -129,7 +129,8 @@ def test_safetensors_come_back(tmp_path: Path, naming: str, which: str, prefix: 
         metadata = file.metadata()
     said = json.loads(metadata.pop(FACTS_KEY))
     assert metadata == {"format": "pt", WHICH_KEY: which}
-    assert said == {"image_size": [16, 16], "heads": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    images = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "pixels": "uint8"}
+    assert said == {"image_size": [16, 16], "heads": 3, **images}
     report = load_weights(model := build_jepa(MODEL, seed=1).encoder, path, which=which)
     assert report.share == 1.0 and report.notes == ()
     assert all(torch.equal(parameter, state[prefix + name]) for name, parameter in model.named_parameters())

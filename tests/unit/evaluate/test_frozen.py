@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import timm
 import torch
 from PIL import Image
@@ -317,3 +318,32 @@ def test_the_package_shows_its_public_names_only() -> None:
 def test_importing_the_package_is_light() -> None:
     code = "import sys, ijepa_scale; print([n for n in ('torch', 'numpy', 'timm', 'transformers') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("dtype", "suffix"), [("uint16", "tif"), ("float32", "npy")])
+def test_a_run_of_other_pixels_reads_them(tmp_path: Path, dtype: str, suffix: str) -> None:
+    """Five channels: files, arrays and an export give the same features; 8-bit RGB is refused."""
+    config = PretrainConfig(
+        model={**SIZES, "channels": 5}, data={"pixels": dtype, "batch_size": 8},
+        augment={"mean": (0.5,) * 5, "std": (0.25,) * 5},
+    )  # fmt: skip
+    jepa = shaken(build_jepa(config.model, seed=1))
+    tensors = {f"model.{name}": each for name, each in jepa.state_dict().items()}
+    tensors |= {f"target.{name}": each for name, each in jepa.encoder.state_dict().items()}
+    saved(tmp_path / "deep", tensors, config.values(), kind="pretrain")
+    encoder, transform = ijepa_scale.load(tmp_path / "deep")
+    assert transform.channels == 5 and transform.format.dtype == dtype
+    values = np.random.default_rng(0).random((40, 36, 5))
+    pixels = (values * 65535).astype(np.uint16) if dtype == "uint16" else values.astype(np.float32)
+    path = tmp_path / f"image.{suffix}"
+    if suffix == "npy":
+        np.save(path, pixels)
+    else:
+        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+    found = ijepa_scale.features(encoder, transform([path, pixels, path.read_bytes()]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    export_safetensors(tmp_path / "deep", tmp_path / "out.safetensors")
+    again, other = ijepa_scale.load(tmp_path / "out.safetensors")
+    assert repr(other) == repr(transform) and torch.equal(ijepa_scale.features(again, other([path]))[0], found[0])
+    with pytest.raises(DataError, match=rf"this encoder takes images of 5 channels: give \(H, W, 5\) {dtype}"):
+        transform(np.zeros((40, 36, 3), dtype=np.uint8))

@@ -94,5 +94,5 @@ def test_classifier_refuses(text: str) -> None:
 
 def test_one_message_lists_all_problems() -> None:
     with pytest.raises(ConfigError) as error:
-        ClassifierConfig(encoder={"image_size": 100}, num_classes=0)
+        ClassifierConfig(encoder={"image_size": 100, "patch_size": 16}, num_classes=0)
     assert len(str(error.value).splitlines()) == 2
