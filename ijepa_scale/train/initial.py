@@ -28,8 +28,8 @@ _RGB = 3
 def with_init(config: Config) -> Config:
     """Returns the configuration with what it leaves open about the encoder and its images taken from `model.init`.
 
-    That is every size that no file or override sets, `augment.mean` and `augment.std`. A run that goes on takes them
-    from its newest checkpoint, and doesn't read the source again. Logs what is taken.
+    That is every size that no file or override sets, `data.pixels`, `augment.mean` and `augment.std`. A run that goes
+    on takes them from its newest checkpoint, and doesn't read the source again. Logs what is taken.
 
     Raises:
         UserError: the source can't be read, doesn't tell a size, or sizes don't fit.
@@ -65,11 +65,14 @@ def with_init(config: Config) -> Config:
     if trained is not None and interpolated and trained.computed_for != section.grid:
         taken["position_grid"] = trained.computed_for
         section = section.replace(position_grid=trained.computed_for)
-    if taken or images:
-        shown = ", ".join(f"{name} {value}" for name, value in {**taken, **images}.items())
+    is_open = "pixels" not in config.data.model_fields_set and found.get("pixels", config.data.pixels)
+    pixels = {"pixels": found["pixels"]} if is_open and is_open != config.data.pixels else {}
+    if taken or images or pixels:
+        shown = ", ".join(f"{name} {value}" for name, value in {**taken, **images, **pixels}.items())
         logger.info("taken from %s: %s", resume or init, shown)
     model = section if isinstance(config, PretrainConfig) else config.model.replace(encoder=section)
-    return config.replace(model=model, augment=config.augment.replace(**images))
+    data, augment = config.data.replace(**pixels), config.augment.replace(**images)
+    return config.replace(model=model, data=data, augment=augment)
 
 
 def _of_checkpoint(path: Path) -> dict[str, Any]:
@@ -77,7 +80,8 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
     stored = Checkpoint(path).extra["config"]
     encoder = stored["model"].get("encoder", stored["model"])
     settings = {name: value for name, value in encoder.items() if name not in STARTING}
-    return settings | {name: stored["augment"][name] for name in _NORMALISATION}
+    images = {name: stored["augment"][name] for name in _NORMALISATION}
+    return settings | images | {"pixels": stored.get("data", {}).get("pixels", "uint8")}
 
 
 def _of_source(
@@ -93,5 +97,5 @@ def _of_source(
         found["name"] = source.model_config().name  # of several with these sizes
     if isinstance(config, PretrainConfig) and (predictor := source.predictor()) is not None:
         found |= predictor_sizes(predictor)
-    stated = {name: getattr(weights.facts, name) for name in _NORMALISATION}
+    stated = {name: getattr(weights.facts, name) for name in (*_NORMALISATION, "pixels")}
     return found | {name: value for name, value in stated.items() if value is not None}, positions_of(weights)

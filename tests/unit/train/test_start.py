@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import ijepa_scale
+from ijepa_scale.checkpoint import store
 from ijepa_scale.checkpoint.geometry import with_channels
 from ijepa_scale.checkpoint.published_order import published_numbers
 from ijepa_scale.checkpoint.sources import open_source
@@ -22,6 +24,7 @@ from ijepa_scale.checkpoint.start import optimizer_states, start_from
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneConfig
 from ijepa_scale.data.shards.write import Sample, write_shards
+from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, ConfigError
 from ijepa_scale.models.pos_embed import positions
@@ -184,6 +187,32 @@ def test_positions_are_chosen_by_name_in_both_kinds_of_training(first: Path, how
     assert finetuning.augment.std == (0.3, 0.3, 0.3)
     same = with_init(PretrainConfig(model=shape))
     assert same.model.image_size == (16, 16) and same.model.position_grid is None
+
+
+@pytest.mark.parametrize(("setting", "expected"), [((), "uint16"), (("data.pixels=float32",), "float32")])
+def test_channels_pixels_and_normalisation_come_from_the_source(
+    tmp_path: Path, setting: tuple[str, ...], expected: str
+) -> None:
+    """A run of 13 bands of 16 bits is finetuned without saying so again."""
+    sizes = yaml.safe_load(MODEL) | {"channels": 13}
+    images = {"mean": (0.25,) * 13, "std": (0.5,) * 13}
+    config = PretrainConfig(model=sizes, data={"pixels": "uint16", "batch_size": 8}, augment=images)
+    parts = {"model": build_jepa(config.model, seed=0), "target": build_jepa(config.model, seed=1).encoder}
+    pieces = [
+        Piece(name=f"{part}.{name}", tensor=tensor.flatten(), start=0, shape=tuple(tensor.shape))
+        for part, module in parts.items()
+        for name, tensor in module.named_parameters()
+    ]
+    extra = {"config": config.values(), "kind": "pretrain"}
+    store.save(tmp_path / "run" / "checkpoints", 3, pieces, world=ALONE, extra=extra, keep=1)
+    path = tmp_path / "fine.yaml"
+    path.write_text(
+        f"folder: {tmp_path / 'fine'}\ndata: {{train: x, batch_size: 8}}\n"
+        f"model: {{init: {tmp_path / 'run'}, num_classes: 3}}\naugment: {{rand_augment: null}}\n"
+    )
+    found = with_init(load_config(path, setting, kind=FinetuneConfig))
+    assert (found.model.encoder.channels, found.data.pixels) == (13, expected)
+    assert found.augment.mean == images["mean"] and found.augment.std == images["std"]
 
 
 def test_a_name_too_long_for_a_file_does_not_exist() -> None:
