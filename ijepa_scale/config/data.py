@@ -100,7 +100,11 @@ class CropConfig(Section, at="augment"):
     def for_format(self, pixels: PixelFormat) -> CropConfig:
         """Returns the section for images of this format: without ImageNet's values where they are only a default."""
         open_ones = {"mean", "std"} - self.model_fields_set
-        return self if pixels.is_rgb8 or not open_ones else self.replace(**dict.fromkeys(open_ones))
+        if pixels.is_rgb8 or not open_ones:
+            return self
+        fitting = self.model_copy(update=dict.fromkeys(open_ones))
+        fitting.__pydantic_fields_set__.difference_update(open_ones)  # still open: `model.init` may tell them
+        return fitting
 
     def misfits(self, pixels: PixelFormat) -> Iterator[str]:
         """Yields what doesn't fit images of this format, beginning with the name of a setting of this section."""
