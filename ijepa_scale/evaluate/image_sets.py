@@ -12,6 +12,7 @@ import numpy as np
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.tar_index import is_tar
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.predictions import ImageFiles
 
@@ -75,8 +76,8 @@ class ImageSet:
 def _are_shards(path: str) -> bool:
     if os.path.isdir(path):
         with os.scandir(path) as entries:
-            return any(entry.name.endswith(".tar") for entry in entries)
-    return path.endswith(".tar")
+            return any(is_tar(entry.name) for entry in entries)
+    return is_tar(path)
 
 
 def _lines(path: str) -> list[str]:
