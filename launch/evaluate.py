@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--to", dest="folder", type=terminal.path, default="runs/evaluation", help="folder (default runs/evaluation)")
     add("--batch-size", type=terminal.at_least_1, default=64, help="images per process and forward (default 64)")
     add("--workers", type=int, default=2, help="decoding processes per process (default 2)")
+    add("--overwrite", action="store_true", help="replace the table in the folder")
     add("--processes", type=terminal.at_least_1, help="number of processes to start on this host")
     add("--seed", type=int, default=0, help="of classifiers and draws (default 0)")
     parser.add_plugins()

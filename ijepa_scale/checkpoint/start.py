@@ -95,7 +95,8 @@ def optimizer_states(source: WeightsSource, model: ModelConfig, steps_per_epoch:
     if isinstance(source, RunSource) and source.predictor() is not None:
         checkpoint = source.checkpoint
         tensors = {f"{_STATES}{name}": tensor for name, tensor in checkpoint.full(_STATES).items()}
-        return OptimizerStates(tensors=tensors, step=checkpoint.step, optimizer_step=checkpoint.step)
+        taken = checkpoint.step + checkpoint.extra.get("steps_before", 0)
+        return OptimizerStates(tensors=tensors, step=checkpoint.step, optimizer_step=taken)
     if isinstance(source, ModelFile) and isinstance(source.rest.get("opt"), Mapping):
         try:
             return _published_states(source.rest, model, steps_per_epoch)

@@ -19,8 +19,7 @@ _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 def decode_npy(data: bytes, wanted: PixelFormat) -> np.ndarray:
     """Returns the array of an NPY file as (H, W, C): a (H, W) one has one channel, of three axes the last has them.
 
-    It is (C, H, W) if the first axis has the channels that are wanted and the last one is too long to have any. A view
-    of `data` where possible.
+    It is (C, H, W) if the last axis is too long for channels and the first isn't. A view of `data` where possible.
 
     Raises:
         SampleError: the header is too long, the array isn't an image's, or the bytes don't fill it.
@@ -35,7 +34,7 @@ def decode_npy(data: bytes, wanted: PixelFormat) -> np.ndarray:
     begin = stream.tell()
     if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None or len(shape) not in (2, 3):
         raise SampleError(f"its array is {shape} of {dtype}; give (H, W) or (H, W, C) of numbers", "pixel format")
-    first = len(shape) == 3 and shape[2] > MAX_CHANNELS and shape[0] == wanted.channels
+    first = len(shape) == 3 and shape[2] > MAX_CHANNELS >= shape[0]  # channels come first
     height, width, channels = (*shape, 1) if len(shape) == 2 else (*shape[1:], shape[0]) if first else shape
     check_format((height, width), channels, dtype.name, wanted)
     expected = math.prod(shape) * dtype.itemsize

@@ -20,7 +20,10 @@ from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.array_decode import NPY_MAGIC
 from ijepa_scale.data.dicom_decode import is_dicom
 from ijepa_scale.data.pil_decode import check_pixels, decode_with_pil, orientation_of, turn
+from ijepa_scale.data.pixel_format import FormatError
 from ijepa_scale.data.stored_values import decode_stored
+from ijepa_scale.data.tiff_decode import TIFF_MAGIC
+from ijepa_scale.errors import DataError, SampleError
 
 CROP_TRIES = 10
 CROP_DRAWS = 2 * CROP_TRIES + 2  # uniform random numbers needed for one sample's crop
@@ -132,7 +135,17 @@ def _decode_rest(data: bytes, exif: Exif) -> np.ndarray:
     """Returns the pixels of what isn't a JPEG: by Pillow, but NPY and DICOM as they are."""
     if data.startswith(NPY_MAGIC) or is_dicom(data):
         return decode_stored(data, RGB8)
-    return decode_with_pil(data, exif)
+    try:
+        return decode_with_pil(data, exif)
+    except SampleError:
+        if data[:4] in TIFF_MAGIC:
+            try:
+                decode_stored(data, RGB8)
+            except FormatError:  # says which channels it has, where Pillow doesn't know them
+                raise
+            except DataError:
+                pass
+        raise
 
 
 def largest_crop(output: tuple[int, int], ratio: tuple[float, float]) -> int:

@@ -122,6 +122,16 @@ def _with_pil(data: bytes, wanted: PixelFormat, exif: Exif) -> np.ndarray:
         raise SampleError(
             f"not an image of a known format ({', '.join(formats())}, NPY, DICOM); replace or drop it", "not decodable"
         ) from None
+    return pixels_of_pil(image, wanted, data if exif == "apply" else b"")
+
+
+def pixels_of_pil(image: Image.Image, wanted: PixelFormat, turned_as: bytes = b"") -> np.ndarray:
+    """Returns the pixels of an opened image as they are stored, (H, W, C), turned as the EXIF of a file says.
+
+    Raises:
+        SampleError: its mode has no such pixels.
+        FormatError: it isn't of the format that is wanted.
+    """
     mode = "I;16" if image.mode == "I" and image.format == "PPM" else image.mode  # Pillow scales it to 16 bits
     if mode not in _MODES:
         raise SampleError(
@@ -131,7 +141,7 @@ def _with_pil(data: bytes, wanted: PixelFormat, exif: Exif) -> np.ndarray:
     image.load()
     pixels = np.asarray(image.convert("L") if mode == "1" else image)
     pixels = pixels.astype(wanted.dtype, copy=False).reshape(*pixels.shape[:2], -1)
-    return turn(pixels, orientation_of(data)) if exif == "apply" else pixels
+    return turn(pixels, orientation_of(turned_as)) if turned_as else pixels
 
 
-__all__ = ["crop_deep", "decode_as", "decode_deep", "resize_deep", "stored_format"]
+__all__ = ["crop_deep", "decode_as", "decode_deep", "pixels_of_pil", "resize_deep", "stored_format"]

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.data.pixel_format import check_format
@@ -43,6 +44,7 @@ def decode_dicom(data: bytes, wanted: PixelFormat) -> np.ndarray:
     stored = f"{'int' if signed else 'uint'}{int(dataset.BitsAllocated)}"
     as_float = wanted.dtype == "float32" and stored in ("uint8", "int8", "uint16", "int16", "float32")
     check_format((rows, columns), samples, "float32" if as_float else stored, wanted)
+    _check_frame(pydicom, dataset, (columns, rows))
     pixels = pydicom.pixels.pixel_array(dataset, index=0)
     if as_float:
         pixels = pydicom.pixels.apply_rescale(pixels, dataset).astype(np.float32)
@@ -56,8 +58,22 @@ def decode_dicom(data: bytes, wanted: PixelFormat) -> np.ndarray:
     return pixels
 
 
+def _check_frame(pydicom: Any, dataset: Any, size: tuple[int, int]) -> None:
+    """Checks that a compressed frame has the (width, height) of the header, by which memory was judged."""
+    if not dataset.file_meta.TransferSyntaxUID.is_compressed:
+        return
+    frame = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=int(dataset.get("NumberOfFrames", 1) or 1))
+    try:
+        found = Image.open(io.BytesIO(frame)).size
+    except UnidentifiedImageError:  # run lengths, which pydicom decodes to the header's size
+        return
+    if found != size:
+        raise SampleError(f"its frame has {found} pixels and its header says {size}; replace it", "not decodable")
+
+
 def _pydicom() -> Any:
     try:
+        import pydicom.encaps
         import pydicom.pixels
     except ImportError as error:
         raise DataError(f"DICOM needs pydicom ({error}); pip install 'ijepa_scale[dicom]'") from None

@@ -86,7 +86,7 @@ def embed_here(options: EmbedOptions, launch: Launch, device: torch.device) -> N
         for line in result.skipped:
             terminal.report(line, "skipped")
         terminal.say(f"{result.path}: {result.rows} x {result.width}, {len(result.skipped)} images skipped")
-    sys.exit(terminal.USER_ERROR_CODE if result.skipped else 0)
+        sys.exit(terminal.USER_ERROR_CODE if result.skipped else 0)  # another process would end this one meanwhile
 
 
 def embed(options: EmbedOptions, world: World) -> Embedded:

@@ -18,7 +18,7 @@ from ijepa_scale.checkpoint.sources import Weights, read_weights
 from ijepa_scale.checkpoint.weights import fit
 from ijepa_scale.config.form import PixelType, Positions
 from ijepa_scale.config.pixels import PixelFormat
-from ijepa_scale.data.deep_decode import decode_as
+from ijepa_scale.data.deep_decode import decode_as, pixels_of_pil
 from ijepa_scale.data.eval_reader import IMAGENET_MEAN, IMAGENET_STD, crop_fraction_of
 from ijepa_scale.data.pil_decode import rgb_of
 from ijepa_scale.data.sources.read_file import read_image_file
@@ -180,8 +180,10 @@ class ImageTransform:
             pixels, name = image, "array"
         elif isinstance(image, Image.Image):
             image, name = image.copy(), "PIL image"  # a copy, since decoding drops what it has read
-            is_rgb8 = self.format.is_rgb8
-            pixels = rgb_of(image, "apply") if is_rgb8 else np.atleast_3d(np.asarray(ImageOps.exif_transpose(image)))
+            try:
+                pixels = rgb_of(image, "apply") if self.format.is_rgb8 else self._stored(image)
+            except SampleError as error:
+                raise DataError(f"{name}: {error}") from None
         elif isinstance(image, bytes):
             pixels, name = decode_as(self.format, image, "apply"), "image"
         elif isinstance(image, (str, Path)):
@@ -202,6 +204,12 @@ class ImageTransform:
                 f"(H, W, {self.channels}) {dtype}"
             )
         return pixels
+
+    def _stored(self, image: Image.Image) -> np.ndarray:
+        """Returns the pixels of a PIL image as they are, turned as its EXIF orientation says."""
+        turned = ImageOps.exif_transpose(image)
+        turned.format = image.format
+        return pixels_of_pil(turned, self.format)
 
 
 def channels_of(encoder: VisionTransformer) -> int:

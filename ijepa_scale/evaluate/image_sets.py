@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ijepa_scale.data.sources.open import build_source
+from ijepa_scale.data.sources.contents import contents_of, digest_of_stats
+from ijepa_scale.data.sources.open import build_source, reader_of
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.tar_index import is_tar
@@ -21,18 +21,15 @@ class ImageSet:
     """Images in a fixed order.
 
     Attributes:
-        fingerprint: changes with the list of images.
+        fingerprint: changes with the list of images, and with the path, size or time of any of their files.
         problems: a line for each folder or sample that couldn't be listed.
     """
 
     def __init__(self, source: SampleSource | None, files: Sequence[str], problems: Sequence[str]) -> None:
         self._source, self._files, self.problems = source, files, list(problems)
-        digest = hashlib.sha256(b"" if source is None else source.fingerprint.encode())
-        for path in files:
-            digest.update(os.fsencode(path) + b"\0")
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = digest_of_stats(files) if source is None else contents_of(source)
         if not len(self):
-            raise DataError(f"no images to embed{f' ({self.problems[0]})' if self.problems else ''}; name others")
+            raise DataError(self.problems[0] if self.problems else "no images to embed; name others")
 
     @classmethod
     def of(cls, given: Sequence[str], reader: str | None = None) -> ImageSet:
@@ -74,10 +71,7 @@ class ImageSet:
 
 
 def _are_shards(path: str) -> bool:
-    if os.path.isdir(path):
-        with os.scandir(path) as entries:
-            return any(is_tar(entry.name) for entry in entries)
-    return is_tar(path)
+    return reader_of(path) == "shards" if os.path.isdir(path) else is_tar(path)
 
 
 def _lines(path: str) -> list[str]:

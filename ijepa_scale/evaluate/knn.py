@@ -58,13 +58,13 @@ def knn_sweep(
             f"labels are from {low} to {high}; kNN needs labels from 0 to {num_classes - 1}: label all images"
         )
     bank = normalize(train_features.float(), dim=1).T
-    votes_of = one_hot(train_labels.to(bank.device), num_classes).float()
+    labels = train_labels.to(bank.device)
     most = min(max(neighbors for neighbors, _ in choices), len(train_features))
     predictions: list[Tensor] = []
-    for chunk in test_features.split(max(1, _CHUNK_ELEMENTS // len(train_features))):
+    for chunk in test_features.split(max(1, _CHUNK_ELEMENTS // max(len(train_features), most * num_classes))):
         similarity = normalize(chunk.float(), dim=1) @ bank
         nearest, index = similarity.topk(most, dim=1)
-        votes = votes_of[index]
+        votes = one_hot(labels[index], num_classes).float()
         found = []
         for neighbors, temperature in choices:
             # relative to the nearest, so that weights don't overflow and are never all 0

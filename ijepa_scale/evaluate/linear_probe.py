@@ -170,7 +170,7 @@ def _rows(features: Tensor | np.ndarray, ids: np.ndarray | slice, device: torch.
     if isinstance(features, Tensor):
         ids = torch.from_numpy(ids) if isinstance(ids, np.ndarray) else ids  # type: ignore[assignment]
         return features[ids].to(device, torch.float32)
-    return torch.from_numpy(np.ascontiguousarray(features[ids])).to(device, torch.float32)
+    return torch.from_numpy(np.array(features[ids])).to(device, torch.float32)
 
 
 def _scores(probes: list[Probe], heads: Sequence[nn.Module], norms: nn.ModuleDict, width: int, rows: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from ijepa_scale.evaluate.class_lists import compare_classes
 from ijepa_scale.evaluate.frozen import Pool, load
 from ijepa_scale.evaluate.linear_probe import ProbeRecipe
 from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Split, run_protocols
-from ijepa_scale.evaluate.results import Results, published_figures
+from ijepa_scale.evaluate.results import JSON, Results, published_figures
 from ijepa_scale.evaluate.stored_features import FeatureStore, ImagesToEncode
 from ijepa_scale.models.init import initialise
 from ijepa_scale.models.vit import VisionTransformer
@@ -53,6 +53,7 @@ class EvaluationRequest:
     shots: tuple[int, ...] = (1, 5, 10)
     epochs: int = 50
     untrained: bool = True
+    overwrite: bool = False
 
 
 def evaluate_here(request: EvaluationRequest, launch: Launch, device: torch.device) -> None:
@@ -76,6 +77,9 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     unknown = [name for name in request.protocols if name not in PROTOCOLS]
     if unknown:
         raise ConfigError(f"protocol {', '.join(unknown)} is unknown; choose among {', '.join(PROTOCOLS)}")
+    done = request.folder / JSON
+    if world.broadcast_object(done.exists()) and not request.overwrite:
+        raise ConfigError(f"{done} exists; name another folder with --to, or add --overwrite")
     encoder, transform = load(request.source, which=request.which, image_size=request.image_size, heads=request.heads)
     sets = [
         _opened(f"{name} images", path, request) for name, path in (("train", request.train), ("test", request.test))
@@ -90,11 +94,11 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     )  # fmt: skip
     width = encoder.pos_embed.shape[-1]
     options = Options(
-        width=width, num_classes=num_classes, device=world.device, shots=request.shots,
+        width=width, num_classes=num_classes, device=world.device, shots=request.shots, seed=request.seed,
         recipe=ProbeRecipe(epochs=request.epochs, seed=request.seed),
     )  # fmt: skip
-    tables = []
     nets = {"": encoder, "untrained-": untrained_like(encoder, request.seed)}
+    pairs = []
     for name, net in nets.items() if request.untrained else [("", encoder)]:
         net.to(world.device)
         splits = []
@@ -102,10 +106,10 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
             images = ImagesToEncode(name=name + each, source=source, exif=request.exif)
             rows = store.features(net, transform, images, pool, tried=bool(name))
             splits.append(Split(features=rows, labels=answers))
-        tables.append(run_protocols(request.protocols, splits[0], splits[1], options) if world.is_main else [])
-    world.barrier()
+        pairs.append(splits)
     if not world.is_main:
-        return None
+        return None  # and doesn't wait: training classifiers may take longer than any collective's timeout
+    tables = [run_protocols(request.protocols, train, test, options) for train, test in pairs]
     facts = {
         "encoder": f"{request.source} ({request.which})",
         "architecture": f"{name_of(encoder)}, patches of {encoder.patch_size}",

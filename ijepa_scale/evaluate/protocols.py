@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,9 @@ from ijepa_scale.evaluate.logistic import few_shots, logistic_regression
 NEIGHBORS, TEMPERATURES = (5, 10, 20, 50, 100, 200), (0.03, 0.07, 0.2)
 USUAL = (20, 0.07)  # of kNN, stated next to the best of the sweep. Source: arXiv 2104.14294, section 4
 SHARES = (0.01, 0.1)  # of the training images of each class, for the low-shot protocol
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,8 @@ class Options:
     width: int  # D
     num_classes: int
     device: torch.device
-    seeds: int = 3  # draws of few images
+    seed: int = 0
+    seeds: int = 3  # draws of few images, from `seed` on
     shots: tuple[int, ...] = (1, 5, 10)
     recipe: ProbeRecipe = ProbeRecipe()
 
@@ -96,7 +101,7 @@ def linear(train: Split, test: Split, options: Options) -> list[Score]:
 
 def logistic(train: Split, test: Split, options: Options) -> list[Score]:
     """Returns logistic regression on all training images, its penalty chosen on a fifth of them."""
-    found = logistic_regression(train.last(options.width), train.labels, test.last(options.width))
+    found = logistic_regression(train.last(options.width), train.labels, test.last(options.width), seed=options.seed)
     right = int((found.predicted == test.labels).sum())
     return [_score("logistic", f"C {found.strength:g}", right, len(test.labels))]
 
@@ -105,6 +110,9 @@ def lowshot(train: Split, test: Split, options: Options) -> list[Score]:
     """Returns logistic regression on a few training images of each class: mean and range of several draws."""
     counts = np.bincount(train.labels, minlength=options.num_classes)
     least = int(counts[counts > 0].min())
+    for shots in options.shots:
+        if shots > least:
+            logger.warning("%d-shot is left out: the smallest class has %d training images", shots, least)
     scores = [
         _few(f"{shots}-shot", train, test, options, partial(few_shots, train.labels, shots))
         for shots in options.shots
@@ -119,6 +127,8 @@ def lowshot(train: Split, test: Split, options: Options) -> list[Score]:
         if share * len(train.labels) >= 2 * np.count_nonzero(counts):
             name, note = f"{share:.0%} low-shot", "logistic regression instead of finetuning"
             scores.append(_few(name, train, test, options, partial(_share_of, train.labels, share), note))
+        else:
+            logger.info("%.0f%% low-shot is left out: it is under 2 training images a class", 100 * share)
     return scores
 
 
@@ -135,7 +145,7 @@ def _few(
     name: str, train: Split, test: Split, options: Options, draw: Callable[[int], np.ndarray], note: str = ""
 ) -> Score:
     features, found = train.last(options.width), []
-    for seed in range(options.seeds):
+    for seed in range(options.seed, options.seed + options.seeds):
         rows = draw(seed)
         result = logistic_regression(features[rows], train.labels[rows], test.last(options.width), seed=seed)
         found.append(float((result.predicted == test.labels).mean()))

@@ -18,11 +18,12 @@ import torch
 from ijepa_scale.checkpoint.digests import digest_of_tensors
 from ijepa_scale.config.form import Exif
 from ijepa_scale.data.eval_reader import EvalReader
+from ijepa_scale.data.sources.contents import contents_of
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.evaluate.features import check_images, local_ids
 from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool, pooled
-from ijepa_scale.models.layers import LayerNorm
+from ijepa_scale.models.layers import Block, LayerNorm
 from ijepa_scale.models.vit import VisionTransformer
 
 _BATCHES_AT_ONCE = 8  # of each process, after which rows are written
@@ -140,7 +141,8 @@ class FeatureStore:
         facts = {
             "weights": digest_of_tensors({name: each.cpu() for name, each in encoder.state_dict().items()}),
             "eps": sorted({layer.eps for layer in encoder.modules() if isinstance(layer, LayerNorm)}),
-            "images": images.source.fingerprint,
+            "heads": sorted({block.attn.heads for block in encoder.modules() if isinstance(block, Block)}),
+            "images": contents_of(images.source),
             "count": images.source.num_samples,
             "transform": repr(transform),
             "exif": images.exif,

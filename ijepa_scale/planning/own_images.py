@@ -224,7 +224,7 @@ class _Rules:
             steps = min(most, max(fewest, usual * per_epoch))
             limit = {fewest: " at least", most: " at most"}.get(steps, "")
             why = f"{steps:,} steps{limit} on a {self._machine}; {usual} epochs are {usual * per_epoch:,}"
-            yield Choice("schedule.epochs", float(f"{steps / per_epoch:.6g}"), why)
+            yield Choice("schedule.epochs", math.ceil(1e4 * steps / per_epoch) / 1e4, why)
         if not self._has("schedule.warmup_epochs"):
             warmup = min(40.0, 0.1 * float(self.values["schedule.epochs"]))
             yield Choice(
@@ -281,6 +281,6 @@ def _plural(count: int, name: str) -> str:
 
 
 def _min_keep(model: ModelConfig) -> int:
-    """Returns the fewest patches of a block: the published 10 on 14 x 14 patches and more, and fewer on fewer."""
+    """Returns what a block must exceed: the published 10 on 14 x 14 patches and more, and fewer on fewer."""
     down, across = model.grid
-    return max(1, min(10, down * across // 19))
+    return min(10, down * across // 19)

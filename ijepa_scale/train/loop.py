@@ -141,7 +141,8 @@ class Loop:
         for line in _changes(before["config"], self.config.values()):
             logger.warning("setting changed since %s: %s", path.name, line)
         checkpoint.load(self.task.engine.pieces())
-        self.task.engine.loaded(checkpoint.step)
+        self.task.steps_before = checkpoint.extra.get("steps_before", 0)
+        self.task.engine.loaded(checkpoint.step + self.task.steps_before)
         self.start = checkpoint.step
         self.task.origin = checkpoint.extra.get("init")
         self.task.load_state(checkpoint.extra)

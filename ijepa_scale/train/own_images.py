@@ -19,20 +19,23 @@ from ijepa_scale.config.data import DataConfig
 from ijepa_scale.config.form import PixelType
 from ijepa_scale.config.pixels import MAX_CHANNELS, RGB8, PixelFormat
 from ijepa_scale.config.yaml_text import flat, nest, parse_yaml, plain
+from ijepa_scale.data.decode import decode
 from ijepa_scale.data.deep_decode import decode_as, stored_format
 from ijepa_scale.data.eval_reader import spread
 from ijepa_scale.data.sources.fetch import scheme_of
 from ijepa_scale.data.sources.open import reader_of, training_source
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamSource
+from ijepa_scale.data.stored_values import is_stored
 from ijepa_scale.environment import Launch, expand_path
 from ijepa_scale.errors import ConfigError, DataError, SampleError
 from ijepa_scale.planning.own_images import Facts, choose
 
 logger = logging.getLogger(__name__)
 
+# of what a run's config.yaml holds, what belongs to one start of it, like how it was spread over processes
+_OF_A_START = ("folder", "resume", "recipe", "chosen_by_recipe", "schedule.stop_after")
 _LOOKED_AT = 64  # images whose size is read
-_BECOME_RGB = 4  # channels of 8 bits: grey and colours, with or without transparency
 
 
 def choose_settings(given: Mapping[str, Any], launch: Launch, device: str) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def choose_settings(given: Mapping[str, Any], launch: Launch, device: str) -> di
 
 
 def _kept(folder: Path, given: set[str]) -> dict[str, Any] | None:
-    """Returns what was chosen for the run in `folder` and isn't given; None if there is no run to be continued."""
+    """Returns what the run in `folder` was begun with and isn't given now; None if there is no run to be continued."""
     if store.newest(folder / "checkpoints") is None:
         return None
     path = folder / "config.yaml"
@@ -63,7 +66,12 @@ def _kept(folder: Path, given: set[str]) -> dict[str, Any] | None:
         stored = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         values = flat(stored)
         lines = [line for line in stored["chosen_by_recipe"] if line.partition("=")[0] not in given]
-        found = {key: plain(values[key]) for key in (line.partition("=")[0] for line in lines)}
+        chosen = {line.partition("=")[0] for line in lines}
+        found = {
+            key: plain(value)
+            for key, value in values.items()
+            if key in chosen or not (key in given or key in _OF_A_START or key.startswith("engine."))
+        }
     except (OSError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
         raise ConfigError(
             f"recipe is own_images but {folder} holds a run for which it chose nothing ({path}); continue that run "
@@ -89,14 +97,20 @@ def _facts(given: Mapping[str, Any], launch: Launch, device: str) -> Facts:
             "set data.reader=shards"
         )
     samples = _samples(source, section)
-    pixels = _format(samples)
-    if isinstance(model := given.get("model"), Mapping) and model.get("channels") is not None:
-        pixels = PixelFormat(plain(model["channels"]), section.pixels)
-    elif data.get("pixels") is not None:
-        pixels = PixelFormat(pixels.channels, section.pixels)
+    found = _format(samples, section)
+    model = {**given["model"]} if isinstance(given.get("model"), Mapping) else {}
+    if model.get("init") is not None:
+        raise ConfigError(
+            f"recipe is own_images but model.init is {model['init']}, whose sizes would be the run's; start from it "
+            "with configs/continue.yaml"
+        )
+    channels = plain(model["channels"]) if model.get("channels") is not None else found.channels
+    pixels = PixelFormat(channels, section.pixels if data.get("pixels") is not None else found.dtype)
     facts: dict[str, Any] = {"device": "cpu", "device_name": "CPU"}
     if device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(int(device.partition(":")[2] or launch.local_rank))
+        # a task that a scheduler bound to one GPU sees only that
+        index = int(device.partition(":")[2] or min(launch.local_rank, torch.cuda.device_count() - 1))
+        properties = torch.cuda.get_device_properties(index)
         facts = {"device": "cuda", "device_name": properties.name, "memory_bytes": float(properties.total_memory)}
     return Facts(
         images=source.num_samples,
@@ -124,7 +138,7 @@ def _samples(source: SampleSource, data: DataConfig) -> list[bytes | np.ndarray]
     for sample in ids.tolist():
         with contextlib.suppress(SampleError):
             content = source.read(sample)
-            stored_format(content)
+            _format_of(content, data)
             found.append(content)
     if not found:
         raise DataError(
@@ -134,13 +148,31 @@ def _samples(source: SampleSource, data: DataConfig) -> list[bytes | np.ndarray]
     return found
 
 
-def _format(samples: list[bytes | np.ndarray]) -> PixelFormat:
-    """Returns the format that all samples have, if 8-bit RGB would lose some of it; else 8-bit RGB."""
-    formats = {stored_format(sample) for sample in samples}
-    channels, dtype = next(iter(formats))
-    usual = dtype == RGB8.dtype and channels <= _BECOME_RGB
-    known = channels <= MAX_CHANNELS and dtype in typing.get_args(PixelType)
-    return PixelFormat(channels, cast(PixelType, dtype)) if len(formats) == 1 and known and not usual else RGB8
+def _format_of(sample: bytes | np.ndarray, data: DataConfig) -> PixelFormat:
+    """Returns the format that keeps all of an image's values: 8-bit RGB for what is meant to be seen as it.
+
+    A second or fourth channel of 8 bits is transparency in the formats that Pillow reads, but a band in TIFF, NPY and
+    DICOM, which don't tell.
+
+    Raises:
+        SampleError: it can't be read.
+    """
+    try:
+        channels, dtype = stored_format(sample)
+    except SampleError:
+        decode(sample, data.exif)  # a palette, CMYK and the like
+        return RGB8
+    bands = isinstance(sample, bytes) and is_stored(sample)
+    seen = dtype == RGB8.dtype and channels in ((1, 3) if bands else (1, 2, 3, 4))
+    if seen or channels > MAX_CHANNELS or dtype not in typing.get_args(PixelType):
+        return RGB8
+    return PixelFormat(channels, cast(PixelType, dtype))
+
+
+def _format(samples: list[bytes | np.ndarray], data: DataConfig) -> PixelFormat:
+    """Returns the format that all samples have; 8-bit RGB if they differ."""
+    formats = {_format_of(sample, data) for sample in samples}
+    return formats.pop() if len(formats) == 1 else RGB8
 
 
 def _shorter_side(samples: list[bytes | np.ndarray], pixels: PixelFormat, data: DataConfig) -> int:

@@ -14,6 +14,7 @@ from ijepa_scale.augment import Augment
 from ijepa_scale.checkpoint.sources import WeightsSource, open_source
 from ijepa_scale.checkpoint.start import fill_states, optimizer_states, start_from
 from ijepa_scale.config import PretrainConfig
+from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.sources.open import training_order
 from ijepa_scale.engine.attention import require_packed
@@ -48,6 +49,7 @@ class PretrainResult(Result):
     evaluated: dict[str, float]
     untrained: dict[str, float]
     is_adapted: bool = False
+    finetuning: str = ""  # settings by which labelled images of the same kind are finetuned on
 
     @property
     def knn(self) -> float | None:
@@ -65,7 +67,7 @@ class PretrainResult(Result):
         return [
             f"python launch/embed.py IMAGES --model {run} --to features.npy",
             f"python launch/finetune.py --config configs/finetune/base.yaml model.init={run} model.num_classes=N "
-            "data.train=TRAIN evaluate.data=VAL",
+            f"data.train=TRAIN evaluate.data=VAL data.batch_size=64{self.finetuning}",
             f"python launch/export.py {run} --to encoder.safetensors",
         ]
 
@@ -150,10 +152,11 @@ class PretrainTask(Task):
 
     def _go_on(self, source: WeightsSource) -> None:
         """Loads the optimiser's state, and sets the step that the run goes on with."""
-        states = optimizer_states(source, self.config.model, self.order.steps_per_epoch)
+        states = optimizer_states(source, self.config.model, self.schedule.steps_per_epoch)
         fill_states(self.engine.pieces(), states, source.origin)
         self.engine.loaded(states.optimizer_step)
         self.first_step = states.step
+        self.steps_before = states.optimizer_step - states.step
         for note in states.notes:
             logger.warning("%s", note)
         logger.info("the optimiser goes on from %s: the next step is %d", source.origin, self.first_step)
@@ -179,7 +182,7 @@ class PretrainTask(Task):
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"evaluated": self.evaluated, "untrained": self.untrained}
+        return {"evaluated": self.evaluated, "untrained": self.untrained, "steps_before": self.steps_before}
 
     @override
     def load_state(self, extra: dict[str, Any]) -> None:
@@ -233,6 +236,7 @@ class PretrainTask(Task):
             loss=loss,
             checkpoint=checkpoint,
             evaluated=self.evaluated,
+            finetuning=_finetuning(self.config),
             untrained=self.untrained,
             is_adapted=self.config.model.init is not None,
         )
@@ -251,6 +255,14 @@ def build_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
         weight_decay=config.optimizer.weight_decay,
         final_weight_decay=config.optimizer.final_weight_decay,
         momentum=config.schedule.momentum,
+    )
+
+
+def _finetuning(config: PretrainConfig) -> str:
+    """Returns the settings that finetuning on images of the same kind needs, each after a space."""
+    folders = " data.reader=imagefolder evaluate.reader=imagefolder"
+    return (folders if config.data.reader in ("imagefolder", "list") else "") + (
+        "" if PixelFormat(config.model.channels, config.data.pixels).is_rgb8 else " augment.rand_augment=null"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ijepa_scale.data.first_images import check_first
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sources.fetch import scheme_of
 from ijepa_scale.data.sources.labels import class_warnings
+from ijepa_scale.data.sources.listing import root_of
 from ijepa_scale.data.sources.open import training_source
 from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
@@ -130,6 +132,13 @@ def open_training_source(config: PretrainConfig | FinetuneConfig, *, log: bool) 
     Raises:
         DataError: the data can't be read, or more than `data.max_bad_fraction` of it can't be used.
     """
+    if config.data.reader == "imagefolder" and config.data.train is not None:
+        root = root_of(config.data.train).resolve()
+        if Path(config.folder).resolve().is_relative_to(root):
+            raise ConfigError(
+                f"folder {config.folder} is inside data.train {config.data.train}, so the run's pictures would join "
+                "its images; set another folder"
+            )
     height, width = (max(_SYNTHETIC_SIDE, side) for side in encoder_of(config).image_size)
     source = training_source(config.data, (height, width), encoder_of(config).channels)
     if not isinstance(source, StreamSource):

@@ -77,6 +77,7 @@ class Task:
     step: Callable[..., StepInfo]  # (batch): takes one optimiser step, or raises before anything has changed
     batch_size: int  # images per optimiser step, over all processes
     first_step: int = 0  # of a new run; another one if it goes on from an optimiser's state
+    steps_before: int = 0  # that the optimiser had taken before step 0, less the steps that the schedules left out
     last_step: int  # the run stops after this number of steps
     origin: dict[str, Any] | None = None  # what the run's first weights came from; None: they were drawn
 

@@ -64,7 +64,9 @@ def test_the_table_is_the_same_on_any_number_of_processes(encoder: Path, images:
     assert found[0]["untrained"] == found[1]["untrained"] == found[2]["untrained"]
     best = {score["protocol"]: score["accuracy"] for score in found[0]["scores"]}
     assert best["knn, best"] > 0.6 and best["logistic"] > 0.6  # brightness shows even at random weights
-    again = evaluate(*words(encoder, images, tmp_path / "1"), "--protocol", "knn")
+    refused = evaluate(*words(encoder, images, tmp_path / "1"), "--protocol", "knn", code=2)
+    assert "evaluation.json exists; name another folder with --to, or add --overwrite" in refused
+    again = evaluate(*words(encoder, images, tmp_path / "1"), "--protocol", "knn", "--overwrite")
     assert "knn" in again and "linear" not in again
 
 

@@ -22,13 +22,15 @@ SMALL = (
 def photos(tmp_path: Path) -> Path:
     """A folder of 40 photographs of mixed sizes."""
     generator = np.random.default_rng(0)
-    folder = tmp_path / "photos" / "all"
-    folder.mkdir(parents=True)
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
     for number in range(40):
         height, width = generator.integers(40, 70, size=2)
         coarse = generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((int(width), int(height))).save(folder / f"{number}.jpg")
-    return folder.parent
+        Image.fromarray(coarse).resize((int(width), int(height))).save(
+            folder / ("more" if number % 2 else ".") / f"{number}.jpg"
+        )
+    return folder
 
 
 def test_a_run_begun_on_two_processes_goes_on_with_its_choices_on_one(photos: Path, tmp_path: Path) -> None:
@@ -42,8 +44,9 @@ def test_a_run_begun_on_two_processes_goes_on_with_its_choices_on_one(photos: Pa
     first = yaml.safe_load((cut / "config.yaml").read_text())
     assert first["recipe"] is None and first["masks"]["group_size"] == 2
     assert {line.partition("=")[0] for line in first["chosen_by_recipe"]} >= {"optimizer.lr", "schedule.epochs"}
-    finish(start(config, f"folder={cut}", "schedule.stop_after=6", *words), config)
+    finish(start(config, f"folder={cut}", "schedule.stop_after=6", f"data.train={photos}"), config)
     second = yaml.safe_load((cut / "config.yaml").read_text())
+    assert second["model"] == first["model"] and second["logging"] == first["logging"]  # given at the first start only
     assert second["chosen_by_recipe"] == first["chosen_by_recipe"] and second["masks"] == first["masks"]
     kept = tmp_path / "kept.yaml"
     shutil.copy(cut / "config.yaml", kept)  # a run's configuration starts the same run again
@@ -59,14 +62,15 @@ def test_a_run_begun_on_two_processes_goes_on_with_its_choices_on_one(photos: Pa
         ((), "data.train is null; name your images"),
         (("recipe=mine",), "recipe is 'mine'; choose own_images, or null"),
         (("data.train=PHOTOS", "model.name=vit_bse"), "did you mean vit_base"),
-        (("data.train=PHOTOS/all/0.jpg",), "doesn't exist or can't be reached"),
+        (("data.train=PHOTOS", "folder=PHOTOS/run"), "so the run's pictures would join its images"),
+        (("data.train=PHOTOS/0.jpg",), "is one image; give the folder that it is in"),
     ],
 )  # fmt: skip
 def test_what_it_cant_begin_with_is_said(photos: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
     config = tmp_path / "own.yaml"
     shutil.copy(ROOT / "configs" / "own_images.yaml", config)
     given = [word.replace("PHOTOS", str(photos)) for word in words]
-    log = finish(start(config, f"folder={tmp_path / 'run'}", *given), config, code=2)
+    log = finish(start(config, f"folder={tmp_path / 'run'}", *given, "engine.device=cpu"), config, code=2)
     assert said in log and "Traceback" not in log and log.count("error (process") == 1
 
 

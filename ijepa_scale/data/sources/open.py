@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from ijepa_scale.config.data import WITHOUT_MEMBERS, DataConfig
 from ijepa_scale.config.pixels import RGB8, PixelFormat
+from ijepa_scale.data.formats import is_image, junk
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.fetch import scheme_of
+from ijepa_scale.data.sources.listing import asked_for
 from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
@@ -19,10 +22,34 @@ from ijepa_scale.registry import SOURCES
 
 
 def reader_of(data: str) -> str:
-    """Returns the name of the reader that suits what a path names: a folder of tars or of images, a list, or shards."""
+    """Returns the name of the reader that suits what a path names: a folder of images or of tars, a list, or shards.
+
+    Raises:
+        DataError: there is nothing, no reader reads it, or a folder holds both images and tars.
+    """
+    if asked_for(data) is not None:
+        return "imagefolder"
     if os.path.isdir(data):
-        return "shards" if any(is_tar(name) for name in os.listdir(data)) else "imagefolder"
-    return "list" if Path(data).suffix.lower() in (".csv", ".txt", ".lst") else "shards"
+        names = os.listdir(data)
+        images, tars = (sum(kind(name) and junk(name) is None for name in names) for kind in (is_image, is_tar))
+        if images and tars:
+            raise DataError(
+                f"folder {data} holds {images} images and {tars} tars, and which are meant isn't guessed; move one "
+                "kind away, or set the reader to imagefolder or shards"
+            )
+        return "shards" if tars else "imagefolder"
+    suffix = Path(data).suffix.lower()
+    if os.path.isfile(data) and suffix in (".zip", ".parquet"):
+        kind = suffix.removeprefix(".")
+        raise DataError(
+            f"{data} isn't read in place; write shards first: python launch/shards.py make --from {kind} --root "
+            f"{shlex.quote(data)} --to SHARDS"
+        )
+    if os.path.isfile(data) and is_image(data):
+        raise DataError(f"{data} is one image; give the folder that it is in")
+    if scheme_of(data) is None and not os.path.lexists(data) and not any(mark in data for mark in "*?[{"):
+        raise DataError(f"{data} doesn't exist or can't be reached; check the path")
+    return "list" if suffix in (".csv", ".txt", ".lst") else "shards"
 
 
 def training_source(

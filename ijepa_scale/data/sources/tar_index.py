@@ -195,7 +195,8 @@ def _tars_in(folder: Path) -> list[Path]:
     if not found:
         seen = f", but {'; '.join(notes)}" if notes else ""
         raise DataError(
-            f"folder {str(folder)!r} holds no *.tar file{seen}; name a folder of shards, a glob or a brace pattern"
+            f"folder {str(folder)!r} holds no *.tar file{seen}; name a folder of shards, a glob or a brace pattern, or "
+            "set the reader to imagefolder for a folder of images"
         )
     for note in notes:
         logger.info("%s: not read: %s", folder, note)

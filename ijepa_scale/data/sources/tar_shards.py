@@ -46,6 +46,10 @@ class ShardSource:
         self._ends = np.cumsum(self.shard_sizes)
         self._files: OrderedDict[int, Handle] = OrderedDict()  # by shard, opened by this process
 
+    def files(self) -> list[Path]:
+        """Returns the paths of the shards."""
+        return [shard.path for shard in self._shards]
+
     @property
     def has_text_labels(self) -> bool:
         """Whether labels are class names, which a list of classes must number."""

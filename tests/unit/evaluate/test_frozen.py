@@ -30,6 +30,7 @@ from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneConfig
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, ConfigError, DataError
+from ijepa_scale.evaluate.frozen import ImageTransform
 from ijepa_scale.models.classifier import build_classifier
 from ijepa_scale.models.pos_embed import positions, sincos_2d
 from ijepa_scale.models.registry import build_encoder, build_jepa
@@ -347,3 +348,13 @@ def test_a_run_of_other_pixels_reads_them(tmp_path: Path, dtype: str, suffix: st
     assert repr(other) == repr(transform) and torch.equal(ijepa_scale.features(again, other([path]))[0], found[0])
     with pytest.raises(DataError, match=rf"this encoder takes images of 5 channels: give \(H, W, 5\) {dtype}"):
         transform(np.zeros((40, 36, 3), dtype=np.uint8))
+
+
+def test_pil_images_whose_values_are_no_levels_are_refused() -> None:
+    encoder = build_encoder(**{**SIZES, "channels": 1})
+    transform = ImageTransform(encoder, mean=(0.5,), std=(0.25,))
+    levels = Image.fromarray(np.random.default_rng(0).integers(0, 9, (40, 40), dtype=np.uint8) * 28)
+    assert torch.equal(transform(levels), transform(np.asarray(levels)[..., None]))
+    for mode in ("P", "CMYK"):
+        with pytest.raises(DataError, match=f"PIL image: its pixels are {mode}"):
+            transform(levels.convert(mode))

@@ -53,6 +53,18 @@ def test_scores_repeat_and_each_image_counts_once():
     assert all(abs(score.accuracy * 101 - round(score.accuracy * 101)) < 1e-9 for score in whole)
 
 
+def test_the_seed_chooses_the_draws():
+    train, test = split(80, 0, 1.0), split(200, 1, 1.0)
+    first, second = (PROTOCOLS["lowshot"](train, test, options(seed=seed, shots=(1,))) for seed in (0, 7))
+    assert first != second
+
+
+def test_what_is_left_out_is_said(caplog):
+    scores = PROTOCOLS["lowshot"](split(24, 0, 1.0), split(8, 1, 1.0), options(shots=(1, 10)))
+    assert [score.protocol for score in scores] == ["1-shot"]
+    assert "10-shot is left out: the smallest class has 6 training images" in caplog.text
+
+
 def test_too_few_images_for_the_shots_are_refused():
     with pytest.raises(DataError, match="the smallest class has 2 training images, fewer than 5 shots; give --shots 2"):
         PROTOCOLS["lowshot"](split(8, 0, 1.0), split(8, 1, 1.0), options(shots=(5, 10)))

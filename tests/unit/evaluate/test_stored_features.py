@@ -63,6 +63,22 @@ def test_a_file_is_read_again_only_for_the_same_weights_images_and_transform(tmp
         assert calls
 
 
+def test_other_images_of_the_same_names_and_other_heads_are_not_taken_for_these(tmp_path):
+    found, (encoder, transform) = images(tmp_path / "images"), small()
+    store = FeatureStore(tmp_path / "features", ALONE, batch_size=8)
+    first = np.array(store.features(encoder, transform, found, "mean"))
+    for number in (3, 4):  # replaced in place
+        path = Path(found.source.name(number))
+        Image.fromarray(np.full((20, 24, 3), 40 * number, np.uint8)).save(path)
+    same = ImagesToEncode(name="train", source=ImageFolderSource(tmp_path / "images"))
+    assert same.source.fingerprint == found.source.fingerprint
+    second = np.array(store.features(encoder, transform, same, "mean"))
+    assert (np.abs(second - first).max(axis=1) > 1e-3).nonzero()[0].tolist() == [3, 4]
+    for block in encoder.blocks:
+        block.attn.heads = 2
+    assert not np.array_equal(store.features(encoder, transform, same, "mean"), second)
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     found, (encoder, transform) = images(tmp_path / "images"), small()
     monkeypatch.setattr(stored_features, "_BATCHES_AT_ONCE", 1)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import ijepa_scale
 from ijepa_scale.checkpoint import store
+from ijepa_scale.checkpoint.export import export_published
 from ijepa_scale.checkpoint.geometry import with_channels
 from ijepa_scale.checkpoint.published_order import published_numbers
 from ijepa_scale.checkpoint.sources import open_source
@@ -187,6 +188,30 @@ def test_positions_are_chosen_by_name_in_both_kinds_of_training(first: Path, how
     assert finetuning.augment.std == (0.3, 0.3, 0.3)
     same = with_init(PretrainConfig(model=shape))
     assert same.model.image_size == (16, 16) and same.model.position_grid is None
+
+
+def test_a_run_that_goes_on_from_a_file_of_other_epochs_resumes_exactly(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file took 3 steps in its epoch; here an epoch has 2, so the optimiser is a step ahead of the schedules."""
+    pretrain(configure(tmp_path, data, "schedule.stop_after=3", name="half"), ALONE)
+    checkpoint = store.Checkpoint(tmp_path / "half" / "checkpoints" / "step-00000003")
+    file = export_published(checkpoint, tmp_path / "file.pth.tar", steps_per_epoch=3)
+    overrides = (
+        f"model.init={file}", "model.init_state=training", "schedule.epochs=4", "schedule.steps_per_epoch=2",
+        "evaluate.every=0", "model.heads=2",
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        pretrain(configure(tmp_path, data, *overrides, name="whole", model="{}"), ALONE)
+    assert "the next step is 2" in caplog.text
+    for stop in (4, 8):
+        pretrain(configure(tmp_path, data, *overrides, f"schedule.stop_after={stop}", name="cut", model="{}"), ALONE)
+    whole, cut = ([(row["step"], row["loss"]) for row in rows(tmp_path / name)] for name in ("whole", "cut"))
+    assert [step for step, _ in whole] == [3, 4, 5, 6, 7, 8] and cut == whole
+    more = ("model.init_state=training", "schedule.epochs=4", "schedule.steps_per_epoch=2", "evaluate.every=0")
+    pretrain(configure(tmp_path, data, *overrides, "schedule.stop_after=5", name="half2", model="{}"), ALONE)
+    pretrain(configure(tmp_path, data, f"model.init={tmp_path / 'half2'}", *more, name="again", model="{}"), ALONE)
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path / "again")] == whole[3:]  # a run as a source, too
 
 
 @pytest.mark.parametrize(("setting", "expected"), [((), "uint16"), (("data.pixels=float32",), "float32")])
