@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pydicom.encaps
 import pytest
 import tifffile
 from hypothesis import given, settings
@@ -95,6 +96,32 @@ def test_dicom_gives_stored_values_and_rescaled_ones_as_float():
     deflated = dicom(stored).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99")
     with pytest.raises(SampleError, match="deflated as a whole"):
         read(deflated, 1, "uint16")
+
+
+def test_a_compressed_frame_has_the_size_that_its_header_says():
+    """Memory is judged by the header, so a frame of another size is refused before it is decoded."""
+    colours = values((40, 32, 3), "uint8")
+    stream = io.BytesIO()
+    Image.fromarray(colours).save(stream, "JPEG", quality=95, subsampling=0)
+    dataset = pydicom.dcmread(io.BytesIO(dicom(colours, "YBR_FULL")))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    dataset.PixelData = pydicom.encaps.encapsulate([stream.getvalue()])
+
+    def written(**changes: int) -> bytes:
+        for name, value in changes.items():
+            setattr(dataset, name, value)
+        out = io.BytesIO()
+        dataset.save_as(out, enforce_file_format=True)
+        return out.getvalue()
+
+    assert decode_as(PixelFormat(), written()).shape == (40, 32, 3)
+    with pytest.raises(SampleError, match=r"its frame has \(32, 40\) pixels and its header says \(10, 10\)"):
+        decode_as(PixelFormat(), written(Rows=10, Columns=10))
+
+
+def test_bands_under_an_encoder_of_rgb_are_called_by_their_number():
+    with pytest.raises(FormatError, match="its pixels have 13 channels of uint16, but model.channels is 3"):
+        decode_as(PixelFormat(), tiff(values((12, 16, 13), "uint16")))
 
 
 GREY8, DEEP = values((16, 24, 1), "uint8"), values((16, 24, 1), "uint16")
