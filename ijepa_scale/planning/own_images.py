@@ -22,6 +22,7 @@ from ijepa_scale.planning.strategy import choose_strategy
 # Size and learning rate of the published runs' batch, which the paper's appendix A.1 states
 PUBLISHED_BATCH, PUBLISHED_LR = 2048, 1e-3
 PUBLISHED_PATCHES = 14  # along a side, of the published runs at 224 pixels with patches of 16
+_CPU_PATCHES = 8  # along a side: a third of the published tokens
 _SIZES = (32, 64, 96, 128, 224)  # pixels
 _LARGEST_SIZE = {"cpu": 96, "cuda": 224}
 _ENLARGED = 1.25  # times that an image of the usual size may be enlarged
@@ -122,7 +123,7 @@ class _Rules:
         sides = size if isinstance(size, (list, tuple)) else [size]
         common = math.gcd(*sides)
         patches = [patch for patch in range(1, common + 1) if common % patch == 0]
-        wanted = PUBLISHED_PATCHES if self.facts.device == "cuda" else 12
+        wanted = PUBLISHED_PATCHES if self.facts.device == "cuda" else _CPU_PATCHES
         patch = min(patches, key=lambda patch: abs(math.log(min(sides) / patch / wanted)))
         yield Choice(
             "model.patch_size", patch, f"{min(sides) // patch} patches along a side, of about {wanted} that are meant"
