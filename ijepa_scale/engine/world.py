@@ -37,7 +37,10 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Waits for all processes."""
+        """Waits for all processes. Let it be a run's last collective.
+
+        A thread of gloo may drop the tensors of any other one while Python shuts down, which aborts the process.
+        """
         if self.size > 1:
             dist.barrier()
 

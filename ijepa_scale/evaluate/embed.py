@@ -134,6 +134,7 @@ def embed(options: EmbedOptions, world: World) -> Embedded:
     world.barrier()
     result = _finish(options, images, folder, chunks) if world.is_main else None
     found = world.broadcast_object(result)
+    world.barrier()  # the last collective
     assert isinstance(found, Embedded)
     return found
 

@@ -107,6 +107,7 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
             rows = store.features(net, transform, images, pool, tried=bool(name))
             splits.append(Split(features=rows, labels=answers))
         pairs.append(splits)
+    world.barrier()  # the last collective
     if not world.is_main:
         return None  # and doesn't wait: training classifiers may take longer than any collective's timeout
     tables = [run_protocols(request.protocols, train, test, options) for train, test in pairs]

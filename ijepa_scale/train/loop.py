@@ -217,6 +217,7 @@ class Loop:
         """
         counts = torch.tensor([loader.num_bad, loader.num_seen], device=self.world.device)
         bad, seen = self.world.gather(counts).sum(dim=0).tolist()  # host sync: once per run
+        self.world.barrier()  # the last collective of a run
         loader.check_bad(bad, seen)
 
     def _look_at(self, batch: Batch) -> None:
