@@ -137,8 +137,8 @@ def _decode_rest(data: bytes, exif: Exif) -> np.ndarray:
         return decode_stored(data, RGB8)
     try:
         return decode_with_pil(data, exif)
-    except SampleError:
-        if data[:4] in TIFF_MAGIC:
+    except SampleError as error:
+        if data[:4] in TIFF_MAGIC and error.kind == "not decodable":
             try:
                 decode_stored(data, RGB8)
             except FormatError:  # says which channels it has, where Pillow doesn't know them

@@ -46,6 +46,9 @@ class TwoProcesses(World):
     def gather(self, tensor: Tensor) -> Tensor:
         return torch.stack([tensor, tensor.new_tensor(self.other)])
 
+    def barrier(self) -> None:
+        """The other process is there already."""
+
 
 @pytest.mark.parametrize(("limit", "raises"), [(0.1, True), (0.15, False)])
 def test_the_bad_samples_of_all_processes_count(tmp_path: Path, limit: float, raises: bool) -> None:
