@@ -42,7 +42,7 @@ lint: $(STAMP) ## Check style and types
 
 SHORT ?= -m "not long"
 
-test: lint ## Check style and types, then run the tests (about 12 minutes on 2 cores)
+test: lint ## Check style and types, then run the tests
 	$(PYTEST) $(SHORT) -n 2 --dist loadfile tests/unit tests/lowering $(wildcard tests/parity)
 	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed tests/golden)
 
