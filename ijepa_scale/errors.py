@@ -29,6 +29,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or doesn't belong to this run."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that can't be written. Older ones are whole, and the state in memory is too."""
+
+
 class NonFiniteError(UserError):
     """A loss or gradient that is NaN or infinite at `step`. That step changed no weights or other state."""
 

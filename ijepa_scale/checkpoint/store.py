@@ -9,31 +9,42 @@ It is written under a temporary name and renamed when complete, so a folder with
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import logging
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ijepa_scale.checkpoint import folder as steps
 from ijepa_scale.checkpoint.digests import digest_of_files
-from ijepa_scale.config.json_text import parse_json
+from ijepa_scale.checkpoint.folder import newest
+from ijepa_scale.checkpoint.manifest import (
+    MANIFEST,
+    Damage,
+    StoredFile,
+    StoredTensor,
+    amend,
+    damage_of,
+    flush,
+    read_manifest,
+    write_manifest,
+)
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CheckpointError
+from ijepa_scale.errors import CheckpointError, ConfigError, SaveError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-_UNFINISHED = ".unfinished-"
+__all__ = [
+    "MANIFEST", "Checkpoint", "Damage", "amend", "newest", "newest_readable", "newest_whole", "save", "whole",
+    "write_safetensors",
+]  # fmt: skip
 
 
 def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extra: dict[str, Any], keep: int) -> Path:
@@ -41,40 +52,183 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
 
     Communicates, so every process must call it. `folder` must be on a file system that all processes share. Removes
     all but the `keep` newest checkpoints.
+
+    Raises:
+        SaveError: it can't be written; raised on every process. Older checkpoints are whole, and what was written of
+            this one is removed.
     """
-    final = folder / f"step-{step:08d}"
-    unfinished = folder / f"{_UNFINISHED}{final.name}"
-    if world.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    world.barrier()
+    final, unfinished = steps.path_of(folder, step), steps.unfinished_path_of(folder, step)
     written = [piece for piece in pieces if piece.write and piece.tensor.numel()]
-    entry: dict[str, Any] = {}
-    if written:
-        name = f"process-{world.rank:05d}.safetensors"
-        write_safetensors({piece.name: piece.tensor.cpu().contiguous() for piece in written}, unfinished / name)
-        _flush(unfinished / name)
-        entry = {
-            "name": name,
-            "bytes": (unfinished / name).stat().st_size,
-            "sha256": digest_of_files([unfinished / name]),
-            "pieces": [[p.name, p.start, p.tensor.numel(), list(p.shape)] for p in written],
-        }
-    entries = world.gather_objects(entry)
-    if world.is_main:
-        body = _manifest(step, [e for e in entries if e], extra)  # type: ignore[misc]
-        text = json.dumps(body, sort_keys=True)
-        manifest = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
-        _flush(unfinished / MANIFEST)
-        _flush(unfinished)
-        if final.exists():  # the same step was saved before
-            _remove(final)
-        os.replace(unfinished, final)
-        _flush(folder)
-        _prune(folder, keep, final)
-    world.barrier()
+    sizes = world.gather_objects(sum(piece.tensor.nbytes for piece in written))
+    needed = sum(cast(list[int], sizes))
+    _agree(world, lambda: _begin(folder, unfinished, needed), final, needed)
+    entry: dict[str, Any] | None = None
+    try:
+        entry = _write(unfinished / f"process-{world.rank:05d}.safetensors", written) if written else None
+        problem = None
+    except OSError as error:
+        problem = _text_of(error)
+    found = cast(list[tuple[Any, str | None]], world.gather_objects((entry, problem)))
+    _agree(world, lambda: _end(final, unfinished, step, found, extra, keep), final, needed)
     return final
+
+
+def _begin(folder: Path, unfinished: Path, needed: int) -> None:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed - free} bytes too few are free")
+
+
+def _write(path: Path, pieces: list[Piece]) -> dict[str, Any]:
+    """Writes this process's file and returns its facts for the manifest."""
+    try:
+        save_file({piece.name: piece.tensor.cpu().contiguous() for piece in pieces}, str(path))
+    except SafetensorError as error:  # how the library passes on an error of the disk
+        raise OSError(str(error)) from error
+    flush(path)
+    return {
+        "name": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": digest_of_files([path]),
+        "pieces": [[p.name, p.start, p.tensor.numel(), list(p.shape)] for p in pieces],
+    }
+
+
+def _end(
+    final: Path, unfinished: Path, step: int, found: list[tuple[Any, str | None]], extra: dict[str, Any], keep: int
+) -> None:
+    """Completes the checkpoint that all processes have written, or removes what there is of it."""
+    problems = [f"process {rank}: {problem}" for rank, (_, problem) in enumerate(found) if problem is not None]
+    try:
+        if problems:
+            raise OSError("; ".join(problems))
+        write_manifest(unfinished, step, [entry for entry, _ in found if entry is not None], extra)
+        steps.put(unfinished, final)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    try:
+        steps.prune(final.parent, keep, final)
+    except OSError as error:
+        logger.warning("older checkpoints of %s can't be removed: %s", final.parent, error)
+
+
+def _agree(world: World, act: Callable[[], None], final: Path, needed: int) -> None:
+    """Lets the main process act, and raises its error on every process. Communicates."""
+    problem = None
+    if world.is_main:
+        try:
+            act()
+        except OSError as error:
+            problem = _text_of(error)
+            with contextlib.suppress(OSError):
+                problem += f"; {shutil.disk_usage(final.parent).free} bytes are free in {final.parent}"
+    problem = world.broadcast_object(problem)  # type: ignore[assignment]
+    if problem is not None:
+        raise SaveError(
+            f"{final} can't be written ({problem}; it needs {needed} bytes); what was saved before is whole: free "
+            "space or fix the permissions"
+        )
+
+
+def _text_of(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def newest_whole(folder: Path, world: World) -> Checkpoint | None:
+    """Returns the newest checkpoint whose files are all as written, or None if there never was one.
+
+    Sets aside what is damaged. Processes share the reading, and all return the same. Communicates. Only for the run
+    that holds the folder.
+
+    Raises:
+        CheckpointError: none is whole, but there was one; or the newest can't be read.
+        ConfigError: processes don't see the same files.
+    """
+    if world.is_main:
+        steps.recover(folder)
+    while True:
+        names = steps.named(folder) if world.is_main else []
+        path = cast("Path | None", world.broadcast_object(names[-1] if names else None))
+        if path is None:
+            aside = cast(list[Path], world.broadcast_object(steps.damaged(folder) if world.is_main else None))
+            if aside:
+                raise CheckpointError(
+                    f"{folder} has no checkpoint that is whole, only {aside[-1].name}; set resume=none to begin again "
+                    "from step 0, or resume=PATH to go on from another run's checkpoint"
+                )
+            return None
+        try:
+            return whole(path, world)
+        except Damage as error:
+            if world.is_main:
+                logger.warning("%s is set aside as %s: %s", path, steps.set_aside(path).name, error)
+            world.barrier()
+
+
+def newest_readable(folder: Path) -> Path | None:
+    """Returns the newest checkpoint whose manifest can be read, or None. Its tensors may be damaged."""
+    for path in reversed(steps.named(folder)):
+        with contextlib.suppress(CheckpointError):
+            return Checkpoint(path).path
+    return None
+
+
+def whole(path: Path, world: World) -> Checkpoint:
+    """Returns the checkpoint, every file of which was read and is as written. Communicates.
+
+    Raises:
+        Damage: a file is missing or isn't what was written; raised on every process.
+        CheckpointError: it is none, or can't be read.
+        ConfigError: processes don't see the same files.
+    """
+    problem: Exception | None = None
+    if world.is_main:
+        problem = _outside(path)
+    problem = cast("Exception | None", world.broadcast_object(problem))
+    if problem is not None:
+        raise problem
+    mine: str | None = None
+    try:
+        checkpoint = Checkpoint(path)
+        for stored in checkpoint.files[world.rank :: world.size]:
+            mine = mine or damage_of(path / stored.name, stored)
+    except (OSError, CheckpointError) as error:
+        mine = str(error)
+    found = cast(list["str | None"], world.gather_objects(mine))
+    for rank, text in enumerate(found):
+        if text is not None:
+            confirmed = world.broadcast_object(_is_damaged(path, rank, world.size) if world.is_main else None)
+            if confirmed:
+                raise Damage(f"{text}; remove {path} to resume from an older checkpoint")
+            raise ConfigError(
+                f"process {rank} can't read {path} as process 0 does ({text}); put `folder` on a file system that all "
+                "processes share"
+            )
+    return checkpoint.trusted()
+
+
+def _outside(path: Path) -> Exception | None:
+    """Returns what the main process finds wrong with a checkpoint without reading its tensors."""
+    try:
+        if not path.is_dir() or not (path / MANIFEST).is_file():
+            return Damage(f"{path} has no {MANIFEST}")
+        for stored in Checkpoint(path).files:
+            text = damage_of(path / stored.name, stored, hashed=False)
+            if text is not None:
+                return Damage(f"{text}; remove {path} to resume from an older checkpoint")
+    except CheckpointError as error:
+        return error
+    except OSError as error:
+        return CheckpointError(f"{path} can't be read ({error}); fix the disk or the permissions, and start again")
+    return None
+
+
+def _is_damaged(path: Path, rank: int, size: int) -> bool:
+    """Returns whether this process too finds damage in the files that another process has read."""
+    return any(damage_of(path / stored.name, stored) for stored in Checkpoint(path).files[rank::size])
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -91,32 +245,27 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
         ) from None
 
 
-def _manifest(step: int, entries: list[dict[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    for index, entry in enumerate(entries):
-        for name, start, length, shape in entry["pieces"]:
-            tensors.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append([index, start, length])
-    files = [{key: entry[key] for key in ("name", "bytes", "sha256")} for entry in entries]
-    return {"format": FORMAT, "step": step, "files": files, "tensors": tensors, "extra": extra}
-
-
-def newest(folder: Path) -> Path | None:
-    """Returns the complete checkpoint of the highest step in `folder`, or None if there is none."""
-    complete = sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
-    return complete[-1] if complete else None
-
-
 class Checkpoint:
-    """A checkpoint opened for reading. Each file is checked against its hash when it is first read."""
+    """A checkpoint opened for reading. Each file is checked against its hash when it is first read.
+
+    Raises:
+        CheckpointError: it has no manifest, or one that is damaged or contradicts itself.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        body = _read_manifest(path)
-        self.step: int = body["step"]
-        self.extra: dict[str, Any] = body["extra"]
-        self._files: list[dict[str, Any]] = body["files"]
-        self.tensors: dict[str, Any] = body["tensors"]
+        manifest = read_manifest(path)
+        self.step: int = manifest.step
+        self.extra: dict[str, Any] = manifest.extra
+        self.files: list[StoredFile] = manifest.files
+        self.tensors: dict[str, StoredTensor] = manifest.tensors
         self._open: dict[int, Any] = {}
+        self._is_checked = False
+
+    def trusted(self) -> Checkpoint:
+        """Returns this checkpoint, whose files were checked just now and aren't checked again."""
+        self._is_checked = True
+        return self
 
     def load(self, pieces: Iterable[Piece]) -> None:
         """Fills the pieces' tensors, from a checkpoint of any engine and number of processes.
@@ -128,7 +277,7 @@ class Checkpoint:
         self._check_names(wanted)
         for piece in wanted:
             filled = 0
-            for index, start, length in self.tensors[piece.name]["pieces"]:
+            for index, start, length in self.tensors[piece.name].pieces:
                 low, high = max(start, piece.start), min(start + length, piece.start + piece.tensor.numel())
                 if low < high:
                     part = self._file(index).get_slice(piece.name)[low - start : high - start]
@@ -141,14 +290,23 @@ class Checkpoint:
                 )
 
     def full(self, prefix: str) -> dict[str, Tensor]:
-        """Returns the full fp32 tensors whose names begin with `prefix`, by name without the prefix."""
+        """Returns the full fp32 tensors whose names begin with `prefix`, by name without the prefix.
+
+        Raises:
+            CheckpointError: elements are missing, or a file is damaged.
+        """
         names = [name for name in self.tensors if name.startswith(prefix)]
-        shapes = {name: tuple(self.tensors[name]["shape"]) for name in names}
-        flat = {name: torch.empty(torch.Size(shapes[name]).numel()) for name in names}
+        pieces = {}
         for name in names:
-            for index, start, length in self.tensors[name]["pieces"]:
-                flat[name][start : start + length] = self._file(index).get_tensor(name)
-        return {name.removeprefix(prefix): flat[name].view(shapes[name]) for name in names}
+            shape = tuple(self.tensors[name].shape)
+            stored = sum(length for _, _, length in self.tensors[name].pieces)
+            if stored < torch.Size(shape).numel():  # before memory is reserved
+                raise CheckpointError(
+                    f"{self.path}: {name} has only {stored} of its {torch.Size(shape).numel()} elements"
+                )
+            pieces[name] = Piece(name=name, tensor=torch.empty(torch.Size(shape).numel()), start=0, shape=shape)
+        self.load(pieces.values())
+        return {name.removeprefix(prefix): piece.tensor.view(piece.shape) for name, piece in pieces.items()}
 
     def _check_names(self, wanted: list[Piece]) -> None:
         problems = []
@@ -156,8 +314,8 @@ class Checkpoint:
             stored = self.tensors.get(piece.name)
             if stored is None:
                 problems.append(f"{piece.name} is missing")
-            elif tuple(stored["shape"]) != piece.shape:
-                problems.append(f"{piece.name} has shape {tuple(stored['shape'])}, the model {piece.shape}")
+            elif tuple(stored.shape) != piece.shape:
+                problems.append(f"{piece.name} has shape {tuple(stored.shape)}, the model {piece.shape}")
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
@@ -167,60 +325,10 @@ class Checkpoint:
 
     def _file(self, index: int) -> Any:
         if index not in self._open:
-            entry = self._files[index]
-            path = self.path / entry["name"]
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry["bytes"] or digest_of_files([path]) != entry["sha256"]:
-                raise CheckpointError(
-                    f"{path} is damaged: {size} bytes, expected {entry['bytes']} with sha256 "
-                    f"{entry['sha256'][:12]}...; remove {self.path} to resume from an older checkpoint"
-                )
+            stored = self.files[index]
+            path = self.path / stored.name
+            text = None if self._is_checked else damage_of(path, stored)
+            if text is not None:
+                raise Damage(f"{text}; remove {self.path} to resume from an older checkpoint")
             self._open[index] = safe_open(str(path), framework="pt")
         return self._open[index]
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no {MANIFEST}; give a folder like RUN/checkpoints/step-00001000")
-    try:
-        manifest = parse_json(file.read_bytes())
-        body = manifest["body"]
-        intact = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() == manifest["sha256"]
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{file} is damaged; remove {path} to resume from an older checkpoint")
-    if body["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {body['format']}, but this version reads {FORMAT}; use a matching version"
-        )
-    for entry in body["files"]:
-        if Path(entry["name"]).name != entry["name"]:
-            raise CheckpointError(f"{file} names a file outside its folder: {entry['name']!r}; do not trust it")
-    return body
-
-
-def _remove(path: Path) -> None:
-    """Renames a checkpoint and then removes it, so that a kill leaves no incomplete one under its name."""
-    hidden = path.with_name(f"{_UNFINISHED}removed-{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(path, hidden)
-    shutil.rmtree(hidden)
-
-
-def _prune(folder: Path, keep: int, written: Path) -> None:
-    """Removes all but the `keep` newest checkpoints, and keeps `written` even if others have later steps."""
-    for path in sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())[:-keep]:
-        if path != written:
-            _remove(path)
-    for path in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

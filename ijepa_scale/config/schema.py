@@ -283,6 +283,9 @@ class CheckpointConfig(Section, at="checkpoint"):
 
     every: form.Steps = Field(1000, ge=0, description="Steps between checkpoints; 0: at the end only.")
     keep: form.Count = Field(2, description="Newest checkpoints that are kept.")
+    max_failures: form.Count = Field(
+        3, description="Saves that may fail one after another, as on a full disk, before the run stops with code 74."
+    )
 
 
 class EvaluateConfig(Section, at="evaluate", registry=EVALUATORS, selector="evaluator"):

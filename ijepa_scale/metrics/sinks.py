@@ -7,10 +7,13 @@ Only process 0 writes; the others get a `Sinks` without members. Other sinks hav
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,6 +21,8 @@ from typing import Any, Protocol
 from ijepa_scale.config import LoggingConfig
 from ijepa_scale.errors import ConfigError, DataError, UserError
 from ijepa_scale.registry import SINKS
+
+logger = logging.getLogger(__name__)
 
 JSONL_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -73,10 +78,11 @@ def _finite(value: Any) -> Any:
 
 
 class JsonlSink:
-    """Appends rows to `path`, one JSON object per line, and flushes each.
+    """Appends rows to `path`, one JSON object per line, each in one write.
 
     First removes rows with step >= `drop_from`, through a temporary file and a rename, so that a run that starts again
-    (0) or resumes after k steps (k + 1) has each step once. None keeps all rows.
+    (0) or resumes after k steps (k + 1) has each step once. None keeps all rows. Rows that the disk doesn't take wait
+    for the next one; `close` tries a last time.
     """
 
     def __init__(self, path: str | Path, drop_from: int | None = None) -> None:
@@ -85,7 +91,9 @@ class JsonlSink:
         if self._path.exists():
             rows = read_rows(self._path)
             self._rewrite([row for row in rows if drop_from is None or row["step"] < drop_from])
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)
+        self._end = self._file.tell()  # of the last whole row
+        self._waiting: list[bytes] = []
 
     def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
         temporary = self._path.with_name(self._path.name + ".tmp")
@@ -96,14 +104,34 @@ class JsonlSink:
         temporary.replace(self._path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends the row. NaN and infinities become null."""
+        """Appends the row, after those that wait. NaN and infinities become null.
+
+        Raises:
+            OSError: the disk doesn't take it; it waits.
+        """
         line = json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._waiting.append(line.encode() + b"\n")
+        self._append()
+
+    def _append(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            if self._file.write(line) != len(line):  # a part only: the disk is full
+                self._file.truncate(self._end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            self._end += len(line)
+            del self._waiting[0]
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Writes rows that wait, and closes the file.
+
+        Raises:
+            OSError: the disk doesn't take them; they are lost.
+        """
+        try:
+            self._append()
+        finally:
+            self._file.close()
 
 
 class TensorBoardSink:
@@ -118,8 +146,9 @@ class TensorBoardSink:
     def __init__(self, folder: str | Path, drop_from: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imported here because it takes 2 s
 
+        self._open = partial(SummaryWriter, str(folder))
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=drop_from)
+            self._writer: SummaryWriter | None = self._open(purge_step=drop_from)
         except UnicodeEncodeError:
             raise ConfigError(
                 f"TensorBoard can't write into {folder}, whose name isn't UTF-8; set another folder, or "
@@ -128,32 +157,58 @@ class TensorBoardSink:
         self._tags = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Writes each number of the row."""
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._writer.add_scalar(self._tags.get(name, f"train/{name}"), value, row["step"])
+        """Writes each number of the row.
+
+        Raises:
+            OSError: the disk doesn't take it, or some row before; the next row begins a new file.
+        """
+        if self._writer is None:
+            self._writer = self._open()
+        try:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._writer.add_scalar(self._tags.get(name, f"train/{name}"), value, row["step"])
+        except OSError:
+            broken, self._writer = self._writer, None
+            with contextlib.suppress(OSError):
+                broken.close()
+            raise
 
     def close(self) -> None:
         """Writes buffered rows."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Sinks:
-    """Writes each row to every member. As a context manager, it closes them."""
+    """Writes each row to every member. As a context manager, it closes them.
+
+    What a member can't write, as on a full disk, is logged once until it can again, and never ends a run.
+    """
 
     def __init__(self, members: Iterable[Sink] = ()) -> None:
         self._members = list(members)
+        self._failing: set[int] = set()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes the row to every member."""
-        for member in self._members:
-            member.write(row)
+        for index, member in enumerate(self._members):
+            try:
+                member.write(row)
+            except OSError as error:
+                if index not in self._failing:
+                    logger.error("%s: step %d isn't written (%s); training goes on", _name(member), row["step"], error)
+                self._failing.add(index)
+            else:
+                if index in self._failing:
+                    logger.warning("%s is written again from step %d on", _name(member), row["step"])
+                self._failing.discard(index)
 
     def close(self) -> None:
         """Closes every member, the others too if one fails."""
         with contextlib.ExitStack() as stack:
             for member in reversed(self._members):
-                stack.callback(member.close)
+                stack.callback(_close, member)
 
     def __enter__(self) -> Sinks:
         return self
@@ -162,6 +217,17 @@ class Sinks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close(member: Sink) -> None:
+    try:
+        member.close()
+    except OSError as error:
+        logger.error("%s: the last rows aren't written (%s)", _name(member), error)
+
+
+def _name(member: Sink) -> str:
+    return type(member).__name__.removesuffix("Sink")
 
 
 def open_sinks(

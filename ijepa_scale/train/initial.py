@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from ijepa_scale.checkpoint.geometry import Positions, positions_of, sizes_of_weights
 from ijepa_scale.checkpoint.sources import RunSource, WeightsSource, open_source
 from ijepa_scale.checkpoint.start import predictor_sizes
-from ijepa_scale.checkpoint.store import Checkpoint, newest
+from ijepa_scale.checkpoint.store import Checkpoint, newest_readable
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.errors import ConfigError
@@ -39,7 +39,7 @@ def with_init(config: Config) -> Config:
     given, images_given = section.model_fields_set, config.augment.model_fields_set
     if init is None or (type(section).model_fields.keys() <= given and set(_NORMALISATION) <= images_given):
         return config
-    newer = newest(Path(config.folder) / "checkpoints")
+    newer = newest_readable(Path(config.folder) / "checkpoints")
     resume = newer if config.resume in ("auto", "none") else Path(config.resume)
     trained: Positions | None = None
     if resume is not None:

@@ -5,6 +5,7 @@ Everything that differs between kinds of training belongs to a `Task`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from itertools import count
@@ -21,12 +22,13 @@ from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sanity import sanity_warnings
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
+from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError, SaveError
 from ijepa_scale.metrics.progress import Progress
-from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
+from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks, read_rows
 from ijepa_scale.provenance import provenance
 from ijepa_scale.train.initial import STARTING, with_init
 from ijepa_scale.train.run_folder import held
+from ijepa_scale.train.saver import Saver
 from ijepa_scale.train.setup import check_host_memory, pixels_of
 from ijepa_scale.train.task import Result, Task
 
@@ -48,28 +50,34 @@ class RunConfig(Protocol):
     def engine(self) -> EngineConfig: ...  # noqa: D102
 
 
-def find_checkpoint(config: RunConfig, world: World) -> Path | None:
-    """Returns the checkpoint to start from, if any. Only rank 0 searches, so that all processes agree.
+def find_checkpoint(config: RunConfig, world: World) -> store.Checkpoint | None:
+    """Returns the checkpoint to start from, if any, whose files were all read. Communicates.
+
+    With `resume` auto, it is the newest one that is whole; damaged ones are renamed, so that they are never read again.
 
     Raises:
         ConfigError: `resume` names a checkpoint that isn't the newest of its folder, or it is none although there is a
             checkpoint.
+        CheckpointError: the checkpoint that `resume` names is damaged, or none is whole.
     """
-    found = world.broadcast_object(store.newest(Path(config.folder) / "checkpoints") if world.is_main else None)
+    folder = Path(config.folder) / "checkpoints"
+    if config.resume == "auto":
+        return store.newest_whole(folder, world)
+    found = world.broadcast_object(store.newest(folder) if world.is_main else None)
     assert found is None or isinstance(found, Path)
-    if config.resume not in ("auto", "none"):
+    if config.resume != "none":
         chosen = Path(config.resume)
         if found is not None and chosen.resolve().parent == found.resolve().parent and chosen.name < found.name:
             raise ConfigError(
                 f"resume is {chosen} but {found} in the same folder is newer; set another folder for the new run, "
                 "or remove the newer checkpoints"
             )
-        return chosen
-    if config.resume == "none" and found is not None:
+        return store.whole(chosen, world)
+    if found is not None:
         raise ConfigError(
             f"resume is none but {found} exists; set resume=auto to continue it, or set another folder for a new run"
         )
-    return found
+    return None
 
 
 def run_task(kind: type[Task], config: Any, world: World) -> Result:
@@ -84,7 +92,7 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
         resume = find_checkpoint(config, world)
         config = with_init(config)
         if resume is not None and config.model.init is not None:
-            logger.info("model.init=%s isn't read again: the run goes on from %s", config.model.init, resume)
+            logger.info("model.init=%s isn't read again: the run goes on from %s", config.model.init, resume.path)
         task = kind(config, world, starting=resume is None)
         loop = Loop(task, resume)
         task.prepare_evaluation()
@@ -98,13 +106,15 @@ class Loop:
     The run's folder gets config.yaml, run.json, metrics.jsonl, tensorboard/ and checkpoints/.
     """
 
-    def __init__(self, task: Task, resume: Path | None) -> None:
+    def __init__(self, task: Task, resume: store.Checkpoint | None) -> None:
         self.task, self.folder = task, Path(task.config.folder)
         self.world, self.config = task.world, task.config
         self.start = task.first_step
-        self.resumed = resume
+        self.resumed = None if resume is None else resume.path
         self.loss: float | None = None  # of the last row
+        self._evaluation_due = False  # the run was stopped between a save and the evaluation of the same state
         self.provenance = self._provenance() if self.world.is_main else {}
+        self.saver = Saver(task, self.folder, self.provenance)
         if resume is not None:
             self._resume(resume)
 
@@ -113,8 +123,8 @@ class Loop:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         return provenance(device=name, processes=self.world.size)
 
-    def _resume(self, path: Path) -> None:
-        checkpoint = store.Checkpoint(path)
+    def _resume(self, checkpoint: store.Checkpoint) -> None:
+        path = checkpoint.path
         kind = checkpoint.extra.get("kind", "pretrain")
         if kind != self.task.kind:
             raise CheckpointError(
@@ -145,7 +155,9 @@ class Loop:
         self.task.engine.loaded(checkpoint.step + self.task.steps_before)
         self.start = checkpoint.step
         self.task.origin = checkpoint.extra.get("init")
+        self._evaluation_due = not checkpoint.extra.get("evaluated_here", True)  # version 0.1.0 evaluated first
         self.task.load_state(checkpoint.extra)
+        self.saver.continues(checkpoint)
         logger.info("resumed from %s: the next step is %d", path, self.start)
         if isinstance(self.task.source, StreamSource):
             logger.warning(
@@ -163,7 +175,7 @@ class Loop:
     def checkpoint(self) -> Path:
         """The checkpoint of the state at the end of the run."""
         last = self.task.last_step
-        return self.resumed if self.resumed and self.start >= last else self._path(last)
+        return self.resumed if self.resumed and self.start >= last else self.saver.path(last)
 
     def train(self) -> None:
         """Takes the remaining steps.
@@ -192,6 +204,8 @@ class Loop:
             progress = Progress(last, mode=mode, first_step=self.start)
             if self.resumed is None and task.evaluates(task.first_step):
                 self._evaluate(task.first_step, sinks, progress)
+            if self._evaluation_due and task.evaluates(self.start):
+                self._evaluate(self.start, sinks, progress)
             loader = task.loader(self.start)
             check_host_memory(loader, self.world)
             for batch in task.meters.timed(loader):
@@ -246,7 +260,8 @@ class Loop:
         except NonFiniteError as error:  # raised on every process, so all of them can save
             if error.step > self.start:
                 # not with the checkpoints: this state may already diverge, and resuming must not choose it
-                self._save(error.step, folder="stopped", keep=1)
+                with contextlib.suppress(SaveError):  # logged; the bad step is what ends the run
+                    self.saver.save(error.step, name="stopped", keep=1)
             raise
 
     def _needs_result(self, done: int) -> bool:
@@ -260,9 +275,6 @@ class Loop:
         every = self.config.checkpoint.every
         return (every and done % every == 0) or done == self.task.last_step
 
-    def _path(self, done: int) -> Path:
-        return self.folder / "checkpoints" / f"step-{done:08d}"
-
     def _after(self, done: int, sinks: Sinks, progress: Progress) -> None:
         """Writes the row, evaluates and saves if they are due after `done` steps."""
         task = self.task
@@ -275,37 +287,25 @@ class Loop:
             sinks.write(row)
             progress.show(row)
         with task.meters.paused():
+            if self._saves(done):  # first, since an evaluation can fail
+                self.saver.save(done, evaluated=not task.evaluates(done))
             if task.evaluates(done):
                 self._evaluate(done, sinks, progress)
-            if self._saves(done):
-                self._save(done)
 
     def _evaluate(self, done: int, sinks: Sinks, progress: Progress) -> None:
+        """Evaluates the state after `done` steps, and tells the checkpoint of that state, if there is one."""
         found = self.task.evaluate(done)
-        sinks.write({"step": done, **found.row})
+        row = {"step": done, **found.row}
+        if not (self.world.is_main and self.resumed and done == self.start and self._is_written(row)):
+            sinks.write(row)
         progress.note(f"step {done}  {found.note}")
         if found.is_best:
-            self._save(done, folder="best", keep=1)
+            self.saver.save(done, name="best", keep=1)
+        self.saver.evaluated(done)  # last, so that a run that is killed before repeats all of it
 
-    def _save(self, done: int, folder: str = "checkpoints", keep: int | None = None) -> None:
-        extra = {
-            "kind": self.task.kind,
-            "identity": self.task.identity(),
-            "config": self.config.values(),
-            "versions": self.provenance,
-            "init": self.task.origin,
-            **self.task.state(),
-        }
-        path = store.save(
-            self.folder / folder,
-            done,
-            self.task.engine.pieces(),
-            world=self.world,
-            extra=extra,
-            keep=keep or self.config.checkpoint.keep,
-        )
-        if self.world.is_main:
-            logger.info("saved %s", path)
+    def _is_written(self, row: dict[str, Any]) -> bool:
+        """Returns whether a run that was killed after an evaluation had written its row."""
+        return any(row.items() <= old.items() for old in read_rows(self.folder / JSONL_NAME))
 
     def _describe(self) -> None:
         """Writes config.yaml and run.json, and renames rows and best state of an earlier run without checkpoints."""

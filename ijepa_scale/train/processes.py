@@ -15,7 +15,7 @@ from ijepa_scale import environment, terminal
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.world import World, choose_device, start_world, stop_world
 from ijepa_scale.environment import Launch
-from ijepa_scale.errors import ConfigError, UserError
+from ijepa_scale.errors import ConfigError, SaveError, UserError
 from ijepa_scale.registry import PLUGINS, load_plugin
 
 Main = Callable[[Any, Launch, torch.device], None]
@@ -87,9 +87,12 @@ def world_of(launch: Launch, device: torch.device, *, alone: bool) -> Iterator[W
 
 @contextlib.contextmanager
 def user_errors(rank: int) -> Iterator[None]:
-    """Prints a `UserError`, or that a disk takes no more, without a traceback, and exits with code 2."""
+    """Prints a `UserError`, or that a disk takes no more, without a traceback, and exits with its code."""
     try:
         yield
+    except SaveError as error:
+        terminal.report(error, f"error (process {rank})")
+        sys.exit(terminal.UNSAVED_CODE)
     except UserError as error:
         terminal.report(error, f"error (process {rank})")
         sys.exit(terminal.USER_ERROR_CODE)

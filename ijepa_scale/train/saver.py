@@ -1,0 +1,91 @@
+"""Saves the state of a run, and lets it go on where that fails. Must not know any kind of training."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from ijepa_scale.checkpoint import store
+from ijepa_scale.errors import SaveError
+from ijepa_scale.train.task import Task
+
+logger = logging.getLogger(__name__)
+
+_PAUSE = 10  # seconds before the last save of a run is tried again
+
+
+class Saver:
+    """Writes the checkpoints of a run. Every process has one, and calls it alike."""
+
+    def __init__(self, task: Task, folder: Path, versions: dict[str, Any]) -> None:
+        self._task, self._folder, self._versions = task, folder, versions
+        self._config = task.config.checkpoint
+        self._failures = 0  # one after another
+        self._newest: Path | None = None  # what this run has written or continued last
+
+    def continues(self, checkpoint: store.Checkpoint) -> None:
+        """Call with the checkpoint that the run goes on from."""
+        own = self.path(checkpoint.step)
+        self._newest = own if checkpoint.path.resolve() == own.resolve() else None
+
+    def path(self, done: int) -> Path:
+        """Returns the path of the checkpoint after `done` steps."""
+        return self._folder / "checkpoints" / f"step-{done:08d}"
+
+    def save(self, done: int, *, name: str = "checkpoints", keep: int | None = None, evaluated: bool = True) -> None:
+        """Saves the state after `done` steps. Communicates.
+
+        A failure is logged, and the next save that is due is the next attempt; the last save of a run is tried again.
+        Not `evaluated`: an evaluation of this state will follow.
+
+        Raises:
+            SaveError: `checkpoint.max_failures` saves have failed one after another; raised on every process.
+        """
+        task, most = self._task, self._config.max_failures
+        folder, keep, extra = self._folder / name, keep or self._config.keep, self._extra(evaluated=evaluated)
+        while True:
+            try:
+                path = store.save(folder, done, task.engine.pieces(), world=task.world, extra=extra, keep=keep)
+                break
+            except SaveError as error:
+                self._failures += 1
+                if self._failures >= most:
+                    raise
+                is_last = done >= task.last_step
+                then = f"trying again in {_PAUSE} s" if is_last else "training goes on until the next save"
+                if task.world.is_main:
+                    logger.error("%s; %s (failure %d in a row, %d end the run)", error, then, self._failures, most)
+                if not is_last:
+                    return
+                time.sleep(_PAUSE)
+        self._failures = 0
+        if name == "checkpoints":
+            self._newest = path
+        if task.world.is_main:
+            logger.info("saved %s", path)
+
+    def evaluated(self, done: int) -> None:
+        """Tells the checkpoint after `done` steps, if there is one, that this state was evaluated, and the result."""
+        if self._newest != self.path(done) or not self._task.world.is_main:
+            return
+        try:
+            store.amend(self._newest, self._extra(evaluated=True))
+        except OSError as error:
+            logger.error(
+                "%s can't take the evaluation's result (%s); resuming from it repeats that", self._newest, error
+            )
+
+    def _extra(self, *, evaluated: bool) -> dict[str, Any]:
+        """Returns what is saved beside the tensors."""
+        task = self._task
+        return {
+            "kind": task.kind,
+            "identity": task.identity(),
+            "config": task.config.values(),
+            "versions": self._versions,
+            "init": task.origin,
+            "evaluated_here": evaluated,
+            **task.state(),
+        }
