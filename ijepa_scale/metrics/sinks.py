@@ -85,6 +85,8 @@ class JsonlSink:
     for the next one; `close` tries a last time.
     """
 
+    name = JSONL_NAME
+
     def __init__(self, path: str | Path, drop_from: int | None = None) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +229,7 @@ def _close(member: Sink) -> None:
 
 
 def _name(member: Sink) -> str:
-    return type(member).__name__.removesuffix("Sink")
+    return getattr(member, "name", type(member).__name__.removesuffix("Sink"))
 
 
 def open_sinks(

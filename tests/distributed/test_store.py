@@ -14,7 +14,7 @@ from ijepa_scale.checkpoint import store
 from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CheckpointError
+from ijepa_scale.errors import CheckpointError, ConfigError
 from tests.distributed.harness import run
 from tests.distributed.test_engines import ENGINES, reference
 from tests.distributed.training import MODEL, full_state, images_of, make, masks_config, part
@@ -61,6 +61,53 @@ def test_any_engine_resumes_from_any(writer: str, reader: str, tmp_path: Path) -
     expected = reference()["losses"][HALF:STEPS]
     for losses, _ in run(resume, processes, engine, str(tmp_path), alone=reader == "plain"):
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 1e-5
+
+
+def halves(value: float, rank: int) -> list[Piece]:
+    return [Piece(name="a", tensor=torch.full((3,), value), start=3 * rank, shape=(2, 3))]
+
+
+def write_three(world: World, folder: str) -> None:
+    for step in (1, 2, 3):
+        store.save(Path(folder), step, halves(float(step), world.rank), world=world, extra={}, keep=9)
+
+
+def take_newest(world: World, folder: str, blind: str) -> tuple[str, int | None]:
+    """Returns what is said and the step. `blind` is a file that process 1 sees otherwise than process 0."""
+    if world.rank == 1 and blind:
+        from ijepa_scale.checkpoint import manifest
+
+        seen = manifest.digest_of_files
+        manifest.digest_of_files = lambda paths: "other" if paths[0].name == blind else seen(paths)  # type: ignore
+    try:
+        found = store.newest_whole(Path(folder), world)
+    except (CheckpointError, ConfigError) as error:
+        return f"{type(error).__name__}: {error}", None
+    assert found is not None
+    filled = halves(0.0, world.rank)
+    found.load(filled)
+    assert filled[0].tensor.eq(found.step).all()
+    return "", found.step
+
+
+def test_processes_take_the_same_checkpoint(tmp_path: Path) -> None:
+    run(write_three, 2, str(tmp_path))
+    for step, rank in ((3, 1), (2, 0)):
+        file = tmp_path / f"step-0000000{step}" / f"process-0000{rank}.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert run(take_newest, 2, str(tmp_path), "") == [("", 1), ("", 1)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged-step-00000002", "damaged-step-00000003",
+                                                          "step-00000001"]  # fmt: skip
+
+
+def test_a_process_that_reads_other_bytes_sets_nothing_aside(tmp_path: Path) -> None:
+    run(write_three, 2, str(tmp_path))
+    first, second = run(take_newest, 2, str(tmp_path), "process-00001.safetensors")
+    assert first == second
+    assert (
+        first[0].startswith("ConfigError: process 1 can't read") and "file system that all processes share" in first[0]
+    )
+    assert len(list(tmp_path.glob("step-*"))) == 3
 
 
 def pieces(value: float) -> list[Piece]:

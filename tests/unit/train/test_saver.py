@@ -1,0 +1,136 @@
+"""A failing disk or evaluation costs no trained step, and the run that goes on equals one that never failed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ijepa_scale.checkpoint import store
+from ijepa_scale.config import PretrainConfig, load_config
+from ijepa_scale.errors import SaveError
+from ijepa_scale.metrics.sinks import read_rows
+from ijepa_scale.train.pretrain import PretrainTask, pretrain
+from tests.unit.train.test_start import ALONE, CONFIG, MODEL, data
+
+__all__ = ["data"]
+
+
+def configured(tmp_path: Path, data: Path, name: str, **changes: Any) -> PretrainConfig:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(CONFIG.format(folder=tmp_path / name, model=MODEL, data=data) + "checkpoint: {every: 2}\n")
+    return load_config(path, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows without what the clock says."""
+    timed = ("data_wait_ms", "step_ms", "images_per_s", "mfu")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def state(folder: Path) -> dict[str, Any]:
+    path = store.newest(folder / "checkpoints")
+    assert path is not None
+    body = json.loads((path / "manifest.json").read_text())["body"]
+    return {"files": body["files"], "evaluated": body["extra"]["evaluated"], "here": body["extra"]["evaluated_here"]}
+
+
+@pytest.mark.parametrize("fails_at", [3, 6])
+@pytest.mark.parametrize("moment", ["before", "after its row"])
+def test_an_evaluation_that_fails_costs_no_step_and_is_repeated(
+    fails_at: int, moment: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = {"checkpoint__every": 3}
+    pretrain(configured(tmp_path, data, "whole", **every), ALONE)
+    with monkeypatch.context() as patch:
+        if moment == "before":
+            evaluate = PretrainTask.evaluate
+
+            def failing(task: PretrainTask, done: int) -> Any:
+                if done == fails_at:
+                    raise RuntimeError("the evaluation failed")
+                return evaluate(task, done)
+
+            patch.setattr(PretrainTask, "evaluate", failing)
+        else:
+            told = []
+
+            def killed(*_: Any) -> None:
+                told.append(1)
+                if len(told) == fails_at // 3:
+                    raise RuntimeError("killed between the row and the checkpoint's manifest")
+
+            patch.setattr(store, "amend", killed)
+        with pytest.raises(RuntimeError):
+            pretrain(configured(tmp_path, data, "broken", **every), ALONE)
+    assert store.newest(tmp_path / "broken" / "checkpoints").name == f"step-0000000{fails_at}"  # type: ignore[union-attr]
+    pretrain(configured(tmp_path, data, "broken", **every), ALONE)
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    assert state(tmp_path / "broken") == state(tmp_path / "whole")
+    assert state(tmp_path / "whole")["here"]
+    before = rows(tmp_path / "broken")
+    pretrain(configured(tmp_path, data, "broken", **every), ALONE)
+    assert rows(tmp_path / "broken") == before, "nothing is left to do, nor to repeat"
+
+
+def failing_saves(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> list[int]:
+    """Makes the saves of these numbers, from 1, fail as on a full disk; returns the list of all that were tried."""
+    tried: list[int] = []
+    write = store.save_file
+
+    def save_file(*args: Any, **options: Any) -> None:
+        tried.append(len(tried) + 1)
+        if len(tried) in numbers:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*args, **options)
+
+    monkeypatch.setattr(store, "save_file", save_file)
+    return tried
+
+
+def test_training_goes_on_when_a_save_fails(tmp_path: Path, data: Path, monkeypatch, caplog) -> None:
+    pretrain(configured(tmp_path, data, "whole"), ALONE)
+    failing_saves(monkeypatch, 1, 2)
+    pretrain(configured(tmp_path, data, "broken"), ALONE)
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(told) == 2 and all("No space left on device" in text and "bytes are free" in text for text in told)
+    assert "training goes on until the next save (failure 1 in a row, 3 end the run)" in told[0]
+    assert state(tmp_path / "broken") == state(tmp_path / "whole")
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+
+
+def test_the_last_save_is_tried_again(tmp_path: Path, data: Path, monkeypatch, caplog) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    tried = failing_saves(monkeypatch, 3, 4)  # of saves at steps 2, 4, 6
+    pretrain(configured(tmp_path, data, "broken"), ALONE)
+    assert waited == [10, 10] and len(tried) == 5
+    assert store.newest(tmp_path / "broken" / "checkpoints") == tmp_path / "broken" / "checkpoints" / "step-00000006"
+
+
+def test_too_many_failures_in_a_row_end_the_run(tmp_path: Path, data: Path, monkeypatch, caplog) -> None:
+    tried = failing_saves(monkeypatch, 2, 3)
+    with pytest.raises(SaveError, match="No space left"):
+        pretrain(configured(tmp_path, data, "broken", checkpoint__max_failures=2), ALONE)
+    assert len(tried) == 3
+    assert store.newest(tmp_path / "broken" / "checkpoints") == tmp_path / "broken" / "checkpoints" / "step-00000002"
+    monkeypatch.undo()
+    pretrain(configured(tmp_path, data, "broken"), ALONE)
+    pretrain(configured(tmp_path, data, "whole"), ALONE)
+    assert state(tmp_path / "broken") == state(tmp_path / "whole")
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path: Path, data: Path, caplog) -> None:
+    pretrain(configured(tmp_path, data, "whole"), ALONE)
+    pretrain(configured(tmp_path, data, "broken", schedule__stop_after=4), ALONE)
+    file = tmp_path / "broken" / "checkpoints" / "step-00000004" / "process-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    pretrain(configured(tmp_path, data, "broken"), ALONE)
+    assert "step-00000004 is set aside as damaged-step-00000004" in caplog.text
+    assert state(tmp_path / "broken") == state(tmp_path / "whole")
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
