@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ijepa_scale import stopping
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
 
@@ -27,6 +28,7 @@ class FiniteWatch:
         """With `late`, results stay on the device, and the host reads them one step later."""
         self._world = world
         self._late = late
+        self.leaving = False  # some process was asked to stop; changes at the same step on all
         self._losses: list[Tensor] = []
         self._stopped = torch.zeros((), device=world.device) if late else None
         self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
@@ -45,16 +47,18 @@ class FiniteWatch:
     def check(self, step: int, loss: Tensor, *also: Tensor) -> Tensor | None:
         """Stops all processes if the loss, or a tensor of `also`, isn't finite on one of them.
 
-        Communicates one number per process and tensor. Without `late`, it raises for this step or returns None. With
-        `late`, it raises for the step before, or returns the flag, () fp32 on the device, which isn't 0 from the first
-        bad step on.
+        Communicates one number per process and tensor, and whether the process was asked to stop. Without `late`, it
+        raises for this step or returns None. With `late`, it raises for the step before, or returns the flag, () fp32
+        on the device, which isn't 0 from the first bad step on.
 
         Raises:
             NonFiniteError: a value isn't finite; names the processes and the step.
         """
-        values = self._world.gather(torch.stack([loss, *(a.to(loss) for a in also)]))
+        asked = torch.full_like(loss, float(stopping.reason() is not None))
+        values = self._world.gather(torch.stack([loss, *(a.to(loss) for a in also), asked]))
         if self._stopped is None:
-            _judge(step, values.tolist())  # host sync on a GPU, for optimisers that a flag on the device can't stop
+            # host sync on a GPU, for optimisers that a flag on the device can't stop
+            _judge(step, self._without_asked(values.tolist()))
             return None
         self.settle()
         self._stopped.logical_or_(~values.isfinite().all())
@@ -77,11 +81,16 @@ class FiniteWatch:
             (step, host, event), self._pending = self._pending, None
             if event is not None:
                 event.synchronize()  # host sync: waits for the last step while this one is queued
-            values = host.tolist()  # already in host memory
+            values = self._without_asked(host.tolist())  # already in host memory
             if not all(_finite(value) for row in values for value in row):
                 self._first_bad = step, values
         if self._first_bad is not None:  # at every call: later steps change nothing and must not look successful
             _judge(*self._first_bad)
+
+    def _without_asked(self, values: list[list[float]]) -> list[list[float]]:
+        """Returns what was measured, and notes whether a process was asked to stop."""
+        self.leaving = self.leaving or any(row[-1] for row in values)
+        return [row[:-1] for row in values]
 
 
 def _judge(step: int, values: list[list[float]]) -> None:

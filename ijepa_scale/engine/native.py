@@ -98,7 +98,7 @@ class NativeEngine(BaseEngine):
         if not self._moves_later:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(loss=loss, grad_norm=norm, stopped=stopped)
+        return StepInfo(loss=loss, grad_norm=norm, stopped=stopped, leaving=self._watch.leaving)
 
     def _clip(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
         """Clips the gradients, whose norm is `norm`, or leaves it to the tail."""

@@ -26,6 +26,7 @@ class StepInfo:
     loss: Tensor  # () fp32 on the device: the mean over this process's micro-batches
     grad_norm: Tensor | float  # global, before clipping
     stopped: Tensor | None = None  # () fp32 on the device: not 0 if this or an earlier step was bad, so nothing moved
+    leaving: bool = False  # some process was asked to stop; true from the same step on on every process
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,10 @@ class World:
         dist.all_gather_into_tensor(gathered, tensor.contiguous()[None])
         return gathered
 
+    def any(self, value: bool) -> bool:
+        """Returns whether a value is true on some process. Synchronises on a GPU."""
+        return value if self.size == 1 else bool(self.gather(torch.tensor(value, device=self.device)).any())
+
     def gather_objects(self, value: object) -> list[object]:
         """Returns the values of all processes, in rank order, on every process."""
         if self.size == 1:

@@ -149,7 +149,8 @@ class ZeroEngine(BaseEngine):
         if self.zero.overflow:  # DeepSpeed silently skips such a step on every process
             text = f"step {step}: the gradient norm is not finite though every loss is. {NOTHING_MOVED}"
             raise NonFiniteError(text, step)
-        return StepInfo(loss=loss, grad_norm=self._engine.get_global_grad_norm())
+        norm = self._engine.get_global_grad_norm()
+        return StepInfo(loss=loss, grad_norm=norm, leaving=self._watch.leaving)
 
     @override
     def _local(self, parameter: Any) -> Tensor:

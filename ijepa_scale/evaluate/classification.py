@@ -22,7 +22,7 @@ from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.class_lists import require_labels
-from ijepa_scale.evaluate.features import check_images, local_ids
+from ijepa_scale.evaluate.features import check_images, local_ids, until_asked
 from ijepa_scale.metrics.confusion import Confusion
 
 Classify = Callable[[Tensor], Tensor]  # images (B, C, h, w) -> logits (B, C)
@@ -87,7 +87,7 @@ class ClassifierCheck:
         options = {**self._options, "pin_memory": world.device.type == "cuda"}
         reader = EvalReader(self._source, self._image_size, ids=ids, **options, **self._normalisation)
         parts = []
-        for batch in reader:
+        for batch in until_asked(reader, world):
             logits = classify(batch.images.to(world.device, non_blocking=True)).float()
             labels = batch.labels.to(world.device, non_blocking=True)
             losses = F.cross_entropy(logits, labels, reduction="none")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ijepa_scale import stopping
 from ijepa_scale.config.form import Exif
 from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.eval_reader import EvalBatch, bad_images
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
+from ijepa_scale.stopping import Stopped
 
 _NAMED = 5  # bad images in an error
+_BATCHES_UNASKED = 4  # between looks whether a process was asked to stop
 
 Forward = Callable[[Tensor], Tensor]  # images (B, C, h, w) -> tokens (B, N, D)
 Gather = Callable[[Tensor], Tensor]  # (...) -> (processes, ...); all processes pass equal shapes
@@ -58,6 +61,18 @@ def check_images(
             f"{name}: {len(bad)} of {len(ids)} images can't be used, and a result over the others couldn't be "
             f"compared; replace or drop them: {shown}"
         )
+
+
+def until_asked(batches: Iterable[EvalBatch], world: World) -> Iterator[EvalBatch]:
+    """Yields the batches, of which every process has equally many, unless a process is asked to stop. Communicates.
+
+    Raises:
+        Stopped: one was; raised on every process.
+    """
+    for number, batch in enumerate(batches):
+        if number % _BATCHES_UNASKED == 0 and world.any(stopping.reason() is not None):
+            raise Stopped("in an evaluation")
+        yield batch
 
 
 def extract_features(forward: Forward, batches: Iterable[EvalBatch], device: torch.device) -> Tensor:

@@ -14,7 +14,14 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.class_lists import compare_classes
 from ijepa_scale.evaluate.evaluator import ImageSettings
-from ijepa_scale.evaluate.features import Forward, check_images, extract_features, gather_features, local_ids
+from ijepa_scale.evaluate.features import (
+    Forward,
+    check_images,
+    extract_features,
+    gather_features,
+    local_ids,
+    until_asked,
+)
 from ijepa_scale.evaluate.knn import knn_accuracy
 
 
@@ -68,9 +75,8 @@ class OnlineKnn:
             pixels=self._images.pixels,
             pin_memory=self._world.device.type == "cuda",
         )
-        return gather_features(
-            extract_features(forward, reader, self._world.device), self._world.gather, len(split.ids)
-        )
+        features = extract_features(forward, until_asked(reader, self._world), self._world.device)
+        return gather_features(features, self._world.gather, len(split.ids))
 
 
 class _Split:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ijepa_scale import stopping
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import CheckpointConfig, EngineConfig, LoggingConfig, to_yaml
 from ijepa_scale.config.earlier import stored
@@ -26,6 +27,7 @@ from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError, Sav
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks, read_rows
 from ijepa_scale.provenance import provenance
+from ijepa_scale.stopping import Stopped
 from ijepa_scale.train.initial import STARTING, with_init
 from ijepa_scale.train.run_folder import held
 from ijepa_scale.train.saver import Saver
@@ -96,7 +98,8 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
         task = kind(config, world, starting=resume is None)
         loop = Loop(task, resume)
         task.prepare_evaluation()
-        loop.train()
+        with stopping.listening():
+            loop.train()
         return task.result(steps=loop.steps, loss=loop.loss, checkpoint=loop.checkpoint)
 
 
@@ -214,11 +217,10 @@ class Loop:
                         if self.world.is_main:
                             self._look_at(batch)
                         task.first_batch(batch, self.folder)
-                if batch.step == self.start:
-                    self._warm_up(batch)
-                else:
-                    self._step(batch)
+                leaving = self._warm_up(batch) if batch.step == self.start else self._step(batch)
                 self._after(batch.step + 1, sinks, progress)
+                if leaving and batch.step + 1 < last:
+                    self._leave(batch.step + 1)
             progress.close()
         self._check_bad(loader)
         task.finish(self.folder)
@@ -243,20 +245,36 @@ class Loop:
         ):
             logger.warning("%s", line)
 
-    def _warm_up(self, batch: Batch) -> None:
+    def _leave(self, done: int) -> None:
+        """Saves the state after `done` steps, unless it is saved, and ends the run. Every process must call it.
+
+        Raises:
+            Stopped: always, once the state is saved.
+        """
+        if not self._saves(done):
+            self.saver.save(done, evaluated=not self.task.evaluates(done), last=True)
+        self.world.barrier()  # the last collective
+        raise Stopped(f"{_why()}; saved {self.saver.path(done)}: start the same command again to go on")
+
+    def _warm_up(self, batch: Batch) -> bool:
         """Takes the first step of this process, which compiles and allocates. The rows don't count its time."""
         with self.task.meters.warming_up():
-            self._step(batch)
+            leaving = self._step(batch)
         if self.world.is_main:
             self._describe_run(warm_up_s=self.task.meters.warm_up_s)
             logger.info("warmed up in %.1f s (not counted in any row)", self.task.meters.warm_up_s)
+        return leaving
 
-    def _step(self, batch: Batch) -> None:
-        """Takes one step. If a value isn't finite, saves the unchanged state from before the bad step."""
+    def _step(self, batch: Batch) -> bool:
+        """Takes one step, and returns whether the run was asked to stop.
+
+        If a value isn't finite, saves the unchanged state from before the bad step.
+        """
         try:
-            self.task.step(batch)
+            leaving = self.task.step(batch).leaving
             if self._needs_result(batch.step + 1):
                 self.task.engine.settle()
+            return leaving
         except NonFiniteError as error:  # raised on every process, so all of them can save
             if error.step > self.start:
                 # not with the checkpoints: this state may already diverge, and resuming must not choose it
@@ -294,7 +312,13 @@ class Loop:
 
     def _evaluate(self, done: int, sinks: Sinks, progress: Progress) -> None:
         """Evaluates the state after `done` steps, and tells the checkpoint of that state, if there is one."""
-        found = self.task.evaluate(done)
+        try:
+            found = self.task.evaluate(done)
+        except Stopped:
+            if done == self.task.first_step and self.resumed is None:
+                raise Stopped(f"{_why()}; no step was taken") from None
+            self._leave(done)
+            raise
         row = {"step": done, **found.row}
         if not (self.world.is_main and self.resumed and done == self.start and self._is_written(row)):
             sinks.write(row)
@@ -329,6 +353,10 @@ class Loop:
         """Writes run.json: versions and measurements."""
         described = {**self.provenance, "init": self.task.origin, **measured}
         (self.folder / "run.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _why() -> str:
+    return stopping.reason() or "another process was asked to stop"
 
 
 def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-from ijepa_scale import environment, terminal
+from ijepa_scale import environment, stopping, terminal
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.world import World, choose_device, start_world, stop_world
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError, SaveError, UserError
 from ijepa_scale.registry import PLUGINS, load_plugin
+from ijepa_scale.stopping import Stopped
 
 Main = Callable[[Any, Launch, torch.device], None]
 
@@ -35,6 +36,8 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
         count = len(devices) if devices else processes
         if count is None:
             _set_threads(launch)
+            if launch.launcher != "python":
+                stopping.watch_launcher()
             main(options, launch, choose_device(engine, launch))
             return
         if launch.world_size > 1:
@@ -52,16 +55,24 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
     port = environment.free_port()
     environment.default_threads(count)
     named: list[str | None] = [*devices] if devices else [None] * count
+    children: list[int | None] = []
     try:
-        multiprocessing.spawn(_child, (PLUGINS, main, options, engine, named, port), nprocs=count)
+        with stopping.passing_on(lambda: children):
+            started = multiprocessing.spawn(
+                _child, (PLUGINS, main, options, engine, named, port), nprocs=count, join=False
+            )
+            children += started.pids()
+            while not started.join():
+                pass
     except multiprocessing.ProcessExitedException as error:
-        sys.exit(error.exit_code)
+        sys.exit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)  # as a shell reports a signal
 
 
 def _child(
     rank: int, plugins: list[str], main: Main, options: Any, engine: EngineConfig, devices: list[str | None], port: int
 ) -> None:
     count = len(devices)
+    stopping.watch_launcher()
     with terminal.printing(), user_errors(rank):
         for module in plugins:
             load_plugin(module)
@@ -87,9 +98,16 @@ def world_of(launch: Launch, device: torch.device, *, alone: bool) -> Iterator[W
 
 @contextlib.contextmanager
 def user_errors(rank: int) -> Iterator[None]:
-    """Prints a `UserError`, or that a disk takes no more, without a traceback, and exits with its code."""
+    """Prints a `UserError`, or that a disk takes no more, without a traceback, and exits with its code.
+
+    A run that was asked to stop exits with 75, which says that it is to be started again.
+    """
     try:
         yield
+    except Stopped as stopped:
+        if rank == 0:
+            terminal.report(stopped, "stopped")
+        sys.exit(terminal.RESUBMIT_CODE)
     except SaveError as error:
         terminal.report(error, f"error (process {rank})")
         sys.exit(terminal.UNSAVED_CODE)

@@ -34,10 +34,18 @@ class Saver:
         """Returns the path of the checkpoint after `done` steps."""
         return self._folder / "checkpoints" / f"step-{done:08d}"
 
-    def save(self, done: int, *, name: str = "checkpoints", keep: int | None = None, evaluated: bool = True) -> None:
+    def save(
+        self,
+        done: int,
+        *,
+        name: str = "checkpoints",
+        keep: int | None = None,
+        evaluated: bool = True,
+        last: bool = False,
+    ) -> None:
         """Saves the state after `done` steps. Communicates.
 
-        A failure is logged, and the next save that is due is the next attempt; the last save of a run is tried again.
+        A failure is logged, and the next save that is due is the next attempt; the `last` one is tried again at once.
         Not `evaluated`: an evaluation of this state will follow.
 
         Raises:
@@ -53,7 +61,7 @@ class Saver:
                 self._failures += 1
                 if self._failures >= most:
                     raise
-                is_last = done >= task.last_step
+                is_last = last or done >= task.last_step
                 then = f"trying again in {_PAUSE} s" if is_last else "training goes on until the next save"
                 if task.world.is_main:
                     logger.error("%s; %s (failure %d in a row, %d end the run)", error, then, self._failures, most)

@@ -1,0 +1,131 @@
+"""Notes that this process was asked to stop, by a signal or because its launcher has ended. Knows no run.
+
+A thread reads the signals, so they are noted even while the main thread waits in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_SAME_S = 2.0  # a terminal and a launcher both pass a signal on: within this time it is one
+_ORPHAN_S = 8.0  # seconds that a process has to stop after its launcher has ended
+_LOOK_S = 1.0  # between looks at the launcher
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the state is saved
+    """The run was asked to stop, and has saved its state. Raised on every process."""
+
+
+class _Process:
+    reason: str | None = None
+    at = 0.0  # time.monotonic(), of the reason
+    launcher: int | None = None  # the process that started this one, if it is to be watched
+
+
+_process = _Process()
+
+
+def watch_launcher() -> None:
+    """Lets `listening` watch the process that started this one, which isn't to outlive it."""
+    _process.launcher = os.getppid()
+
+
+def reason() -> str | None:
+    """Returns why this process was asked to stop, or None if it wasn't."""
+    return _process.reason
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Notes signals instead of ending the process. A second one, after 2 s, ends it at once.
+
+    The end of a launcher (`watch_launcher`) is noted too, and ends the process after 8 s at the latest.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        logger.warning("not in the main thread, so signals end this run without a save")
+        yield
+        return
+    _process.reason = None
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    done = threading.Event()
+    before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.siginterrupt(number, False)
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reading, done), name="stopping", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        done.set()
+        os.write(writing, b"\0")
+        thread.join()
+        os.close(reading)
+        os.close(writing)
+
+
+@contextlib.contextmanager
+def passing_on(processes: Callable[[], Iterable[int | None]]) -> Iterator[None]:
+    """Passes signals on to the processes that this one waits for."""
+
+    def send(number: int, _: Any) -> None:
+        for process in processes():
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+
+    before = {number: signal.signal(number, send) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore(_: int, __: Any) -> None:
+    """Takes a signal, which the thread has read already."""
+
+
+def _watch(reading: int, done: threading.Event) -> None:
+    while not done.is_set():
+        ready, _, _ = select.select([reading], [], [], _LOOK_S)
+        for number in os.read(reading, 64) if ready else b"":
+            if number in SIGNALS:
+                _note(number)
+        if _process.launcher is not None and os.getppid() != _process.launcher:
+            _ask("its launcher has ended")
+            if time.monotonic() - _process.at > _ORPHAN_S:
+                _end_at_once("its launcher has ended, and it couldn't stop in time", 1)
+
+
+def _note(number: int) -> None:
+    name = signal.Signals(number).name
+    if _process.reason is not None and time.monotonic() - _process.at > _SAME_S:
+        _end_at_once(f"a second signal, {name}", 128 + number)
+    _ask(name)
+
+
+def _ask(why: str) -> None:
+    if _process.reason is None:
+        _process.at, _process.reason = time.monotonic(), why
+
+
+def _end_at_once(why: str, code: int) -> None:
+    print(f"process {os.getpid()} ends at once: {why}", file=sys.stderr, flush=True)
+    os._exit(code)

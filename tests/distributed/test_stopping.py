@@ -1,0 +1,165 @@
+"""A run that is asked to stop saves its state, exits with 75, and goes on as if it had never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed.commands import (
+    ZERO3,
+    final_hashes,
+    finish,
+    losses,
+    rows,
+    start,
+    write_config,
+    write_data,
+)  # fmt: skip
+from tests.distributed.test_launch import DEEPSPEED, TORCHRUN
+
+LAUNCHES = {
+    "alone": ((), ()),
+    "processes": ((), ("--processes", "2")),
+    "torchrun fsdp2": (TORCHRUN, ("engine.strategy=fsdp2",)),
+    "deepspeed zero3": (DEEPSPEED, ZERO3),
+}
+SHORT = [("alone", "SIGTERM", "all"), ("processes", "SIGUSR1", "worker"), ("torchrun fsdp2", "SIGTERM", "launcher")]
+LONG = [
+    (launch, name, to) for launch in LAUNCHES for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+    for to in ("launcher", "worker", "all") if not (launch == "alone" and to == "worker")
+]  # fmt: skip
+CASES = [*SHORT, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG if case not in SHORT)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("shards") / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Returns the folders of undisturbed runs by launch, run when first asked for."""
+
+    class Wholes(dict):
+        def __missing__(self, launch: str) -> Path:
+            folder = tmp_path_factory.mktemp("whole")
+            launcher, arguments = LAUNCHES[launch]
+            config = write_config(folder / "run.yaml", data, folder / "run")
+            finish(start(config, *arguments, launcher=launcher), config)
+            self[launch] = folder / "run"
+            return self[launch]
+
+    return Wholes()
+
+
+def workers(launcher: subprocess.Popen, config: Path) -> list[psutil.Process]:
+    """Returns the processes that train: those that hold the run's configuration on their command line, less launchers.
+
+    Children that `--processes` starts have no such command line; they are the launcher's own.
+    """
+    tree = psutil.Process(launcher.pid).children(recursive=True)
+    mine = [each for each in tree if str(config) in each.cmdline() and "--local_rank" in " ".join(each.cmdline())]
+    spawned = [each for each in tree if "multiprocessing.spawn" in " ".join(each.cmdline())]
+    called = [each for each in tree if str(config) in each.cmdline() and "launch" not in " ".join(each.cmdline()[:4])]
+    return mine or [each for each in spawned if each.ppid() == launcher.pid] or called or tree
+
+
+def wait_for_step(step: int, process: subprocess.Popen, config: Path, folder: Path) -> None:
+    deadline = time.monotonic() + 200
+    while len(losses(folder)) < step:
+        assert process.poll() is None and time.monotonic() < deadline, config.with_suffix(".log").read_text()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("launch", "name", "to"), CASES)
+def test_a_signal_saves_and_the_run_goes_on(
+    launch: str, name: str, to: str, data: Path, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    launcher, arguments = LAUNCHES[launch]
+    folder = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", data, folder)
+    process = start(config, *arguments, launcher=launcher)
+    wait_for_step(random.SystemRandom().randint(1, 15), process, config, folder)
+    number = signal.Signals[name]
+    if to == "all":
+        os.killpg(process.pid, number)
+    elif to == "launcher":
+        os.kill(process.pid, number)
+    else:
+        random.choice(workers(process, config)).send_signal(number)
+    process.wait(timeout=100)
+    log = config.with_suffix(".log").read_text()
+    wait_until_gone(config)
+    done = max(losses(folder))
+    assert done < 20, "the run ended before it was stopped"
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == f"step-{done:08d}", log
+    if launch in ("alone", "processes"):
+        assert process.returncode == 75 and log.count("stopped: ") == 1, log
+        assert f"saved {newest}: start the same command again to go on" in log and "Traceback" not in log
+    finish(start(config, *arguments, launcher=launcher), config)
+    assert losses(folder) == losses(whole[launch])
+    assert final_hashes(folder) == final_hashes(whole[launch])
+
+
+def wait_until_gone(config: Path) -> None:
+    """Waits until no process of the run is left."""
+    deadline = time.monotonic() + 30
+    while left := [p for p in psutil.process_iter(["cmdline"]) if str(config) in (p.info["cmdline"] or ())]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("launch", ["processes", pytest.param("torchrun fsdp2", marks=pytest.mark.long)])
+def test_no_process_outlives_a_killed_launcher(launch: str, data: Path, whole: dict[str, Path], tmp_path: Path) -> None:
+    launcher, arguments = LAUNCHES[launch]
+    folder = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", data, folder)
+    process = start(config, *arguments, "schedule.epochs=200", launcher=launcher)
+    wait_for_step(2, process, config, folder)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, config.with_suffix(".log").read_text()
+    assert sorted((folder / "checkpoints").glob("step-*"))[-1].name == f"step-{max(losses(folder)):08d}"
+
+
+def test_a_second_signal_ends_at_once(data: Path, tmp_path: Path) -> None:
+    """Even where the main thread never comes to a step's end, as in a collective that another process doesn't join."""
+    folder = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", data, folder)
+    process = start(config, "--processes", "2")
+    wait_for_step(1, process, config, folder)
+    stuck, other = workers(process, config)[:2]
+    stuck.suspend()
+    time.sleep(0.5)
+    other.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert other.is_running() and process.poll() is None
+    other.send_signal(signal.SIGTERM)
+    other.wait(timeout=5)
+    assert "ends at once: a second signal, SIGTERM" in config.with_suffix(".log").read_text()
+    stuck.kill()
+    process.wait(timeout=30)
+
+
+def test_rows_of_stopped_and_whole_runs_are_alike(data: Path, whole: dict[str, Path], tmp_path: Path) -> None:
+    """Evaluations too: each has one row, with the same result."""
+    folder = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", data, folder)
+    for _ in range(2):
+        process = start(config)
+        wait_for_step(len(losses(folder)) + random.SystemRandom().randint(2, 6), process, config, folder)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=100) == 75
+    finish(start(config), config)
+    evaluated = [[(row["step"], row["knn"]) for row in rows(each) if "knn" in row] for each in (folder, whole["alone"])]
+    assert evaluated[0] == evaluated[1]
