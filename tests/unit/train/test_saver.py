@@ -6,11 +6,17 @@ import errno
 import json
 import logging
 import os
+import random
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ijepa_scale import stopping
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.errors import SaveError
@@ -105,11 +111,10 @@ def test_training_goes_on_when_a_save_fails(tmp_path: Path, data: Path, monkeypa
 
 
 def test_the_last_save_is_tried_again(tmp_path: Path, data: Path, monkeypatch, caplog) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr("ijepa_scale.train.saver._PAUSE", 0)
     tried = failing_saves(monkeypatch, 3, 4)  # of saves at steps 2, 4, 6
     pretrain(configured(tmp_path, data, "broken"), ALONE)
-    assert waited == [10, 10] and len(tried) == 5
+    assert len(tried) == 5 and caplog.text.count("trying again in 0 s") == 2
     assert store.newest(tmp_path / "broken" / "checkpoints") == tmp_path / "broken" / "checkpoints" / "step-00000006"
 
 
@@ -134,3 +139,42 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
     assert "step-00000004 is set aside as damaged-step-00000004" in caplog.text
     assert state(tmp_path / "broken") == state(tmp_path / "whole")
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+
+
+def stopped_at(moment: float, config: PretrainConfig) -> str | None:
+    """Runs until a signal comes after `moment` seconds, and returns what is said, or None if the run ended before."""
+    number = random.choice(stopping.SIGNALS)
+    timer = threading.Timer(moment, os.kill, (os.getpid(), number))
+    before = signal.signal(number, lambda *_: None)  # the run may not listen yet, or no more
+    timer.start()
+    try:
+        pretrain(config, ALONE)
+    except stopping.Stopped as stopped:
+        return str(stopped)
+    finally:
+        timer.cancel()
+        timer.join()
+        signal.signal(number, before)
+    return None
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.long)])
+def test_random_moments(times: int, tmp_path: Path, data: Path) -> None:
+    """Every stop saves the newest step, whatever the run is doing, and the run that goes on equals one undisturbed."""
+    begin = time.monotonic()
+    pretrain(configured(tmp_path, data, "whole"), ALONE)
+    took = time.monotonic() - begin
+    stops = 0
+    while stops < times:
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        said: str | None = ""
+        while said is not None:
+            said = stopped_at(random.uniform(0, took), configured(tmp_path, data, "broken"))
+            if said is not None and "no step was taken" not in said:
+                stops += 1
+                steps = [row["step"] for row in rows(tmp_path / "broken") if "loss" in row]
+                newest = store.newest(tmp_path / "broken" / "checkpoints")
+                assert newest is not None and f"saved {newest}: start" in said
+                assert newest.name == f"step-{max(steps):08d}"
+        assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+        assert state(tmp_path / "broken") == state(tmp_path / "whole")
