@@ -30,6 +30,11 @@ def unfinished_path_of(folder: Path, step: int) -> Path:
     return folder / f"{_UNFINISHED}{path_of(folder, step).name}"
 
 
+def step_of(path: Path) -> int:
+    """Returns the step in the name of a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
 def named(folder: Path) -> list[Path]:
     """Returns all that is named like a checkpoint, whatever it is, in the order of the steps."""
     try:
@@ -79,15 +84,24 @@ def recover(folder: Path) -> None:
             os.replace(old, final)
 
 
-def prune(folder: Path, keep: int, written: Path) -> None:
-    """Removes all but the `keep` newest checkpoints, and keeps `written` even if others have later steps."""
+def prune(folder: Path, keep: int, written: Path, *, keep_every: int = 0) -> None:
+    """Removes all but the `keep` newest checkpoints and those of multiples of `keep_every`, if that isn't 0.
+
+    Keeps `written` too, even if others have later steps.
+    """
     for path in [path for path in named(folder) if (path / MANIFEST).is_file()][:-keep]:
-        if path != written:
-            hidden = path.with_name(f"{_UNFINISHED}removed-{path.name}")
-            _delete(hidden)
-            os.replace(path, hidden)  # first, so that a kill leaves no incomplete one under its name
+        if path != written and not (keep_every and step_of(path) % keep_every == 0):
+            remove(path)
     for path in folder.glob(f"{_UNFINISHED}*"):
         _delete(path)
+
+
+def remove(path: Path) -> None:
+    """Renames a checkpoint and then removes it, so that a kill leaves no incomplete one under its name."""
+    hidden = path.with_name(f"{_UNFINISHED}removed-{path.name}")
+    _delete(hidden)
+    os.replace(path, hidden)
+    _delete(hidden)
 
 
 def _delete(path: Path) -> None:

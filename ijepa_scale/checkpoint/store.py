@@ -47,11 +47,20 @@ __all__ = [
 ]  # fmt: skip
 
 
-def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extra: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    pieces: Iterable[Piece],
+    *,
+    world: World,
+    extra: dict[str, Any],
+    keep: int,
+    keep_every: int = 0,
+) -> Path:
     """Writes `folder/step-XXXXXXXX` from all processes' pieces and returns its path.
 
     Communicates, so every process must call it. `folder` must be on a file system that all processes share. Removes
-    all but the `keep` newest checkpoints.
+    all but the `keep` newest checkpoints and those of multiples of `keep_every`, if that isn't 0.
 
     Raises:
         SaveError: it can't be written; raised on every process. Older checkpoints are whole, and what was written of
@@ -69,7 +78,12 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], *, world: World, extr
     except OSError as error:
         problem = _text_of(error)
     found = cast(list[tuple[Any, str | None]], world.gather_objects((entry, problem)))
-    _agree(world, lambda: _end(final, unfinished, step, found, extra, keep), final, needed)
+    _agree(world, lambda: _end(final, unfinished, step, found, extra), final, needed)
+    if world.is_main:
+        try:
+            steps.prune(folder, keep, final, keep_every=keep_every)
+        except OSError as error:
+            logger.warning("older checkpoints of %s can't be removed: %s", folder, error)
     return final
 
 
@@ -96,9 +110,7 @@ def _write(path: Path, pieces: list[Piece]) -> dict[str, Any]:
     }
 
 
-def _end(
-    final: Path, unfinished: Path, step: int, found: list[tuple[Any, str | None]], extra: dict[str, Any], keep: int
-) -> None:
+def _end(final: Path, unfinished: Path, step: int, found: list[tuple[Any, str | None]], extra: dict[str, Any]) -> None:
     """Completes the checkpoint that all processes have written, or removes what there is of it."""
     problems = [f"process {rank}: {problem}" for rank, (_, problem) in enumerate(found) if problem is not None]
     try:
@@ -109,10 +121,6 @@ def _end(
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    try:
-        steps.prune(final.parent, keep, final)
-    except OSError as error:
-        logger.warning("older checkpoints of %s can't be removed: %s", final.parent, error)
 
 
 def _agree(world: World, act: Callable[[], None], final: Path, needed: int) -> None:

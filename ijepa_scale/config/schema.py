@@ -283,6 +283,9 @@ class CheckpointConfig(Section, at="checkpoint"):
 
     every: form.Steps = Field(1000, ge=0, description="Steps between checkpoints; 0: at the end only.")
     keep: form.Count = Field(2, description="Newest checkpoints that are kept.")
+    keep_every: form.Steps = Field(
+        0, ge=0, description="Checkpoints of multiples of this step are kept for ever; 0: none."
+    )
     max_failures: form.Count = Field(
         3, description="Saves that may fail one after another, as on a full disk, before the run stops with code 74."
     )

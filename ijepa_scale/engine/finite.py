@@ -57,8 +57,8 @@ class FiniteWatch:
         asked = torch.full_like(loss, float(stopping.reason() is not None))
         values = self._world.gather(torch.stack([loss, *(a.to(loss) for a in also), asked]))
         if self._stopped is None:
-            # host sync on a GPU, for optimisers that a flag on the device can't stop
-            _judge(step, self._without_asked(values.tolist()))
+            found = values.tolist()  # host sync on a GPU, for optimisers that a flag on the device can't stop
+            _judge(step, self._without_asked(found))
             return None
         self.settle()
         self._stopped.logical_or_(~values.isfinite().all())

@@ -52,10 +52,11 @@ class Saver:
             SaveError: `checkpoint.max_failures` saves have failed one after another; raised on every process.
         """
         task, most = self._task, self._config.max_failures
-        folder, keep, extra = self._folder / name, keep or self._config.keep, self._extra(evaluated=evaluated)
+        folder, extra = self._folder / name, self._extra(evaluated=evaluated)
+        kept = {"keep": keep} if keep else {"keep": self._config.keep, "keep_every": self._config.keep_every}
         while True:
             try:
-                path = store.save(folder, done, task.engine.pieces(), world=task.world, extra=extra, keep=keep)
+                path = store.save(folder, done, task.engine.pieces(), world=task.world, extra=extra, **kept)
                 break
             except SaveError as error:
                 self._failures += 1
