@@ -33,6 +33,10 @@ class SaveError(CheckpointError):
     """A checkpoint that can't be written. Older ones are whole, and the state in memory is too."""
 
 
+class ReplicaError(UserError):
+    """Copies of the state that should be equal on several processes differ."""
+
+
 class NonFiniteError(UserError):
     """A loss or gradient that is NaN or infinite at `step`. That step changed no weights or other state."""
 

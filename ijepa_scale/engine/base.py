@@ -140,7 +140,7 @@ class BaseEngine(Engine):
             self._replicated.updated()
 
     @override
-    def pieces(self) -> list[Piece]:
+    def pieces(self, *, working: bool = False) -> list[Piece]:
         pieces: list[Piece] = []
         for name, parameter in self.module.named_parameters():
             name = clean_name(name)

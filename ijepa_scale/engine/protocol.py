@@ -131,8 +131,12 @@ class Engine(Protocol):
         """
 
     @abstractmethod
-    def pieces(self) -> list[Piece]:
-        """Returns the state that this process holds. Every element is on at least one process."""
+    def pieces(self, *, working: bool = False) -> list[Piece]:
+        """Returns the state that this process holds. Every element is on at least one process.
+
+        With `working`, also the fp32 copies of weights that forward passes use, if those aren't the state itself; they
+        are for comparing, not for saving.
+        """
 
     @abstractmethod
     def loaded(self, optimizer_step: int) -> None:

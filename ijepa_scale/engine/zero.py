@@ -29,7 +29,7 @@ from ijepa_scale.engine.parallelize import blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import NonFiniteError
-from ijepa_scale.optim.groups import GroupFunction, set_hyper
+from ijepa_scale.optim.groups import GroupFunction, clean_name, set_hyper
 from ijepa_scale.optim.kind import build_optimizer, check_states, optimizer_kind
 from ijepa_scale.schedules import Hyper
 
@@ -188,6 +188,14 @@ class ZeroEngine(BaseEngine):
         if self._replicated:
             self._replicated.loaded()
         self._target_updated()
+
+    @override
+    def pieces(self, *, working: bool = False) -> list[Piece]:
+        found = super().pieces()
+        if working and self._stage < 3:  # whole on each process, while the masters are in parts
+            for name, parameter in self.module.named_parameters():
+                found.append(super()._piece(f"working.{clean_name(name)}", parameter))
+        return found
 
     def _masters(self) -> list[Tensor]:
         return self.zero.single_partition_of_fp32_groups if self._stage < 3 else self.zero.fp32_partitioned_groups_flat

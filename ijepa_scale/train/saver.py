@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale.checkpoint import store
+from ijepa_scale.engine.replicas import check_replicas
 from ijepa_scale.errors import SaveError
 from ijepa_scale.train.task import Task
 
@@ -49,11 +50,13 @@ class Saver:
         Not `evaluated`: an evaluation of this state will follow.
 
         Raises:
+            ReplicaError: processes' copies of the state differ; nothing is saved.
             SaveError: `checkpoint.max_failures` saves have failed one after another; raised on every process.
         """
         task, most = self._task, self._config.max_failures
         folder, extra = self._folder / name, self._extra(evaluated=evaluated)
         kept = {"keep": keep} if keep else {"keep": self._config.keep, "keep_every": self._config.keep_every}
+        check_replicas(task.engine.pieces(working=True), task.world)
         while True:
             try:
                 path = store.save(folder, done, task.engine.pieces(), world=task.world, extra=extra, **kept)

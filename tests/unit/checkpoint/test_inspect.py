@@ -25,8 +25,9 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 
 def write(run: Path, step: int, value: float, **extra: object) -> Path:
     pieces = [
-        Piece(name=f"{kind}.w", tensor=torch.tensor([1.0, 2.0, value]), start=0, shape=(3,)) for kind in ("model", "target")
-    ]  # fmt: skip
+        Piece(name=f"{kind}.w", tensor=torch.tensor([1.0, 2.0, value]), start=0, shape=(3,))
+        for kind in ("model", "target")
+    ]
     settings = {"config": {"optimizer": {"lr": value}, "seed": 0}, **extra}
     return store.save(run / "checkpoints", step, pieces, world=ALONE, extra=settings, keep=9)
 
