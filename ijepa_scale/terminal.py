@@ -200,6 +200,6 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
 
 
 __all__ = [
-    "FAULT_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE", "Parser", "above_0", "at_least_1",
-    "command", "existing_path", "log_to_terminal", "path", "printing", "report", "say",
+    "FAULT_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE", "Parser", "above_0",
+    "at_least_1", "command", "existing_path", "log_to_terminal", "path", "printing", "report", "say",
 ]  # fmt: skip
