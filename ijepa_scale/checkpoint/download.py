@@ -74,8 +74,8 @@ def _download(path: Path, known: PublishedFile, check: Callable[[Path, Published
     try:
         fetch_resumable(url, part, retry=RETRY, progress=progress)
     except DataError as error:
-        kept = f" ({part.stat().st_size / 1e9:.1f} GB are kept, to go on from)" if part.exists() else ""
-        raise CheckpointError(f"{error}{kept}") from None
+        kept = part.stat().st_size if part.exists() else 0
+        raise CheckpointError(f"{error}; {kept / 1e9:.2f} GB are kept, to go on from" if kept else str(error)) from None
     try:
         _check_whole(part)
         check(part, known)

@@ -40,8 +40,8 @@ def model_card(model: Portable, library: str, opens: Sequence[str]) -> str:
         "---", *head, "---", "",
         "# I-JEPA encoder",
         "",
-        f"{sizes.name} with {sizes.patch_size}-pixel patches: width {sizes.width}, {sizes.depth} blocks, {sizes.heads} "
-        f"heads, MLPs of {sizes.mlp_width}; {kind}.",
+        f"A vision transformer with {sizes.patch_size}-pixel patches: width {sizes.width}, {sizes.depth} blocks, "
+        f"{sizes.heads} heads, MLPs of {sizes.mlp_width}; {kind}.",
         "",
         f"Exported by ijepa_scale from `{PurePath(weights.origin).name}`, {_WHICH[weights.which]} (SHA-256 of the "
         f"source: {model.digest}).",

@@ -33,22 +33,21 @@ def export_timm(model: Portable, to: Path) -> str:
     _refuse(model)
     config = _config(model)
     _check_names(model, config)
-    opens = f'timm.create_model("local-dir:{to}", pretrained=True)'
     arguments = "".join(f", {name}={value!r}" for name, value in config["model_args"].items())
-    images = {"num_classes": model.num_classes, "input_size": tuple(config["pretrained_cfg"]["input_size"])}
-    overlay = ", ".join(f"{name}={value!r}" for name, value in images.items())
+    shape = tuple(config["pretrained_cfg"]["input_size"])
     by_file = (
-        f'timm.create_model("{config["architecture"]}", pretrained=True, '
-        f'pretrained_cfg_overlay=dict(file="{to}/model.safetensors", {overlay}){arguments})'
+        f'timm.create_model("{config["architecture"]}", pretrained=True, pretrained_cfg_overlay=dict('
+        f'file="FOLDER/model.safetensors", num_classes={model.num_classes}, input_size={shape}){arguments})'
     )
+    lines = ['timm.create_model("local-dir:FOLDER", pretrained=True)', by_file]
 
     def write(folder: Path) -> None:
         write_tensors(model.weights, model.weights.tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(model, "timm", [opens, by_file]), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(model, "timm", lines), encoding="utf-8")
 
     write_folder(to, write)
-    return opens
+    return lines[0].replace("FOLDER", str(to))
 
 
 def _refuse(model: Portable) -> None:

@@ -50,7 +50,7 @@ def export_transformers(model: Portable, to: Path) -> str:
             "left out, and README.md says how images are made",
             origin, model.sizes.channels, model.pixels, *model.image_size,
         )  # fmt: skip
-    opens = f'transformers.{name}.from_pretrained("{to}")'
+    opens = f'transformers.{name}.from_pretrained("FOLDER")'
 
     def write(folder: Path) -> None:
         write_tensors(model.weights, tensors, folder / "model.safetensors")
@@ -60,7 +60,7 @@ def export_transformers(model: Portable, to: Path) -> str:
         (folder / "README.md").write_text(model_card(model, "transformers", [opens]), encoding="utf-8")
 
     write_folder(to, write)
-    return opens
+    return opens.replace("FOLDER", str(to))
 
 
 def _config(model: Portable) -> dict[str, Any]:

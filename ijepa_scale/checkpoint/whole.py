@@ -23,6 +23,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> Path:
 
     def inside(folder: Path) -> None:
         write(folder / path.name)
+        _open_up(folder)
         others = sorted(found for found in folder.iterdir() if found.name != path.name)
         for found in (*others, folder / path.name):
             os.replace(found, path.with_name(found.name))
@@ -44,6 +45,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> Path:
         new = folder / path.name
         new.mkdir()
         write(new)
+        _open_up(new)
         if path.is_dir() and (strange := sorted({f.name for f in path.iterdir()} - {f.name for f in new.iterdir()})):
             raise CheckpointError(f"{path} holds {strange[0]}, which isn't of this export; name another folder")
         if path.exists():
@@ -51,6 +53,12 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> Path:
         os.replace(new, path)
 
     return _with_temporary(path, inside)
+
+
+def _open_up(folder: Path) -> None:
+    """Gives files the permissions that new files have here: some writers leave them to their owner alone."""
+    for file in folder.iterdir():
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _with_temporary(path: Path, write: Callable[[Path], object]) -> Path:

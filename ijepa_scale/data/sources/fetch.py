@@ -270,7 +270,7 @@ def _https_only() -> Any:
 
 def _permanent(error: BaseException) -> bool:
     """Returns whether retrying can't help."""
-    if isinstance(error, (FileNotFoundError, PermissionError)):
+    if isinstance(error, (FileNotFoundError, PermissionError, ssl.CertificateError)):
         return True
     response = getattr(error, "response", None)  # botocore's is a mapping
     if isinstance(response, dict):

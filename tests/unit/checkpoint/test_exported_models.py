@@ -1,0 +1,408 @@
+"""Exports, opened by the real timm, transformers, onnxruntime and torch.export, and read back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import transformers
+from hypothesis import given, strategies
+from PIL import Image
+from torch import Tensor
+
+import ijepa_scale
+from ijepa_scale.checkpoint import programs, store
+from ijepa_scale.checkpoint.build import classifier_config, classifier_of_weights, predictor_of_source
+from ijepa_scale.checkpoint.export import export
+from ijepa_scale.checkpoint.geometry import mlp_ratio
+from ijepa_scale.checkpoint.sources import open_source, read_weights
+from ijepa_scale.checkpoint.whole import write_folder
+from ijepa_scale.config import ModelConfig, PretrainConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneConfig
+from ijepa_scale.config.schema import EncoderConfig
+from ijepa_scale.engine.protocol import Piece
+from ijepa_scale.engine.world import World
+from ijepa_scale.environment import child_environment
+from ijepa_scale.errors import CheckpointError
+from ijepa_scale.models.classifier import build_classifier
+from ijepa_scale.models.registry import build_jepa
+from launch import export as command
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+SMALL = dict(name="vit_tiny", image_size=(32, 32), patch_size=8, width=24, depth=2, heads=3)
+SIZES = {
+    "huge": dict(name="vit_huge", image_size=(56, 56), patch_size=14, depth=2),
+    "giant": dict(name="vit_giant", image_size=(32, 32), patch_size=16, depth=2),
+    "giant's ratio": dict(SMALL, width=88, heads=4, mlp_ratio=48 / 11),
+    "4 channels": dict(SMALL, channels=4),
+    "interpolated": dict(SMALL, position_grid=(8, 8)),
+    "not square": dict(SMALL, image_size=(32, 48)),
+}
+NORMALISATION = {"mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
+
+
+def shaken(module: torch.nn.Module, seed: int) -> dict[str, Tensor]:
+    """Returns the parameters, none of which is trivial; their scale is that of the initial ones."""
+    draw = torch.Generator().manual_seed(seed)
+    return {name: p.detach() + 0.02 * torch.randn(p.shape, generator=draw) for name, p in module.named_parameters()}
+
+
+def save(folder: Path, state: dict[str, Tensor], config: dict, **extra) -> Path:
+    pieces = [Piece(name=n, tensor=t.flatten(), start=0, shape=tuple(t.shape)) for n, t in state.items()]
+    extra = {"config": json.loads(json.dumps(config)), "identity": {"batch size of all processes": 8}, **extra}
+    store.save(folder / "checkpoints", 3, pieces, world=ALONE, extra=extra, keep=1)
+    return folder
+
+
+def pretrained(folder: Path, **sizes) -> Path:
+    model = ModelConfig(**{"predictor_width": 48, "predictor_depth": 1, **sizes})
+    jepa = build_jepa(model, seed=1)
+    state = {f"model.{name}": tensor for name, tensor in shaken(jepa, 2).items()}
+    state |= {f"target.{name}": tensor for name, tensor in shaken(jepa.encoder, 3).items()}
+    images = {name: values[: model.channels] for name, values in NORMALISATION.items()}
+    data = {"pixels": "uint16" if model.channels != 3 else "uint8"}
+    return save(folder, state, PretrainConfig(model=model).values() | {"augment": images, "data": data})
+
+
+def finetuned(folder: Path, classes: tuple[str, ...] | None = ("cat", "dog", "newt"), **settings) -> Path:
+    model = ClassifierConfig(encoder=EncoderConfig(**dict(SMALL, depth=4)), num_classes=3, **settings)
+    state = {f"model.{name}": tensor for name, tensor in shaken(build_classifier(model), 4).items()}
+    return save(folder, state, FinetuneConfig(model=model).values(), classes=classes)
+
+
+def assert_plain_tensors_are_read(path: Path, case: str, encoder: torch.nn.Module, images: Tensor) -> None:
+    """Reads another program's file or folder, which says less than an export."""
+    known = {} if path.is_dir() else {"heads": encoder.blocks[0].attn.heads, "image_size": tuple(images.shape[2:])}
+    known |= {name: values[: encoder.channels] for name, values in NORMALISATION.items()}
+    if case == "interpolated":
+        with pytest.raises(CheckpointError, match="isn't a fixed sine-cosine embedding of any grid"):
+            ijepa_scale.load(path, **known)
+        return
+    close(ijepa_scale.load(path, **known)[0](images), encoder(images))
+
+
+def images_for(encoder: torch.nn.Module, count: int = 2) -> Tensor:
+    side = [length * encoder.patch_size for length in encoder.grid]
+    return torch.randn(count, encoder.channels, *side, generator=torch.Generator().manual_seed(5))
+
+
+def logits_of(source: Path, images: Tensor) -> Tensor:
+    weights = read_weights(source)
+    config = classifier_config(weights)
+    assert config is not None
+    return classifier_of_weights(weights, config)(images)
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    assert found.shape == wanted.shape
+    assert float((found - wanted).detach().abs().max()) <= tolerance
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {case: pretrained(tmp_path_factory.mktemp("runs") / "run", **sizes) for case, sizes in SIZES.items()}
+
+
+@pytest.mark.parametrize(("case", "which"), [*((case, "target") for case in SIZES), ("not square", "context")])
+def test_timm_opens_the_folder_and_the_file_and_back(tmp_path: Path, runs: dict, case: str, which: str) -> None:
+    source = runs[case]
+    encoder, _ = ijepa_scale.load(source, which=which)
+    images = images_for(encoder)
+    wanted = encoder(images)
+    written = export(source, tmp_path / "out", kind="timm", which=which)
+    assert written.opens == f'timm.create_model("local-dir:{tmp_path / "out"}", pretrained=True)'
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    close(theirs.forward_features(images), wanted)
+    close(theirs(images), wanted.mean(dim=1))
+    card = (tmp_path / "out" / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if "overlay" in line]
+    by_file = eval(line.removeprefix("model = ").replace("FOLDER", str(tmp_path / "out")), {"timm": timm})
+    close(by_file.eval().forward_features(images), wanted)
+    back, transform = ijepa_scale.load(tmp_path / "out", which=which)
+    close(back(images), wanted)
+    assert transform.mean == tuple(NORMALISATION["mean"][: encoder.channels])
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    assert_plain_tensors_are_read(tmp_path / "theirs.pth", case, encoder, images)
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_transformers_opens_the_folder_in_one_line_and_back(tmp_path: Path, runs: dict, case: str) -> None:
+    source = runs[case]
+    encoder, transform = ijepa_scale.load(source)
+    images = images_for(encoder)
+    wanted = encoder(images)
+    export(source, tmp_path / "out", kind="transformers")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    close(model(pixel_values=images).last_hidden_state, wanted)
+    close(ijepa_scale.load(tmp_path / "out")[0](images), wanted)
+    model.save_pretrained(tmp_path / "theirs")
+    torch.save(model.state_dict(), tmp_path / "theirs.pth")  # with the names that modules have since transformers 5
+    assert any(name.startswith("layers.0.") for name in model.state_dict())
+    for theirs in (tmp_path / "theirs", tmp_path / "theirs.pth"):
+        assert_plain_tensors_are_read(theirs, case, encoder, images)
+    has_processor = (tmp_path / "out" / "preprocessor_config.json").exists()
+    assert has_processor == (case not in ("4 channels", "not square"))
+
+
+def test_transformers_makes_the_same_images(tmp_path: Path) -> None:
+    source = pretrained(tmp_path / "run", **dict(SMALL, image_size=(96, 96)))
+    _, transform = ijepa_scale.load(source)
+    export(source, tmp_path / "out", kind="transformers")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    noise = np.random.default_rng(0).integers(0, 256, (13, 20, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((200, 130), Image.Resampling.BICUBIC)
+    theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert transform.crop_fraction == 0.875 and theirs.shape == (3, 96, 96)
+    levels = (theirs - transform(picture)).abs() * torch.tensor(transform.std)[:, None, None] * 255
+    assert float(levels.max()) <= 2.0 and float(levels.mean()) < 0.5
+
+
+@pytest.mark.parametrize("pool_norm", ["after", "before"])
+def test_a_classifier_gives_the_same_logits_elsewhere(tmp_path: Path, pool_norm: str) -> None:
+    source = finetuned(tmp_path / "run", pool_norm=pool_norm)
+    images = images_for(ijepa_scale.load(source)[0])
+    wanted = logits_of(source, images)
+    export(source, tmp_path / "timm", kind="timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    close(theirs(images), wanted)
+    assert theirs.pretrained_cfg["label_names"] == ["cat", "dog", "newt"]
+    close(logits_of(tmp_path / "timm", images), wanted)
+    if pool_norm == "after":
+        with pytest.raises(
+            CheckpointError, match="norm after the pooling .* before it: logits would differ; export it"
+        ):
+            export(source, tmp_path / "hf", kind="transformers")
+        return
+    export(source, tmp_path / "hf", kind="transformers")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf")
+    close(model(images).logits, wanted)
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "newt"}
+    close(logits_of(tmp_path / "hf", images), wanted)
+    tokens = transformers.AutoModel.from_pretrained(tmp_path / "hf")(images).last_hidden_state
+    close(tokens, ijepa_scale.load(source)[0](images))
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_four_pooled_layers_are_refused_where_there_is_one(tmp_path: Path, kind: str) -> None:
+    source = finetuned(tmp_path / "run", representation="last4", pool_norm="before")
+    with pytest.raises(
+        CheckpointError, match="pools 4 layers .* the last one; export it as onnx, torch or safetensors"
+    ):
+        export(source, tmp_path / "out", kind=kind)
+    assert not (tmp_path / "out").exists()
+
+
+def opened(path: Path):
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    session = onnxruntime.InferenceSession(str(path))
+    names = [each.name for each in session.get_inputs()]
+    return lambda *given: torch.from_numpy(
+        session.run(None, dict(zip(names, (each.numpy() for each in given), strict=True)))[0]
+    )
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_programs_give_the_same_for_any_batch(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pretrained(tmp_path / "run", **SMALL)
+    encoder, _ = ijepa_scale.load(source)
+    monkeypatch.setattr(programs, "_MOST_INSIDE", 0)  # ONNX's weights next to it
+    export(source, tmp_path / "out" / f"encoder{suffix}")
+    for count in (1, 5):
+        images = images_for(encoder, count)
+        close(opened(tmp_path / "out" / f"encoder{suffix}")(images), encoder(images))
+    data = {"encoder.onnx.data"} if suffix == ".onnx" else set()
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {f"encoder{suffix}", *data}
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.long)])
+def test_a_classifiers_program_gives_its_logits(tmp_path: Path, suffix: str) -> None:
+    source = finetuned(tmp_path / "run", representation="last4", pool_norm="after")
+    export(source, tmp_path / f"classifier{suffix}")
+    images = images_for(ijepa_scale.load(source)[0], 4)
+    close(opened(tmp_path / f"classifier{suffix}")(images), logits_of(source, images))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])
+def test_a_predictor_travels(tmp_path: Path, suffix: str) -> None:
+    source = pretrained(tmp_path / "run", **SMALL)
+    predictor = predictor_of_source(open_source(source))
+    export(source, tmp_path / f"predictor{suffix}", which="predictor")
+    if suffix == ".safetensors":
+        found = open_source(tmp_path / "predictor.safetensors").predictor()
+        assert found is not None and all(torch.equal(found[n], t) for n, t in predictor.state_dict().items())
+        with pytest.raises(CheckpointError, match="which isn't a known encoder"):
+            read_weights(tmp_path / "predictor.safetensors")
+        return
+    draw = torch.Generator().manual_seed(0)
+    context = torch.randn(3, 6, 24, generator=draw)
+    places = (torch.randint(16, (3, 6), generator=draw), torch.randint(16, (2, 3, 4), generator=draw))
+    close(opened(tmp_path / f"predictor{suffix}")(context, *places), predictor(context, *places))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("wrong", ["values", "nan", "shape"])
+def test_a_program_that_differs_is_refused_and_nothing_is_left(tmp_path, monkeypatch, suffix, wrong):
+    source = pretrained(tmp_path / "run", **SMALL)
+    (tmp_path / f"e{suffix}").write_bytes(b"old")
+    change = {"values": lambda t: t + 2e-4, "nan": lambda t: t * math.nan, "shape": lambda t: t[:, :1]}[wrong]
+
+    def differs(module, inputs, dynamic, path, facts):
+        path.write_bytes(b"new")
+        return lambda *tensors: change(module(*tensors))
+
+    monkeypatch.setattr(programs, "_write_onnx" if suffix == ".onnx" else "_write_torch", differs)
+    with pytest.raises(CheckpointError, match="would give .*, so it isn't kept; report it"):
+        export(source, tmp_path / f"e{suffix}")
+    assert {file.name for file in tmp_path.iterdir()} == {"run", f"e{suffix}"}
+    assert (tmp_path / f"e{suffix}").read_bytes() == b"old"
+
+
+def test_missing_packages_and_impossible_formats_are_named(tmp_path, monkeypatch, capsys):
+    source = str(pretrained(tmp_path / "run", **SMALL))
+    for arguments, text in [
+        (["--to", "x"], "x ends in none of .safetensors, .pth.tar, .onnx, .pt2; add --as timm or --as transformers"),
+        (["--to", "x.onnx", "--as", "timm"], "x.onnx can't be written as timm; give a folder"),
+        (["--to", "x", "--as", "onnx"], "x can't be written as onnx; give a name that ends in .onnx"),
+        (["--to", "x", "--as", "timm", "--weights", "predictor"], "timm has no model for it; choose safetensors, onnx"),
+        (["--to", "x.pth.tar", "--weights", "predictor"], "holds encoder, target and predictor together"),
+    ]:
+        assert command.main([source, *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert text in line
+    monkeypatch.setattr(programs, "_PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(
+        CheckpointError, match=r"ONNX needs no_such_package; install ijepa_scale\[onnx\], or export as t"
+    ):
+        export(source, tmp_path / "x.onnx")
+    encoder = tmp_path / "encoder.safetensors"
+    export(source, encoder)
+    with pytest.raises(CheckpointError, match="holds no predictor; give a pretraining run"):
+        export(encoder, tmp_path / "x.pt2", which="predictor")
+    content = safetensors.torch.load_file(encoder)
+    with safetensors.safe_open(str(encoder), framework="pt") as file:
+        said = file.metadata()
+    bad = tmp_path / "bad.safetensors"
+    safetensors.torch.save_file({**content, "head.weight": torch.zeros(3, 25)}, bad, metadata=said)
+    with pytest.raises(
+        CheckpointError, match=r"its head.weight is \(3, 25\); this package's .* a linear head on 24 ch"
+    ):
+        export(bad, tmp_path / "x", kind="timm")
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.onnx").exists()
+
+
+def test_what_timm_cannot_build_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pretrained(tmp_path / "run", **SMALL)
+    export(source, tmp_path / "hf", kind="transformers")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
+    tensors = safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "hf" / "model.safetensors")  # without our metadata
+    with pytest.raises(CheckpointError, match="layer norms of eps 1e-05, and timm's have 1e-06"):
+        export(tmp_path / "hf", tmp_path / "out", kind="timm")
+    export(tmp_path / "hf", tmp_path / "again", kind="transformers")
+    images = images_for(ijepa_scale.load(source)[0])
+    models = [transformers.AutoModel.from_pretrained(tmp_path / name) for name in ("hf", "again")]
+    close(models[1](images).last_hidden_state, models[0](images).last_hidden_state, 0.0)
+    monkeypatch.setattr("ijepa_scale.checkpoint.timm_folder._ANY", "vit_large_patch16_224")
+    with pytest.raises(CheckpointError, match="in timm .*'s vit_large_patch16_224; export it as safetensors"):
+        export(source, tmp_path / "out", kind="timm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_replaces_only_its_own_folder(tmp_path, capsys):
+    source, to = str(pretrained(tmp_path / "run", **SMALL)), tmp_path / "out"
+    arguments = [source, "--as", "transformers", "--to", str(to)]
+    assert command.main(arguments) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1] == f'open it with transformers.AutoModel.from_pretrained("{to}")'
+    assert command.main(arguments) == 2 and "exists; give another name, or add --overwrite" in capsys.readouterr().err
+    (to / "config.json").write_text("{}")
+    assert command.main([*arguments, "--overwrite"]) == 0
+    assert json.loads((to / "config.json").read_text())["hidden_size"] == 24
+    (to / "thesis.tex").write_text("x")
+    assert command.main([*arguments, "--overwrite"]) == 2
+    assert "holds thesis.tex, which isn't of this export; name another folder" in capsys.readouterr().err
+    assert (to / "thesis.tex").exists() and (to / "model.safetensors").exists()
+    assert {file.name for file in tmp_path.iterdir()} == {"run", "out"}
+
+
+def test_a_folder_that_fails_is_not_there(tmp_path: Path) -> None:
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError("no space left")
+
+    with pytest.raises(CheckpointError, match=r"can't be written \(no space left\); free space, or name another place"):
+        write_folder(tmp_path / "out", fails)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_tells_the_licence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = build_jepa(ModelConfig(**SMALL), seed=0).encoder
+    content = {"target_encoder": encoder.state_dict(), "encoder": encoder.state_dict()}
+    torch.save(content, tmp_path / "IN1K-vit.h.14-300e.pth.tar")
+    torch.save(content, tmp_path / "mine.pth.tar")
+    for name, licence in (("IN1K-vit.h.14-300e", "cc-by-nc-4.0"), ("mine", None)):
+        source = tmp_path / f"{name}.pth.tar"
+        with pytest.raises(ValueError, match="doesn't tell the heads"):
+            export(source, tmp_path / "out", kind="timm")
+        run = pretrained(tmp_path / f"run-{name}", **SMALL, init=str(source))
+        for kind in ("timm", "transformers"):
+            export(run, tmp_path / f"{kind}-{name}", kind=kind)
+            card = (tmp_path / f"{kind}-{name}" / "README.md").read_text()
+            assert ('license: "cc-by-nc-4.0"' in card) == ("no commercial use" in card) == (licence is not None)
+            assert ("states no licence" in card) == (licence is None)
+            assert read_weights(tmp_path / f"{kind}-{name}").facts.licence == licence
+
+
+@given(width=strategies.integers(1, 400), mlp_width=strategies.integers(1, 4000))
+def test_a_ratio_gives_its_width_back(width: int, mlp_width: int) -> None:
+    assert int(width * mlp_ratio(width, mlp_width)) == mlp_width
+
+
+@pytest.mark.long
+def test_transformers_4_opens_the_folder(tmp_path: Path) -> None:
+    """Installs transformers 4 into a folder of its own, and compares features and logits there."""
+    packages = tmp_path / "packages"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(packages), "transformers<5"]
+    subprocess.run(install, check=True, timeout=900)
+    cases = {
+        "encoder": pretrained(tmp_path / "run", **SIZES["giant"]),
+        "head": finetuned(tmp_path / "c", pool_norm="before"),
+    }
+    code = """
+import sys, torch, transformers
+assert transformers.__version__.startswith("4."), transformers.__version__
+for name, kind in (("encoder", "AutoModel"), ("head", "AutoModelForImageClassification")):
+    images, wanted = torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=True)
+    found = getattr(transformers, kind).from_pretrained(f"{sys.argv[1]}/{name}")(images)
+    found = found.last_hidden_state if name == "encoder" else found.logits
+    assert (found - wanted).abs().max() <= 1e-5, (name, (found - wanted).abs().max())
+    transformers.AutoImageProcessor.from_pretrained(f"{sys.argv[1]}/{name}")
+"""
+    for name, source in cases.items():
+        encoder, _ = ijepa_scale.load(source)
+        images = images_for(encoder)
+        wanted = encoder(images) if name == "encoder" else logits_of(source, images)
+        torch.save([images, wanted.detach()], tmp_path / f"{name}.pt")
+        export(source, tmp_path / name, kind="transformers")
+    environment = child_environment(PYTHONPATH=str(packages))
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, timeout=600)
+
+
+def test_images_without_a_processor_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = pretrained(tmp_path / "run", **SIZES["4 channels"])
+    with caplog.at_level(logging.WARNING):
+        export(source, tmp_path / "out", kind="transformers")
+    assert "no image processor for 4 channels of uint16 at 32 x 32; preprocessor_config.json is left out" in caplog.text
