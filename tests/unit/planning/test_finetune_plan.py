@@ -152,6 +152,7 @@ SIZES = {
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/finetune/*.yaml")), ids=lambda path: path.stem)
 def test_the_command_plans_every_finetuning_configuration(path: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     monkeypatch.chdir(tmp_path)  # where there are no weights and no data
     given = SIZES.get(path.stem, [])
     assert main(["--config", str(path), "--gpus", "8x", "a100", *given]) == 0, capsys.readouterr().err
