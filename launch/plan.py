@@ -7,6 +7,7 @@ python launch/plan.py --config C.yaml --gpus h200 --json
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     cluster = Cluster(device, count, flags.gpus_per_node, network_bandwidth)
     zero = None
     if config.engine.ds_config is not None:
-        from ijepa_scale.engine.ds_config import load_ds_config  # imports deepspeed, which takes seconds
+        with contextlib.redirect_stdout(sys.stderr):  # deepspeed logs to what is standard output at its import
+            from ijepa_scale.engine.ds_config import load_ds_config  # takes seconds
 
         zero = load_ds_config(config.engine.ds_config)["zero_optimization"]
     result = plan_run(config, cluster, mfu=flags.mfu, num_images=flags.images, zero=zero)

@@ -1,18 +1,15 @@
-"""Exports, opened by the real timm, transformers, onnxruntime and torch.export, and read back."""
+"""Exports, opened by the real timm and transformers, and read back."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
-import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -22,63 +19,25 @@ from PIL import Image
 from torch import Tensor
 
 import ijepa_scale
-from ijepa_scale.checkpoint import programs, store
-from ijepa_scale.checkpoint.build import classifier_config, classifier_of_weights, predictor_of_source
 from ijepa_scale.checkpoint.export import export
 from ijepa_scale.checkpoint.geometry import mlp_ratio
-from ijepa_scale.checkpoint.sources import open_source, read_weights
+from ijepa_scale.checkpoint.sources import read_weights
 from ijepa_scale.checkpoint.whole import write_folder
-from ijepa_scale.config import ModelConfig, PretrainConfig
-from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneConfig
-from ijepa_scale.config.schema import EncoderConfig
-from ijepa_scale.engine.protocol import Piece
-from ijepa_scale.engine.world import World
+from ijepa_scale.config import ModelConfig
 from ijepa_scale.environment import child_environment
 from ijepa_scale.errors import CheckpointError
-from ijepa_scale.models.classifier import build_classifier
 from ijepa_scale.models.registry import build_jepa
 from launch import export as command
-
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-SMALL = dict(name="vit_tiny", image_size=(32, 32), patch_size=8, width=24, depth=2, heads=3)
-SIZES = {
-    "huge": dict(name="vit_huge", image_size=(56, 56), patch_size=14, depth=2),
-    "giant": dict(name="vit_giant", image_size=(32, 32), patch_size=16, depth=2),
-    "giant's ratio": dict(SMALL, width=88, heads=4, mlp_ratio=48 / 11),
-    "4 channels": dict(SMALL, channels=4),
-    "interpolated": dict(SMALL, position_grid=(8, 8)),
-    "not square": dict(SMALL, image_size=(32, 48)),
-}
-NORMALISATION = {"mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
-
-
-def shaken(module: torch.nn.Module, seed: int) -> dict[str, Tensor]:
-    """Returns the parameters, none of which is trivial; their scale is that of the initial ones."""
-    draw = torch.Generator().manual_seed(seed)
-    return {name: p.detach() + 0.02 * torch.randn(p.shape, generator=draw) for name, p in module.named_parameters()}
-
-
-def save(folder: Path, state: dict[str, Tensor], config: dict, **extra) -> Path:
-    pieces = [Piece(name=n, tensor=t.flatten(), start=0, shape=tuple(t.shape)) for n, t in state.items()]
-    extra = {"config": json.loads(json.dumps(config)), "identity": {"batch size of all processes": 8}, **extra}
-    store.save(folder / "checkpoints", 3, pieces, world=ALONE, extra=extra, keep=1)
-    return folder
-
-
-def pretrained(folder: Path, **sizes) -> Path:
-    model = ModelConfig(**{"predictor_width": 48, "predictor_depth": 1, **sizes})
-    jepa = build_jepa(model, seed=1)
-    state = {f"model.{name}": tensor for name, tensor in shaken(jepa, 2).items()}
-    state |= {f"target.{name}": tensor for name, tensor in shaken(jepa.encoder, 3).items()}
-    images = {name: values[: model.channels] for name, values in NORMALISATION.items()}
-    data = {"pixels": "uint16" if model.channels != 3 else "uint8"}
-    return save(folder, state, PretrainConfig(model=model).values() | {"augment": images, "data": data})
-
-
-def finetuned(folder: Path, classes: tuple[str, ...] | None = ("cat", "dog", "newt"), **settings) -> Path:
-    model = ClassifierConfig(encoder=EncoderConfig(**dict(SMALL, depth=4)), num_classes=3, **settings)
-    state = {f"model.{name}": tensor for name, tensor in shaken(build_classifier(model), 4).items()}
-    return save(folder, state, FinetuneConfig(model=model).values(), classes=classes)
+from tests.unit.checkpoint.exporting import (
+    NORMALISATION,
+    SIZES,
+    SMALL,
+    close,
+    finetuned,
+    images_for,
+    logits_of,
+    pretrained,
+)
 
 
 def assert_plain_tensors_are_read(path: Path, case: str, encoder: torch.nn.Module, images: Tensor) -> None:
@@ -90,23 +49,6 @@ def assert_plain_tensors_are_read(path: Path, case: str, encoder: torch.nn.Modul
             ijepa_scale.load(path, **known)
         return
     close(ijepa_scale.load(path, **known)[0](images), encoder(images))
-
-
-def images_for(encoder: torch.nn.Module, count: int = 2) -> Tensor:
-    side = [length * encoder.patch_size for length in encoder.grid]
-    return torch.randn(count, encoder.channels, *side, generator=torch.Generator().manual_seed(5))
-
-
-def logits_of(source: Path, images: Tensor) -> Tensor:
-    weights = read_weights(source)
-    config = classifier_config(weights)
-    assert config is not None
-    return classifier_of_weights(weights, config)(images)
-
-
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).detach().abs().max()) <= tolerance
 
 
 @pytest.fixture(scope="module")
@@ -201,105 +143,6 @@ def test_four_pooled_layers_are_refused_where_there_is_one(tmp_path: Path, kind:
     ):
         export(source, tmp_path / "out", kind=kind)
     assert not (tmp_path / "out").exists()
-
-
-def opened(path: Path):
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()
-    session = onnxruntime.InferenceSession(str(path))
-    names = [each.name for each in session.get_inputs()]
-    return lambda *given: torch.from_numpy(
-        session.run(None, dict(zip(names, (each.numpy() for each in given), strict=True)))[0]
-    )
-
-
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_programs_give_the_same_for_any_batch(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = pretrained(tmp_path / "run", **SMALL)
-    encoder, _ = ijepa_scale.load(source)
-    monkeypatch.setattr(programs, "_MOST_INSIDE", 0)  # ONNX's weights next to it
-    export(source, tmp_path / "out" / f"encoder{suffix}")
-    for count in (1, 5):
-        images = images_for(encoder, count)
-        close(opened(tmp_path / "out" / f"encoder{suffix}")(images), encoder(images))
-    data = {"encoder.onnx.data"} if suffix == ".onnx" else set()
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {f"encoder{suffix}", *data}
-
-
-@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.long)])
-def test_a_classifiers_program_gives_its_logits(tmp_path: Path, suffix: str) -> None:
-    source = finetuned(tmp_path / "run", representation="last4", pool_norm="after")
-    export(source, tmp_path / f"classifier{suffix}")
-    images = images_for(ijepa_scale.load(source)[0], 4)
-    close(opened(tmp_path / f"classifier{suffix}")(images), logits_of(source, images))
-
-
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])
-def test_a_predictor_travels(tmp_path: Path, suffix: str) -> None:
-    source = pretrained(tmp_path / "run", **SMALL)
-    predictor = predictor_of_source(open_source(source))
-    export(source, tmp_path / f"predictor{suffix}", which="predictor")
-    if suffix == ".safetensors":
-        found = open_source(tmp_path / "predictor.safetensors").predictor()
-        assert found is not None and all(torch.equal(found[n], t) for n, t in predictor.state_dict().items())
-        with pytest.raises(CheckpointError, match="which isn't a known encoder"):
-            read_weights(tmp_path / "predictor.safetensors")
-        return
-    draw = torch.Generator().manual_seed(0)
-    context = torch.randn(3, 6, 24, generator=draw)
-    places = (torch.randint(16, (3, 6), generator=draw), torch.randint(16, (2, 3, 4), generator=draw))
-    close(opened(tmp_path / f"predictor{suffix}")(context, *places), predictor(context, *places))
-
-
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-@pytest.mark.parametrize("wrong", ["values", "nan", "shape"])
-def test_a_program_that_differs_is_refused_and_nothing_is_left(tmp_path, monkeypatch, suffix, wrong):
-    source = pretrained(tmp_path / "run", **SMALL)
-    (tmp_path / f"e{suffix}").write_bytes(b"old")
-    change = {"values": lambda t: t + 2e-4, "nan": lambda t: t * math.nan, "shape": lambda t: t[:, :1]}[wrong]
-
-    def differs(module, inputs, dynamic, path, facts):
-        path.write_bytes(b"new")
-        return lambda *tensors: change(module(*tensors))
-
-    monkeypatch.setattr(programs, "_write_onnx" if suffix == ".onnx" else "_write_torch", differs)
-    with pytest.raises(CheckpointError, match="would give .*, so it isn't kept; report it"):
-        export(source, tmp_path / f"e{suffix}")
-    assert {file.name for file in tmp_path.iterdir()} == {"run", f"e{suffix}"}
-    assert (tmp_path / f"e{suffix}").read_bytes() == b"old"
-
-
-def test_missing_packages_and_impossible_formats_are_named(tmp_path, monkeypatch, capsys):
-    source = str(pretrained(tmp_path / "run", **SMALL))
-    for arguments, text in [
-        (["--to", "x"], "x ends in none of .safetensors, .pth.tar, .onnx, .pt2; add --as timm or --as transformers"),
-        (["--to", "x.onnx", "--as", "timm"], "x.onnx can't be written as timm; give a folder"),
-        (["--to", "x", "--as", "onnx"], "x can't be written as onnx; give a name that ends in .onnx"),
-        (["--to", "x", "--as", "timm", "--weights", "predictor"], "timm has no model for it; choose safetensors, onnx"),
-        (["--to", "x.pth.tar", "--weights", "predictor"], "holds encoder, target and predictor together"),
-    ]:
-        assert command.main([source, *arguments]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert text in line
-    monkeypatch.setattr(programs, "_PACKAGES", ("onnx", "no_such_package"))
-    with pytest.raises(
-        CheckpointError, match=r"ONNX needs no_such_package; install ijepa_scale\[onnx\], or export as t"
-    ):
-        export(source, tmp_path / "x.onnx")
-    encoder = tmp_path / "encoder.safetensors"
-    export(source, encoder)
-    with pytest.raises(CheckpointError, match="holds no predictor; give a pretraining run"):
-        export(encoder, tmp_path / "x.pt2", which="predictor")
-    content = safetensors.torch.load_file(encoder)
-    with safetensors.safe_open(str(encoder), framework="pt") as file:
-        said = file.metadata()
-    bad = tmp_path / "bad.safetensors"
-    safetensors.torch.save_file({**content, "head.weight": torch.zeros(3, 25)}, bad, metadata=said)
-    with pytest.raises(
-        CheckpointError, match=r"its head.weight is \(3, 25\); this package's .* a linear head on 24 ch"
-    ):
-        export(bad, tmp_path / "x", kind="timm")
-    assert not (tmp_path / "x").exists() and not (tmp_path / "x.onnx").exists()
 
 
 def test_what_timm_cannot_build_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
