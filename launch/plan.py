@@ -44,10 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     cluster = Cluster(device, count, flags.gpus_per_node, network_bandwidth)
     zero = None
     if config.engine.ds_config is not None:
-        with contextlib.redirect_stdout(sys.stderr):  # deepspeed logs to what is standard output at its import
-            from ijepa_scale.engine.ds_config import load_ds_config  # takes seconds
+        with contextlib.redirect_stdout(sys.stderr):  # deepspeed logs to standard output when it is imported
+            from ijepa_scale.engine.ds_config import load_ds_config
 
-        zero = load_ds_config(config.engine.ds_config)["zero_optimization"]
+            zero = load_ds_config(config.engine.ds_config)["zero_optimization"]
     result = plan_run(config, cluster, mfu=flags.mfu, num_images=flags.images, zero=zero)
     print(json.dumps(plan_json(result), indent=2) if flags.json else plan_text(result))
     return 0
