@@ -17,11 +17,16 @@ import ijepa_scale
 from ijepa_scale.checkpoint import download, published_files
 from ijepa_scale.checkpoint.published_files import FILES, PublishedFile, licence_of
 from ijepa_scale.checkpoint.sources import open_source, read_weights
+from ijepa_scale.config import ModelConfig, PretrainConfig
+from ijepa_scale.config.architectures import resolve
 from ijepa_scale.config.files import read_config
+from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.yaml_text import parse_yaml
 from ijepa_scale.data.sources import fetch
 from ijepa_scale.data.sources.fetch import Retry
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.registry import build_encoder, build_predictor
+from ijepa_scale.train.initial import with_init
 from launch import export as command
 from tests.unit.checkpoint.https_server import Server, certificate, serving
 
@@ -120,6 +125,14 @@ def test_a_file_that_changed_meanwhile_starts_again(tmp_path, server):
     open_source("published:tiny")
     assert server.ranges[0][0] == 0
     assert (folder / "tiny.pth.tar").read_bytes() == server.content
+
+
+def test_runs_start_from_it(server):
+    config = PretrainConfig(model=ModelConfig(init="published:tiny", heads=3), augment={"crop_scale": (0.3, 1.0)})
+    sizes = resolve(with_init(config).model)
+    assert (sizes.width, sizes.depth, sizes.patch_size, sizes.predictor_width) == (24, 2, 8, 12)
+    text = "model: {init: 'published:tiny', encoder: {heads: 3}}"
+    assert with_init(FinetuneConfig(**parse_yaml(text, "text"))).model.encoder.image_size == (32, 32)
 
 
 def damaged(whole: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,10 @@ def test_a_classifier_gives_the_same_logits_elsewhere(tmp_path: Path, pool_norm:
     close(model(images).logits, wanted)
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "newt"}
     close(logits_of(tmp_path / "hf", images), wanted)
+    (tmp_path / "later").mkdir()
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "later")
+    torch.save(model.state_dict(), tmp_path / "later" / "pytorch_model.bin")
+    close(logits_of(tmp_path / "later", images), wanted)
     tokens = transformers.AutoModel.from_pretrained(tmp_path / "hf")(images).last_hidden_state
     close(tokens, ijepa_scale.load(source)[0](images))
 
@@ -207,6 +212,30 @@ def test_the_card_tells_the_licence(tmp_path: Path, caplog: pytest.LogCaptureFix
             assert ('license: "cc-by-nc-4.0"' in card) == ("no commercial use" in card) == (licence is not None)
             assert ("states no licence" in card) == (licence is None)
             assert read_weights(tmp_path / f"{kind}-{name}").facts.licence == licence
+
+
+def test_other_architectures_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=48)
+    transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(
+        tmp_path / "vit"
+    )
+    classed = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, img_size=32, num_classes=0)
+    torch.save(classed.state_dict(), tmp_path / "classed.pth")
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "resnet.pth").read_bytes()[:5000])
+    capsys.readouterr()  # what transformers says while it saves
+    for source, text in {
+        "vit": "isn't a fixed sine-cosine embedding of any grid",
+        "classed.pth": "isn't a fixed sine-cosine embedding of any grid",
+        "resnet.pth": "which isn't a known encoder; give one with the published names",
+        "half.pth": "cut short",
+    }.items():
+        for kind in ("timm", "transformers", "onnx"):
+            to = str(tmp_path / ("out.onnx" if kind == "onnx" else "out"))
+            assert command.main([str(tmp_path / source), "--as", kind, "--to", to]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert text in line
+    assert {path.name for path in tmp_path.iterdir()} == {"vit", "classed.pth", "resnet.pth", "half.pth"}
 
 
 @given(width=strategies.integers(1, 400), mlp_width=strategies.integers(1, 4000))
