@@ -14,7 +14,7 @@ from ijepa_scale.checkpoint.portable import portable, write_predictor, write_ten
 from ijepa_scale.checkpoint.programs import export_program
 from ijepa_scale.checkpoint.reference_file import export_published
 from ijepa_scale.checkpoint.sources import open_source, read_weights
-from ijepa_scale.checkpoint.store import Checkpoint, newest
+from ijepa_scale.checkpoint.store import MANIFEST, Checkpoint, newest
 from ijepa_scale.checkpoint.timm_folder import export_timm
 from ijepa_scale.checkpoint.transformers_folder import export_transformers
 from ijepa_scale.checkpoint.whole import write_file
@@ -82,8 +82,13 @@ def export(
     if kind == "reference":
         if steps_per_epoch is None:
             raise CheckpointError("a .pth.tar counts epochs; give --steps-per-epoch, the run's samples // batch")
-        checkpoint = Checkpoint(newest(Path(source) / "checkpoints") or Path(source))
-        export_published(checkpoint, to, steps_per_epoch=steps_per_epoch, processes=processes)
+        folder = newest(Path(source) / "checkpoints") or Path(source)
+        if not (folder / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{source} is no checkpoint of this package, whose optimiser's states a .pth.tar holds; give a run or a "
+                "checkpoint of one, or export it as .safetensors"
+            )
+        export_published(Checkpoint(folder), to, steps_per_epoch=steps_per_epoch, processes=processes)
         return Exported(to, f'torch.load("{to}", weights_only=True)')
     if kind == "safetensors":
         if which == "predictor":

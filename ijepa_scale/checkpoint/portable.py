@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ijepa_scale.checkpoint.build import classifier_config, encoder_sizes, predictor_of_source
+from ijepa_scale.checkpoint.models_of_weights import classifier_config, encoder_sizes, predictor_of_source
 from ijepa_scale.checkpoint.sources import CLASSES_KEY, FACTS_KEY, WHICH_KEY, Weights, WeightsSource
 from ijepa_scale.checkpoint.store import write_safetensors
 from ijepa_scale.checkpoint.whole import write_file

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ijepa_scale import rng
-from ijepa_scale.checkpoint.build import (
+from ijepa_scale.checkpoint.models_of_weights import (
     classifier_config,
     classifier_of_weights,
     encoder_of_weights,

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ijepa_scale.augment.eval_transform import EvalTransform
-from ijepa_scale.checkpoint.build import encoder_of_weights
 from ijepa_scale.checkpoint.geometry import PATCHES
+from ijepa_scale.checkpoint.models_of_weights import encoder_of_weights
 from ijepa_scale.checkpoint.sources import read_weights
 from ijepa_scale.config.form import PixelType, Positions
 from ijepa_scale.config.pixels import PixelFormat

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ijepa_scale.checkpoint import store
-from ijepa_scale.checkpoint.build import classifier_config, classifier_of_weights
+from ijepa_scale.checkpoint.models_of_weights import classifier_config, classifier_of_weights
 from ijepa_scale.checkpoint.sources import read_weights
 from ijepa_scale.config import ModelConfig, PretrainConfig
 from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneConfig

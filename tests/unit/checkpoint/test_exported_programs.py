@@ -13,8 +13,8 @@ import torch
 
 import ijepa_scale
 from ijepa_scale.checkpoint import programs
-from ijepa_scale.checkpoint.build import predictor_of_source
 from ijepa_scale.checkpoint.export import export
+from ijepa_scale.checkpoint.models_of_weights import predictor_of_source
 from ijepa_scale.checkpoint.sources import open_source, read_weights
 from ijepa_scale.errors import CheckpointError
 from launch import export as command
@@ -106,6 +106,10 @@ def test_missing_packages_and_impossible_formats_are_named(tmp_path, monkeypatch
         export(source, tmp_path / "x.onnx")
     encoder = tmp_path / "encoder.safetensors"
     export(source, encoder)
+    with pytest.raises(
+        CheckpointError, match="no checkpoint of this package, whose optimiser's states a .pth.tar holds"
+    ):
+        export(encoder, tmp_path / "x.pth.tar", steps_per_epoch=5)
     with pytest.raises(CheckpointError, match="holds no predictor; give a pretraining run"):
         export(encoder, tmp_path / "x.pt2", which="predictor")
     content = safetensors.torch.load_file(encoder)
