@@ -85,8 +85,8 @@ def export(
         folder = newest(Path(source) / "checkpoints") or Path(source)
         if not (folder / MANIFEST).is_file():
             raise CheckpointError(
-                f"{source} is no checkpoint of this package, whose optimiser's states a .pth.tar holds; give a run or a "
-                "checkpoint of one, or export it as .safetensors"
+                f"{source} is no checkpoint of this package, whose optimiser's states a .pth.tar holds; give a run or "
+                "a checkpoint of one, or export it as .safetensors"
             )
         export_published(Checkpoint(folder), to, steps_per_epoch=steps_per_epoch, processes=processes)
         return Exported(to, f'torch.load("{to}", weights_only=True)')
