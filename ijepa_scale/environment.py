@@ -185,7 +185,7 @@ def export_compile_cache(folder: str | None) -> Path:
     Raises:
         ConfigError: the folder can't be made, or others can write to it.
     """
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ijepa_scale" / "compile"
+    own = _user_cache() / "compile"
     found = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     if found and found == _inductor_default():
         found = ""
@@ -210,6 +210,17 @@ def export_compile_cache(folder: str | None) -> Path:
     if folder is not None or "TRITON_CACHE_DIR" not in os.environ:
         os.environ["TRITON_CACHE_DIR"] = str(chosen / "triton")
     return chosen
+
+
+def cache_folder() -> Path:
+    """Returns the folder of downloaded files: IJEPA_SCALE_CACHE, else `ijepa_scale` in the user's cache folder."""
+    own = os.environ.get("IJEPA_SCALE_CACHE")
+    return Path(own).expanduser() if own else _user_cache()
+
+
+def _user_cache() -> Path:
+    """Source: the XDG Base Directory Specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ijepa_scale"
 
 
 def _inductor_default() -> str | None:
@@ -239,8 +250,8 @@ def expand_path(text: str) -> str:
     """Returns a path with a leading `~` or `~user` and each `$NAME` or `${NAME}` replaced; addresses stay as they are.
 
     Only a `$` that a name follows begins a variable, and `$$` is a `$` that begins none. The result is the same when it
-    is expanded again: one with such a `$` is a `LiteralPath`. Addresses hold `://`, or begin with `timm:`,
-    `transformers:`, or `pipe:`, which a shell expands.
+    is expanded again: one with such a `$` is a `LiteralPath`. Addresses hold `://`, or begin with
+    `published:`, `timm:`, `transformers:`, or `pipe:`, which a shell expands.
 
     Raises:
         ConfigError: a variable isn't set or holds another, `${` begins something else, there is no such user, or the
@@ -253,7 +264,7 @@ def expand_path(text: str) -> str:
     if text.startswith("pipe:"):
         return text
     check_filled(text)
-    is_address = "://" in text or text.startswith(("timm:", "transformers:"))
+    is_address = "://" in text or text.startswith(("published:", "timm:", "transformers:"))
     parts = [text] if is_address else text.split("$$")  # between them stands a `$` that begins no variable
     if any("${" in (part if is_address else _VARIABLE.sub("", part)) for part in parts):
         raise ConfigError("interpolations aren't read, write the value itself")

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--model",
         required=True,
         type=terminal.existing_path,
-        help="run, checkpoint, .pth.tar, .safetensors, timm:NAME or transformers:NAME",
+        help="run, checkpoint, .pth.tar, .safetensors, published:, timm: or transformers:NAME",
     )
     add("--to", type=terminal.path, required=True, help="file to write: .npy, .safetensors or .parquet")
     add("--which", choices=["target", "context"], default="target", help="which encoder (default target)")

@@ -23,7 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a mistake that the user can fix."""
     parser = terminal.Parser(description=__doc__)
     add = parser.add_argument
-    add("source", type=terminal.existing_path, help="run folder, checkpoint, .pth.tar, .safetensors, or timm:NAME")
+    add(
+        "source",
+        type=terminal.existing_path,
+        help="run folder, checkpoint, .pth.tar, .safetensors, published: or timm:NAME",
+    )
     add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="labelled images")
     add("--reader", choices=SOURCES.names(), help="how they are stored (default: by what TRAIN is)")
     add("--protocol", nargs="+", default=[*PROTOCOLS], choices=[*PROTOCOLS], help="(default: all)")

@@ -1,4 +1,4 @@
-"""Plans a pretraining run before it is launched: memory, communication, time and strategy.
+"""Plans a run of pretraining or finetuning before it is launched: memory, communication, time and strategy.
 
 python launch/plan.py --config configs/in1k_vith14_ep300.yaml --gpus 8x a100-80gb
 python launch/plan.py --config C.yaml --gpus 16x h100 --network 25 --mfu 0.4 engine.checkpointing=full
@@ -7,15 +7,16 @@ python launch/plan.py --config C.yaml --gpus h200 --json
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
 from ijepa_scale import terminal
 from ijepa_scale.planning.devices import GPUS_PER_NODE, Cluster, parse_gpus
-from ijepa_scale.planning.plan import plan
+from ijepa_scale.planning.finetune_plan import plan_run
 from ijepa_scale.planning.plan_text import plan_json, plan_text
-from ijepa_scale.planning.reading import read_pretraining
-from ijepa_scale.train.initial import with_init
+from ijepa_scale.planning.reading import read_planned
+from ijepa_scale.train.initial import with_init_to_plan
 
 
 @terminal.command
@@ -37,16 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = flags.overrides + [
         word for word in flags.gpus if "=" in word
     ]  # --gpus also collects the words after it
-    config = with_init(read_pretraining(flags.config, overrides))
+    config = with_init_to_plan(read_planned(flags.config, overrides))
     count, device = parse_gpus(" ".join(word for word in flags.gpus if "=" not in word))
     network_bandwidth = device.network_bandwidth if flags.network is None else flags.network * 1e9
     cluster = Cluster(device, count, flags.gpus_per_node, network_bandwidth)
     zero = None
     if config.engine.ds_config is not None:
-        from ijepa_scale.engine.ds_config import load_ds_config  # imports deepspeed, which takes seconds
+        with contextlib.redirect_stdout(sys.stderr):  # deepspeed logs to standard output when it is imported
+            from ijepa_scale.engine.ds_config import load_ds_config
 
-        zero = load_ds_config(config.engine.ds_config)["zero_optimization"]
-    result = plan(config, cluster, mfu=flags.mfu, num_images=flags.images, zero=zero)
+            zero = load_ds_config(config.engine.ds_config)["zero_optimization"]
+    result = plan_run(config, cluster, mfu=flags.mfu, num_images=flags.images, zero=zero)
     print(json.dumps(plan_json(result), indent=2) if flags.json else plan_text(result))
     return 0
 

@@ -1,29 +1,105 @@
-"""Writes weights for other programs: safetensors under three namings, and the published `.pth.tar`."""
+"""Writes weights for other programs, in the format that a suffix or a name says. Each format has its own file.
+
+`export` is the way in. What other programs read is made of `Portable` weights; `reference_file` is made of a
+checkpoint, and `programs` run the model.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from ijepa_scale.checkpoint.convert import NAMINGS, to_transformers
-from ijepa_scale.checkpoint.published_order import published_groups, published_names, published_numbers
-from ijepa_scale.checkpoint.sources import CLASSES_KEY, FACTS_KEY, WHICH_KEY, read_weights
-from ijepa_scale.checkpoint.store import Checkpoint, write_safetensors
-from ijepa_scale.config import ModelConfig
-from ijepa_scale.config.architectures import resolve
+from ijepa_scale.checkpoint.portable import portable, write_predictor, write_tensors
+from ijepa_scale.checkpoint.programs import export_program
+from ijepa_scale.checkpoint.reference_file import export_published
+from ijepa_scale.checkpoint.sources import open_source, read_weights
+from ijepa_scale.checkpoint.store import MANIFEST, Checkpoint, newest
+from ijepa_scale.checkpoint.timm_folder import export_timm
+from ijepa_scale.checkpoint.transformers_folder import export_transformers
+from ijepa_scale.checkpoint.whole import write_file
 from ijepa_scale.errors import CheckpointError
-from ijepa_scale.models.pos_embed import positions
-from ijepa_scale.optim.adamw import AdamW
-from ijepa_scale.schedules import Schedule
 
-# The state of an unused gradient scaler: the published code loads one even though it trains in bf16.
-_SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+FORMATS = ("safetensors", "reference", "timm", "transformers", "onnx", "torch")
+PARTS = ("target", "context", "predictor")
+_SUFFIXES = {"safetensors": ".safetensors", "reference": ".pth.tar", "onnx": ".onnx", "torch": ".pt2"}
+_ENCODERS_ONLY = {
+    "timm": "timm has no model for it",
+    "transformers": "transformers has no model for it",
+    "reference": "the file holds encoder, target and predictor together",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file or folder, and a line of Python that opens it."""
+
+    path: Path
+    opens: str
+
+    @property
+    def bytes(self) -> int:
+        """The size of the file, with that of its weights next to it, or of the folder's files."""
+        data = self.path.with_name(f"{self.path.name}.data")
+        files = [*self.path.iterdir()] if self.path.is_dir() else [self.path, *([data] if data.exists() else [])]
+        return sum(file.stat().st_size for file in files)
+
+
+def export(
+    source: str | Path,
+    to: str | Path,
+    *,
+    kind: str | None = None,
+    which: str = "target",
+    naming: str = "published",
+    steps_per_epoch: int | None = None,
+    processes: int = 1,
+) -> Exported:
+    """Writes an encoder, classifier or predictor of `source` (see `open_source`) to a file or folder.
+
+    Args:
+        source: what `open_source` takes; for `reference`, a run folder or checkpoint of pretraining.
+        to: the file, or for timm and transformers the folder.
+        kind: one of FORMATS; None: what the suffix of `to` says.
+        which: one of PARTS.
+        naming: of the tensors in a safetensors file, published (also timm's) or transformers.
+        steps_per_epoch: for `reference`: of the run.
+        processes: for `reference`: that will resume.
+
+    Raises:
+        CheckpointError: the source can't be read, the format can't hold it, or what was written gives other results
+            than the model; nothing is left then.
+        ConfigError: the source doesn't tell a size that is needed.
+    """
+    to = Path(to)
+    kind = _kind(to, kind)
+    if which not in PARTS:
+        raise CheckpointError(f"weights is {which!r}; choose one of {', '.join(PARTS)}")
+    if which == "predictor" and kind in _ENCODERS_ONLY:
+        raise CheckpointError(
+            f"the predictor can't be exported as {kind}: {_ENCODERS_ONLY[kind]}; choose safetensors, onnx or torch"
+        )
+    if kind == "reference":
+        if steps_per_epoch is None:
+            raise CheckpointError("a .pth.tar counts epochs; give --steps-per-epoch, the run's samples // batch")
+        folder = newest(Path(source) / "checkpoints") or Path(source)
+        if not (folder / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{source} is no checkpoint of this package, whose optimiser's states a .pth.tar holds; give a run or "
+                "a checkpoint of one, or export it as .safetensors"
+            )
+        export_published(Checkpoint(folder), to, steps_per_epoch=steps_per_epoch, processes=processes)
+        return Exported(to, f'torch.load("{to}", weights_only=True)')
+    if kind == "safetensors":
+        if which == "predictor":
+            write_predictor(open_source(source), to)
+        else:
+            export_safetensors(source, to, which=which, naming=naming)
+        return Exported(to, f'safetensors.torch.load_file("{to}")')
+    if kind in ("onnx", "torch"):
+        return Exported(to, export_program(open_source(source), to, kind=kind, which=which))
+    write = export_timm if kind == "timm" else export_transformers
+    return Exported(to, write(portable(open_source(source), which), to))
 
 
 def export_safetensors(
@@ -44,118 +120,21 @@ def export_safetensors(
         raise CheckpointError(f"{path} doesn't end in .safetensors, by which readers know the format; rename it")
     weights = read_weights(source, which=which)
     tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
-    metadata = {"format": "pt", **({} if weights.which == "only" else {WHICH_KEY: weights.which})}
-    metadata[FACTS_KEY] = json.dumps(weights.facts.known())
-    if weights.classes is not None:
-        metadata[CLASSES_KEY] = json.dumps(weights.classes)
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return _write_atomically(Path(path), lambda temporary: write_safetensors(whole, temporary, metadata))
+    return write_file(Path(path), lambda temporary: write_tensors(weights, tensors, temporary))
 
 
-def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoch: int, processes: int = 1) -> Path:
-    """Writes a pretraining checkpoint as a `.pth.tar` from which the published code can resume.
-
-    `processes` is the number of processes of the resumed run, because the file stores the batch size of each. The
-    published code resumes only at the start of an epoch.
-
-    Raises:
-        CheckpointError: the checkpoint isn't from pretraining, is of another optimiser than AdamW or inside an epoch,
-            or its batch doesn't divide.
-
-    Source: the project's specification of the file, section 5.
-    """
-    config = checkpoint.extra.get("config", {})
-    if not {"model", "optimizer", "schedule"} <= config.keys() or "target.norm.weight" not in checkpoint.tensors:
-        raise CheckpointError(f"{checkpoint.path} isn't a pretraining checkpoint; give one that has a target encoder")
-    if (optimizer_name := config["optimizer"].get("name", "adamw")) != "adamw":
-        raise CheckpointError(
-            f"{checkpoint.path} was trained with optimizer.name={optimizer_name}, and the published file holds AdamW's "
-            "states; export the encoder as .safetensors, or give a checkpoint of optimizer.name=adamw"
-        )
-    epoch, inside = divmod(checkpoint.step, steps_per_epoch)
-    if inside:
-        raise CheckpointError(
-            f"{checkpoint.path} is {inside} steps into epoch {epoch + 1} of {steps_per_epoch} steps; the published "
-            f"code resumes only at full epochs: give, for example, a checkpoint of step "
-            f"{max(1, epoch) * steps_per_epoch}"
-        )
-    batch, rest = divmod(int(checkpoint.extra["identity"]["batch size of all processes"]), processes)
-    if rest:
-        raise CheckpointError(
-            f"batch {batch * processes + rest} is not divisible by {processes} processes; give a divisor"
-        )
-    hyper = _schedule(config, steps_per_epoch)(max(0, checkpoint.step - 1))
-    model = ModelConfig(**config["model"])
-    trained = checkpoint.full("model.")
-    states = {state: checkpoint.full(f"optimizer.{state}.") for state in AdamW.Config.state_names}
-    names = published_names(model)
-    positions = _positions(model)
-    optimizer = _optimizer(names, {**trained, **positions}, config["optimizer"], (hyper.lr, hyper.weight_decay))
-    parameters = dict(
-        zip(published_numbers(model), (p for g in optimizer.param_groups for p in g["params"]), strict=True)
-    )
-    for name in trained:
-        optimizer.state[parameters[name]] = {
-            "step": torch.tensor(float(checkpoint.step)),
-            **{state: tensors[name] for state, tensors in states.items()},
-        }
-    target = {**checkpoint.full("target."), "pos_embed": positions["encoder.pos_embed"]}
-    content: dict[str, Any] = {
-        **{part: _part(f"{part}.", names, {**trained, **positions}) for part in ("encoder", "predictor")},
-        "target_encoder": _part("encoder.", names, {f"encoder.{name}": tensor for name, tensor in target.items()}),
-        "opt": optimizer.state_dict(),
-        "scaler": dict(_SCALER),
-        "epoch": epoch,
-        "loss": float(checkpoint.extra.get("loss", float("nan"))),
-        "batch_size": batch,
-        "world_size": processes,
-        "lr": hyper.lr,
-    }
-    return _write_atomically(Path(path), lambda temporary: torch.save(content, temporary))
-
-
-def _positions(model: ModelConfig) -> dict[str, Tensor]:
-    sizes = resolve(model)
-    return {
-        "encoder.pos_embed": positions(sizes.width, sizes.grid, sizes.position_grid)[None],
-        "predictor.predictor_pos_embed": positions(sizes.predictor_width, sizes.grid, sizes.position_grid)[None],
-    }
-
-
-def _optimizer(
-    names: list[str], tensors: dict[str, Tensor], config: dict[str, Any], rates: tuple[float, float]
-) -> torch.optim.AdamW:
-    """Returns an AdamW over the four groups, so that PyTorch itself numbers the parameters and fills in settings."""
-    lr, weight_decay = rates
-    groups: list[dict[str, Any]] = []
-    for index, group in enumerate(published_groups(names)):
-        excluded = {"WD_exclude": True, "weight_decay": 0} if index >= 2 else {"weight_decay": weight_decay}
-        groups.append({"params": [torch.nn.Parameter(tensors[name]) for name in group], **excluded})
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(config["betas"]), eps=config["eps"])
-
-
-def _part(prefix: str, names: list[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"module.{name.removeprefix(prefix)}": tensors[name] for name in names if name.startswith(prefix)}
-
-
-def _schedule(config: dict[str, Any], steps_per_epoch: int) -> Schedule:
-    optimizer, schedule = config["optimizer"], config["schedule"]
-    rates = ("start_lr", "lr", "final_lr", "weight_decay", "final_weight_decay")
-    return Schedule(
-        steps_per_epoch=steps_per_epoch,
-        momentum=tuple(schedule["momentum"]),
-        **{name: schedule[name] for name in ("epochs", "warmup_epochs", "ipe_scale")},
-        **{name: optimizer[name] for name in rates},
-    )
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Writes a temporary file next to `path` and renames it, so that a file with its final name is complete."""
-    temporary = path.with_name(f".unfinished-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be written ({error}); free space, or name another file") from None
-    return path
+def _kind(to: Path, asked: str | None) -> str:
+    """Returns the format of a path."""
+    by_suffix = next((kind for kind, suffix in _SUFFIXES.items() if to.name.endswith(suffix)), None)
+    if asked is None:
+        if by_suffix is None:
+            raise CheckpointError(
+                f"{to} ends in none of {', '.join(_SUFFIXES.values())}; add --as timm or --as transformers for a folder"
+            )
+        return by_suffix
+    if asked not in FORMATS:
+        raise CheckpointError(f"format is {asked!r}; choose one of {', '.join(FORMATS)}")
+    if asked != by_suffix and (asked in _SUFFIXES or by_suffix is not None):
+        expected = f"a name that ends in {_SUFFIXES[asked]}" if asked in _SUFFIXES else "a folder"
+        raise CheckpointError(f"{to} can't be written as {asked}; give {expected}")
+    return asked

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ijepa_scale.checkpoint.published_files import licence_of
 from ijepa_scale.config import ModelConfig, form
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.config.finetune_run import ClassifierEvaluationConfig
@@ -34,6 +35,7 @@ class Facts(Section):
     std: tuple[float, ...] | None = None
     crop_fraction: form.Fraction | None = None  # of the resized image, in evaluation
     pixels: form.PixelType | None = None  # type of the images' values
+    licence: str | None = None  # of the weights, by its SPDX name in lower case
 
     def known(self) -> dict[str, Any]:
         """Returns what the source says, as plain values."""
@@ -60,6 +62,7 @@ def facts_of_run(config: Mapping[str, Any]) -> Facts:
         std=augment.get("std"),
         crop_fraction=crop,
         pixels=config.get("data", {}).get("pixels"),
+        licence=licence_of(str(model.get("init"))),
     )
 
 
@@ -89,6 +92,7 @@ def facts_of_timm(model: Any) -> Facts:
         mean=_numbers(images.get("mean")),
         std=_numbers(images.get("std")),
         crop_fraction=images.get("crop_pct"),
+        licence=images.get("license"),
     )
 
 

@@ -5,6 +5,7 @@ Two things can be fitted: the position embedding to another grid, and the patch 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -80,8 +81,14 @@ def sizes_of_weights(weights: Weights) -> dict[str, Any]:
     if heads is not None:
         sizes["heads"] = heads
     if named is None:
-        sizes |= {"width": width, "depth": depth, "mlp_ratio": len(first) / width}
+        sizes |= {"width": width, "depth": depth, "mlp_ratio": mlp_ratio(width, len(first))}
     return sizes
+
+
+def mlp_ratio(width: int, mlp_width: int) -> float:
+    """Returns the ratio by which a width gives that of an MLP, of which models take the whole part."""
+    ratio = mlp_width / width
+    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
 
 def depth_of(tensors: Mapping[str, Tensor], prefix: str = "blocks") -> int:

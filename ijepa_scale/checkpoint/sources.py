@@ -2,8 +2,8 @@
 
 Sources are a run folder or checkpoint of this package (pretraining or finetuning, any engine), a published `.pth.tar`,
 `.safetensors` (also in shards with an index), a PyTorch file of another program, a folder saved by timm or
-transformers, or a name in their registries. Only plain tensors are read; a file that would run code when loaded is
-refused. Knows nothing of the model that the weights are loaded into.
+transformers, a name in their registries, or that of a published file. Only plain tensors are read; a file that would
+run code when loaded is refused. Knows nothing of the model that the weights are loaded into.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ijepa_scale.checkpoint.convert import to_ours, unwrapped
 from ijepa_scale.checkpoint.digests import digest_of_files, digest_of_tensors
+from ijepa_scale.checkpoint.download import published_path
 from ijepa_scale.checkpoint.facts import Facts, facts_of_folder, facts_of_run, written_facts
 from ijepa_scale.checkpoint.file_kinds import check_kind
 from ijepa_scale.checkpoint.named_models import as_named, fetch
 from ijepa_scale.checkpoint.prefixes import choose_encoder, find_predictor, roles_in
+from ijepa_scale.checkpoint.published_files import PUBLISHED, PublishedFile, licence_of
 from ijepa_scale.checkpoint.safetensors_files import INDEX, files_of, read_safetensors
 from ijepa_scale.checkpoint.store import MANIFEST, Checkpoint, newest
 from ijepa_scale.checkpoint.torch_files import briefly, read_torch_file
@@ -35,6 +37,7 @@ WHICH_KEY = "ijepa_scale.weights"  # in a safetensors file's metadata: target or
 CLASSES_KEY = "ijepa_scale.classes"  # in the same metadata: a JSON list of class names
 FACTS_KEY = "ijepa_scale.encoder"  # in the same metadata: `Facts` as JSON
 ROLES = ("target", "context")
+SOURCE_KINDS = "run, checkpoint, .pth.tar, .safetensors, published:NAME, timm:NAME or transformers:NAME"  # for messages
 _PARTS = {  # keys of a file's parts; of several for one role, the first one that is there counts
     "target": ("target_encoder", "teacher", "model_ema", "state_dict_ema"),
     "context": ("encoder", "student"),
@@ -94,9 +97,12 @@ def open_source(source: str | Path) -> WeightsSource:
     Raises:
         CheckpointError: it doesn't exist, is damaged, or is of an unknown kind.
     """
+    if str(source).startswith(PUBLISHED):
+        return _torch_file(published_path(str(source), _check_published))
     name = as_named(source)
     if name is not None:
         tensors, facts = fetch(name)
+        facts = facts if facts.licence is not None else facts.replace(licence=licence_of(name))
         return ModelFile(name, (), {None: tensors}, facts=facts, converted=True)
     path = Path(source)
     if os.path.isdir(path):
@@ -106,7 +112,8 @@ def open_source(source: str | Path) -> WeightsSource:
         path = _inside(path)
     if not os.path.exists(path):  # unlike Path.exists, takes a name that no file can have
         raise CheckpointError(
-            f"{path} doesn't exist; give a run folder, a checkpoint, a file, timm:NAME or transformers:NAME"
+            f"{path} doesn't exist; give a run folder, a checkpoint, a file, published:NAME, timm:NAME or "
+            "transformers:NAME"
         )
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} is a pipe or a device; weights are read from files: copy it into one")
@@ -263,7 +270,26 @@ def _torch_file(path: Path) -> ModelFile:
         inside = next((content[key] for key in _INSIDE if _is_part(content, key)), content)
         parts = {None: _tensors(inside)}
     origin = str(path)
-    return ModelFile(origin, (path,), parts, facts=facts_of_folder(path.parent), notes=notes, rest=content)
+    facts = facts_of_folder(path.parent)
+    if (licence := licence_of(origin)) is not None:
+        facts = facts.replace(licence=licence)
+    return ModelFile(origin, (path,), parts, facts=facts, notes=notes, rest=content)
+
+
+def _check_published(path: Path, known: PublishedFile) -> None:
+    """Checks that a file holds an encoder of a published one's sizes.
+
+    Raises:
+        CheckpointError: it doesn't.
+    """
+    tensors = _torch_file(path).encoder("target").tensors
+    width, _, _, patch = tensors["patch_embed.proj.weight"].shape
+    depth = len([name for name in tensors if name.startswith("blocks.") and name.endswith(".norm1.weight")])
+    if (width, depth, patch) != (known.width, known.depth, known.patch_size):
+        raise CheckpointError(
+            f"{path} holds an encoder of width {width} with {depth} blocks and {patch}-pixel patches instead of "
+            f"{known.width}, {known.depth} and {known.patch_size}; try again later, or download it yourself"
+        )
 
 
 def _is_part(content: Mapping[Any, Any], key: str) -> bool:

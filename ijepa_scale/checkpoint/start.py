@@ -129,6 +129,16 @@ def fill_states(pieces: Iterable[Piece], states: OptimizerStates, origin: str) -
         piece.tensor.copy_(flat[piece.start : piece.start + piece.tensor.numel()])
 
 
+def fill_predictor(predictor: Predictor, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Loads a predictor's tensors.
+
+    Raises:
+        CheckpointError: something doesn't match; the message lists all problems.
+    """
+    _check_predictor(predictor, tensors, origin)
+    _fill_predictor(predictor, tensors)
+
+
 def predictor_sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Returns a predictor's width and depth as `ModelConfig` names them."""
     depth = depth_of(tensors, "predictor_blocks")

@@ -21,7 +21,7 @@ NO_GRAPH = (
 )
 
 # Of both kinds of training.
-INIT = "Run, checkpoint, .pth.tar, .safetensors, timm:NAME or transformers:NAME to start from, and to take sizes from"
+INIT = "Run, checkpoint, .pth.tar, .safetensors, published:, timm: or transformers:NAME to start from, with its sizes"
 INIT_POSITIONS = "Positions on another grid than the one that init was trained on: interpolated, or computed anew."
 
 

@@ -10,12 +10,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
 from ijepa_scale.augment.eval_transform import EvalTransform
-from ijepa_scale.checkpoint.geometry import PATCHES, positions_of, sizes_of_weights
-from ijepa_scale.checkpoint.sources import Weights, read_weights
-from ijepa_scale.checkpoint.weights import fit
+from ijepa_scale.checkpoint.geometry import PATCHES
+from ijepa_scale.checkpoint.models_of_weights import encoder_of_weights
+from ijepa_scale.checkpoint.sources import read_weights
 from ijepa_scale.config.form import PixelType, Positions
 from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.data.deep_decode import decode_as, pixels_of_pil
@@ -23,8 +23,6 @@ from ijepa_scale.data.eval_reader import IMAGENET_MEAN, IMAGENET_STD, crop_fract
 from ijepa_scale.data.pil_decode import rgb_of
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.errors import ConfigError, DataError, SampleError
-from ijepa_scale.models.layers import LayerNorm
-from ijepa_scale.models.registry import build_encoder
 from ijepa_scale.models.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -87,39 +85,6 @@ def load(
         values[name] = tuple(chosen)
     dtype = pixels or facts.pixels or "uint8"
     return encoder, ImageTransform(encoder, crop_fraction=facts.crop_fraction, pixels=dtype, **values)
-
-
-def encoder_of_weights(
-    weights: Weights,
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    positions: Positions = "interpolated",
-    heads: int | None = None,
-) -> VisionTransformer:
-    """Returns the encoder that the weights belong to; see `load`."""
-    sizes = sizes_of_weights(weights)
-    trained = positions_of(weights)
-    if image_size is not None:
-        sizes["image_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if heads is not None:
-        sizes["heads"] = heads
-    for name in ("image_size", "heads"):
-        if name not in sizes:
-            raise ConfigError(f"{weights.origin} doesn't tell the {name} of its encoder; give load(..., {name}=...)")
-    grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
-    if positions == "interpolated" and trained is not None and trained.computed_for != grid:
-        sizes["position_grid"] = trained.computed_for
-    if sizes["channels"] == 3:
-        del sizes["channels"]  # the default
-    encoder = build_encoder(**sizes)
-    if "fc_norm.weight" in weights.tensors and "norm.weight" not in weights.tensors:
-        encoder.norm = nn.Identity()
-        logger.info("%s: a classifier whose norm follows the pooling: its tokens come without a norm", weights.origin)
-    for layer in encoder.modules():
-        if isinstance(layer, LayerNorm) and weights.facts.norm_eps is not None:
-            layer.eps = weights.facts.norm_eps
-    logger.info("%s", fit(encoder, weights).text())
-    return encoder.eval()
 
 
 class ImageTransform:

@@ -16,7 +16,7 @@ from ijepa_scale.planning.memory import FP32_BYTES
 from ijepa_scale.planning.tokens import Tokens
 
 BF16_BYTES = 2
-_NORM_STATISTICS = 2 * FP32_BYTES  # mean and 1 / std of a token
+NORM_STATISTICS = 2 * FP32_BYTES  # mean and 1 / std of a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ def activations(
     last = _last_block(tokens, *narrow, heads=sizes.heads, e=e, by_runs=by_runs)
     embedded = e * tokens.context * sizes.channels * sizes.patch_size**2
     # the final norm, and the input of the product after it
-    encoder_tail = tokens.context * (_NORM_STATISTICS + (FP32_BYTES + e) * sizes.width)
-    predictor_tail = last.kept(checkpointing) + tokens.predicted * (_NORM_STATISTICS + (FP32_BYTES + e) * narrow[0])
+    encoder_tail = tokens.context * (NORM_STATISTICS + (FP32_BYTES + e) * sizes.width)
+    predictor_tail = last.kept(checkpointing) + tokens.predicted * (NORM_STATISTICS + (FP32_BYTES + e) * narrow[0])
     rows = tokens.predicted * sizes.width
     halves = e == BF16_BYTES
     inside, outside = _linear_weights(sizes)
@@ -109,10 +109,10 @@ def activations(
         loss_work=(FP32_BYTES + (BF16_BYTES if halves else 0)) * rows,
         weight_casts=copied * (inside + outside),
         kept_casts=copied * (outside + (inside if checkpointing == "none" else 0)),
-        encoder_block=block.recomputed(checkpointing) + _backward_work(tokens.context, *wide, e=e),
-        predictor_block=inner.recomputed(checkpointing) + _backward_work(tokens.predictor, *narrow, e=e),
-        encoder_work=_forward_work(tokens.context, *wide, e=e, checkpointing=checkpointing),
-        predictor_work=_forward_work(tokens.predictor, *narrow, e=e, checkpointing=checkpointing),
+        encoder_block=block.recomputed(checkpointing) + backward_work(tokens.context, *wide, e=e),
+        predictor_block=inner.recomputed(checkpointing) + backward_work(tokens.predictor, *narrow, e=e),
+        encoder_work=forward_work(tokens.context, *wide, e=e, checkpointing=checkpointing),
+        predictor_work=forward_work(tokens.predictor, *narrow, e=e, checkpointing=checkpointing),
         target_work=_target_work(tokens, sizes, e),
     )
 
@@ -128,7 +128,7 @@ def block_bytes(n: float, width: int, mlp_width: int, *, heads: int, e: int, by_
         input=FP32_BYTES * n * width,
         products=3 * e * n * width + attention + e * n * mlp_width,
         results=2 * e * n * width,
-        cheap=n * (2 * _NORM_STATISTICS + (2 * e + FP32_BYTES) * width + e * mlp_width)
+        cheap=n * (2 * NORM_STATISTICS + (2 * e + FP32_BYTES) * width + e * mlp_width)
         + (e * n * width if by_runs else 0.0),
     )
 
@@ -154,7 +154,7 @@ def _last_block(tokens: Tokens, width: int, mlp_width: int, *, heads: int, e: in
     """
     n, q = tokens.predictor, tokens.predicted
     attention = q * (e * width + FP32_BYTES * heads)
-    norms = (n + 2 * q) * (_NORM_STATISTICS + e * width)
+    norms = (n + 2 * q) * (NORM_STATISTICS + e * width)
     return BlockBytes(
         input=FP32_BYTES * width * (n + q),  # the wanted rows are a copy
         products=e * width * (q + 2 * n) + attention + e * q * mlp_width,
@@ -163,12 +163,12 @@ def _last_block(tokens: Tokens, width: int, mlp_width: int, *, heads: int, e: in
     )
 
 
-def _backward_work(n: float, width: int, mlp_width: int, *, e: int) -> float:
+def backward_work(n: float, width: int, mlp_width: int, *, e: int) -> float:
     """Returns the bytes of gradients just after backward through fc2: of the residual stream, its cast, the GELU."""
     return n * (FP32_BYTES * width + (e * width if e == BF16_BYTES else 0) + e * mlp_width)
 
 
-def _forward_work(n: float, width: int, mlp_width: int, *, e: int, checkpointing: str) -> float:
+def forward_work(n: float, width: int, mlp_width: int, *, e: int, checkpointing: str) -> float:
     """Returns the temporary bytes at the GELU, on top of what is kept.
 
     They are the fp32 norms and residual stream, the branch, and the GELU's input and output. Without checkpointing
@@ -187,5 +187,5 @@ def _target_work(tokens: Tokens, sizes: Architecture, e: int) -> float:
     embedding = n * (FP32_BYTES + (e if e == BF16_BYTES else 0)) * sizes.channels * sizes.patch_size**2
     embedding += n * (e + FP32_BYTES) * sizes.width
     block = n * FP32_BYTES * sizes.width  # the residual stream at the block's input
-    block += _forward_work(n, sizes.width, sizes.mlp_width, e=e, checkpointing="full")
+    block += forward_work(n, sizes.width, sizes.mlp_width, e=e, checkpointing="full")
     return max(embedding, block)

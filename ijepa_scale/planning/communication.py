@@ -60,10 +60,15 @@ class Buffers:
 
 def transfers(model: ModelConfig, spread: Spread) -> list[Transfer]:
     """Returns what one process sends in one optimiser step, by purpose; an empty list for a single process."""
+    counts = count_parameters(model)
+    return transfers_of(counts.trainable, counts.target, spread)
+
+
+def transfers_of(trained: int, target: int, spread: Spread) -> list[Transfer]:
+    """Returns the same for so many parameters that are trained, and so many of a target that runs in each step."""
     if spread.world == 1:
         return []
-    counts = count_parameters(model)
-    trained, target, micro = counts.trainable, counts.target, spread.accumulation
+    micro = spread.accumulation
     if spread.strategy == "ddp":
         return [_ring(spread, "all-reduce gradients", 2 * FP32_BYTES * trained, "last backward")]
     if spread.strategy == "fsdp2":
@@ -130,13 +135,18 @@ def buffers(model: ModelConfig, spread: Spread) -> Buffers:
     FSDP2 has two blocks in flight, each gathered and copied out; in backward also a block's gradients and their fp32
     copy that is reduced. ZeRO allocates full reduce buckets, however small the model is.
     """
-    if spread.strategy in ("plain", "ddp"):
-        return Buffers()
-    sizes, trained = resolve(model), count_parameters(model).trainable
+    sizes = resolve(model)
     block = max(
         block_parameters(sizes.width, sizes.mlp_width),
         block_parameters(sizes.predictor_width, sizes.predictor_mlp_width),
     )
+    return buffers_of(count_parameters(model).trainable, block, spread)
+
+
+def buffers_of(trained: int, block: int, spread: Spread) -> Buffers:
+    """Returns the same for so many trained parameters, and so many in the largest block."""
+    if spread.strategy in ("plain", "ddp"):
+        return Buffers()
     if spread.strategy == "fsdp2":
         weight = spread.sent_bytes
         if spread.shards == 1 and weight == FP32_BYTES:

@@ -7,6 +7,7 @@ is spread over processes, `tokens.Tokens` the tokens of a micro-batch.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ijepa_scale.config.architectures import resolve
@@ -14,7 +15,7 @@ from ijepa_scale.config.schema import MaskConfig, ModelConfig
 from ijepa_scale.planning.activations import BF16_BYTES, Activations, activations
 from ijepa_scale.planning.communication import Buffers, buffers
 from ijepa_scale.planning.devices import Device
-from ijepa_scale.planning.memory import FP32_BYTES, spread_states
+from ijepa_scale.planning.memory import FP32_BYTES, StateBytes, spread_states
 from ijepa_scale.planning.parameters import count_parameters
 from ijepa_scale.planning.spread import Spread
 from ijepa_scale.planning.tokens import Tokens, draw_masks, mean_tokens, micro_batches
@@ -79,20 +80,44 @@ def footprint(
     )
     copies = target_copy_bytes(model, spread)
     weights = held.weights + weight_copy_bytes(model, spread)
-    moving = buffers(model, spread)
+    images = image_bytes(model, tokens.images)
+    return footprint_of(
+        replace(held, weights=weights, target=held.target + copies),
+        work,
+        buffers(model, spread),
+        spread,
+        images=images,
+        graph=work.target_work + images if cuda_graphs and spread.target_replicated else 0.0,
+        predictor=counts.predictor / counts.trainable,
+    )
+
+
+def footprint_of(
+    held: StateBytes,
+    work: Activations,
+    moving: Buffers,
+    spread: Spread,
+    *,
+    images: float,
+    graph: float = 0.0,
+    predictor: float = 0.0,
+) -> Footprint:
+    """Returns the bytes of one process with these states, activations and buffers.
+
+    `images` are the bytes of a micro-batch's images, `graph` those of a graph's memory pool, and `predictor` is its
+    share of the gradients, which are the first in backward.
+    """
     gradients = held.gradients + moving.gradients
     lasting = spread.strategy == "ddp" or spread.accumulation > 1 or spread.stage == 3
-    graph = work.target_work + _image_bytes(model, tokens) if cuda_graphs and spread.target_replicated else 0.0
-    base = weights + held.optimizer + held.target + copies + moving.permanent + graph
-    predictor = counts.predictor / counts.trainable
+    base = held.weights + held.optimizer + held.target + moving.permanent + graph
     moments = _moments(work, moving, gradients=gradients, lasting=lasting, predictor=predictor)
-    moments["input"] = (gradients if lasting else 0.0) + 2 * _image_bytes(model, tokens)  # augmented
+    moments["input"] = (gradients if lasting else 0.0) + 2 * images  # augmented
     moment = max(moments, key=lambda name: moments[name])
     return Footprint(
-        weights=weights,
+        weights=held.weights,
         gradients=gradients,
         optimizer=held.optimizer,
-        target=held.target + copies,
+        target=held.target,
         activations=work.inputs + work.kept,
         buffers=moving.largest + graph,
         peak=base + moments[moment],
@@ -160,17 +185,22 @@ def largest_micro_batch(
         needed = footprint(model, largest, spread, checkpointing=checkpointing, cuda_graphs=cuda_graphs)
         return needed.fits(device)
 
-    low, high = 0, max(1, batch_size // spread.world)
+    return largest_that(fits, max(1, batch_size // spread.world))
+
+
+def largest_that(fits: Callable[[int], bool], most: int) -> int:
+    """Returns the largest number up to `most` that fits, or 0; what fits a number must fit all below it."""
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 
-def _image_bytes(model: ModelConfig, tokens: Tokens) -> float:
-    """Returns the bytes of a micro-batch's images in fp32."""
+def image_bytes(model: ModelConfig, images: float) -> float:
+    """Returns the bytes of so many images in fp32."""
     sizes = resolve(model)
-    return FP32_BYTES * tokens.images * sizes.channels * sizes.num_patches * sizes.patch_size**2
+    return FP32_BYTES * images * sizes.channels * sizes.num_patches * sizes.patch_size**2
 
 
 def _moments(

@@ -6,11 +6,12 @@ Everything is computed from formulas; nothing is measured. `plan_text` formats t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ijepa_scale.config.schema import EngineConfig, OptimizerConfig, PretrainConfig
+from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.schema import EngineConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.activations import Activations, activations
 from ijepa_scale.planning.devices import Cluster
@@ -40,11 +41,14 @@ class PlannedStrategy:
     time: StepTime  # at the middle of `mfu`
 
 
+Needs = Callable[[Spread, str, int, bool], Footprint]  # by strategy, checkpointing, images at once, graphs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The needs and the duration of a run. Bytes are per GPU, FLOPs per image."""
 
-    config: PretrainConfig
+    config: PretrainConfig | FinetuneConfig
     compiled: bool  # whether blocks are compiled
     cluster: Cluster
     mfu_source: str  # given, estimated or assumed
@@ -91,31 +95,28 @@ def plan(
         ConfigError: the run is impossible: the batch doesn't divide, masks can't be drawn, or no strategy fits the
             states or a single image; the message states numbers and remedies.
     """
-    if mfu is not None and not 0 < mfu <= 1:
-        raise ConfigError(f"--mfu is {mfu:g}; give a share of the peak above 0 and at most 1, such as 0.4")
-    if num_images is not None and num_images < 1:
-        raise ConfigError(f"--images is {num_images}; give the number of training images, such as {IMAGENET_1K}")
-    batch_size, micro_batch = _batches(config, cluster.num_gpus)
+    images, source = training_images(config, num_images, mfu)
+    batch_size, micro_batch = batches(config, cluster.num_gpus)
     mean, largest = usual_tokens(config.masks, config.model.grid, micro_batch=micro_batch, batch_size=batch_size)
     draws = draw_masks(config.masks, config.model.grid, batch_size=batch_size)
     counts = [mask_flops(config.model, draw.masks, num_images=draw.num_images) for draw in draws]
     parts = ("target", "context", "predictor")
     flops = FlopCount(**{part: sum(getattr(count, part) for count in counts) / len(counts) for part in parts})
-    engine, reason = _resolved(config, cluster)
-    buckets = ZeroBuckets() if zero is None else ZeroBuckets.of(zero)
-    stage, optimizer = 3 if zero is None else int(zero["stage"]), config.optimizer
-    mine = _spread(engine, cluster, buckets, stage=stage, optimizer=optimizer)
-    if mine.stage and (refusal := optimizer.refusal(mine.stage)) is not None:
-        raise ConfigError(refusal)
+    engine, reason = resolved(config, config.model, config.optimizer, cluster)
+    spreads = possible_spreads(engine, cluster, config.optimizer, zero)
     if engine.target_precision == "fp8":
-        _refuse_fp8(engine, cluster, mine)
-    spreads = list(dict.fromkeys([mine, *_alternatives(engine, cluster, buckets, optimizer)]))
+        _refuse_fp8(engine, cluster, spreads[0])
     given = FP32_MFU if mfu is None and engine.precision == "fp32" else mfu
     strategies = tuple(
         _planned(config, engine, cluster, spread, tokens=(mean, largest), flops=flops, mfu=given) for spread in spreads
     )
-    _refuse_impossible(config, cluster, strategies, batch_size)
-    images, source, steps = _length(config, batch_size, num_images)
+
+    def needed(spread: Spread, checkpointing: str, images: int, cuda_graphs: bool) -> Footprint:
+        _, largest = usual_tokens(config.masks, config.model.grid, micro_batch=images, batch_size=batch_size)
+        return footprint(config.model, largest, spread, checkpointing=checkpointing, cuda_graphs=cuda_graphs)
+
+    refuse_impossible(config.model.name, cluster, strategies, needed)
+    images, source, steps = _length(config, batch_size, (images, source))
     return Plan(
         config=config,
         compiled=engine.compile is True,
@@ -129,21 +130,21 @@ def plan(
         micro_batch=micro_batch,
         by_checkpointing={
             mode: activations(
-                config.model, largest, precision=engine.precision, checkpointing=mode, casts=mine.autocast_copies
+                config.model, largest, precision=engine.precision, checkpointing=mode, casts=spreads[0].autocast_copies
             )
             for mode in CHECKPOINTING
         },
         strategies=strategies,
         chosen=strategies[0],
         reason=reason,
-        advice=tuple(_advice(config, cluster, strategies, batch_size)),
+        advice=tuple(advice(config.engine, cluster, strategies, needed, batch_size)),
         num_images=images,
         images_source=source,
         steps=steps,
     )
 
 
-def _batches(config: PretrainConfig, num_gpus: int) -> tuple[int, int]:
+def batches(config: PretrainConfig | FinetuneConfig, num_gpus: int) -> tuple[int, int]:
     """Returns the number of images of all GPUs in one step, and of one GPU in one micro-batch."""
     data, unit = config.data, num_gpus * config.engine.accumulation
     batch = data.batch_size or (data.batch_size_per_process or 0) * num_gpus
@@ -156,7 +157,9 @@ def _batches(config: PretrainConfig, num_gpus: int) -> tuple[int, int]:
     return batch, batch // unit
 
 
-def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, str]:
+def resolved(
+    config: PretrainConfig | FinetuneConfig, model: ModelConfig, optimizer: OptimizerConfig, cluster: Cluster
+) -> tuple[EngineConfig, str]:
     """Returns the engine that training would use on these GPUs, by the same rule as `auto`, and the reason."""
     if config.engine.device == "cpu":
         raise ConfigError(
@@ -165,12 +168,12 @@ def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, s
         )
     engine, reason = resolve_engine(
         config.engine,
-        config.model,
+        model,
         world=cluster.num_gpus,
         processes_per_node=cluster.local_gpus,
         device="cuda",
         device_memory_bytes=cluster.device.memory_bytes,
-        optimizer_states=config.optimizer.state_names,
+        optimizer_states=optimizer.state_names,
     )
     if engine.strategy == "plain" and cluster.num_gpus > 1:
         raise ConfigError(
@@ -181,6 +184,21 @@ def _resolved(config: PretrainConfig, cluster: Cluster) -> tuple[EngineConfig, s
             f"{cluster.num_gpus} GPUs don't split into engine.replicas {engine.replicas}; choose a divisor"
         )
     return resolve_compile(engine, device="cuda")[0], reason
+
+
+def possible_spreads(
+    engine: EngineConfig, cluster: Cluster, optimizer: OptimizerConfig, zero: Mapping[str, Any] | None
+) -> list[Spread]:
+    """Returns the ways to spread a step that the optimiser can run under, the configured one first.
+
+    Raises:
+        ConfigError: it can't run under the configured one.
+    """
+    buckets = ZeroBuckets() if zero is None else ZeroBuckets.of(zero)
+    mine = _spread(engine, cluster, buckets, stage=3 if zero is None else int(zero["stage"]), optimizer=optimizer)
+    if mine.stage and (refusal := optimizer.refusal(mine.stage)) is not None:
+        raise ConfigError(refusal)
+    return list(dict.fromkeys([mine, *_alternatives(engine, cluster, buckets, optimizer)]))
 
 
 def _spread(
@@ -284,16 +302,13 @@ def _planned(
     )
 
 
-def _least(config: PretrainConfig, spread: Spread, batch_size: int) -> Footprint:
-    """Returns the smallest footprint of a strategy: with one image at a time and full checkpointing."""
-    _, one = usual_tokens(config.masks, config.model.grid, micro_batch=1, batch_size=batch_size)
-    return footprint(config.model, one, spread, checkpointing="full")
+def refuse_impossible(name: str, cluster: Cluster, strategies: tuple[PlannedStrategy, ...], needs: Needs) -> None:
+    """Refuses a model that fits under no strategy, even with one image at a time and full checkpointing.
 
-
-def _refuse_impossible(
-    config: PretrainConfig, cluster: Cluster, strategies: tuple[PlannedStrategy, ...], batch_size: int
-) -> None:
-    least = [(_least(config, each.spread, batch_size), each.spread) for each in strategies]
+    Raises:
+        ConfigError: it is one.
+    """
+    least = [(needs(each.spread, "full", 1, False), each.spread) for each in strategies]
     if any(needed.fits(cluster.device) for needed, _ in least):
         return
     room = usable_bytes(cluster.device) / 1e9
@@ -302,7 +317,7 @@ def _refuse_impossible(
     remedy = "use more GPUs, GPUs with more memory, or a smaller model.name"
     if states > usable_bytes(cluster.device):
         raise ConfigError(
-            f"weights, gradients, optimiser and target of {config.model.name} take at least {states / 1e9:.1f} GB per "
+            f"weights, gradients, optimiser and target of {name} take at least {states / 1e9:.1f} GB per "
             f"GPU ({spread.label} over {cluster.num_gpus}) {where}; {remedy}"
         )
     needed, spread = min(least, key=lambda pair: pair[0].peak)
@@ -313,8 +328,8 @@ def _refuse_impossible(
     )
 
 
-def _advice(
-    config: PretrainConfig, cluster: Cluster, strategies: tuple[PlannedStrategy, ...], batch_size: int
+def advice(
+    engine: EngineConfig, cluster: Cluster, strategies: tuple[PlannedStrategy, ...], needs: Needs, batch_size: int
 ) -> Iterator[str]:
     """Yields changes that make the run fit; nothing if it fits as configured."""
     chosen = strategies[0]
@@ -322,19 +337,15 @@ def _advice(
         return
     share = batch_size // cluster.num_gpus
     fewest = share + 1  # micro-batches so far: slower checkpointing is only worth naming if it needs fewer
-    for mode in CHECKPOINTING[CHECKPOINTING.index(config.engine.checkpointing) :]:
-        for parts in (parts for parts in range(config.engine.accumulation, fewest) if share % parts == 0):
-            if mode == config.engine.checkpointing and parts == config.engine.accumulation:
+    for mode in CHECKPOINTING[CHECKPOINTING.index(engine.checkpointing) :]:
+        for parts in (parts for parts in range(engine.accumulation, fewest) if share % parts == 0):
+            if mode == engine.checkpointing and parts == engine.accumulation:
                 continue
             spread = dataclasses.replace(chosen.spread, accumulation=parts)
-            _, largest = usual_tokens(
-                config.masks, config.model.grid, micro_batch=share // parts, batch_size=batch_size
-            )
-            graphs = config.engine.cuda_graphs
-            needed = footprint(config.model, largest, spread, checkpointing=mode, cuda_graphs=graphs)
+            needed = needs(spread, mode, share // parts, engine.cuda_graphs)
             if needed.fits(cluster.device):
-                changes = [f"engine.accumulation={parts}"] if parts != config.engine.accumulation else []
-                changes += [f"engine.checkpointing={mode}"] if mode != config.engine.checkpointing else []
+                changes = [f"engine.accumulation={parts}"] if parts != engine.accumulation else []
+                changes += [f"engine.checkpointing={mode}"] if mode != engine.checkpointing else []
                 cost = {"none": "", "selective": ", repeats cheap operations", "full": ", repeats the forward"}[mode]
                 yield (
                     f"{' '.join(changes)}: {share // parts} images at a time, {needed.peak / 1e9:.1f} GB per GPU{cost}"
@@ -343,28 +354,42 @@ def _advice(
                 break
     for other in strategies[1:]:
         if other.fits:
-            graph = config.engine.cuda_graphs and not other.spread.target_replicated
+            graph = engine.cuda_graphs and not other.spread.target_replicated
             without = ", with engine.cuda_graphs=false" if graph else ""
             peak = f"{other.footprint.peak / 1e9:.1f} GB per GPU as configured"
             yield f"or spread it as {other.spread.label}: {peak}{without}"
             return
 
 
-def _length(config: PretrainConfig, batch_size: int, num_images: int | None) -> tuple[int, str, int]:
+def training_images(
+    config: PretrainConfig | FinetuneConfig, num_images: int | None, mfu: float | None
+) -> tuple[int, str]:
+    """Returns the number of training images and its source, after checking what the flags say.
+
+    Raises:
+        ConfigError: a flag is out of its bounds.
+    """
+    if mfu is not None and not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu is {mfu:g}; give a share of the peak above 0 and at most 1, such as 0.4")
+    if num_images is not None and num_images < 1:
+        raise ConfigError(f"--images is {num_images}; give the number of training images, such as {IMAGENET_1K}")
+    if num_images is not None:
+        return num_images, "--images"
+    if config.data.reader == "synthetic":
+        return config.data.synthetic_samples, "data.synthetic_samples"
+    if "22k" in f"{config.folder} {config.data.train}".lower():
+        return IMAGENET_22K, "ImageNet-22k, from the configuration's name; --images changes it"
+    return IMAGENET_1K, "ImageNet-1k; --images changes it"
+
+
+def _length(config: PretrainConfig, batch_size: int, found: tuple[int, str]) -> tuple[int, str, int]:
     """Returns the number of training images, its source, and the steps of the whole run."""
-    if num_images is not None and config.schedule.steps_per_epoch:
+    images, source = found
+    if source == "--images" and config.schedule.steps_per_epoch:
         raise ConfigError(
-            f"--images is {num_images} but schedule.steps_per_epoch is {config.schedule.steps_per_epoch}, which "
+            f"--images is {images} but schedule.steps_per_epoch is {config.schedule.steps_per_epoch}, which "
             "defines an epoch; drop --images, or set schedule.steps_per_epoch=null"
         )
-    if num_images is not None:
-        images, source = num_images, "--images"
-    elif config.data.reader == "synthetic":
-        images, source = config.data.synthetic_samples, "data.synthetic_samples"
-    elif "22k" in f"{config.folder} {config.data.train}".lower():
-        images, source = IMAGENET_22K, "ImageNet-22k, from the configuration's name; --images changes it"
-    else:
-        images, source = IMAGENET_1K, "ImageNet-1k; --images changes it"
     per_epoch = config.schedule.steps_per_epoch or images // batch_size
     if config.schedule.steps_per_epoch:
         images, source = per_epoch * batch_size, "schedule.steps_per_epoch x batch"

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from ijepa_scale.config.schema import PretrainConfig
 from ijepa_scale.planning.communication import LINK_SHARE
 from ijepa_scale.planning.footprint import USABLE_SHARE, usable_bytes
 from ijepa_scale.planning.plan import Plan, PlannedStrategy
@@ -70,27 +71,44 @@ def _gb(value: float) -> str:
 
 
 def _head(plan: Plan) -> Iterator[str]:
-    model, device, tokens = plan.config.model, plan.cluster.device, plan.tokens
-    cluster, engine = plan.cluster, plan.config.engine
+    config, device, cluster = plan.config, plan.cluster.device, plan.cluster
+    model = config.model if isinstance(config, PretrainConfig) else config.model.encoder
     nodes = f" in {cluster.num_nodes} nodes" if cluster.num_nodes > 1 else ""
     height, width = model.image_size
-    yield (
-        f"model      {model.name}/{model.patch_size} at {height}x{width}: {plan.parameters.trainable / 1e6:.1f} M "
-        f"trained (encoder {plan.parameters.encoder / 1e6:.1f}, predictor {plan.parameters.predictor / 1e6:.1f}), "
-        f"target {plan.parameters.target / 1e6:.1f} M"
-    )
+    trained = f"{plan.parameters.trainable / 1e6:.1f} M trained"
+    if isinstance(config, PretrainConfig):
+        parts = (
+            f"{trained} (encoder {plan.parameters.encoder / 1e6:.1f}, predictor "
+            f"{plan.parameters.predictor / 1e6:.1f}), target {plan.parameters.target / 1e6:.1f} M"
+        )
+    else:
+        frozen = f", first {config.model.frozen_blocks} blocks frozen" if config.model.frozen_blocks else ""
+        averaged = "" if config.optimizer.ema is None else ", averaged weights kept"
+        parts = f"classifier of {config.model.num_classes} classes, {trained}{frozen}{averaged}"
+    yield f"model      {model.name}/{model.patch_size} at {height}x{width}: {parts}"
     yield (
         f"GPUs       {cluster.num_gpus} x {device.name}{nodes}: {device.memory_bytes / 1e9:.0f} GB, "
         f"{device.peak_flops / 1e12:.0f} TFLOP/s dense bf16, links {device.link_bandwidth / 1e9:.0f} GB/s"
         + (_network(plan) if cluster.num_nodes > 1 else "")
     )
     yield (
-        f"batch      {plan.batch_size} images = {cluster.num_gpus} GPUs x accumulation {engine.accumulation} x "
+        f"batch      {plan.batch_size} images = {cluster.num_gpus} GPUs x accumulation {config.engine.accumulation} x "
         f"{plan.micro_batch}"
     )
-    share = plan.micro_batch * plan.config.masks.num_target_blocks * plan.config.masks.num_context_blocks
+    yield from _flops(plan)
+
+
+def _flops(plan: Plan) -> Iterator[str]:
+    config, tokens = plan.config, plan.tokens
+    if not isinstance(config, PretrainConfig):
+        yield (
+            f"FLOPs      {plan.flops.total / 1e9:.0f} G per image of {tokens.patches} tokens, all of them encoded; "
+            "without recomputation"
+        )
+        return
+    share = plan.micro_batch * config.masks.num_target_blocks * config.masks.num_context_blocks
     yield (
-        f"masks      {plan.config.masks.sampler}, {plan.config.masks.context}: {tokens.context / tokens.images:.0f} "
+        f"masks      {config.masks.sampler}, {config.masks.context}: {tokens.context / tokens.images:.0f} "
         f"context tokens of {tokens.patches} per image, {tokens.predicted / share:.0f} per target "
         f"(mean of {STEPS} drawn steps)"
     )
@@ -113,7 +131,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     needed = chosen.footprint
     yield (
         f"memory     GB per GPU, {chosen.spread.label}, {engine.precision}, checkpointing {engine.checkpointing}, "
-        "largest masks drawn"
+        + ("largest masks drawn" if isinstance(plan.config, PretrainConfig) else "target: frozen or averaged weights")
     )
     kinds = ("weights", "gradients", "optimizer", "target", "activations", "buffers")
     yield "           " + "".join(f"{kind:>13}" for kind in (*kinds, "peak"))

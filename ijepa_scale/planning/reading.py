@@ -10,25 +10,23 @@ from ijepa_scale.config.schema import PretrainConfig
 from ijepa_scale.errors import ConfigError
 
 
-def read_pretraining(path: str, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Returns the pretraining configuration in a file, after applying overrides.
+def read_planned(path: str, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
+    """Returns the configuration in a file, of pretraining or else of finetuning, after applying overrides.
 
     Raises:
-        ConfigError: the file is a finetuning configuration, or is invalid; see `read_config`.
+        ConfigError: it is valid as neither; see `read_config`.
     """
     try:
         return read_config(path, overrides, needs_paths=False).config
     except ConfigError:
         if _reads_as(path, FinetuneConfig) and not _reads_as(path, PretrainConfig):
-            raise ConfigError(
-                f"{path} is a finetuning configuration; plan.py takes pretraining ones, such as configs/base.yaml"
-            ) from None
+            return read_config(path, overrides, kind=FinetuneConfig, needs_paths=False).config
         raise
 
 
 def _reads_as(path: str, kind: type) -> bool:
     try:
-        read_config(path, kind=kind)
+        read_config(path, kind=kind, needs_paths=False)
     except ConfigError:
         return False
     return True

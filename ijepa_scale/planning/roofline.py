@@ -10,13 +10,14 @@ import math
 from dataclasses import dataclass
 
 from ijepa_scale.config.architectures import Architecture, resolve
+from ijepa_scale.config.finetune_run import ClassifierConfig
 from ijepa_scale.config.schema import MaskConfig, ModelConfig
 from ijepa_scale.planning.devices import Device
 from ijepa_scale.planning.flops import FlopCount
 from ijepa_scale.planning.parameters import count_parameters
 from ijepa_scale.planning.spread import Spread
 from ijepa_scale.planning.tokens import Tokens
-from ijepa_scale.planning.traffic import micro_batch_bytes, update_bytes
+from ijepa_scale.planning.traffic import classifier_bytes, classifier_update_bytes, micro_batch_bytes, update_bytes
 
 Range = tuple[float, float]  # low, high
 
@@ -74,6 +75,47 @@ def estimate_mfu(
         for work, share in _work(sizes, masks, tokens, reach=reach, end=end, fp8=fp8):
             seconds += work / (share * device.peak_flops)
         found.append(tokens.images * flops.total / (seconds * device.peak_flops))
+    return found[0], found[1]
+
+
+def estimate_finetune_mfu(
+    model: ClassifierConfig,
+    device: Device,
+    spread: Spread,
+    *,
+    images: float,
+    flops: FlopCount,
+    compiled: bool,
+    checkpointing: str,
+    parameters: tuple[int, int],
+) -> Range:
+    """Returns the same for a classifier. `parameters` are the trained ones, and those of averaged weights.
+
+    Outside blocks as much is read and written as in pretraining, which is an upper bound.
+    """
+    sizes = resolve(model.pretrained)
+    tokens, trained_blocks = images * sizes.num_patches, sizes.depth - model.frozen_blocks
+    casts = not spread.lasting_copies
+    moved = classifier_bytes(
+        sizes, tokens, parameters[0], frozen=model.frozen_blocks, compiled=compiled, casts=casts,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+    moved += classifier_update_bytes(*parameters, spread) / spread.accumulation
+    linears = _linears(tokens, sizes.width, sizes.mlp_width)
+    attention = _attention(images, sizes.num_patches, sizes.width, sizes.width // sizes.heads)
+    patches = 2 * sizes.channels * sizes.patch_size**2 * sizes.width * tokens * (1 if model.frozen_blocks else 2)
+    found = []
+    for end in (0, 1):
+        reach = _reach(device)
+        products = _products(reach, sizes.width, end)
+        work = [
+            (linears * (sizes.depth + 2 * trained_blocks) + patches, products),
+            (attention * model.frozen_blocks, reach.attention[end]),
+            ((1 + _ATTENTION_BACKWARD) * attention * trained_blocks, reach.attention[end] * _BACKWARD),
+        ]
+        seconds = moved / (_MEMORY[end] * device.memory_bandwidth)
+        seconds += sum(operations / (share * device.peak_flops) for operations, share in work)
+        found.append(images * flops.total / (seconds * device.peak_flops))
     return found[0], found[1]
 
 

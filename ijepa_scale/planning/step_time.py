@@ -53,11 +53,32 @@ def step_time(
     repeats operations that aren't counted. A transfer is hidden behind the part of the step in which it can run:
     forward, backward, or the last micro-batch's backward. The time by which it exceeds that part is exposed.
     """
+    return time_of(
+        transfers(model, spread),
+        cluster,
+        spread,
+        flops=flops,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        mfu=mfu,
+    )
+
+
+def time_of(
+    moved: list[Transfer],
+    cluster: Cluster,
+    spread: Spread,
+    *,
+    flops: FlopCount,
+    micro_batch: float,
+    checkpointing: str,
+    mfu: float,
+) -> StepTime:
+    """Returns the same for these transfers."""
     seconds = micro_batch * spread.accumulation / (mfu * cluster.device.peak_flops)
     again = (flops.context + flops.predictor) / 3  # the forward of the trained parts
     forward = seconds * (flops.target + again)
     backward = seconds * (2 * again + (again if checkpointing == "full" else 0.0))
-    moved = transfers(model, spread)
     reduced = _seconds(moved, "last backward", cluster)  # only in the last micro-batch's backward
     late = max(0.0, reduced - backward / spread.accumulation)
     exposed = _seconds(moved, "nothing", cluster) + max(0.0, _seconds(moved, "forward", cluster) - forward)

@@ -79,6 +79,36 @@ def update_bytes(counts: ParameterCounts, spread: Spread, *, fp8: bool) -> float
     return optimizer * counts.trainable / shards + target * counts.target / held
 
 
+def classifier_bytes(
+    sizes: Architecture,
+    tokens: float,
+    trained: int,
+    *,
+    frozen: int,
+    compiled: bool,
+    casts: bool,
+    checkpointing: str,
+) -> float:
+    """Returns the bytes of forward and backward of one micro-batch of a classifier in bf16; see `micro_batch_bytes`.
+
+    `tokens` are those of all images, `trained` the trained parameters, `frozen` the blocks that only run forward.
+    """
+    traffic = COMPILED if compiled else EAGER
+    again = traffic.forward if checkpointing == "selective" else 0.0
+    each = traffic.forward * sizes.depth + (again + traffic.backward) * (sizes.depth - frozen)
+    return tokens * sizes.width * (each + OUTSIDE[False]) + (CASTS.forward + CASTS.backward) * trained * casts
+
+
+def classifier_update_bytes(trained: int, averaged: int, spread: Spread) -> float:
+    """Returns the bytes of the optimiser and of averaging weights on one process, once a step."""
+    shards = spread.shards if spread.strategy == "fsdp2" or spread.stage else 1
+    if spread.renews_copies:
+        return (
+            FUSED_OPTIMIZER + LOW_COPY * spread.lasting_copies
+        ) * trained / shards + FUSED_TARGET * averaged / shards
+    return (OPTIMIZER * trained + TARGET * averaged) / shards
+
+
 def _last(direction: str, share: float) -> float:
     """Returns the bytes of a compiled last block per token and channel of its input, if `share` are queries."""
     every, queries = LAST_BLOCK[direction]

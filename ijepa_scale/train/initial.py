@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +74,23 @@ def with_init(config: Config) -> Config:
     model = section if isinstance(config, PretrainConfig) else config.model.replace(encoder=section)
     data, augment = config.data.replace(**pixels), config.augment.replace(**images)
     return config.replace(model=model, data=data, augment=augment)
+
+
+def with_init_to_plan(config: Config) -> Config:
+    """Returns the configuration as `with_init` does, but fetches nothing: planning needs no weights.
+
+    Without them, sizes are those of the configuration, which is logged.
+
+    Raises:
+        UserError: see `with_init`; or the source isn't there, and the configuration doesn't name the architecture.
+    """
+    init, section = config.model.init, encoder_of(config)
+    if init is None or os.path.exists(init) or newest(Path(config.folder) / "checkpoints") is not None:
+        return with_init(config)
+    if "name" not in section.model_fields_set:
+        raise ConfigError(f"model.init={init} isn't on this machine, and tells the sizes; set {section.at}.name")
+    logger.warning("model.init=%s isn't on this machine: all sizes are taken from the configuration", init)
+    return config
 
 
 def _of_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """Downloads one remote file whole, or reports why it can't. Knows nothing of processes or tensors.
 
 fsspec handles the addresses: https, s3, gs, hf. Transient errors are retried, with growing pauses; the result is
-compared with the size and hash of the file, if they are known.
+compared with the size and hash of the file, if they are known. From https no redirect leads to http.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import logging
 import re
+import ssl
 import time
 import urllib.parse
 import zlib
@@ -29,6 +32,8 @@ _ADDRESS = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _CHUNK = 1 << 20
 _TRY_AGAIN = {408, 425, 429}  # client errors that are retried, like all server errors
+_RANGE = 1 << 24  # bytes of one request of `fetch_resumable`
+_TRUSTED: ssl.SSLContext | None = None  # certificate authorities; None: those of the system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,48 @@ def fetch(url: str, to: Path, *, size: int | None, sha256: str | None, retry: Re
         raise
 
 
+def fetch_resumable(
+    url: str, to: Path, *, retry: Retry, progress: Callable[[int, int], None] = lambda done, size: None
+) -> None:
+    """Downloads the file to `to` in ranges, going on after the bytes of an earlier call that are there already.
+
+    Those are kept after an error too, with `TO.from.json`, which says what they are of. If the file on the server has
+    changed since, it starts again. Attempts are counted from the last one that received a range. `progress` is called
+    with the bytes there are and the file's size, also before the first range.
+
+    Raises:
+        DataError: the file doesn't exist, may not be read, is sent without its size or not in ranges, or didn't arrive
+            whole in `retry.attempts` attempts in a row that received nothing.
+    """
+    note = to.with_name(f"{to.name}.from.json")
+
+    def transfer(filesystem: Any, path: str) -> None:
+        info = filesystem.info(path)
+        size, parts = info.get("size"), info.get("partial", True)
+        if not isinstance(size, int) or not size or not parts:
+            raise DataError(f"{url} is sent without its size, or not in ranges; download it yourself and give the file")
+        this = {"url": url, "size": size, "version": info.get("ETag") or info.get("Last-Modified")}
+        if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != this:
+            to.unlink(missing_ok=True)
+            note.write_text(json.dumps(this), encoding="utf-8")
+        with to.open("ab") as file, filesystem.open(path, "rb", block_size=1, cache_type="none", size=size) as remote:
+            while True:
+                have = file.tell()
+                progress(have, size)
+                if have >= size:
+                    return
+                remote.seek(have)
+                wanted = min(_RANGE, size - have)
+                received = remote.read(wanted)
+                if len(received) != wanted:
+                    raise _WrongContent(f"received {len(received)} bytes instead of {wanted} at {have} of {size}")
+                file.write(received)
+                file.flush()
+
+    _persist(url, retry, transfer, received=lambda: to.stat().st_size if to.exists() else 0)
+    note.unlink()
+
+
 def open_remote(url: str, retry: Retry) -> IO[bytes]:
     """Returns the file as a stream to be read once, from the beginning.
 
@@ -140,16 +187,25 @@ def _capped(most: int) -> Any:
     return Cap()
 
 
-def _persist(url: str, retry: Retry, work: Callable[[Any, str], Any]) -> Any:
-    """Returns work(filesystem, path); retries it after transient errors."""
+def _persist(
+    url: str, retry: Retry, work: Callable[[Any, str], Any], *, received: Callable[[], int] = lambda: 0
+) -> Any:
+    """Returns work(filesystem, path); retries it after transient errors.
+
+    Attempts are counted anew whenever `received`, the bytes that an attempt has added to, has grown.
+    """
     check_address(url)
-    for attempt in range(retry.attempts):
+    attempt, before = -1, received()
+    while True:
+        attempt += 1
         try:
             return work(*_filesystem(url, retry))
         except DataError:
             raise
         except Exception as raised:  # each filesystem raises its own errors; permanent ones are identified below
             error = raised.__cause__ or raised  # fsspec reports any failure to get a size as "not found"
+            if isinstance(error, DataError):  # of `_https_only`
+                raise error from None
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ImportError):
                 raise DataError(
@@ -158,7 +214,9 @@ def _persist(url: str, retry: Retry, work: Callable[[Any, str], Any]) -> Any:
             if _permanent(error):
                 text = f"{url} can't be fetched ({reason}); check the address and the permissions"
                 raise NotThereError(text) from None
-            if attempt + 1 == retry.attempts:
+            if (now := received()) > before:
+                attempt, before = 0, now
+            if attempt + 1 >= retry.attempts:
                 raise DataError(
                     f"{url} couldn't be fetched in {retry.attempts} attempts (last error: {reason}); "
                     "check the server and the connection"
@@ -169,7 +227,6 @@ def _persist(url: str, retry: Retry, work: Callable[[Any, str], Any]) -> Any:
             pause *= 0.5 + 0.5 * float(rng.uniform(0, "fetch", attempt, address, 1)[0, 0])
             logger.warning("%s: %s; trying again in %.1f s", url, reason, pause)
             time.sleep(pause)
-    raise AssertionError
 
 
 def _filesystem(url: str, retry: Retry) -> tuple[Any, str]:
@@ -183,15 +240,37 @@ def _filesystem(url: str, retry: Retry) -> tuple[Any, str]:
 
         waits = aiohttp.ClientTimeout(total=None, sock_connect=retry.timeout_s, sock_read=retry.timeout_s)
         options = {"client_kwargs": {"timeout": waits}}
+        if scheme == "https":
+            options["client_kwargs"]["trace_configs"] = [_https_only()]
+        if _TRUSTED is not None:
+            options["ssl"] = _TRUSTED
     elif scheme == "s3":
         options = {"config_kwargs": {"connect_timeout": retry.timeout_s, "read_timeout": retry.timeout_s}}
     filesystem, path = fsspec.core.url_to_fs(url, **options)
     return filesystem, path
 
 
+@functools.lru_cache(maxsize=1)  # the same one each time, since fsspec keeps a filesystem for each set of options
+def _https_only() -> Any:
+    """Returns what makes aiohttp refuse redirects to other schemes than https."""
+    import aiohttp
+
+    async def refuse_http(session: Any, context: Any, step: Any) -> None:
+        target = step.response.headers.get("Location", "")
+        if not urllib.parse.urljoin(str(step.url), target).startswith("https://"):
+            raise DataError(
+                f"{step.url} redirects to {target!r}, which isn't https; check the address, or download the file "
+                "yourself"
+            )
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(refuse_http)
+    return trace
+
+
 def _permanent(error: BaseException) -> bool:
     """Returns whether retrying can't help."""
-    if isinstance(error, (FileNotFoundError, PermissionError)):
+    if isinstance(error, (FileNotFoundError, PermissionError, ssl.CertificateError)):
         return True
     response = getattr(error, "response", None)  # botocore's is a mapping
     if isinstance(response, dict):

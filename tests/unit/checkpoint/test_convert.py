@@ -328,7 +328,7 @@ def test_unreadable_sources(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         "list.pth": "holds a list; expected a dictionary of tensors",
         "half.safetensors": "can't be read as safetensors .* copy it again",
         "notes.txt": "ends in '.txt'; give a folder or one of .safetensors, .tar",
-        "nothing.pth": "doesn't exist; give a run folder, a checkpoint, a file, timm:NAME or transformers:NAME",
+        "nothing.pth": "doesn't exist; give a run folder, a checkpoint, a file, published:NAME, timm:NAME or",
         "": "has neither a checkpoint .* nor model.safetensors nor .* nor pytorch_model.bin; give a run folder",
     }.items():
         with pytest.raises(CheckpointError, match=text):

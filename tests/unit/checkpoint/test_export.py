@@ -69,7 +69,10 @@ def test_the_published_code_can_resume(tmp_path: Path) -> None:
         "encoder", "predictor", "target_encoder", "opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr",
     }  # fmt: skip
     assert (content["epoch"], content["batch_size"], content["world_size"]) == (2, 4, 3)
-    assert content["lr"] == pytest.approx(2e-4 + 20 / 400 * 8e-4) and math.isnan(content["loss"])
+    assert content["lr"] == 1e-3  # the peak
+    assert content["opt"]["param_groups"][0]["lr"] == pytest.approx(2e-4 + 20 / 400 * 8e-4) and math.isnan(
+        content["loss"]
+    )
     ours = build_jepa(MODEL, seed=1)
     encoder, predictor = Published(ours.encoder, "pos_embed"), Published(ours.predictor, "predictor_pos_embed")
     target = copy.deepcopy(encoder)
@@ -100,7 +103,7 @@ def test_the_published_code_can_resume(tmp_path: Path) -> None:
     excluded = [group.get("WD_exclude", False) for group in optimizer.param_groups]
     assert excluded == [False, False, True, True]
     assert [group["weight_decay"] > 0 for group in optimizer.param_groups] == [True, True, False, False]
-    assert {group["lr"] for group in optimizer.param_groups} == {content["lr"]}
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
     scaler = torch.amp.GradScaler("cpu")
     scaler.load_state_dict(content["scaler"])
     assert scaler.get_scale() == 65536.0

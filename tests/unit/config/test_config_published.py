@@ -15,7 +15,7 @@ import yaml
 from ijepa_scale.config import load_config, read_config
 from ijepa_scale.config.published import is_published, translate
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.planning.reading import read_pretraining
+from ijepa_scale.planning.reading import read_planned
 
 HUGE = """
 data:
@@ -104,7 +104,7 @@ def test_planning_needs_no_paths(tmp_path: Path, content: dict[str, Any]) -> Non
     path = save(tmp_path, content)
     with pytest.raises(ConfigError, match="data.root_path is still the placeholder"):
         read_config(path)
-    assert read_pretraining(str(path)).model.name == "vit_huge"
+    assert read_planned(str(path)).model.name == "vit_huge"
 
 
 def test_a_file_with_checkpoint_file_is_read(content: dict[str, Any]) -> None:

@@ -204,7 +204,7 @@ def test_a_name_goes_to_transformers_only_if_it_is_no_path(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for path in ("runs/demo", "a/b.safetensors", "a/b/c", "nothing"):
-        with pytest.raises(CheckpointError, match="doesn't exist; give a run folder, a checkpoint, a file, timm:NAME"):
+        with pytest.raises(CheckpointError, match="doesn't exist; give a run folder, .*, published:NAME, timm:NAME"):
             ijepa_scale.load(path)
     from transformers import AutoModel
 

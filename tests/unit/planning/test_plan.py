@@ -345,14 +345,6 @@ def test_the_command_speaks_json_and_refuses_plainly(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith("error: --gpus names 'v100', which isn't known")
 
 
-@pytest.mark.parametrize("name", ["base", "in1k_vith14_ep300_finetuning"])
-def test_a_finetuning_configuration_is_recognised(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(ROOT / "configs" / "finetune" / f"{name}.yaml")
-    assert main(["--config", path, "--gpus", "8x", "a100", "engine.accumulation=1"]) == 2
-    said = f"error: {path} is a finetuning configuration; plan.py takes pretraining ones, such as configs/base.yaml\n"
-    assert capsys.readouterr().err == said
-
-
 def test_other_mistakes_in_a_configuration_are_reported_unchanged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
