@@ -50,7 +50,7 @@ class Parts:
     def __init__(self, folder: Path, count: int, *, batch_size: int) -> None:
         self.folder, self.batch_size = folder, batch_size
         self.chunk = BATCHES * batch_size  # images
-        self._count = count
+        self.count = count
 
     def compute(
         self,
@@ -69,7 +69,7 @@ class Parts:
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
         world.barrier()
-        left = [begin for begin in range(0, self._count, self.chunk) if not self._path(begin).exists()]
+        left = [begin for begin in range(0, self.count, self.chunk) if not self._path(begin).exists()]
         world.barrier()  # all have listed what is left before any adds a part
         mine = [self._batches_of(begin) for begin in left[world.rank :: world.size]]
         numbers = [batch for batches in mine for batch in batches]
@@ -89,7 +89,7 @@ class Parts:
 
     def read(self) -> Iterator[Part]:
         """Yields all parts in the order of the images."""
-        for begin in range(0, self._count, self.chunk):
+        for begin in range(0, self.count, self.chunk):
             with safe_open(str(self._path(begin)), framework="pt") as file:
                 skipped = {int(number): why for number, why in json.loads(file.metadata()["skipped"]).items()}
                 values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
@@ -100,7 +100,7 @@ class Parts:
         shutil.rmtree(self.folder)
 
     def _batches_of(self, begin: int) -> list[list[int]]:
-        end = min(begin + self.chunk, self._count)
+        end = min(begin + self.chunk, self.count)
         return [list(range(at, min(at + self.batch_size, end))) for at in range(begin, end, self.batch_size)]
 
     def _path(self, begin: int) -> Path:
