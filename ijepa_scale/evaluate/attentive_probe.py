@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -73,8 +74,8 @@ def attentive_sweep(blocks: int) -> list[AttentiveProbe]:
 class AttentiveHead(nn.Module):
     """A learnt query that attends to the tokens, then an MLP and a linear layer.
 
-    The query's own vector is added to what it attended to, and that sum to the MLP's output. Each token passes through a
-    layer norm before keys and values.
+    The query's own vector is added to what it attended to, and that sum to the MLP's output. Each token passes through
+    a layer norm before keys and values.
 
     Source: arXiv 2404.08471, section 4 ("attentive probing"), and arXiv 2506.09985 (3 transformer blocks before it).
     """
@@ -150,10 +151,10 @@ def attentive_predictions(
 ) -> np.ndarray:
     """Returns the predicted classes, (probes, M) int64, of the test images, on process 0; (0, M) on the others.
 
-    `width` is that of a token, and `heads` are those of its attention. Every classifier sees the same images in the same
-    order, keyed by seed and epoch. An epoch drops the rest of N / batch. Classifiers of one block are trained on process
-    0; of larger ones, each process trains some. `advance` is called with the steps that are done. Communicates, so every
-    process must call it.
+    `width` is that of a token, and `heads` are those of its attention. Every classifier sees the same images in the
+    same order, keyed by seed and epoch. An epoch drops the rest of N / batch. Classifiers of one block are trained on
+    process 0; of larger ones, each process trains some. `advance` is called with the steps that are done. Communicates,
+    so every process must call it.
 
     Raises:
         DataError: no images, or labels outside the classes.
@@ -207,7 +208,7 @@ def _predicted(
     if not world.is_main:
         return np.empty((0, len(test.labels)), np.int64)
     found = np.empty((count, len(test.labels)), np.int64)
-    for places, predicted in every:  # type: ignore[misc]
+    for places, predicted in cast(list[tuple[list[int], np.ndarray]], every):
         found[places] = predicted
     return found
 
