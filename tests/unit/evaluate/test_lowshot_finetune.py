@@ -44,7 +44,8 @@ def request_(tmp_path: Path) -> FinetuneRequest:
     encoder = build_encoder("vit_tiny", image_size=16, patch_size=8, width=24, depth=2, heads=3, seed=3)
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
     return FinetuneRequest(
-        source=str(tmp_path / "encoder.safetensors"), which="target", digest="0", width=24, image_size=(16, 16), heads=3,
+        source=str(tmp_path / "encoder.safetensors"), which="target", digest="0", width=24, image_size=(16, 16),
+        heads=3,
         folder=tmp_path / "to", subsets=("5",), seeds=2, epochs=2, workers=0,
     )  # fmt: skip
 
