@@ -1,4 +1,4 @@
-"""Evaluates a trained encoder on labelled images: kNN, linear probe, logistic regression, few images per class.
+"""Evaluates a trained encoder on labelled images: kNN, linear and attentive probes, logistic regression, few images.
 
 python launch/evaluate.py runs/mine --data photos/train photos/val --protocol knn logistic
 python launch/evaluate.py IN1K-vit.h.14-300e.pth.tar --data imagenet/train imagenet/val --to runs/h14
@@ -8,13 +8,11 @@ torchrun --nproc-per-node 8 launch/evaluate.py timm:vit_huge_patch14_gap_224.in1
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from ijepa_scale import terminal
 from ijepa_scale.config import EngineConfig
-from ijepa_scale.evaluate.offline import EvaluationRequest, evaluate_here
-from ijepa_scale.evaluate.protocols import PROTOCOLS
-from ijepa_scale.registry import SOURCES
+from ijepa_scale.evaluate.command_line import add_flags, request_of
+from ijepa_scale.evaluate.offline import evaluate_here
 from ijepa_scale.train import processes
 
 
@@ -22,34 +20,9 @@ from ijepa_scale.train import processes
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a mistake that the user can fix."""
     parser = terminal.Parser(description=__doc__)
-    add = parser.add_argument
-    add(
-        "source",
-        type=terminal.existing_path,
-        help="run folder, checkpoint, .pth.tar, .safetensors, published: or timm:NAME",
-    )
-    add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="labelled images")
-    add("--reader", choices=SOURCES.names(), help="how they are stored (default: by what TRAIN is)")
-    add("--protocol", nargs="+", default=[*PROTOCOLS], choices=[*PROTOCOLS], help="(default: all)")
-    add("--weights", choices=["target", "context"], default="target", help="which encoder (default target)")
-    add("--image-size", type=terminal.at_least_1, help="side of the images in pixels (default: as trained)")
-    add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't tell")
-    add("--shots", type=terminal.at_least_1, nargs="+", default=[1, 5, 10], help="per class (default 1 5 10)")
-    add("--epochs", type=terminal.at_least_1, default=50, help="of the linear probe (default 50)")
-    add("--no-untrained", dest="untrained", action="store_false", help="skip the encoder at random weights")
-    add("--to", dest="folder", type=terminal.path, default="runs/evaluation", help="folder (default runs/evaluation)")
-    add("--batch-size", type=terminal.at_least_1, default=64, help="images per process and forward (default 64)")
-    add("--workers", type=int, default=2, help="decoding processes per process (default 2)")
-    add("--overwrite", action="store_true", help="replace the table in the folder")
-    add("--processes", type=terminal.at_least_1, help="number of processes to start on this host")
-    add("--seed", type=int, default=0, help="of classifiers and draws (default 0)")
-    parser.add_plugins()
-    given = vars(parser.parse_args(arguments))
-    count, _ = given.pop("processes"), given.pop("plugin")
-    train, test = given.pop("data")
-    given |= {"protocols": tuple(given.pop("protocol")), "which": given.pop("weights"), "shots": tuple(given["shots"])}
-    request = EvaluationRequest(**given | {"train": train, "test": test, "folder": Path(given["folder"])})
-    processes.run(evaluate_here, request, EngineConfig(), devices=None, processes=count)
+    add_flags(parser)
+    flags = parser.parse_args(arguments)
+    processes.run(evaluate_here, request_of(flags), EngineConfig(), devices=None, processes=flags.processes)
     return 0
 
 

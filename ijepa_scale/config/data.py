@@ -35,6 +35,9 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     train: form.PathText | None = Field(
         None, description="Tars (folder, glob, {000..127}, https://), folder of images, or list of paths."
     )
+    subset: form.PathText | None = Field(
+        None, description="Text file with a name per line: only these images of train, such as 1% of ImageNet."
+    )
     batch_size: form.Images | None = Field(None, description="Images of an optimiser step, over all processes.")
     batch_size_per_process: form.Images | None = Field(None, description="Those of each process.")
     workers: int = Field(2, ge=0, description="Decoding processes per training process; 0 decodes in that itself.")
@@ -74,6 +77,8 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
                 f"batch_size is {self.batch_size} and batch_size_per_process {self.batch_size_per_process}; "
                 "give exactly one of them"
             )
+        if self.subset is not None and self.reader in ("stream", "synthetic"):
+            yield f"subset is {self.subset}, but reader {self.reader} has no named images; use shards or imagefolder"
         for name, member in (("image_member", self.image_member), ("label_member", self.label_member)):
             if member is not None and self.reader in WITHOUT_MEMBERS:
                 yield f"{name} is {member}, but reader {self.reader} has no samples of several members; set it to null"

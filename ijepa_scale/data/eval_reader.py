@@ -106,7 +106,7 @@ class EvalReader:
         self.ids = np.asarray(ids, dtype=np.int64)
         if crop_fraction is None:
             crop_fraction = crop_fraction_of(image_size)
-        batches = _Batches(source, image_size, crop_fraction, mean, std, exif=exif, pixels=pixels)
+        batches = EvalImages(source, image_size, crop_fraction, mean, std, exif=exif, pixels=pixels)
         parts = [self.ids[begin : begin + batch_size] for begin in range(0, len(self.ids), batch_size)]
         self._batches = ordered_loader(batches, parts, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
 
@@ -146,7 +146,7 @@ class _Trials(Dataset):
         return bad
 
 
-class _Batches(Dataset):
+class EvalImages(Dataset["EvalBatch | str"]):
     """Maps ids to the batch of those samples, or to the text of the error that ends the evaluation."""
 
     def __init__(

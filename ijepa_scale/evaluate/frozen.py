@@ -23,6 +23,7 @@ from ijepa_scale.data.eval_reader import IMAGENET_MEAN, IMAGENET_STD, crop_fract
 from ijepa_scale.data.pil_decode import rgb_of
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.errors import ConfigError, DataError, SampleError
+from ijepa_scale.models.layers import Block
 from ijepa_scale.models.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,11 @@ class ImageTransform:
 def channels_of(encoder: VisionTransformer) -> int:
     """Returns the number of channels of an encoder's images."""
     return encoder.patch_embed.proj.in_channels
+
+
+def heads_of(encoder: VisionTransformer) -> int:
+    """Returns the number of an encoder's attention heads."""
+    return next(block.attn.heads for block in encoder.modules() if isinstance(block, Block))
 
 
 def features(

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ijepa_scale import rng, terminal
+from ijepa_scale.checkpoint.digests import digest_of_tensors
 from ijepa_scale.config.architectures import ARCHITECTURES
 from ijepa_scale.config.form import Exif
-from ijepa_scale.data.sources.fetch import scheme_of
-from ijepa_scale.data.sources.open import build_source, reader_of
-from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
-from ijepa_scale.errors import ConfigError, DataError
-from ijepa_scale.evaluate.class_lists import compare_classes
-from ijepa_scale.evaluate.frozen import Pool, load
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.evaluate.attentive_protocol import ATTENTIVE, attentive, token_bytes
+from ijepa_scale.evaluate.bar import Bar
+from ijepa_scale.evaluate.frozen import ImageTransform, Pool, heads_of, load
+from ijepa_scale.evaluate.labelled_sets import LabelledSet, Named
 from ijepa_scale.evaluate.linear_probe import ProbeRecipe
-from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Split, run_protocols
+from ijepa_scale.evaluate.lowshot_finetune import FinetuneRequest, lowshot_finetune, parse_subset
+from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Score, Split, means, transfer
 from ijepa_scale.evaluate.results import JSON, Results, published_figures
-from ijepa_scale.evaluate.stored_features import FeatureStore, ImagesToEncode
+from ijepa_scale.evaluate.stored_features import FeatureStore
 from ijepa_scale.models.init import initialise
 from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.train import processes
 
 logger = logging.getLogger(__name__)
+
+FINETUNE = "lowshot-finetune"
+ALL = (*PROTOCOLS, *ATTENTIVE, FINETUNE)
+USUAL = (*PROTOCOLS, "attentive")  # the others take hours without a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class EvaluationRequest:
     source: str
     train: str
     test: str
-    protocols: tuple[str, ...] = ("knn", "linear", "logistic", "lowshot")
+    transfer: tuple[Named, ...] = ()
+    protocols: tuple[str, ...] = USUAL
     reader: str | None = None  # None: by what `train` is
     which: str = "target"
     image_size: int | None = None
@@ -50,8 +55,13 @@ class EvaluationRequest:
     batch_size: int = 64
     workers: int = 2
     seed: int = 0
+    seeds: int = 3  # draws of few images
     shots: tuple[int, ...] = (1, 5, 10)
-    epochs: int = 50
+    subsets: tuple[str, ...] = ("1%",)  # that are finetuned on
+    epochs: int = 50  # of the linear probe
+    finetune_epochs: int = 50
+    attentive_epochs: int = 20
+    token_gb: float = 16.0  # that tokens may take in the folder; more are computed anew in each epoch
     untrained: bool = True
     overwrite: bool = False
 
@@ -66,7 +76,7 @@ def evaluate_here(request: EvaluationRequest, launch: Launch, device: torch.devi
 
 
 def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None:
-    """Returns the table on process 0, where classifiers are trained; None on the others, which compute features only.
+    """Returns the table on process 0, where classifiers on features are trained; None on the others.
 
     Features are kept in `request.folder`/features, so the same images aren't encoded twice and an interrupted run goes
     on. Every process must call it.
@@ -74,54 +84,143 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     Raises:
         UserError: the source, the images or their labels can't be used.
     """
-    unknown = [name for name in request.protocols if name not in PROTOCOLS]
+    unknown = [name for name in request.protocols if name not in ALL]
     if unknown:
-        raise ConfigError(f"protocol {', '.join(unknown)} is unknown; choose among {', '.join(PROTOCOLS)}")
+        raise ConfigError(f"protocol {', '.join(unknown)} is unknown; choose among {', '.join(ALL)}")
     done = request.folder / JSON
     if world.broadcast_object(done.exists()) and not request.overwrite:
         raise ConfigError(f"{done} exists; name another folder with --to, or add --overwrite")
     encoder, transform = load(request.source, which=request.which, image_size=request.image_size, heads=request.heads)
     sets = [
-        _opened(f"{name} images", path, request) for name, path in (("train", request.train), ("test", request.test))
+        LabelledSet.open(given, request.reader if not given.name else None, request.exif, log=world.is_main)
+        for given in (Named("", request.train, request.test), *request.transfer)
     ]
-    compare_classes(("the train images", sets[0]), ("the test images", sets[1]), log=world.is_main)
-    labels = [_labels(name, source) for name, source in zip(("train", "test"), sets, strict=True)]
-    num_classes = 1 + int(max(each.max() for each in labels))
-    pool: Pool = "last4" if "linear" in request.protocols and len(encoder.blocks) >= 4 else "mean"
-    store = FeatureStore(
-        request.folder / "features", world, batch_size=request.batch_size, workers=request.workers,
-        advance=_shown if world.is_main else None,
-    )  # fmt: skip
-    width = encoder.pos_embed.shape[-1]
-    options = Options(
-        width=width, num_classes=num_classes, device=world.device, shots=request.shots, seed=request.seed,
-        recipe=ProbeRecipe(epochs=request.epochs, seed=request.seed),
-    )  # fmt: skip
+    if FINETUNE in request.protocols:
+        for text in request.subsets:
+            parse_subset(text, sets[0].train.labels)
     nets = {"": encoder, "untrained-": untrained_like(encoder, request.seed)}
-    pairs = []
-    for name, net in nets.items() if request.untrained else [("", encoder)]:
-        net.to(world.device)
-        splits = []
-        for each, source, answers in zip(("train", "test"), sets, labels, strict=True):
-            images = ImagesToEncode(name=name + each, source=source, exif=request.exif)
-            rows = store.features(net, transform, images, pool, tried=bool(name))
-            splits.append(Split(features=rows, labels=answers))
-        pairs.append(splits)
+    if not request.untrained:
+        del nets["untrained-"]
+    evaluations = [_Evaluation(request, world, net, transform, sets, name) for name, net in nets.items()]
+    for evaluation in evaluations:
+        evaluation.prepare()
     world.barrier()  # the last collective
     if not world.is_main:
         return None  # and doesn't wait: training classifiers may take longer than any collective's timeout
-    tables = [run_protocols(request.protocols, train, test, options) for train, test in pairs]
+    tables = [evaluation.scores() for evaluation in evaluations]
+    main = sets[0]
     facts = {
         "encoder": f"{request.source} ({request.which})",
         "architecture": f"{name_of(encoder)}, patches of {encoder.patch_size}",
         "images": repr(transform),
-        "train": f"{request.train}: {len(labels[0])} images, {num_classes} classes",
-        "test": f"{request.test}: {len(labels[1])} images",
+        "train": f"{request.train}: {len(main.train.labels)} images, {main.num_classes} classes",
+        "test": f"{request.test}: {len(main.test.labels)} images",
         "seed": request.seed,
     }
+    facts |= {each.name: f"{each.train.path} and {each.test.path}" for each in sets[1:]}
     sizes = (name_of(encoder), encoder.patch_size, transform.image_size)
-    published = published_figures(*sizes, num_classes=num_classes, num_test=len(labels[1]))
+    published = published_figures(*sizes, num_classes=main.num_classes, num_test=len(main.test.labels))
     return Results(facts=facts, scores=tables[0], untrained=tables[1] if request.untrained else [], published=published)
+
+
+class _Evaluation:
+    """The evaluation of one encoder on all sets: first what all processes do together, then what process 0 does."""
+
+    def __init__(
+        self,
+        request: EvaluationRequest,
+        world: World,
+        encoder: VisionTransformer,
+        transform: ImageTransform,
+        sets: list[LabelledSet],
+        name: str,
+    ) -> None:  # fmt: skip
+        self._request, self._world, self._encoder, self._transform = request, world, encoder, transform
+        self._sets, self._name = sets, name
+        shown = _Shown() if world.is_main else None
+        self._store = FeatureStore(
+            request.folder / "features", world, batch_size=request.batch_size, workers=request.workers, advance=shown
+        )
+        self._splits: list[tuple[Split, Split]] = []
+        self._together: dict[str, list[Score]] = {}  # by protocol
+
+    def prepare(self) -> None:
+        """Computes features, and trains what all processes train. Communicates."""
+        request, encoder, main = self._request, self._encoder.to(self._world.device), self._sets[0]
+        wanted = [name for name in request.protocols if name in ATTENTIVE]
+        needed = token_bytes(encoder, main) * (2 if request.untrained else 1)
+        stored = bool(wanted) and needed <= request.token_gb * 1e9
+        if wanted and not stored and self._world.is_main and not self._name:
+            logger.info(
+                "tokens take %.1f GB, over --token-gb %g: they are computed anew in each epoch",
+                needed / 1e9, request.token_gb,
+            )  # fmt: skip
+        pool: Pool = "last4" if "linear" in request.protocols and len(encoder.blocks) >= 4 else "mean"
+        tokens: dict[str, np.ndarray] = {}
+        for each in self._sets:
+            splits = []
+            pools: list[Pool] = [pool, "tokens"] if stored and each is main else [pool]
+            for part in (each.train, each.test):
+                images = replace(part.images, name=self._name + part.images.name)
+                found = self._store.features(encoder, self._transform, images, pools, tried=bool(self._name))
+                splits.append(Split(features=found[pool], labels=part.labels))
+                if "tokens" in found:
+                    tokens[part.images.name] = found["tokens"]
+            self._splits.append((splits[0], splits[1]))
+        for name in wanted:
+            self._together[name] = attentive(
+                name, main, encoder, self._transform, self._store, tokens, epochs=request.attentive_epochs,
+                seed=request.seed, world=self._world,
+            )  # fmt: skip
+        if FINETUNE in request.protocols:
+            finetuning = FinetuneRequest(
+                source=request.source, which=request.which, digest=digest_of_tensors(encoder.cpu().state_dict()),
+                width=encoder.width, heads=heads_of(encoder), image_size=self._transform.image_size,
+                folder=request.folder, subsets=request.subsets, seeds=request.seeds, seed=request.seed,
+                epochs=request.finetune_epochs, workers=request.workers,
+            )  # fmt: skip
+            self._together[FINETUNE] = lowshot_finetune(main, finetuning, self._world, trained=not self._name)
+        encoder.cpu()
+
+    def scores(self) -> list[Score]:
+        """Returns the scores in the order of the protocols, those of further sets at the end. On process 0 only."""
+        names, further = self._request.protocols, self._sets[1:]
+        found: list[Score] = []
+        bar, total = Bar(f"{self._name or 'trained-'}classifiers", "protocol"), len(names) + len(further)
+        bar.show(0, total)
+        for done, name in enumerate(names, start=1):
+            if name in self._together:
+                found += self._together[name]
+            else:
+                found += PROTOCOLS[name](*self._splits[0], self._options(0))
+            bar.show(done, total)
+        transfers = []
+        for number, each in enumerate(further, start=1):
+            transfers.append(transfer(*self._splits[number], self._options(number)))
+            found += [replace(score, protocol=f"{each.name}: {score.protocol}") for score in transfers[-1]]
+            bar.show(len(names) + number, total)
+        return found + (means("all sets", transfers) if len(transfers) > 1 else [])
+
+    def _options(self, number: int) -> Options:
+        request = self._request
+        shots = request.shots if number == 0 else tuple(each for each in request.shots if each in (1, 10)) or (1,)
+        return Options(
+            width=self._encoder.width, num_classes=self._sets[number].num_classes, device=self._world.device,
+            shots=shots, seed=request.seed, seeds=request.seeds,
+            recipe=ProbeRecipe(epochs=request.epochs, seed=request.seed),
+        )  # fmt: skip
+
+
+class _Shown:
+    """Shows how many images are encoded: a bar on a terminal, a line at the end elsewhere."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Bar] = {}
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        self._bars.setdefault(name, Bar(name, "image")).show(done, total)
+        if done == total:
+            logger.info("%s: features of %d images", name, total)
 
 
 def untrained_like(encoder: VisionTransformer, seed: int) -> VisionTransformer:
@@ -136,38 +235,3 @@ def name_of(encoder: VisionTransformer) -> str:
     width, depth = encoder.width, len(encoder.blocks)
     named = (name for name, sizes in ARCHITECTURES.items() if (sizes.width, sizes.depth) == (width, depth))
     return next(named, f"width {width}, depth {depth}")
-
-
-def _opened(name: str, path: str, request: EvaluationRequest) -> SampleSource:
-    """Returns the labelled images under a path."""
-    if scheme_of(path) is not None:
-        raise DataError(f"{name}: {path} is remote; copy it to a local folder first")
-    source = build_source(request.reader or reader_of(request.train), path)
-    check_problems(source.problems(), source.num_samples, max_bad_fraction=0.0)
-    return source
-
-
-def _labels(name: str, source: SampleSource) -> np.ndarray:
-    labels = source.labels()
-    unlabelled = np.flatnonzero(labels < 0)
-    if len(unlabelled):
-        raise DataError(
-            f"{len(unlabelled)} of {len(labels)} {name} images have no label (the first is "
-            f"{source.name(int(unlabelled[0]))}); give class folders, or shards or a list with labels"
-        )
-    return labels
-
-
-def _shown(name: str, done: int, total: int) -> None:
-    """Shows how many images are encoded: a bar on a terminal, a line at the end elsewhere."""
-    bar = _BARS.get(name)
-    if bar is None:
-        bar = _BARS[name] = tqdm(total=total, unit="image", desc=name, disable=None, dynamic_ncols=True)
-    bar.update(done - bar.n)
-    if done == total:
-        bar.close()
-        del _BARS[name]
-        logger.info("%s: features of %d images", name, total)
-
-
-_BARS: dict[str, tqdm] = {}

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_scale import rng
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.intervals import accuracy_interval
 from ijepa_scale.evaluate.knn import knn_sweep
 from ijepa_scale.evaluate.linear_probe import LARGER_RATES, ProbeRecipe, fit_probes, sweep
-from ijepa_scale.evaluate.logistic import few_shots, logistic_regression
+from ijepa_scale.evaluate.logistic import few_shots, logistic_regression, share_of
 
 NEIGHBORS, TEMPERATURES = (5, 10, 20, 50, 100, 200), (0.03, 0.07, 0.2)
 USUAL = (20, 0.07)  # of kNN, stated next to the best of the sweep. Source: arXiv 2104.14294, section 4
@@ -77,8 +76,8 @@ def knn(train: Split, test: Split, options: Options) -> list[Score]:
     best = int(right.argmax())
     texts = [f"k {k}, temperature {t:g}" for k, t in choices]
     return [
-        _score("knn", texts[0], int(right[0]), len(test.labels)),
-        _score("knn, best", texts[best], int(right[best]), len(test.labels), note="chosen on the test images"),
+        scored("knn", texts[0], int(right[0]), len(test.labels)),
+        scored("knn, best", texts[best], int(right[best]), len(test.labels), note="chosen on the test images"),
     ]
 
 
@@ -94,19 +93,21 @@ def linear(train: Split, test: Split, options: Options) -> list[Score]:
     right = (fitted.predict(test.features).cpu().numpy() == test.labels).sum(axis=1)
     best, widest = int(right[: len(published)].argmax()), int(right.argmax())
     note = f"best of {len(published)} on the test images, as published; centre crops instead of augmented ones"
-    scores = [_score("linear", probes[best].text(), int(right[best]), len(test.labels), note=note)]
+    scores = [scored("linear", probes[best].text(), int(right[best]), len(test.labels), note=note)]
     note = f"best of {len(probes)} on the test images; the published rates suit ImageNet's many steps"
-    return [*scores, _score("linear, more rates", probes[widest].text(), int(right[widest]), len(test.labels), note)]
+    return [*scores, scored("linear, more rates", probes[widest].text(), int(right[widest]), len(test.labels), note)]
 
 
 def logistic(train: Split, test: Split, options: Options) -> list[Score]:
     """Returns logistic regression on all training images, its penalty chosen on a fifth of them."""
-    found = logistic_regression(train.last(options.width), train.labels, test.last(options.width), seed=options.seed)
+    found = logistic_regression(
+        train.last(options.width), train.labels, test.last(options.width), seed=options.seed, device=options.device,
+    )  # fmt: skip
     right = int((found.predicted == test.labels).sum())
-    return [_score("logistic", f"C {found.strength:g}", right, len(test.labels))]
+    return [scored("logistic", f"C {found.strength:g}", right, len(test.labels))]
 
 
-def lowshot(train: Split, test: Split, options: Options) -> list[Score]:
+def lowshot(train: Split, test: Split, options: Options, *, shares: tuple[float, ...] = SHARES) -> list[Score]:
     """Returns logistic regression on a few training images of each class: mean and range of several draws."""
     counts = np.bincount(train.labels, minlength=options.num_classes)
     least = int(counts[counts > 0].min())
@@ -123,31 +124,22 @@ def lowshot(train: Split, test: Split, options: Options) -> list[Score]:
             f"the smallest class has {least} training images, fewer than {min(options.shots)} shots; give --shots "
             f"{least}"
         )
-    for share in SHARES:
+    for share in shares:
         if share * len(train.labels) >= 2 * np.count_nonzero(counts):
             name, note = f"{share:.0%} low-shot", "logistic regression instead of finetuning"
-            scores.append(_few(name, train, test, options, partial(_share_of, train.labels, share), note))
+            scores.append(_few(name, train, test, options, partial(share_of, train.labels, share), note))
         else:
             logger.info("%.0f%% low-shot is left out: it is under 2 training images a class", 100 * share)
     return scores
 
 
-def _share_of(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Returns sorted rows of a share of the images of each class, at least 1, keyed by seed and class."""
-    rows = []
-    for label in np.unique(labels).tolist():
-        mine = np.flatnonzero(labels == label)
-        rows.append(mine[rng.permutation(len(mine), seed, "few-shots", label)[: max(1, round(share * len(mine)))]])
-    return np.sort(np.concatenate(rows))
-
-
 def _few(
     name: str, train: Split, test: Split, options: Options, draw: Callable[[int], np.ndarray], note: str = ""
 ) -> Score:
-    features, found = train.last(options.width), []
+    features, tested, found = train.last(options.width), test.last(options.width), []
     for seed in range(options.seed, options.seed + options.seeds):
         rows = draw(seed)
-        result = logistic_regression(features[rows], train.labels[rows], test.last(options.width), seed=seed)
+        result = logistic_regression(features[rows], train.labels[rows], tested, seed=seed, device=options.device)
         found.append(float((result.predicted == test.labels).mean()))
     setting = f"{len(rows)} images, {options.seeds} draws"
     return Score(
@@ -155,7 +147,8 @@ def _few(
     )
 
 
-def _score(protocol: str, setting: str, right: int, total: int, note: str = "") -> Score:
+def scored(protocol: str, setting: str, right: int, total: int, note: str = "") -> Score:
+    """Returns the score of `right` correct test images of `total`, with its bootstrap interval."""
     low, high = accuracy_interval(right, total)
     return Score(protocol=protocol, setting=setting, accuracy=right / total, low=low, high=high, note=note)
 
@@ -164,10 +157,24 @@ def _tensor(values: np.ndarray, options: Options) -> Tensor:
     return torch.from_numpy(values).to(options.device)
 
 
+def transfer(train: Split, test: Split, options: Options) -> list[Score]:
+    """Returns kNN and logistic regression on all images and on a few of each class, of a further data set."""
+    return [knn(train, test, options)[0], *logistic(train, test, options), *lowshot(train, test, options, shares=())]
+
+
+def means(name: str, sets: Sequence[Sequence[Score]]) -> list[Score]:
+    """Returns the mean accuracy over data sets of each protocol that all have, with the lowest and the highest."""
+    found = []
+    for protocol in [score.protocol for score in sets[0]]:
+        mine = [score.accuracy for scores in sets for score in scores if score.protocol == protocol]
+        if len(mine) == len(sets):
+            setting = f"mean, lowest and highest of {len(sets)} data sets"
+            mean = float(np.mean(mine))
+            found.append(
+                Score(protocol=f"{name}: {protocol}", setting=setting, accuracy=mean, low=min(mine), high=max(mine))
+            )
+    return found
+
+
 Protocol = Callable[[Split, Split, Options], list[Score]]
 PROTOCOLS: dict[str, Protocol] = {"knn": knn, "linear": linear, "logistic": logistic, "lowshot": lowshot}
-
-
-def run_protocols(names: Sequence[str], train: Split, test: Split, options: Options) -> list[Score]:
-    """Returns the scores of the named protocols, in their order."""
-    return [score for name in names for score in PROTOCOLS[name](train, test, options)]

@@ -1,4 +1,4 @@
-"""Features of a whole image set, computed once by all processes and kept in a file. Knows nothing of classifiers.
+"""Features of a whole image set, computed once by all processes and kept in files. Knows nothing of classifiers.
 
 A file's name holds a hash of the weights, the images and how they are read, so that it is never taken for another's.
 """
@@ -8,25 +8,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from ijepa_scale.checkpoint.digests import digest_of_tensors
 from ijepa_scale.config.form import Exif
-from ijepa_scale.data.eval_reader import EvalReader
+from ijepa_scale.data.eval_reader import EvalImages
 from ijepa_scale.data.sources.contents import contents_of
 from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.engine.world import World
-from ijepa_scale.evaluate.features import check_images, local_ids
-from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool, pooled
+from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.features import check_images
+from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool
+from ijepa_scale.evaluate.parts import Loaded, Parts
 from ijepa_scale.models.layers import Block, LayerNorm
 from ijepa_scale.models.vit import VisionTransformer
 
-_BATCHES_AT_ONCE = 8  # of each process, after which rows are written
+Advance = Callable[[str, int, int], None]  # (name, images done, images in all)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +48,9 @@ class FeatureStore:
     """A folder of features. All processes of the run call it, and share its file system."""
 
     def __init__(
-        self,
-        folder: Path,
-        world: World,
-        *,
-        batch_size: int = 64,
-        workers: int = 0,
-        advance: Callable[[str, int, int], None] | None = None,
+        self, folder: Path, world: World, *, batch_size: int = 64, workers: int = 0, advance: Advance | None = None
     ) -> None:
-        """`advance(name, done, total)` is called on process 0 as images are done."""
+        """`advance(name, done, total)` is called on process 0 with those of its images that are done."""
         self.folder, self.world = folder, world
         self._batch_size, self._workers = batch_size, workers
         self._advance = advance or (lambda name, done, total: None)
@@ -60,85 +60,89 @@ class FeatureStore:
         encoder: VisionTransformer,
         transform: ImageTransform,
         images: ImagesToEncode,
-        pool: Pool,
+        pools: Sequence[Pool],
         *,
         tried: bool = False,
-    ) -> np.ndarray:
-        """Returns the features (N, W) float32 of all images in the order of the source, memory-mapped.
+    ) -> dict[str, np.ndarray]:
+        """Returns the features of all images in the order of the source, memory-mapped, by the name of their pool.
 
-        An earlier run's are taken if they are of these weights and images; one that was interrupted is continued. The
-        encoder is on this process's device. Unless the images were `tried` before, all are decoded first.
+        They are (N, W) float32, and of `tokens` (N, patches, D) float16. Those that are missing are computed in one
+        pass over the images. An earlier run's are taken if they are of these weights and images; one that was
+        interrupted is continued. The encoder is on this process's device. Unless the images were `tried` before, all
+        are decoded first.
+
+        Raises:
+            DataError: images can't be read or decoded, tokens don't fit float16, or the disk is full.
+            ConfigError: the encoder doesn't have a pool.
+        """
+        for pool in pools:
+            check_pool(encoder, pool)
+        key = self._key(encoder, transform, images)
+        paths = {pool: self.folder / f"{images.name}-{pool}-{key}.npy" for pool in pools}
+        missing = [pool for pool in pools if not paths[pool].exists()]
+        missing = self.world.broadcast_object(missing)  # type: ignore[assignment]
+        if missing:
+            if not tried:
+                self.check(transform, images)
+            parts = Parts(
+                self.folder / f"{images.name}-{'-'.join(missing)}-{key}-{self._batch_size}.parts",
+                images.source.num_samples, batch_size=self._batch_size,
+            )  # fmt: skip
+            parts.compute(
+                _Batches(_read(transform, images)), lambda pixels: _encoded(encoder, pixels, missing),
+                world=self.world, workers=self._workers, advance=lambda *done: self._advance(images.name, *done),
+            )  # fmt: skip
+            problem = _join(parts, {pool: paths[pool] for pool in missing}) if self.world.is_main else None
+            problem = self.world.broadcast_object(problem)  # type: ignore[assignment]
+            if problem is not None:
+                raise DataError(problem)
+        return {pool: np.load(path, mmap_mode="r") for pool, path in paths.items()}
+
+    def check(self, transform: ImageTransform, images: ImagesToEncode) -> None:
+        """Decodes all images once. Communicates.
+
+        Raises:
+            DataError: some can't be used.
+        """
+        check_images(
+            images.source, np.arange(images.source.num_samples), images.name, world=self.world, exif=images.exif,
+            pixels=transform.format, workers=self._workers,
+        )  # fmt: skip
+
+    def tokens(
+        self, encoder: VisionTransformer, transform: ImageTransform, images: ImagesToEncode, batches: list[np.ndarray]
+    ) -> Iterator[Tensor]:
+        """Yields the tokens (n, patches, D) float32 of each batch of numbers, on every process, and keeps none.
+
+        Processes share the images of a batch. Communicates, so every process must take all batches. What is encoded
+        together doesn't depend on the number of processes.
 
         Raises:
             DataError: images can't be read or decoded.
-            ConfigError: the encoder doesn't have `pool`.
         """
-        check_pool(encoder, pool)
-        path = self.folder / f"{images.name}-{self._key(encoder, transform, images, pool)}.npy"
-        total = images.source.num_samples
-        if not self.world.broadcast_object(path.exists()):
-            if not tried:
-                check_images(
-                    images.source, np.arange(total), images.name, world=self.world, exif=images.exif,
-                    pixels=transform.format, workers=self._workers,
-                )  # fmt: skip
-            self._compute(encoder, transform, images, pool, path)
-        self._advance(images.name, total, total)
-        return np.load(path, mmap_mode="r")
+        world, most = self.world, self._batch_size
+        cuts = [[batch[begin : begin + most] for begin in range(0, len(batch), most)] for batch in batches]
+        mine = [
+            cut[begin + world.rank] if begin + world.rank < len(cut) else cut[0]  # a process without work repeats some
+            for cut in cuts for begin in range(0, len(cut), world.size)
+        ]  # fmt: skip
+        loaded = iter(ordered_loader(_read(transform, images), mine, workers=self._workers, prefetch=2))
+        for batch, cut in zip(batches, cuts, strict=True):
+            rounds = []
+            for _ in range(0, len(cut), world.size):
+                found = next(loaded)
+                if isinstance(found, str):
+                    raise DataError(found)
+                with torch.no_grad():
+                    tokens = encoder(found.images.to(world.device)).float()
+                padded = tokens.new_zeros(most, *tokens.shape[1:])
+                padded[: len(tokens)] = tokens
+                rounds.append(world.gather(padded).flatten(0, 1))
+            yield torch.cat(rounds)[: len(batch)]
 
-    def _compute(
-        self, encoder: VisionTransformer, transform: ImageTransform, images: ImagesToEncode, pool: Pool, path: Path
-    ) -> None:
-        """Writes the file: rows into a temporary one, which is renamed when it is whole."""
-        world, total = self.world, images.source.num_samples
-        width = encoder.pos_embed.shape[-1] * (4 if pool == "last4" else 1)
-        unfinished = path.with_suffix(".unfinished")
-        written = path.with_suffix(".rows")  # the number of rows that are on the disk
-        done = int(world.broadcast_object(self._begin(unfinished, written, (total, width))))  # type: ignore[call-overload]
-        rows = np.load(unfinished, mmap_mode="r+") if world.is_main else None
-        at_once = self._batch_size * _BATCHES_AT_ONCE * world.size
-        for begin in range(done, total, at_once):
-            self._advance(images.name, begin, total)
-            ids = np.arange(begin, min(total, begin + at_once))
-            reader = EvalReader(
-                images.source,
-                transform.image_size,
-                ids=local_ids(ids, world.rank, world.size),
-                batch_size=self._batch_size,
-                crop_fraction=transform.crop_fraction,
-                mean=transform.mean,
-                std=transform.std,
-                exif=images.exif,
-                pixels=transform.format,
-                workers=self._workers,
-                pin_memory=world.device.type == "cuda",
-            )
-            parts = [pooled(encoder, batch.images.to(world.device), pool) for batch in reader]
-            found = world.gather(torch.cat(parts)).flatten(0, 1)[: len(ids)]
-            if rows is not None:
-                rows[begin : begin + len(ids)] = found.cpu().numpy()
-                rows.flush()
-                _write_atomically(written, str(begin + len(ids)))
-        if rows is not None:
-            del rows
-            os.replace(unfinished, path)
-            written.unlink(missing_ok=True)
-        world.barrier()
-
-    def _begin(self, unfinished: Path, written: Path, shape: tuple[int, int]) -> int:
-        """Makes the temporary file on process 0, unless an interrupted run left it; returns the rows that are done."""
-        if not self.world.is_main:
-            return 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if unfinished.exists() and written.exists():
-            return int(written.read_text())
-        np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape).flush()
-        _write_atomically(written, "0")
-        return 0
-
-    def _key(self, encoder: VisionTransformer, transform: ImageTransform, images: ImagesToEncode, pool: Pool) -> str:
+    def _key(self, encoder: VisionTransformer, transform: ImageTransform, images: ImagesToEncode) -> str:
         """Returns 16 hexadecimal digits that change with anything that features depend on."""
-        facts = {
+        facts: dict[str, Any] = {
             "weights": digest_of_tensors({name: each.cpu() for name, each in encoder.state_dict().items()}),
             "eps": sorted({layer.eps for layer in encoder.modules() if isinstance(layer, LayerNorm)}),
             "heads": sorted({block.attn.heads for block in encoder.modules() if isinstance(block, Block)}),
@@ -146,12 +150,71 @@ class FeatureStore:
             "count": images.source.num_samples,
             "transform": repr(transform),
             "exif": images.exif,
-            "pool": pool,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _join(parts: Parts, paths: dict[Pool, Path]) -> str | None:
+    """Writes each pool's file from all parts, and removes these; returns what prevented it, if anything."""
+    skipped = [reason for part in parts.read() for reason in part.skipped.values()]
+    if skipped:  # changed since they were tried
+        parts.remove()
+        return skipped[0]
+    try:
+        for pool, path in paths.items():
+            unfinished = path.with_suffix(".unfinished")
+            begin, rows = 0, None
+            for part in parts.read():
+                values = part.values[pool].numpy()
+                if rows is None:
+                    shape = (parts.count, *values.shape[1:])
+                    rows = np.lib.format.open_memmap(unfinished, mode="w+", dtype=values.dtype, shape=shape)
+                rows[begin : begin + len(values)] = values
+                begin += len(values)
+            assert rows is not None and begin == len(rows)
+            rows.flush()
+            os.replace(unfinished, path)
+        parts.remove()
+    except OSError as error:
+        folder = parts.folder.parent
+        return f"{folder} can't be written ({error.strerror}); free space and start again: parts are kept"
+    return None
+
+
+def _read(transform: ImageTransform, images: ImagesToEncode) -> EvalImages:
+    return EvalImages(
+        images.source, transform.image_size, transform.crop_fraction, transform.mean, transform.std,
+        exif=images.exif, pixels=transform.format,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _encoded(encoder: VisionTransformer, pixels: Tensor, pools: Sequence[Pool]) -> dict[str, Tensor]:
+    """Returns the features of a batch by the name of their pool, all from one forward pass."""
+    layers = [each.float() for each in encoder(pixels, last=4 if "last4" in pools else 1)]
+    found: dict[str, Tensor] = {}
+    for pool in pools:
+        if pool == "tokens":
+            found[pool] = layers[-1].half()
+            if not torch.isfinite(found[pool]).all():  # host sync
+                raise DataError(
+                    f"tokens of up to {float(layers[-1].abs().max()):.3g} don't fit float16; give --token-gb 0, which "
+                    "keeps none"
+                )
+        else:
+            kept = layers if pool == "last4" else layers[-1:]
+            found[pool] = torch.cat([tokens.mean(dim=1) for tokens in kept], dim=1)
+    return found
+
+
+class _Batches(Dataset[Loaded]):
+    """Maps the numbers of images to a batch."""
+
+    def __init__(self, images: EvalImages) -> None:
+        self._images = images
+
+    def __getitem__(self, numbers: list[int]) -> Loaded:
+        batch = self._images[np.array(numbers)]
+        if isinstance(batch, str):
+            return Loaded(torch.empty(0), [], {numbers[0]: batch})
+        return Loaded(batch.images, numbers, {})

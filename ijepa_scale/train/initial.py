@@ -85,7 +85,7 @@ def with_init_to_plan(config: Config) -> Config:
         UserError: see `with_init`; or the source isn't there, and the configuration doesn't name the architecture.
     """
     init, section = config.model.init, encoder_of(config)
-    if init is None or os.path.exists(init) or newest(Path(config.folder) / "checkpoints") is not None:
+    if init is None or os.path.exists(init) or newest_readable(Path(config.folder) / "checkpoints") is not None:
         return with_init(config)
     if "name" not in section.model_fields_set:
         raise ConfigError(f"model.init={init} isn't on this machine, and tells the sizes; set {section.at}.name")

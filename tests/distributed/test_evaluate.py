@@ -13,7 +13,12 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
+from ijepa_scale.engine.world import World
+from ijepa_scale.evaluate.labelled_sets import Named
+from ijepa_scale.evaluate.offline import EvaluationRequest, evaluate_encoder
+from ijepa_scale.evaluate.results import Results
 from ijepa_scale.models.registry import build_encoder
+from tests.distributed import harness
 from tests.distributed.commands import ROOT, clean_environment
 
 
@@ -50,6 +55,7 @@ def words(source: Path, images: Path, to: Path) -> list[str]:
     return [
         str(source), "--data", str(images / "train"), str(images / "val"), "--to", str(to), "--epochs", "2",
         "--workers", "0", "--batch-size", "4", "--shots", "1", "2", "--image-size", "16", "--heads", "3",
+        "--attentive-epochs", "2",
     ]  # fmt: skip
 
 
@@ -63,11 +69,58 @@ def test_the_table_is_the_same_on_any_number_of_processes(encoder: Path, images:
     assert found[0]["scores"] == found[1]["scores"] == found[2]["scores"]
     assert found[0]["untrained"] == found[1]["untrained"] == found[2]["untrained"]
     best = {score["protocol"]: score["accuracy"] for score in found[0]["scores"]}
+    assert [*best] == [score["protocol"] for score in found[0]["untrained"]] and "attentive" in best
     assert best["knn, best"] > 0.6 and best["logistic"] > 0.6  # brightness shows even at random weights
     refused = evaluate(*words(encoder, images, tmp_path / "1"), "--protocol", "knn", code=2)
     assert "evaluation.json exists; name another folder with --to, or add --overwrite" in refused
     again = evaluate(*words(encoder, images, tmp_path / "1"), "--protocol", "knn", "--overwrite")
     assert "knn" in again and "linear" not in again
+
+
+def in_process(world: World, request: EvaluationRequest) -> Results | None:
+    """Evaluates in one of several processes."""
+    return evaluate_encoder(request, world)
+
+
+@pytest.mark.parametrize("token_gb", [0.0, 1.0])
+def test_attentive_probes_are_the_same_on_any_number_of_processes(
+    encoder: Path, images: Path, tmp_path: Path, token_gb: float
+) -> None:
+    tables = []
+    for processes in (1, 2, 3):
+        request = EvaluationRequest(
+            source=str(encoder), train=str(images / "train"), test=str(images / "val"), image_size=16, heads=3,
+            protocols=("attentive-4", "attentive"), folder=tmp_path / str(processes), batch_size=4, workers=0,
+            attentive_epochs=3, token_gb=token_gb,
+        )  # fmt: skip
+        results, *others = harness.run(in_process, processes, request, alone=True)
+        assert isinstance(results, Results) and others == [None] * (processes - 1)
+        tables.append((results.scores, results.untrained))
+        stored = [path.name for path in (tmp_path / str(processes) / "features").glob("*tokens*.npy")]
+        assert len(stored) == (4 if token_gb else 0)
+    assert tables[0] == tables[1] == tables[2]
+    assert [score.protocol for score in tables[0][0]] == ["attentive-4", "attentive"]
+    assert all(abs(31 * score.accuracy - round(31 * score.accuracy)) < 1e-9 for score in tables[0][0])
+    assert max(score.accuracy for score in tables[0][0]) > 0.6
+
+
+def test_finetuning_and_further_sets_have_rows_on_several_processes(
+    encoder: Path, images: Path, tmp_path: Path
+) -> None:
+    request = EvaluationRequest(
+        source=str(encoder), train=str(images / "train"), test=str(images / "val"), image_size=16, heads=3,
+        protocols=("lowshot-finetune", "knn"), folder=tmp_path / "to", workers=0, subsets=("4",), seeds=1,
+        finetune_epochs=1, shots=(1, 2),
+        transfer=tuple(Named(name, str(images / "train"), str(images / "val")) for name in ("one", "other")),
+    )  # fmt: skip
+    results, _ = harness.run(in_process, 2, request)
+    found = {score.protocol: score.accuracy for score in results.scores}
+    assert [*found] == [
+        "4-shot, finetuned", "knn", "knn, best", "one: knn", "one: logistic", "one: 1-shot", "other: knn",
+        "other: logistic", "other: 1-shot", "all sets: knn", "all sets: logistic", "all sets: 1-shot",
+    ]  # fmt: skip
+    assert found["one: knn"] == found["other: knn"] == found["knn"] == found["all sets: knn"]
+    assert [score.protocol for score in results.untrained] == [*found]
 
 
 @pytest.mark.parametrize(

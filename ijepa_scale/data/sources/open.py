@@ -15,6 +15,7 @@ from ijepa_scale.data.sources.listing import asked_for
 from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
+from ijepa_scale.data.sources.subset import SubsetSource
 from ijepa_scale.data.sources.synthetic import SyntheticSource
 from ijepa_scale.data.sources.tar_index import expand, is_tar
 from ijepa_scale.errors import DataError
@@ -59,11 +60,15 @@ def training_source(
 
     Raises:
         ConfigError: `data.reader` is unknown.
-        DataError: `data.train` is missing, the data can't be read, or it is remote and there is no cache.
+        DataError: `data.train` is missing, the data can't be read, it is remote and there is no cache or only a subset
+            is wanted, or the subset's file names other images.
     """
     if data.reader == "synthetic":  # the only reader that makes pixels, so it must know their format
         return SyntheticSource(data.synthetic_samples, image_size, pixels=PixelFormat(channels, data.pixels))
-    return SOURCES.get(data.reader)(data, image_size)
+    if data.subset is not None and data.train is not None and scheme_of(data.train) is not None:
+        raise DataError(f"data.subset needs local images, but data.train is {data.train}; copy them to a folder first")
+    source = SOURCES.get(data.reader)(data, image_size)
+    return source if data.subset is None else SubsetSource(source, data.subset)
 
 
 def build_source(

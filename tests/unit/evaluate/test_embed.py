@@ -24,8 +24,10 @@ from ijepa_scale.data.shards.write import Sample, write_shards
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.evaluate import embed as embedding
+from ijepa_scale.evaluate import parts as in_parts
 from ijepa_scale.evaluate.embed import EmbedOptions, embed
 from ijepa_scale.evaluate.image_sets import ImageSet
+from ijepa_scale.evaluate.parts import Parts
 from ijepa_scale.models.registry import build_encoder
 from launch import embed as command
 
@@ -56,12 +58,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "CHUNK", 4)
+    monkeypatch.setattr(in_parts, "BATCHES", 2)
 
 
 def options(photos: Path | list[str], model: str, to: Path, **changes: Any) -> EmbedOptions:
     images = [str(photos)] if isinstance(photos, Path) else photos
-    return EmbedOptions(images=images, model=model, to=to, batch_size=3, workers=0, progress=False, **changes)
+    return EmbedOptions(images=images, model=model, to=to, batch_size=2, workers=0, progress=False, **changes)
 
 
 @pytest.mark.parametrize("pool", ["mean", "last4"])
@@ -91,20 +93,20 @@ def test_a_broken_run_goes_on_and_gives_the_same_file(
     photos: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
     embed(options(photos, model, tmp_path / "whole.npy"), ALONE)
-    written, real = [], embedding._write_part
+    written, real = [], Parts._write
 
-    def write(path: Path, parts: Any) -> None:
+    def write(self: Parts, path: Path, parts: Any) -> None:
         if len(written) == killed_at:
             (path.parent / f".unfinished-{path.name}").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path)
-        real(path, parts)
+        real(self, path, parts)
 
-    monkeypatch.setattr(embedding, "_write_part", write)
+    monkeypatch.setattr(Parts, "_write", write)
     with pytest.raises(KeyboardInterrupt):
         embed(options(photos, model, tmp_path / "broken.npy"), ALONE)
     assert not (tmp_path / "broken.npy").exists() and len(written) == killed_at
-    monkeypatch.setattr(embedding, "_write_part", lambda path, parts: (written.append(path), real(path, parts)))
+    monkeypatch.setattr(Parts, "_write", lambda self, *given: (written.append(given[0]), real(self, *given)))
     embed(options(photos, model, tmp_path / "broken.npy"), ALONE)
     assert len(written) == len(set(written)) == 6  # nothing was computed twice
     assert (tmp_path / "broken.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
@@ -114,20 +116,20 @@ def test_a_run_that_ends_while_it_writes_the_result_goes_on(
     photos: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed(options(photos, model, tmp_path / "whole.npy"), ALONE)
-    real = embedding.shutil.rmtree
+    real = in_parts.shutil.rmtree
 
     def stop(folder: Path) -> None:
         raise KeyboardInterrupt
 
     for broken in ("write_features", None):
-        target = (embedding, "write_features") if broken else (embedding.shutil, "rmtree")
+        target = (embedding, "write_features") if broken else (in_parts.shutil, "rmtree")
         monkeypatch.setattr(*target, stop if broken is None else lambda *_: stop(tmp_path))
         with pytest.raises(KeyboardInterrupt):
             embed(options(photos, model, tmp_path / "a.npy"), ALONE)
         monkeypatch.undo()
-        monkeypatch.setattr(embedding, "CHUNK", 4)
+        monkeypatch.setattr(in_parts, "BATCHES", 2)
         assert (tmp_path / "a.npy").exists() == (broken is None) and (tmp_path / "a.npy.parts").exists()
-    assert embedding.shutil.rmtree is real
+    assert in_parts.shutil.rmtree is real
     embed(options(photos, model, tmp_path / "a.npy"), ALONE)
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert not (tmp_path / "a.npy.parts").exists()

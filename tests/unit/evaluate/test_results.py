@@ -10,7 +10,7 @@ import torch
 
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.linear_probe import ProbeRecipe
-from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Score, Split, run_protocols
+from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Score, Split, means, transfer
 from ijepa_scale.evaluate.results import Results, published_figures
 
 WIDTH, CLASSES = 8, 4
@@ -47,7 +47,7 @@ def test_a_protocol_finds_what_the_features_hold_and_nothing_more(name):
 
 def test_scores_repeat_and_each_image_counts_once():
     train, test = split(203, 0, 2.0), split(101, 1, 2.0)
-    first, second = (run_protocols(list(PROTOCOLS), train, test, options()) for _ in range(2))
+    first, second = ([s for each in PROTOCOLS.values() for s in each(train, test, options())] for _ in range(2))
     assert first == second
     whole = [score for score in first if "shot" not in score.protocol]
     assert all(abs(score.accuracy * 101 - round(score.accuracy * 101)) < 1e-9 for score in whole)
@@ -63,6 +63,18 @@ def test_what_is_left_out_is_said(caplog):
     scores = PROTOCOLS["lowshot"](split(24, 0, 1.0), split(8, 1, 1.0), options(shots=(1, 10)))
     assert [score.protocol for score in scores] == ["1-shot"]
     assert "10-shot is left out: the smallest class has 6 training images" in caplog.text
+
+
+def test_transfer_has_one_row_per_way_and_the_mean_over_sets():
+    one = transfer(split(400, 0, 4.0), split(101, 1, 4.0), options(shots=(1, 10)))
+    other = transfer(split(20, 0, 0.5), split(53, 1, 0.5), options(shots=(1, 10)))
+    assert [score.protocol for score in one] == ["knn", "logistic", "1-shot", "10-shot"]
+    assert [score.protocol for score in other] == ["knn", "logistic", "1-shot"]  # 5 images a class
+    mean = means("all", [one, other])
+    assert [score.protocol for score in mean] == ["all: knn", "all: logistic", "all: 1-shot"]
+    for score, first, second in zip(mean, one, other, strict=False):
+        assert score.accuracy == pytest.approx((first.accuracy + second.accuracy) / 2)
+        assert {score.low, score.high} == {first.accuracy, second.accuracy}
 
 
 def test_too_few_images_for_the_shots_are_refused():

@@ -13,8 +13,9 @@ from PIL import Image
 from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, DataError
+from ijepa_scale.evaluate import parts as in_parts
 from ijepa_scale.evaluate import stored_features
-from ijepa_scale.evaluate.frozen import ImageTransform, features, pooled
+from ijepa_scale.evaluate.frozen import ImageTransform, Pool, features
 from ijepa_scale.evaluate.stored_features import FeatureStore, ImagesToEncode
 from ijepa_scale.models.registry import build_encoder
 
@@ -36,53 +37,83 @@ def small(seed: int = 0) -> tuple[Any, ImageTransform]:
     return encoder, ImageTransform(encoder, **GREY)
 
 
-@pytest.mark.parametrize("pool", ["mean", "last4"])
-def test_rows_are_the_features_of_the_images_in_order(tmp_path, pool):
+def mean_of(store: FeatureStore, *given: Any) -> np.ndarray:
+    return np.array(store.features(*given, ["mean"])["mean"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])  # 4 parts, 2 parts, 1 part
+def test_rows_are_the_features_of_the_images_in_order(tmp_path, batch_size):
     found, (encoder, transform) = images(tmp_path / "images"), small()
-    store = FeatureStore(tmp_path / "features", ALONE, batch_size=4)
-    rows = store.features(encoder, transform, found, pool)
+    store = FeatureStore(tmp_path / "features", ALONE, batch_size=batch_size)
+    pools: tuple[Pool, ...] = ("mean", "last4", "tokens")
+    rows = store.features(encoder, transform, found, pools)
     names = [found.source.name(number) for number in range(30)]
-    expected = features(encoder, names, pool=pool, transform=transform)
-    assert isinstance(rows, np.memmap) and np.allclose(rows, expected, atol=5e-3)  # PIL resizes within a level of ours
-    assert [path.suffix for path in (tmp_path / "features").iterdir()] == [".npy"]
+    for pool in pools:
+        expected = features(encoder, names, pool=pool, transform=transform)
+        assert isinstance(rows[pool], np.memmap) and rows[pool].shape == expected.shape
+        assert np.allclose(rows[pool], expected, atol=1e-2)  # PIL resizes within a level of ours
+    assert rows["tokens"].dtype == np.float16 and rows["mean"].dtype == np.float32
+    assert {path.suffix for path in (tmp_path / "features").iterdir()} == {".npy"}
+    batches = [np.array([3, 1, 4]), np.arange(12, 30), np.array([29])]
+    streamed = [each.numpy() for each in store.tokens(encoder, transform, found, batches)]
+    for batch, tokens in zip(batches, streamed, strict=True):
+        assert np.allclose(tokens, rows["tokens"][batch], atol=2e-3)  # float16
+
+
+def test_tokens_beyond_float16_are_refused(tmp_path):
+    found, (encoder, transform) = images(tmp_path / "images"), small()
+    with torch.no_grad():
+        encoder.norm.weight.fill_(1e6)
+    with pytest.raises(DataError, match=r"tokens of up to \S+ don't fit float16; give --token-gb 0"):
+        FeatureStore(tmp_path / "f", ALONE).features(encoder, transform, found, ["tokens"])
+
+
+def test_what_is_there_is_not_computed_again_for_another_pool(tmp_path):
+    found, (encoder, transform) = images(tmp_path / "images"), small()
+    store = FeatureStore(tmp_path / "features", ALONE, batch_size=8)
+    store.features(encoder, transform, found, ["mean"])
+    (written,) = (tmp_path / "features").iterdir()
+    before = written.stat()
+    assert set(store.features(encoder, transform, found, ["mean", "tokens"])) == {"mean", "tokens"}
+    assert written.stat() == before and len(list((tmp_path / "features").iterdir())) == 2
 
 
 def test_a_file_is_read_again_only_for_the_same_weights_images_and_transform(tmp_path, monkeypatch):
     found, (encoder, transform) = images(tmp_path / "images"), small()
     store = FeatureStore(tmp_path / "features", ALONE, batch_size=8)
-    first = np.array(store.features(encoder, transform, found, "mean"))
-    calls = []
-    monkeypatch.setattr(stored_features, "pooled", lambda *arguments: calls.append(1) or pooled(*arguments))
-    assert np.array_equal(store.features(encoder, transform, found, "mean"), first) and not calls
+    first = mean_of(store, encoder, transform, found)
+    calls, real = [], stored_features._encoded
+    monkeypatch.setattr(stored_features, "_encoded", lambda *arguments: calls.append(1) or real(*arguments))
+    assert np.array_equal(mean_of(store, encoder, transform, found), first) and not calls
     other, _ = small(seed=1)
     darker = ImageTransform(encoder, mean=(0.1,) * 3, std=(0.25,) * 3)
     fewer = images(tmp_path / "fewer", 12)
     for changed in ((other, transform, found), (encoder, darker, found), (encoder, transform, fewer)):
         calls.clear()
-        store.features(*changed, "mean")
+        mean_of(store, *changed)
         assert calls
 
 
 def test_other_images_of_the_same_names_and_other_heads_are_not_taken_for_these(tmp_path):
     found, (encoder, transform) = images(tmp_path / "images"), small()
     store = FeatureStore(tmp_path / "features", ALONE, batch_size=8)
-    first = np.array(store.features(encoder, transform, found, "mean"))
+    first = mean_of(store, encoder, transform, found)
     for number in (3, 4):  # replaced in place
         path = Path(found.source.name(number))
         Image.fromarray(np.full((20, 24, 3), 40 * number, np.uint8)).save(path)
     same = ImagesToEncode(name="train", source=ImageFolderSource(tmp_path / "images"))
     assert same.source.fingerprint == found.source.fingerprint
-    second = np.array(store.features(encoder, transform, same, "mean"))
+    second = mean_of(store, encoder, transform, same)
     assert (np.abs(second - first).max(axis=1) > 1e-3).nonzero()[0].tolist() == [3, 4]
     for block in encoder.blocks:
         block.attn.heads = 2
-    assert not np.array_equal(store.features(encoder, transform, same, "mean"), second)
+    assert not np.array_equal(mean_of(store, encoder, transform, same), second)
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     found, (encoder, transform) = images(tmp_path / "images"), small()
-    monkeypatch.setattr(stored_features, "_BATCHES_AT_ONCE", 1)
-    whole = np.array(FeatureStore(tmp_path / "whole", ALONE, batch_size=4).features(encoder, transform, found, "mean"))
+    monkeypatch.setattr(in_parts, "BATCHES", 1)
+    whole = mean_of(FeatureStore(tmp_path / "whole", ALONE, batch_size=4), encoder, transform, found)
     done: list[int] = []
 
     def stop(name: str, rows: int, total: int) -> None:
@@ -91,19 +122,19 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        FeatureStore(tmp_path / "cut", ALONE, batch_size=4, advance=stop).features(encoder, transform, found, "mean")
+        mean_of(FeatureStore(tmp_path / "cut", ALONE, batch_size=4, advance=stop), encoder, transform, found)
     assert not list((tmp_path / "cut").glob("*.npy"))
     again: list[int] = []
     store = FeatureStore(tmp_path / "cut", ALONE, batch_size=4, advance=lambda name, rows, total: again.append(rows))
-    assert np.array_equal(store.features(encoder, transform, found, "mean"), whole)
-    assert done[-1] == again[0] == 16  # no row is computed twice
+    assert np.array_equal(mean_of(store, encoder, transform, found), whole)
+    assert done[-1] == 16 and again[-1] == 30 - 12  # the last of 4 batches wasn't written
 
 
 def test_a_damaged_image_is_found_before_anything_is_computed(tmp_path):
     found, (encoder, transform) = images(tmp_path / "images"), small()
     Path(found.source.name(29)).write_bytes(b"no image")
     with pytest.raises(DataError, match=r"train: 1 of 30 images can't be used"):
-        FeatureStore(tmp_path / "features", ALONE).features(encoder, transform, found, "mean")
+        mean_of(FeatureStore(tmp_path / "features", ALONE), encoder, transform, found)
     assert not (tmp_path / "features").exists()
 
 
@@ -111,4 +142,4 @@ def test_an_encoder_of_few_blocks_has_no_last_four(tmp_path):
     found = images(tmp_path / "images")
     encoder = build_encoder("vit_tiny", image_size=16, patch_size=8, width=24, depth=2, heads=3)
     with pytest.raises(ConfigError, match="pool is last4 but the encoder has 2 blocks"):
-        FeatureStore(tmp_path / "f", ALONE).features(encoder, ImageTransform(encoder, **GREY), found, "last4")
+        FeatureStore(tmp_path / "f", ALONE).features(encoder, ImageTransform(encoder, **GREY), found, ["last4"])

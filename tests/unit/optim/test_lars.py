@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.optim.lars import Lars as TimmLars
 
 from ijepa_scale.config import AdamWConfig, EngineConfig, ModelConfig
 from ijepa_scale.engine.build import build_engine
@@ -12,7 +13,7 @@ from ijepa_scale.errors import ConfigError
 from ijepa_scale.models import build_jepa
 from ijepa_scale.optim.groups import parameter_groups, set_hyper
 from ijepa_scale.optim.kind import build_optimizer, optimizer_kind
-from ijepa_scale.optim.lars import LarsConfig
+from ijepa_scale.optim.lars import LarsConfig, LarsOptimizer
 from ijepa_scale.schedules import Hyper
 
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -71,6 +72,24 @@ def test_ten_steps_follow_the_formula() -> None:
         assert set(optimizer.state[parameter]) == set(LarsConfig.state_names)
         kinds.add(parameter.ndim)
     assert kinds == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_it_agrees_with_timms_without_decay(decay: float) -> None:
+    """timm divides by |g| + decay * |w|, as algorithm 1 of the paper does, so with decay the steps differ."""
+    shape = torch.Size([7, 5])
+    ours, theirs = (gradient(0, 0, shape).requires_grad_() for _ in range(2))
+    optimizers = (
+        LarsOptimizer([{"params": [ours]}], lr=0.5, momentum=0.9, trust_coefficient=0.02, weight_decay=decay),
+        TimmLars([theirs], lr=0.5, momentum=0.9, trust_coeff=0.02, weight_decay=decay, always_adapt=True),
+    )
+    for step in range(10):
+        ours.grad, theirs.grad = gradient(step, 1, shape), gradient(step, 1, shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    same = torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert same == (decay == 0)
+    assert (ours - gradient(0, 0, shape)).abs().max() > 0.1  # they did move
 
 
 def test_a_zero_gradient_without_decay_changes_nothing() -> None:

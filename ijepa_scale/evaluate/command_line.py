@@ -1,0 +1,62 @@
+"""The flags of launch/evaluate.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ijepa_scale import terminal
+from ijepa_scale.evaluate.labelled_sets import Named
+from ijepa_scale.evaluate.offline import ALL, USUAL, EvaluationRequest
+from ijepa_scale.registry import SOURCES
+
+
+def add_flags(parser: terminal.Parser) -> None:
+    """Adds all flags to a parser."""
+    add = parser.add_argument
+    add("source", type=terminal.existing_path, help="run, checkpoint, .pth.tar, .safetensors, published: or timm:NAME")
+    add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="labelled images")
+    add("--reader", choices=SOURCES.names(), help="how they are stored (default: by what TRAIN is)")
+    add(
+        "--transfer", nargs=3, action="append", default=[], metavar=("NAME", "TRAIN", "TEST"),
+        help="a further data set; can be repeated",
+    )  # fmt: skip
+    add("--protocol", nargs="+", default=[*USUAL], choices=ALL, help=f"(default {' '.join(USUAL)})")
+    add("--weights", choices=["target", "context"], default="target", help="which encoder (default target)")
+    add("--image-size", type=terminal.at_least_1, help="side of the images in pixels (default: as trained)")
+    add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't tell")
+    add("--shots", type=terminal.at_least_1, nargs="+", default=[1, 5, 10], help="per class (default 1 5 10)")
+    add(
+        "--subset", nargs="+", default=["1%"], metavar="SUBSET",
+        help="to finetune on: a share like 1%%, images per class like 5, or a text file with a name per line",
+    )  # fmt: skip
+    add("--seeds", type=terminal.at_least_1, default=3, help="draws of few images (default 3)")
+    add("--epochs", type=terminal.at_least_1, default=50, help="of the linear probe (default 50)")
+    add("--attentive-epochs", type=terminal.at_least_1, default=20, help="of attentive probes (default 20)")
+    add("--finetune-epochs", type=terminal.at_least_1, default=50, help="of lowshot-finetune (default 50)")
+    add("--token-gb", type=float, default=16.0, help="size of stored tokens; more are computed anew (default 16)")
+    add("--no-untrained", dest="untrained", action="store_false", help="skip the encoder at random weights")
+    add("--to", dest="folder", type=terminal.path, default="runs/evaluation", help="folder (default runs/evaluation)")
+    add("--batch-size", type=terminal.at_least_1, default=64, help="images per process and forward (default 64)")
+    add("--workers", type=int, default=2, help="decoding processes per process (default 2)")
+    add("--overwrite", action="store_true", help="replace the table in the folder")
+    add("--processes", type=terminal.at_least_1, help="number of processes to start on this host")
+    add("--seed", type=int, default=0, help="of classifiers and draws (default 0)")
+    parser.add_plugins()
+
+
+def request_of(flags: argparse.Namespace) -> EvaluationRequest:
+    """Returns what the flags ask for.
+
+    Raises:
+        argparse.ArgumentTypeError: a path can't be expanded.
+    """
+    train, test = flags.data
+    same = ("source", "reader", "image_size", "heads", "seeds", "epochs", "attentive_epochs", "finetune_epochs",
+            "token_gb", "untrained", "batch_size", "workers", "overwrite", "seed")  # fmt: skip
+    return EvaluationRequest(
+        train=train, test=test, which=flags.weights, folder=Path(flags.folder), protocols=tuple(flags.protocol),
+        shots=tuple(flags.shots), subsets=tuple(flags.subset),
+        transfer=tuple(Named(name, terminal.path(one), terminal.path(other)) for name, one, other in flags.transfer),
+        **{name: getattr(flags, name) for name in same},
+    )  # fmt: skip
