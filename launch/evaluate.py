@@ -1,4 +1,4 @@
-"""Evaluates a trained encoder on labelled images: kNN, linear probe, logistic regression, few images per class.
+"""Evaluates a trained encoder on images with labels, masks or depth maps, as the protocols of docs/evaluation.md say.
 
 python launch/evaluate.py runs/mine --data photos/train photos/val --protocol knn logistic
 python launch/evaluate.py IN1K-vit.h.14-300e.pth.tar --data imagenet/train imagenet/val --to runs/h14
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ijepa_scale import terminal
 from ijepa_scale.config import EngineConfig
+from ijepa_scale.evaluate.dense.dense_evaluation import evaluate_dense_here
+from ijepa_scale.evaluate.dense.dense_protocols import DENSE_PROTOCOLS
 from ijepa_scale.evaluate.offline import EvaluationRequest, evaluate_here
 from ijepa_scale.evaluate.protocols import PROTOCOLS
 from ijepa_scale.registry import SOURCES
@@ -26,12 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("source", type=terminal.existing_path, help="run folder, checkpoint, .pth.tar, .safetensors, or timm:NAME")
     add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="labelled images")
     add("--reader", choices=SOURCES.names(), help="how they are stored (default: by what TRAIN is)")
-    add("--protocol", nargs="+", default=[*PROTOCOLS], choices=[*PROTOCOLS], help="(default: all)")
+    every = [*PROTOCOLS, *DENSE_PROTOCOLS]
+    add("--protocol", nargs="+", default=[*PROTOCOLS], choices=every, help="(default: all that need labels)")
     add("--weights", choices=["target", "context"], default="target", help="which encoder (default target)")
     add("--image-size", type=terminal.at_least_1, help="side of the images in pixels (default: as trained)")
     add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't tell")
     add("--shots", type=terminal.at_least_1, nargs="+", default=[1, 5, 10], help="per class (default 1 5 10)")
-    add("--epochs", type=terminal.at_least_1, default=50, help="of the linear probe (default 50)")
+    add("--epochs", type=terminal.at_least_1, default=50, help="of linear probes (default 50)")
+    add("--classes", type=terminal.at_least_1, help="of masks (default: classes.json, or by the training masks)")
+    add("--depth-scale", type=terminal.above_0, help="integer that stands for a depth of 1, of depth maps in PNG")
     add("--no-untrained", dest="untrained", action="store_false", help="skip the encoder at random weights")
     add("--to", dest="folder", type=terminal.path, default="runs/evaluation", help="folder (default runs/evaluation)")
     add("--batch-size", type=terminal.at_least_1, default=64, help="images per process and forward (default 64)")
@@ -45,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     train, test = given.pop("data")
     given |= {"protocols": tuple(given.pop("protocol")), "which": given.pop("weights"), "shots": tuple(given["shots"])}
     request = EvaluationRequest(**given | {"train": train, "test": test, "folder": Path(given["folder"])})
-    processes.run(evaluate_here, request, EngineConfig(), devices=None, processes=count)
+    here = evaluate_here if {*request.protocols} <= {*PROTOCOLS} else evaluate_dense_here
+    processes.run(here, request, EngineConfig(), devices=None, processes=count)
     return 0
 
 

@@ -54,6 +54,9 @@ class EvaluationRequest:
     epochs: int = 50
     untrained: bool = True
     overwrite: bool = False
+    classes: int | None = None  # of masks; None: classes.json, or one more than the highest
+    depth_scale: float | None = None  # integer that stands for a depth of 1, of PNG
+    patches: int = 200_000  # that patch-knn remembers
 
 
 def evaluate_here(request: EvaluationRequest, launch: Launch, device: torch.device) -> None:
@@ -77,9 +80,7 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     unknown = [name for name in request.protocols if name not in PROTOCOLS]
     if unknown:
         raise ConfigError(f"protocol {', '.join(unknown)} is unknown; choose among {', '.join(PROTOCOLS)}")
-    done = request.folder / JSON
-    if world.broadcast_object(done.exists()) and not request.overwrite:
-        raise ConfigError(f"{done} exists; name another folder with --to, or add --overwrite")
+    check_unwritten(request, world)
     encoder, transform = load(request.source, which=request.which, image_size=request.image_size, heads=request.heads)
     sets = [
         _opened(f"{name} images", path, request) for name, path in (("train", request.train), ("test", request.test))
@@ -90,7 +91,7 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     pool: Pool = "last4" if "linear" in request.protocols and len(encoder.blocks) >= 4 else "mean"
     store = FeatureStore(
         request.folder / "features", world, batch_size=request.batch_size, workers=request.workers,
-        advance=_shown if world.is_main else None,
+        advance=show_encoded if world.is_main else None,
     )  # fmt: skip
     width = encoder.pos_embed.shape[-1]
     options = Options(
@@ -122,6 +123,13 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     sizes = (name_of(encoder), encoder.patch_size, transform.image_size)
     published = published_figures(*sizes, num_classes=num_classes, num_test=len(labels[1]))
     return Results(facts=facts, scores=tables[0], untrained=tables[1] if request.untrained else [], published=published)
+
+
+def check_unwritten(request: EvaluationRequest, world: World) -> None:
+    """Checks that the folder has no table yet, unless it may be overwritten. Communicates."""
+    done = request.folder / JSON
+    if world.broadcast_object(done.exists()) and not request.overwrite:
+        raise ConfigError(f"{done} exists; name another folder with --to, or add --overwrite")
 
 
 def untrained_like(encoder: VisionTransformer, seed: int) -> VisionTransformer:
@@ -158,7 +166,7 @@ def _labels(name: str, source: SampleSource) -> np.ndarray:
     return labels
 
 
-def _shown(name: str, done: int, total: int) -> None:
+def show_encoded(name: str, done: int, total: int) -> None:
     """Shows how many images are encoded: a bar on a terminal, a line at the end elsewhere."""
     bar = _BARS.get(name)
     if bar is None:
