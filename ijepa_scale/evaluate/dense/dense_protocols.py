@@ -6,7 +6,7 @@ Shapes: N images, P patches, D channels of a token, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from ijepa_scale.evaluate.intervals import resampled_intervals
 
 NEIGHBORS, TEMPERATURE = 30, 0.02  # Source: arXiv 2306.01667, appendix
 BINS = 256  # of depth. Source: arXiv 2304.07193, section 7.4
+DEPTH_RATE = 0.01  # ours: the equal weights that a head of bins starts with take large steps to leave
 _SCORES_AT_ONCE = 2**26  # scores of pixels, 256 MiB of float32
 
 
@@ -85,7 +86,7 @@ def segmentation(train: DenseSplit, maps: np.ndarray, test: DenseSplit, options:
              name="segmentation probe")  # fmt: skip
     return _segmented(
         "segmentation", head, test, options,
-        setting=f"lr {recipe.lr:g}, {recipe.epochs} epochs of batches of {recipe.batch_size}",
+        setting=f"lr {recipe.lr:g}, {recipe.epochs} epochs of batches of {recipe.batch_of(len(train.tokens))}",
         note="whole images, not augmented; one scale",
     )  # fmt: skip
 
@@ -110,7 +111,7 @@ def patch_knn(train: DenseSplit, maps: np.ndarray, test: DenseSplit, options: De
 
 def depth(train: DenseSplit, maps: np.ndarray, test: DenseSplit, options: DenseOptions) -> list[Measure]:
     """Returns RMSE, abs rel and δ1 of a linear layer on each patch token, over bins of depth."""
-    recipe, (lowest, highest) = options.recipe, options.depths
+    recipe, (lowest, highest) = replace(options.recipe, lr=DEPTH_RATE), options.depths
     head = PatchHead(train.tokens.shape[2], BINS, recipe.seed).to(options.device)
     fit_head(
         head, train.tokens, maps, lambda outputs: binned_depth(outputs, lowest, highest), depth_loss,
@@ -144,20 +145,20 @@ def _segmented(
         ]
     )
     values = _figures(counts.sum(axis=0))
+    occur = np.flatnonzero(np.isfinite(values))  # all but the IoU of classes that are nowhere
     bounds = resampled_intervals(
         counts.reshape(len(counts), -1),
-        lambda sums: _figures(sums.reshape(-1, 3, options.num_classes)),
+        lambda sums: _figures(sums.reshape(-1, 3, options.num_classes))[:, occur],
         seed=options.seed,
     )
-    occur = np.flatnonzero(np.isfinite(values))
     names: list[tuple[str, int | None]] = [("mIoU", None), ("pixel accuracy", None)]
     names += [("IoU", index) for index in range(options.num_classes)]
     return [
         Measure(
             protocol=protocol, measure=names[place][0], of_class=names[place][1], value=float(values[place]),
-            low=float(bounds[place, 0]), high=float(bounds[place, 1]), setting=setting, note=note,
+            low=float(low), high=float(high), setting=setting, note=note,
         )
-        for place in occur.tolist()
+        for place, (low, high) in zip(occur.tolist(), bounds, strict=True)
     ]  # fmt: skip
 
 
@@ -167,7 +168,6 @@ def _figures(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([whole, ious(counts)], axis=-1)
 
 
-@torch.no_grad()
 def likeliest(scores: Tensor, grid: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
     """Returns the class (H, W) int64 with the highest score at each pixel, of scores (1, P, C) at patches.
 
@@ -187,7 +187,6 @@ def likeliest(scores: Tensor, grid: tuple[int, int], size: tuple[int, ...]) -> n
     return index.cpu().numpy()
 
 
-@torch.no_grad()
 def _answers(test: DenseSplit, options: DenseOptions, name: str) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Yields each test image's tokens (1, P, D) on the device, and its map (H, W)."""
     maps = read_maps(test.source, workers=options.workers)

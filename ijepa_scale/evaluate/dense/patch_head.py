@@ -18,6 +18,7 @@ from ijepa_scale import rng
 from ijepa_scale.evaluate.dense.map_files import IGNORED
 
 _INIT_STD = 0.01
+_BATCH, _LEAST_BATCH, _STEPS = 16, 4, 20  # images, and steps of an epoch
 _WARM_UP = 1500 / 40_000  # of the steps. Source: arXiv 2304.07193, the segmentation settings in its public code
 _LEAST = 0.1  # added to the score of each bin. Source: arXiv 2011.14141's public code, norm "linear"
 _CENTRE_WEIGHT, _EPS = 0.15, 1e-6  # of the scale-invariant loss. Source: arXiv 2011.14141, equation 4: 1 - 0.85
@@ -30,10 +31,14 @@ class HeadRecipe:
     """How the linear layer is trained: AdamW, a linear warm-up, then a linear decay to 0."""
 
     epochs: int = 50
-    batch_size: int = 16  # images
+    batch_size: int | None = None  # images; None: 16, or fewer if an epoch had less than 20 steps, but at least 4
     lr: float = 1e-3
     weight_decay: float = 1e-4
     seed: int = 0
+
+    def batch_of(self, count: int) -> int:
+        """Returns the images of a batch, of `count` in all."""
+        return min(count, self.batch_size or min(_BATCH, max(_LEAST_BATCH, count // _STEPS)))
 
 
 class PatchHead(nn.Module):
@@ -62,13 +67,14 @@ def fit_head(
     recipe: HeadRecipe,
     name: str,
 ) -> None:
-    """Trains a head, in place and on its device, on tokens (N, P, D) and maps (N, h, w), both possibly memory-mapped.
+    """Trains a head, in place and on its device, and freezes it.
 
-    `at_patches` maps the head's outputs (B, P, O) to values at patches, which are upsampled to (h, w) for the loss.
-    The order of the images is keyed by seed and epoch; an epoch drops the rest of N / batch.
+    Tokens (N, P, D) and maps (N, h, w) may be memory-mapped. `at_patches` maps the head's outputs (B, P, O) to values
+    at patches, which are upsampled to (h, w) for the loss. The order of the images is keyed by seed and epoch; an epoch
+    drops the rest of N / batch.
     """
     device = head.linear.weight.device
-    size = min(len(tokens), recipe.batch_size)
+    size = recipe.batch_of(len(tokens))
     steps = recipe.epochs * (len(tokens) // size)
     warm = max(1, round(_WARM_UP * steps))
     optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -87,7 +93,7 @@ def fit_head(
                 loss(upsampled(values, grid, (maps.shape[1], maps.shape[2])), answers).backward()
                 optimizer.step()
                 bar.update()
-    head.eval()
+    head.eval().requires_grad_(False)
 
 
 def on_device(tokens: np.ndarray, device: torch.device) -> Tensor:
