@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = terminal.Parser(description=__doc__)
     add = parser.add_argument
     add("source", type=terminal.existing_path, help="run folder, checkpoint, .pth.tar, .safetensors, or timm:NAME")
-    add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="labelled images")
+    add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="images and answers")
     add("--reader", choices=SOURCES.names(), help="how they are stored (default: by what TRAIN is)")
     every = [*PROTOCOLS, *DENSE_PROTOCOLS]
     add("--protocol", nargs="+", default=[*PROTOCOLS], choices=every, help="(default: all that need labels)")

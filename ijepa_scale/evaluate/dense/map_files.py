@@ -17,7 +17,7 @@ from ijepa_scale.errors import SampleError
 
 IGNORED = 255  # the index of pixels without a class
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_GREY, _PALETTE = 0, 3  # PNG's colour types with one value per pixel
+_GREY, _COLOURS = b"\0", (b"\2", b"\4", b"\6")  # colour types of PNG; 3 is a palette, and grey with alpha is a colour
 _STRETCHED = {2: 85, 4: 17}  # bits -> factor by which Pillow stretches grey levels to 8 bits
 _DEPTH = PixelFormat(1, "float32")
 
@@ -33,7 +33,7 @@ def decode_mask(data: bytes) -> np.ndarray:
     if not data.startswith(_PNG_MAGIC):
         raise SampleError("not a PNG; save masks as PNG, which keeps indices as they are", "mask format")
     bits, kind = data[24:25], data[25:26]
-    if kind not in (bytes([_GREY]), bytes([_PALETTE])):
+    if kind in _COLOURS:
         raise SampleError(
             "a mask of colours, not of class indices; save it with one index per pixel, as a grey or palette PNG",
             "mask format",
@@ -41,7 +41,7 @@ def decode_mask(data: bytes) -> np.ndarray:
     values = _png(data)
     if values.max() > IGNORED:
         raise SampleError(f"it has the index {values.max()}; give classes 0 to 254, and 255 for none", "mask format")
-    if kind[0] == _GREY:
+    if kind == _GREY:
         values = values // _STRETCHED.get(bits[0], 1)
     return np.ascontiguousarray(turn(values.astype(np.uint8), orientation_of(data)))
 
@@ -50,14 +50,14 @@ def decode_depth(data: bytes, scale: float | None) -> np.ndarray:
     """Returns the depths of a file, (H, W) float32, turned as its EXIF says; NaN where there is none.
 
     NPY and TIFF hold one channel of 32-bit floats, taken as they are. A PNG holds 16-bit integers, which are divided by
-    `scale`. Values that are 0, infinite or no number are missing.
+    `scale`. Values that are 0, infinity or no number are missing.
 
     Raises:
         SampleError: it is another file, damaged or too large, needs a scale, or has a negative depth.
         DataError: a package that reads it isn't installed.
     """
     if data.startswith(_PNG_MAGIC):
-        if data[24:26] != bytes([16, _GREY]):
+        if data[24:26] != b"\x10" + _GREY:
             raise SampleError("not a PNG of 16 bits and one channel; save it so, or as float32 NPY or TIFF", "depth")
         if scale is None:
             raise SampleError(
@@ -75,7 +75,7 @@ def decode_depth(data: bytes, scale: float | None) -> np.ndarray:
             ) from None
     else:
         raise SampleError("no NPY, TIFF or PNG; save depths as float32 NPY or TIFF, or as 16-bit PNG", "depth")
-    lowest = np.nanmin(values, initial=0.0)
+    lowest = np.fmin.reduce(values, axis=None, initial=0.0)
     if lowest < 0:
         raise SampleError(
             f"it has the depth {lowest:g}; give depths above 0, and 0 or NaN where there is none", "depth"

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.deep_decode import decode_as, resize_deep
@@ -60,7 +61,7 @@ class MapFolder:
         self.path, self.kind, self.depth_scale = path, kind, depth_scale
         self.image_size, self._pixels = image_size, pixels
         found = _found(path, kind)
-        self._photographs, self._maps, self._unused = _paired(found, _CALLED[kind])
+        self._photographs, self._maps, self._unused, self._passed = _paired(found, _CALLED[kind])
         self._first_class = found.first_class
         self.classes = read_classes(found.root) if kind == "masks" else None
         self.num_classes = None if self.classes is None else len(self.classes)
@@ -160,7 +161,8 @@ class MapFolder:
     def summary(self) -> str:
         """Returns what was found, for the log."""
         unused = f"; {self._unused} {_CALLED[self.kind]}s have no photograph" if self._unused else ""
-        return f"{self.num_samples} photographs with {_CALLED[self.kind]}s in {self.path}{unused}"
+        passed = f"; not read: {self._passed}" if self._passed else ""
+        return f"{self.num_samples} photographs with {_CALLED[self.kind]}s in {self.path}{unused}{passed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,11 @@ def check_maps(source: MapFolder, name: str, *, world: World, workers: int = 0) 
     part = local_ids(np.arange(source.num_samples), world.rank, world.size)
     parts = [part[begin : begin + _READ] for begin in range(0, len(part), _READ)]
     loaded = ordered_loader(_Each(source.check), parts, workers=workers, prefetch=2)
-    mine = [each for checked in loaded for each in checked]
+    shown = tqdm(
+        loaded, total=len(parts), unit="pair", unit_scale=_READ, desc=f"{name}: checking",
+        disable=None if world.is_main else True, dynamic_ncols=True,
+    )  # fmt: skip
+    mine = [each for checked in shown for each in checked]
     found = cast("list[list[Checked]]", world.gather_objects(mine))
     every = [each for checked in found for each in checked][: source.num_samples]  # the rest is padding
     bad = [each.problem for each in every if each.problem is not None]
@@ -268,9 +274,10 @@ def _found(path: str, kind: Kind) -> _Found:
     return _Found(root=given, photographs=given / "images", maps=given / kind)
 
 
-def _paired(found: _Found, called: str) -> tuple[list[str], list[str], int]:
-    """Returns the paths of the photographs, those of their maps, and the number of maps that have no photograph."""
-    photographs, maps = _by_stem(found.photographs), _by_stem(found.maps)
+def _paired(found: _Found, called: str) -> tuple[list[str], list[str], int, str]:
+    """Returns the paths of photographs and of their maps, how many maps have no photograph, and what isn't read."""
+    photographs, passed = _by_stem(found.photographs)
+    maps, _ = _by_stem(found.maps)
     wanted = sorted(photographs) if found.names is None else found.names
     if not wanted:
         raise DataError(f"the list of photographs in {found.photographs} names none; give another list")
@@ -282,15 +289,16 @@ def _paired(found: _Found, called: str) -> tuple[list[str], list[str], int]:
                 f"{few(missing)}, whatever the suffix); add them, or drop these photographs"
             )
     unused = 0 if found.names is not None else len(maps) - len(wanted)
-    return [photographs[stem] for stem in wanted], [maps[stem] for stem in wanted], unused
+    return [photographs[stem] for stem in wanted], [maps[stem] for stem in wanted], unused, passed
 
 
-def _by_stem(folder: Path) -> dict[str, str]:
-    """Returns the paths of all images below a folder by their paths in it, without suffix."""
+def _by_stem(folder: Path) -> tuple[dict[str, str], str]:
+    """Returns the paths of all images below a folder by their paths in it, without suffix, and what isn't read."""
     paths: dict[str, str] = {}
-    for path in images_below(str(folder))[0]:
+    found, problems = images_below(str(folder))
+    for path in found:
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
         if stem in paths:
             raise DataError(f"{paths[stem]} and {path} differ by their suffixes only; rename or drop one of them")
         paths[stem] = path
-    return paths
+    return paths, problems.passed_over()

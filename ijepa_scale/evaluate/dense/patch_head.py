@@ -21,7 +21,7 @@ _INIT_STD = 0.01
 _BATCH, _LEAST_BATCH, _STEPS = 16, 4, 20  # images, and steps of an epoch
 _WARM_UP = 1500 / 40_000  # of the steps. Source: arXiv 2304.07193, the segmentation settings in its public code
 _LEAST = 0.1  # added to the score of each bin. Source: arXiv 2011.14141's public code, norm "linear"
-_CENTRE_WEIGHT, _EPS = 0.15, 1e-6  # of the scale-invariant loss. Source: arXiv 2011.14141, equation 4: 1 - 0.85
+_CENTRE_WEIGHT, _EPS = 0.15, 1e-6  # of the scale-invariant loss. Source: arXiv 2011.14141: 1 - 0.85
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs (B, O, h, w), maps (B, h, w) -> ()
 
@@ -127,7 +127,7 @@ def binned_depth(scores: Tensor, lowest: float, highest: float) -> Tensor:
 def depth_loss(depths: Tensor, maps: Tensor) -> Tensor:
     """Returns the scale-invariant loss () of depths (B, 1, h, w) over the pixels that have one in maps (B, h, w).
 
-    Source: Eigen et al., arXiv 1406.2283, equation 4, with the root and the weight of arXiv 2011.14141, equation 4.
+    Source: Eigen et al., arXiv 1406.2283, equation 4, with the root and the weight of arXiv 2011.14141.
     """
     known = maps.isfinite()
     count = known.sum().clamp(min=1)

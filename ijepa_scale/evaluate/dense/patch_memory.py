@@ -23,7 +23,7 @@ class PatchMemory:
 
     At most `limit` patches are kept, drawn by `seed` from those that have a labelled pixel.
 
-    Source: arXiv 2306.01667, section 3.2. differs from it: patches are drawn uniformly, not by their classes' rarity,
+    Source: arXiv 2306.01667, section 3. It differs: here patches are drawn uniformly, not by their classes' rarity,
     and images aren't augmented.
     """
 

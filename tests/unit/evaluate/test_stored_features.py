@@ -36,7 +36,7 @@ def small(seed: int = 0) -> tuple[Any, ImageTransform]:
     return encoder, ImageTransform(encoder, **GREY)
 
 
-@pytest.mark.parametrize("pool", ["mean", "last4"])
+@pytest.mark.parametrize("pool", ["mean", "last4", "tokens"])
 def test_rows_are_the_features_of_the_images_in_order(tmp_path, pool):
     found, (encoder, transform) = images(tmp_path / "images"), small()
     store = FeatureStore(tmp_path / "features", ALONE, batch_size=4)
@@ -112,3 +112,13 @@ def test_an_encoder_of_few_blocks_has_no_last_four(tmp_path):
     encoder = build_encoder("vit_tiny", image_size=16, patch_size=8, width=24, depth=2, heads=3)
     with pytest.raises(ConfigError, match="pool is last4 but the encoder has 2 blocks"):
         FeatureStore(tmp_path / "f", ALONE).features(encoder, ImageTransform(encoder, **GREY), found, "last4")
+
+
+def test_tokens_that_float16_cannot_hold_are_refused(tmp_path):
+    found, (encoder, transform) = images(tmp_path / "images", 4), small()
+    with torch.no_grad():
+        encoder.norm.weight.mul_(1e6)
+    with pytest.raises(
+        DataError, match="train: tokens have values up to .*, which float16 can't hold; check the weights"
+    ):
+        FeatureStore(tmp_path / "features", ALONE).features(encoder, transform, found, "tokens")

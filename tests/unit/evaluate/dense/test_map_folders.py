@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.dense.map_folders import MapFolder, check_maps, read_maps, training_maps
@@ -164,3 +165,18 @@ def test_folders_without_all_pairs_are_refused(tmp_path, change, said):
 def test_masks_without_a_photograph_are_counted(tmp_path):
     (pairs(tmp_path) / "images" / "1.jpg").unlink()
     assert "4 photographs" in opened(tmp_path).summary() and "1 masks have no photograph" in opened(tmp_path).summary()
+
+
+def test_photographs_that_are_not_read_are_said(tmp_path):
+    (pairs(tmp_path) / "images" / "9.heic").write_bytes(b"x")
+    assert "not read: 1 x .heic" in opened(tmp_path).summary()
+
+
+def test_photographs_of_other_formats_are_read_as_the_encoder_takes_them(tmp_path):
+    (pairs(tmp_path, 1) / "images" / "0.jpg").unlink()
+    values = np.arange(96, dtype=np.uint16).reshape(8, 12) * 600
+    Image.fromarray(values).save(tmp_path / "images" / "0.png")
+    source = opened(tmp_path, pixels=PixelFormat(1, "uint16"))
+    assert check_maps(source, "train", world=ALONE).classes == [2]
+    found = source.read(0)
+    assert found.shape == (4, 4, 1) and found.dtype == np.uint16 and found.max() > 40_000
