@@ -161,6 +161,17 @@ def test_classes_beyond_the_number_are_refused(request_of_shapes, tmp_path):
     assert "9 classes" in found.facts["train"]
 
 
+def test_test_masks_have_no_class_beyond_the_training_masks(request_of_shapes, tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / "test" / folder).mkdir(parents=True)
+        for path in list(Path(request_of_shapes.test, folder).iterdir()):
+            (tmp_path / "test" / folder / path.name).symlink_to(path)
+    (tmp_path / "test" / "masks" / "003.png").unlink()
+    Image.new("L", (SIZE, SIZE), 5).save(tmp_path / "test" / "masks" / "003.png")
+    with pytest.raises(DataError, match=r"test: 1 of 20 pairs .*003.png \(class 5, but there are 3 \(0 to 2\)"):
+        evaluated(request_of_shapes, tmp_path / "to", test=str(tmp_path / "test"))
+
+
 def test_class_lists_must_agree(request_of_shapes, tmp_path):
     root = Path(request_of_shapes.train).parent
     try:
