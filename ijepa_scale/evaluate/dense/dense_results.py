@@ -80,7 +80,8 @@ class DenseResults:
         every = figure.subplots(len(kinds), squeeze=False, height_ratios=[len(part) + 0.5 for part in kinds])[:, 0]
         for axes, part in zip(every, kinds, strict=True):
             self._bars(axes, part)
-        every[0].legend(frameon=False, fontsize=8, loc="lower right")
+        handles, labels = every[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=2)
         return save_figure(figure, path)
 
     def _bars(self, axes: Axes, part: list[Measure]) -> None:
