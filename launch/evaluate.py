@@ -1,4 +1,4 @@
-"""Evaluates a trained encoder on labelled images: kNN, linear and attentive probes, logistic regression, few images.
+"""Evaluates a trained encoder on images with labels, masks or depth maps, as the protocols of docs/evaluation.md say.
 
 python launch/evaluate.py runs/mine --data photos/train photos/val --protocol knn logistic
 python launch/evaluate.py IN1K-vit.h.14-300e.pth.tar --data imagenet/train imagenet/val --to runs/h14
@@ -12,6 +12,8 @@ import sys
 from ijepa_scale import terminal
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.evaluate.command_line import add_flags, request_of
+from ijepa_scale.evaluate.dense.dense_evaluation import evaluate_dense_here
+from ijepa_scale.evaluate.dense.dense_protocols import DENSE_PROTOCOLS
 from ijepa_scale.evaluate.offline import evaluate_here
 from ijepa_scale.train import processes
 
@@ -22,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = terminal.Parser(description=__doc__)
     add_flags(parser)
     flags = parser.parse_args(arguments)
-    processes.run(evaluate_here, request_of(flags), EngineConfig(), devices=None, processes=flags.processes)
+    here = evaluate_dense_here if {*flags.protocol} & {*DENSE_PROTOCOLS} else evaluate_here
+    processes.run(here, request_of(flags), EngineConfig(), devices=None, processes=flags.processes)
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ijepa_scale import terminal
+from ijepa_scale.evaluate.dense.dense_protocols import DENSE_PROTOCOLS
 from ijepa_scale.evaluate.labelled_sets import Named
 from ijepa_scale.evaluate.offline import ALL, USUAL, EvaluationRequest
 from ijepa_scale.registry import SOURCES
@@ -15,13 +16,15 @@ def add_flags(parser: terminal.Parser) -> None:
     """Adds all flags to a parser."""
     add = parser.add_argument
     add("source", type=terminal.existing_path, help="run, checkpoint, .pth.tar, .safetensors, published: or timm:NAME")
-    add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="labelled images")
+    add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="images and answers")
     add("--reader", choices=SOURCES.names(), help="how they are stored (default: by what TRAIN is)")
     add(
         "--transfer", nargs=3, action="append", default=[], metavar=("NAME", "TRAIN", "TEST"),
         help="a further data set; can be repeated",
     )  # fmt: skip
-    add("--protocol", nargs="+", default=[*USUAL], choices=ALL, help=f"(default {' '.join(USUAL)})")
+    add(
+        "--protocol", nargs="+", default=[*USUAL], choices=[*ALL, *DENSE_PROTOCOLS], help=f"(default {' '.join(USUAL)})"
+    )
     add("--weights", choices=["target", "context"], default="target", help="which encoder (default target)")
     add("--image-size", type=terminal.at_least_1, help="side of the images in pixels (default: as trained)")
     add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't tell")
@@ -31,7 +34,9 @@ def add_flags(parser: terminal.Parser) -> None:
         help="to finetune on: a share like 1%%, images per class like 5, or a text file with a name per line",
     )  # fmt: skip
     add("--seeds", type=terminal.at_least_1, default=3, help="draws of few images (default 3)")
-    add("--epochs", type=terminal.at_least_1, default=50, help="of the linear probe (default 50)")
+    add("--epochs", type=terminal.at_least_1, default=50, help="of linear probes (default 50)")
+    add("--classes", type=terminal.at_least_1, help="of masks (default: classes.json, or by the training masks)")
+    add("--depth-scale", type=terminal.above_0, help="integer that stands for a depth of 1, of depth maps in PNG")
     add("--attentive-epochs", type=terminal.at_least_1, default=20, help="of attentive probes (default 20)")
     add("--finetune-epochs", type=terminal.at_least_1, default=50, help="of lowshot-finetune (default 50)")
     add("--token-gb", type=float, default=16.0, help="size of stored tokens; more are computed anew (default 16)")
@@ -53,7 +58,7 @@ def request_of(flags: argparse.Namespace) -> EvaluationRequest:
     """
     train, test = flags.data
     same = ("source", "reader", "image_size", "heads", "seeds", "epochs", "attentive_epochs", "finetune_epochs",
-            "token_gb", "untrained", "batch_size", "workers", "overwrite", "seed")  # fmt: skip
+            "classes", "depth_scale", "token_gb", "untrained", "batch_size", "workers", "overwrite", "seed")  # fmt: skip
     return EvaluationRequest(
         train=train, test=test, which=flags.weights, folder=Path(flags.folder), protocols=tuple(flags.protocol),
         shots=tuple(flags.shots), subsets=tuple(flags.subset),

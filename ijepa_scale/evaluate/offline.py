@@ -64,6 +64,9 @@ class EvaluationRequest:
     token_gb: float = 16.0  # that tokens may take in the folder; more are computed anew in each epoch
     untrained: bool = True
     overwrite: bool = False
+    classes: int | None = None  # of masks; None: classes.json, or one more than the highest
+    depth_scale: float | None = None  # integer that stands for a depth of 1, of PNG
+    patches: int = 200_000  # that patch-knn remembers
 
 
 def evaluate_here(request: EvaluationRequest, launch: Launch, device: torch.device) -> None:
@@ -87,9 +90,7 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     unknown = [name for name in request.protocols if name not in ALL]
     if unknown:
         raise ConfigError(f"protocol {', '.join(unknown)} is unknown; choose among {', '.join(ALL)}")
-    done = request.folder / JSON
-    if world.broadcast_object(done.exists()) and not request.overwrite:
-        raise ConfigError(f"{done} exists; name another folder with --to, or add --overwrite")
+    check_unwritten(request, world)
     encoder, transform = load(request.source, which=request.which, image_size=request.image_size, heads=request.heads)
     sets = [
         LabelledSet.open(given, request.reader if not given.name else None, request.exif, log=world.is_main)
@@ -137,7 +138,7 @@ class _Evaluation:
     ) -> None:  # fmt: skip
         self._request, self._world, self._encoder, self._transform = request, world, encoder, transform
         self._sets, self._name = sets, name
-        shown = _Shown() if world.is_main else None
+        shown = EncodingBars() if world.is_main else None
         self._store = FeatureStore(
             request.folder / "features", world, batch_size=request.batch_size, workers=request.workers, advance=shown
         )
@@ -211,7 +212,7 @@ class _Evaluation:
         )  # fmt: skip
 
 
-class _Shown:
+class EncodingBars:
     """Shows how many images are encoded: a bar on a terminal, a line at the end elsewhere."""
 
     def __init__(self) -> None:
@@ -221,6 +222,13 @@ class _Shown:
         self._bars.setdefault(name, Bar(name, "image")).show(done, total)
         if done == total:
             logger.info("%s: features of %d images", name, total)
+
+
+def check_unwritten(request: EvaluationRequest, world: World) -> None:
+    """Checks that the folder has no table yet, unless it may be overwritten. Communicates."""
+    done = request.folder / JSON
+    if world.broadcast_object(done.exists()) and not request.overwrite:
+        raise ConfigError(f"{done} exists; name another folder with --to, or add --overwrite")
 
 
 def untrained_like(encoder: VisionTransformer, seed: int) -> VisionTransformer:

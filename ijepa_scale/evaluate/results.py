@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale.evaluate.protocols import Score
+from ijepa_scale.evaluate.tables import as_markdown, as_text
 from ijepa_scale.metrics.plots import BLUE, GREY, new_figure, save_figure
 
 JSON, MARKDOWN, PICTURE = "evaluation.json", "evaluation.md", "evaluation.png"
@@ -54,18 +55,11 @@ class Results:
 
     def text(self) -> str:
         """Returns the table as lines of text."""
-        rows = [_COLUMNS, *self.rows()]
-        kept = [index for index in range(len(_COLUMNS)) if any(row[index] for row in rows[1:])]
-        widths = [max(len(row[index]) for row in rows) for index in kept]
-        lines = ["  ".join(row[i].ljust(w) for i, w in zip(kept, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        return as_text(_COLUMNS, self.rows())
 
     def markdown(self) -> str:
         """Returns the table in Markdown, with what was evaluated below it."""
-        head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-        body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows()]
-        facts = [f"- {name}: {value}" for name, value in self.facts.items()]
-        return "\n".join([*head, *body, "", *facts, ""])
+        return as_markdown(_COLUMNS, self.rows(), self.facts)
 
     def write(self, folder: Path) -> list[Path]:
         """Writes the table as JSON, Markdown and a picture, and returns their paths."""

@@ -198,8 +198,8 @@ def _encoded(encoder: VisionTransformer, pixels: Tensor, pools: Sequence[Pool]) 
             found[pool] = layers[-1].half()
             if not torch.isfinite(found[pool]).all():  # host sync
                 raise DataError(
-                    f"tokens of up to {float(layers[-1].abs().max()):.3g} don't fit float16; give --token-gb 0, which "
-                    "keeps none"
+                    f"tokens of up to {float(layers[-1].abs().max()):.3g} don't fit float16, in which they are kept; "
+                    "for attentive probes give --token-gb 0, which keeps none"
                 )
         else:
             kept = layers if pool == "last4" else layers[-1:]
