@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#3366aa", "#dd7733", "#339966", "#888888"
+_PANEL_SIDE, _FRAME, _HIDDEN = 224, 4, 0.93  # pixels, pixels, grey
 _TARGET_COLORS = ("#dd7733", "#339966", "#aa3377", "#ccaa22", "#33bbcc", "#884422")
 
 
@@ -107,37 +108,41 @@ def draw_masks(images: Tensor, context: np.ndarray, targets: np.ndarray, path: s
     """
     pixels = images.detach().cpu().permute(0, 2, 3, 1).numpy()
     pixels = pixels.astype(np.float64) / 255 if pixels.dtype == np.uint8 else pixels.clip(0.0, 1.0)
-    count, num_targets = len(pixels), targets.shape[1]
+    count = len(pixels)
     figure = new_figure(width=1.55 * count + 1.3, height=4.9)
     axes = figure.subplots(3, count, squeeze=False)
-    patch = pixels.shape[1] // context.shape[2], pixels.shape[2] // context.shape[3]
     for b, image in enumerate(pixels):
-        seen = np.kron(context[b].any(0), np.ones(patch))[..., None]
-        hidden = np.full_like(image, 0.93)
-        axes[0, b].imshow(image)
-        axes[1, b].imshow(np.where(seen, image, hidden))
-        axes[2, b].imshow(image * 0.25 + 0.7)
-        for block in range(num_targets):
-            _outline(axes[2, b], image, targets[b, block], patch, _TARGET_COLORS[block % len(_TARGET_COLORS)])
+        for row, panel in enumerate(mask_panels(image, context[b], targets[b])):
+            axes[row, b].imshow(panel)
     for axis in axes.flatten():
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    for row, label in enumerate(("Image", "Context", f"{num_targets} target blocks")):
+    for row, label in enumerate(("Image", "Context", f"{targets.shape[1]} target blocks")):
         axes[row, 0].set_ylabel(label, fontsize=10)
     return save_figure(figure, path)
 
 
-def _outline(axes: Axes, image: np.ndarray, block: np.ndarray, patch: tuple[int, int], color: str) -> None:
-    """Draws one rectangular block of `image` with a coloured frame."""
-    rows, columns = np.flatnonzero(block.any(1)), np.flatnonzero(block.any(0))
-    top, bottom = rows[0] * patch[0], (rows[-1] + 1) * patch[0]
-    left, right = columns[0] * patch[1], (columns[-1] + 1) * patch[1]
-    corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]) - 0.5
-    axes.imshow(image[top:bottom, left:right], extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5), zorder=2)
-    axes.plot(corners[:, 0], corners[:, 1], color=color, linewidth=1.8, zorder=3, clip_on=False)
-    axes.set_xlim(-0.5, image.shape[1] - 0.5)
-    axes.set_ylim(image.shape[0] - 0.5, -0.5)
+def mask_panels(image: np.ndarray, context: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+    """Returns an image, its context alone and its target blocks in frames, each (H, W, 3) uint8 and enlarged.
+
+    `image` is (h, w, 3) in [0, 1]; `context` (E, rows, columns) and `targets` (M, rows, columns) are bool.
+    """
+    times = max(1, -(-_PANEL_SIDE // min(image.shape[:2])))
+    image = np.kron(image, np.ones((times, times, 1)))
+    patch = image.shape[0] // context.shape[1], image.shape[1] // context.shape[2]
+    seen = np.kron(context.any(0), np.ones(patch, dtype=bool))[..., None]
+    blocks = image * 0.25 + 0.7
+    for number, target in enumerate(targets):
+        rows, columns = np.flatnonzero(target.any(1)), np.flatnonzero(target.any(0))
+        top, bottom = rows[0] * patch[0], (rows[-1] + 1) * patch[0]
+        left, right = columns[0] * patch[1], (columns[-1] + 1) * patch[1]
+        color = _TARGET_COLORS[number % len(_TARGET_COLORS)]
+        blocks[top:bottom, left:right] = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        inner = np.s_[top + _FRAME : bottom - _FRAME, left + _FRAME : right - _FRAME]
+        blocks[inner] = image[inner]
+    panels = image, np.where(seen, image, _HIDDEN), blocks
+    return [(panel * 255 + 0.5).astype(np.uint8) for panel in panels]
 
 
 def new_figure(*, width: float, height: float) -> Figure:
