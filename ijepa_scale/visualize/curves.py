@@ -115,7 +115,7 @@ def draw_runs(runs: Sequence[RunRows], path: Path, fields: Sequence[str] = ()) -
     lines = math.ceil(len(fields) / columns)
     key = len(runs) > 1
     figure = new_figure(width=4.6 * columns, height=2.5 * lines + 0.5 + 0.2 * key * math.ceil(len(runs) / 3))
-    plots = figure.subplots(lines, columns, squeeze=False).flatten()
+    plots = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for axes, field in zip(plots, fields, strict=False):
         plot_field(axes, runs, field)
     for axes in plots[len(fields) :]:
@@ -160,8 +160,11 @@ def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
                 first = before[0] * _TIMES.get(field, 1.0)
                 axes.axhline(first, color=color, linestyle=(0, (2, 3)), linewidth=1.1)
                 called = "untrained" if name.endswith("untrained") else "start"
-                axes.text(0.995, first, called, transform=axes.get_yaxis_transform(), fontsize=7.5, color=MUTED,
-                          ha="right", va="bottom")  # fmt: skip
+                away = -1 if y[-1] >= first else 1  # from where the line ends
+                axes.annotate(
+                    called, (0.995, first), (0, 3 * away), xycoords=axes.get_yaxis_transform(),
+                    textcoords="offset points", fontsize=7.5, color=MUTED, ha="right", va="bottom" if away > 0 else "top",
+                )  # fmt: skip
     axes.set_title(title_of(field), loc="left", fontsize=10, color=INK)
     axes.grid(alpha=0.35, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -170,8 +173,13 @@ def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
     axes.margins(x=0.02, y=0.12)
     if field == "target_std":
         axes.set_ylim(bottom=0)
-    axes.yaxis.get_major_formatter().set_powerlimits((-3, 5))  # type: ignore[attr-defined]
-    axes.yaxis.get_offset_text().set(fontsize=8, color=MUTED)
+    axes.yaxis.set_major_formatter(_number)
+    axes.xaxis.set_major_formatter(_number)
+
+
+def _number(value: float, _: object) -> str:
+    """Returns the number of a tick: in full where it is short."""
+    return f"{value:,.10g}" if value == 0 or 1e-2 <= abs(value) < 1e6 else f"{value:.1e}".replace("e-0", "e-")
 
 
 def curve_svg(runs: Sequence[RunRows], field: str, salt: str) -> str:
@@ -186,7 +194,7 @@ def curve_svg(runs: Sequence[RunRows], field: str, salt: str) -> str:
     axes = figure.subplots()
     axes.patch.set_visible(False)
     plot_field(axes, runs, field)
-    axes.set_title("")
+    axes.set_title("", loc="left")  # the page has it as text
     axes.set_xlabel("Step", fontsize=8.5, color=MUTED)
     text = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
