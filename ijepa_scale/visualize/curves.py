@@ -163,7 +163,8 @@ def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
                 away = -1 if y[-1] >= first else 1  # from where the line ends
                 axes.annotate(
                     called, (0.995, first), (0, 3 * away), xycoords=axes.get_yaxis_transform(),
-                    textcoords="offset points", fontsize=7.5, color=MUTED, ha="right", va="bottom" if away > 0 else "top",
+                    textcoords="offset points", fontsize=7.5, color=MUTED, ha="right",
+                    va="bottom" if away > 0 else "top",
                 )  # fmt: skip
     axes.set_title(title_of(field), loc="left", fontsize=10, color=INK)
     axes.grid(alpha=0.35, linewidth=0.6)

@@ -98,19 +98,20 @@ def read_evaluation(path: Path) -> Evaluation:
     """
     content = _json(path)
     scores, untrained, published = (content.get(name) or [] for name in ("scores", "untrained", "published"))
-    if not isinstance(scores, list) or not all(isinstance(score, dict) and "protocol" in score for score in scores):
+    lists = isinstance(scores, list) and isinstance(untrained, list)
+    if not lists or not all(isinstance(score, dict) and "protocol" in score for score in scores):
         raise DataError(f"{path} holds no scores with a protocol; give the {EVALUATION} of launch/evaluate.py")
-    reference = {score.get("protocol"): score for score in untrained if isinstance(score, dict)}
+    reference = {str(score.get("protocol")): score for score in untrained if isinstance(score, dict)}
     names = list(dict.fromkeys(name for score in scores for name in score if name not in ("low", "high")))
     columns = [*names, "95% interval", "untrained", "published"]
     rows = []
     for score in scores:
         cells = [_share(score.get(name)) if name in _SHARES else shown(score.get(name)) for name in names]
-        first = reference.get(score["protocol"], {}).get("accuracy")
-        known = published.get(score["protocol"]) if isinstance(published, dict) else None
+        first = reference.get(str(score["protocol"]), {}).get("accuracy")
+        known = published.get(str(score["protocol"])) if isinstance(published, dict) else None
         interval = f"{_share(score['low'])} to {_share(score['high'])}" if {"low", "high"} <= score.keys() else ""
         rows.append([*cells, interval, _share(first), f"{known:.1f}%" if is_number(known) else ""])
-    kept = [column for column in range(len(columns)) if any(row[column] for row in rows)]
+    kept = [column for column in range(len(columns)) if column == 0 or any(row[column] for row in rows)]
     facts = content.get("facts")
     return Evaluation(
         file=str(path),
