@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ijepa_scale.data.class_names import shortened
 from ijepa_scale.errors import DataError
 from ijepa_scale.metrics.plots import new_figure, save_figure
 from ijepa_scale.metrics.sinks import JSONL_NAME, is_number, read_rows
 from ijepa_scale.nearest import unknown
+from ijepa_scale.visualize.lettering import fitted, width_of
 from ijepa_scale.visualize.published_logs import read_published_log
 from ijepa_scale.visualize.sheet import INK, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 # Each has a contrast of at least 3 with white and with the report's dark page.
 RUN_COLORS = ("#2f7fd6", "#d1601f", "#2a9763", "#a855b5", "#9a7b12", "#1192a3", "#d1466f", "#7a7f87")
@@ -36,6 +37,7 @@ _TITLES = {
 _TIMES = {"knn": 100.0, "top1": 100.0, "top5": 100.0, "mfu": 100.0, "peak_bytes": 1e-9}
 _FIRST = {"knn": ("knn_untrained", "knn_start")}  # fields with the value before training
 _USUAL = ("loss", "knn", "top1", "target_std", "lr")
+_LEGEND, _HANDLE = 9, 0.75  # points of its text; inches of a key with the space around it
 _MOST_POINTS = 400  # of a line; more are averaged
 
 
@@ -113,8 +115,11 @@ def draw_runs(runs: Sequence[RunRows], path: Path, fields: Sequence[str] = ()) -
         raise DataError(f"{', '.join(run.name for run in runs)}: no row has a loss; train at least logging.every steps")
     columns = 1 if len(fields) == 1 else 2
     lines = math.ceil(len(fields) / columns)
-    key = len(runs) > 1
-    figure = new_figure(width=4.6 * columns, height=2.5 * lines + 0.5 + 0.2 * key * math.ceil(len(runs) / 3))
+    width = 4.6 * columns
+    names = [_legible(run.name, width) for run in runs] if len(runs) > 1 else []
+    widest = max((width_of(name, _LEGEND) + _HANDLE for name in names), default=1.0)
+    across = max(1, min(len(names), int(width / widest)))
+    figure = new_figure(width=width, height=2.5 * lines + 0.5 + 0.2 * math.ceil(len(names) / across))
     plots = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for axes, field in zip(plots, fields, strict=False):
         plot_field(axes, runs, field)
@@ -122,21 +127,29 @@ def draw_runs(runs: Sequence[RunRows], path: Path, fields: Sequence[str] = ()) -
         axes.set_axis_off()
     for axes in plots[max(0, len(fields) - columns) : len(fields)]:
         axes.set_xlabel("Step", fontsize=9, color=MUTED)
-    if key:
-        handles, labels = _legend(runs, list(plots[: len(fields)]))
-        options = {"fontsize": 9, "labelcolor": INK, "frameon": False, "ncols": min(3, len(labels))}
+    if names:
+        handles = [_line(number) for number in range(len(runs))]
+        labels = [name.replace("$", r"\$") for name in names]
+        options = {"fontsize": _LEGEND, "labelcolor": INK, "frameon": False, "ncols": across}
         figure.legend(handles, labels, loc="outside upper left", **options)
     return save_figure(figure, path)
 
 
-def _legend(runs: Sequence[RunRows], plots: Sequence[Axes]) -> tuple[list[Any], list[str]]:
-    lines = {line.get_label(): line for axes in plots for line in axes.lines}
-    names = {_shown(run.name): lines[_shown(run.name)] for run in runs if _shown(run.name) in lines}
-    return list(names.values()), list(names)
+def _legible(name: str, width: float) -> str:
+    return fitted(name, _LEGEND, width - _HANDLE)
 
 
-def _shown(name: str) -> str:
-    return shortened(name, 32).lstrip("_").replace("$", r"\$")  # matplotlib leaves out names that begin with _
+def _line(number: int) -> Line2D:
+    """Returns the key of a run's lines."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **_style(number))
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Returns the colour and the dashes of a run's lines."""
+    dashes = _DASHES[number // len(RUN_COLORS) % len(_DASHES)]
+    return {"color": RUN_COLORS[number % len(RUN_COLORS)], "linestyle": dashes, "linewidth": 1.6}
 
 
 def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
@@ -145,15 +158,14 @@ def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
         steps, values = run.points(field)
         if not len(steps):
             continue
-        color, dash = RUN_COLORS[number % len(RUN_COLORS)], _DASHES[number // len(RUN_COLORS) % len(_DASHES)]
+        color = _style(number)["color"]
         groups = np.array_split(np.arange(len(steps)), min(len(steps), _MOST_POINTS))
         x, y = (np.array([each[group].mean() for group in groups]) for each in (steps, values))
         if len(steps) > 2 * _MOST_POINTS:
             low, high = np.array([np.quantile(values[group], (0.1, 0.9)) for group in groups]).T
             axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         few = len(x) <= 12
-        axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, marker="o" if few else None, markersize=3.5,
-                  label=_shown(run.name))  # fmt: skip
+        axes.plot(x, y, marker="o" if few else None, markersize=3.5, **_style(number))
         for name in _FIRST.get(field, ()):
             _, before = run.points(name)
             if len(before):

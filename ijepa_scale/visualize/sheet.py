@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ijepa_scale.data.class_names import shortened
 from ijepa_scale.metrics.plots import save_figure
+from ijepa_scale.visualize.lettering import fitted, width_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +18,8 @@ INK, MUTED = "#1c2128", "#59636e"  # contrast with white: 16 and 6
 _SIDE, _GAP, _MARGIN = 1.45, 0.09, 0.18  # inches: height of a picture, between pictures, around all
 _LEAD = 0.24  # after the first pictures of a line
 _LABEL, _SCALE = 0.2, 0.42  # height of a label, and of a scale with its numbers
-_CHARACTER = 0.07  # width of a character of a label, 8 points, on the safe side
+_TITLE, _SMALL = 11, 8  # points
+_WIDEST_LABEL = 1.2  # inches, of a line's label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +75,13 @@ def draw_sheet(sheet: Sheet, path: str | Path) -> Path:
     lines = sheet.lines()
     height, width = lines[0][0].pixels.shape[:2]
     wide = _SIDE * width / height
-    left = _MARGIN + (_CHARACTER * max(len(shortened(line[0].label)) for line in lines) + 0.08 if sheet.across else 0)
+    names = [fitted(line[0].label, _SMALL, _WIDEST_LABEL) for line in lines] if sheet.across else []
+    left = _MARGIN + (max(width_of(name, _SMALL) for name in names) + 0.1 if names else 0.0)
     lead = 0.0 if sheet.across or len(lines[0]) == sheet.lead else _LEAD
     columns = max(map(len, lines))
     inches_wide = max(left + columns * (wide + _GAP) + lead + _MARGIN, 5.0)
-    note = textwrap.wrap(sheet.note, int((inches_wide - 2 * _MARGIN) / (0.9 * _CHARACTER)))  # long lines average out
+    room = inches_wide - 2 * _MARGIN
+    note = wrapped(sheet.note, _SMALL, room)
     labelled = [not sheet.across and (n == 0 or _labels(lines[n]) != _labels(lines[n - 1])) for n in range(len(lines))]
     top, bottom = 0.5, 0.15 * len(note) + 0.2 + (_SCALE if sheet.scale else 0.0)
     inches_high = top + sum(_SIDE + _GAP + _LABEL * each for each in labelled) + bottom
@@ -92,9 +94,9 @@ def draw_sheet(sheet: Sheet, path: str | Path) -> Path:
         at = x / inches_wide, 1 - y / inches_high
         figure.text(*at, text, fontsize=size, color=color, parse_math=False, **options)  # type: ignore[arg-type]
 
-    write(_MARGIN, 0.12, sheet.title, 11, va="top", weight="bold")
+    write(_MARGIN, 0.12, fitted(sheet.title, _TITLE, room, bold=True), _TITLE, va="top", weight="bold")
     y = top
-    for line, has_labels in zip(lines, labelled, strict=True):
+    for number, (line, has_labels) in enumerate(zip(lines, labelled, strict=True)):
         y += _LABEL * has_labels
         for column, panel in enumerate(line):
             x = left + column * (wide + _GAP) + (lead if column >= sheet.lead else 0.0)
@@ -102,16 +104,16 @@ def draw_sheet(sheet: Sheet, path: str | Path) -> Path:
             axes.imshow(panel.pixels, interpolation="lanczos" if panel.pixels.shape[0] > 150 else "nearest")
             axes.set_axis_off()
             if has_labels:
-                label = shortened(panel.label, int(wide / _CHARACTER))
-                write(x + wide / 2, y - 0.05, label, 8, MUTED, ha="center", va="bottom")
-        if sheet.across:
-            write(left - 0.1, y + _SIDE / 2, shortened(line[0].label), 8.5, MUTED, ha="right", va="center")
+                label = fitted(panel.label, _SMALL, wide)
+                write(x + wide / 2, y - 0.05, label, _SMALL, MUTED, ha="center", va="bottom")
+        if names:
+            write(left - 0.1, y + _SIDE / 2, names[number], _SMALL, MUTED, ha="right", va="center")
         y += _SIDE + _GAP
     y += 0.05
     if sheet.scale:
         _draw_scale(sheet.scale, place(left, y + 0.02, 2.0, 0.1))
         y += _SCALE
-    write(_MARGIN, y, "\n".join(note), 8, MUTED, va="top", linespacing=1.35)
+    write(_MARGIN, y, "\n".join(note), _SMALL, MUTED, va="top", linespacing=1.35)
     return save_figure(figure, path)
 
 
@@ -127,7 +129,9 @@ def _draw_scale(scale: Scale, axes: Axes) -> None:
     axes.spines[:].set_visible(False)
     low, high = f"{scale.low:.3g}", f"{scale.high:.3g}"
     for x, y, text, side in ((0, -0.6, low, "left"), (1, -0.6, high, "right"), (1.06, 1.2, scale.label, "left")):
-        axes.text(x, y, text, transform=axes.transAxes, fontsize=8, color=MUTED, ha=side, va="top", parse_math=False)
+        axes.text(
+            x, y, text, transform=axes.transAxes, fontsize=_SMALL, color=MUTED, ha=side, va="top", parse_math=False
+        )
 
 
 def as_bytes(image: np.ndarray) -> np.ndarray:

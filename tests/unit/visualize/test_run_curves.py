@@ -92,7 +92,7 @@ def test_each_run_has_its_line_in_each_plot() -> None:
     assert [line.get_xydata().tolist() for line in loss.lines] == [[[10, 0.1], [20, 0.05], [30, 1 / 30]], [[5, 7.0]]]
     assert knn.lines[0].get_ydata().tolist() == pytest.approx([10, 20, 30])
     assert list(knn.lines[1].get_ydata()) == [5.0, 5.0] and knn.texts[0].get_text() == "untrained"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", r"second \$x\$"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", r"_second \$x\$"]
     assert stays_on_page(figure)
     assert len(kept_figure([first, second], ("strange",)).axes[0].lines) == 1
 
