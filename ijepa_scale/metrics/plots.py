@@ -1,4 +1,4 @@
-"""Pictures of a pretraining run: its curves and its masks. Writes PNG files and opens no window."""
+"""Pictures of masks, and what all pictures of a run share. Writes PNG files and opens no window."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_scale.errors import DataError
 from ijepa_scale.masks.types import DenseMasks, Masks
-from ijepa_scale.metrics.sinks import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,28 +20,6 @@ _PANEL_SIDE, _FRAME, _HIDDEN = 224, 4, 0.93  # pixels, pixels, grey
 _TARGET_COLORS = ("#dd7733", "#339966", "#aa3377", "#ccaa22", "#33bbcc", "#884422")
 
 
-def draw_curves(metrics: str | Path, path: str | Path) -> Path:
-    """Draws loss, kNN accuracy, target std and learning rate over the steps of `metrics`; returns the path of the PNG.
-
-    Raises:
-        DataError: `metrics` has no row with a loss.
-    """
-    rows = read_rows(metrics)
-    if not any(row.get("loss") is not None for row in rows):
-        raise DataError(f"{metrics} has {len(rows)} rows but no loss; train at least logging.every steps first")
-    figure = new_figure(width=9.0, height=6.0)
-    loss, knn, std, lr = figure.subplots(2, 2, sharex=True).flatten()
-    draw_line(loss, rows, "loss", BLUE, title="Loss")
-    _knn(knn, rows)
-    draw_line(std, rows, "target_std", GREEN, title="Target features: std over images (0 is collapse)")
-    std.set_ylim(bottom=0.0)
-    draw_line(lr, rows, "lr", GREY, title="Learning rate")
-    lr.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
-    for axes in (std, lr):
-        axes.set_xlabel("Step")
-    return save_figure(figure, path)
-
-
 def draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, *, title: str) -> None:
     """Draws one field over the steps."""
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -51,23 +27,6 @@ def draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, *, 
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _knn(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """Draws the online kNN accuracy together with that of the encoder that the run started from."""
-    percent = [row | {"knn": 100 * row["knn"]} for row in rows if row.get("knn") is not None]
-    called = "start" if any("knn_start" in row for row in rows) else "untrained"
-    first = [100 * row[f"knn_{called}"] for row in rows if row.get(f"knn_{called}") is not None]
-    draw_line(axes, percent, "knn", ORANGE, title="kNN accuracy of the target encoder (%)")
-    for line in axes.lines:
-        line.set(marker="o", markersize=3.5, label="trained")
-    if first:
-        axes.axhline(first[0], color=GREY, linestyle="--", linewidth=1.2, label=called)
-    axes.margins(y=0.15)
-    if percent or first:
-        axes.legend(frameon=False, fontsize=9, loc="upper left")
-    else:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
 
 
 def mask_grids(masks: Masks, num_images: int, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +88,7 @@ def mask_panels(image: np.ndarray, context: np.ndarray, targets: np.ndarray) -> 
     `image` is (h, w, 3) in [0, 1]; `context` (E, rows, columns) and `targets` (M, rows, columns) are bool.
     """
     times = max(1, -(-_PANEL_SIDE // min(image.shape[:2])))
-    image = np.kron(image, np.ones((times, times, 1)))
+    image = np.kron(np.rint(image.astype(np.float64) * 255) / 255, np.ones((times, times, 1)))
     patch = image.shape[0] // context.shape[1], image.shape[1] // context.shape[2]
     seen = np.kron(context.any(0), np.ones(patch, dtype=bool))[..., None]
     blocks = image * 0.25 + 0.7
