@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,16 @@ def read_evaluation(path: Path) -> Evaluation:
     if not lists or not all(isinstance(score, dict) and "protocol" in score for score in scores):
         raise DataError(f"{path} holds no scores with a protocol; give the {EVALUATION} of launch/evaluate.py")
     reference = {str(score.get("protocol")): score for score in untrained if isinstance(score, dict)}
-    names = list(dict.fromkeys(name for score in scores for name in score if name not in ("low", "high")))
-    columns = [*names, "95% interval", "untrained", "published"]
+    names = [n for n in dict.fromkeys(name for score in scores for name in score) if n not in ("protocol", *_SHARES)]
+    columns = ["protocol", "accuracy", "95% interval", "untrained", "published", *names]
     rows = []
     for score in scores:
-        cells = [_share(score.get(name)) if name in _SHARES else shown(score.get(name)) for name in names]
+        protocol = shown(score["protocol"])
         first = reference.get(str(score["protocol"]), {}).get("accuracy")
         known = published.get(str(score["protocol"])) if isinstance(published, dict) else None
         interval = f"{_share(score['low'])} to {_share(score['high'])}" if {"low", "high"} <= score.keys() else ""
-        rows.append([*cells, interval, _share(first), f"{known:.1f}%" if is_number(known) else ""])
+        figures = [_share(score.get("accuracy")), interval, _share(first), f"{known:.1f}%" if is_number(known) else ""]
+        rows.append([protocol, *figures, *(shown(score.get(name)) for name in names)])
     kept = [column for column in range(len(columns)) if column == 0 or any(row[column] for row in rows)]
     facts = content.get("facts")
     return Evaluation(
@@ -156,15 +157,22 @@ def _with_first(run: Run, field: str) -> str:
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Returns the settings in which runs differ, each with its value in every run."""
     names = dict.fromkeys(name for run in runs for name in run.config if name not in _NO_CHOICE)
-    rows = [(name, [shown(run.config[name]) if name in run.config else "not set" for run in runs]) for name in names]
+    rows = [(name, [_setting(run.config, name) for run in runs]) for name in names]
     return [(name, cells) for name, cells in rows if len(set(cells)) > 1]
+
+
+def _setting(config: Mapping[str, Any], name: str) -> str:
+    if name not in config:
+        return "not set"
+    return "null" if config[name] is None else shown(config[name])
 
 
 def environment(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Returns versions, revision and device, each for every run."""
     facts = [flat(run.provenance) for run in runs]
     names = dict.fromkeys(name for each in facts for name in each)
-    return [(name, [shown(each.get(name)) or "unknown" for each in facts]) for name in names]
+    rows = [(name, [shown(each.get(name)) for each in facts]) for name in names]
+    return [(name, [cell or "unknown" for cell in cells]) for name, cells in rows if any(cells)]
 
 
 def shown(value: Any) -> str:

@@ -127,9 +127,9 @@ def test_the_figures_are_those_of_the_files(runs: list[str], page: Path) -> None
     differing = dict(differences(found))
     assert differing["model.width"] == ["24", HOSTILE] and "folder" not in differing
     (evaluation,) = found[0].evaluations
-    assert evaluation.columns == ["protocol", "setting", "accuracy", "95% interval", "untrained", "published"]
-    assert evaluation.rows[0] == ["linear", HOSTILE, "50.00%", "45.00% to 55.10%", "", "79.3%"]
-    assert evaluation.rows[1] == ["knn", "k 20", "25.00%", "20.00% to 30.00%", "12.50%", ""]
+    assert evaluation.columns == ["protocol", "accuracy", "95% interval", "untrained", "published", "setting"]
+    assert evaluation.rows[0] == ["linear", "50.00%", "45.00% to 55.10%", "", "79.3%", HOSTILE]
+    assert evaluation.rows[1] == ["knn", "25.00%", "20.00% to 30.00%", "12.50%", "", "k 20"]
     text = "".join(Page(page.read_text()).words)
     for cell in ("25.0 (untrained 10.0)", "45.00% to 55.10%", "Principal components of patch features", "RankMe"):
         assert (cell in text) == (cell != "RankMe")
