@@ -152,7 +152,7 @@ FIELDS = st.dictionaries(
 
 
 @given(st.lists(FIELDS, max_size=4), FIELDS, st.text(max_size=12))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_any_files_make_a_whole_page(tmp_path_factory, rows, facts, note) -> None:
     folder = tmp_path_factory.mktemp("any")
     written = [row | {"step": number, "loss": 0.5} for number, row in enumerate(rows, start=1)]
