@@ -11,4 +11,5 @@ setup(
         *(f"ijepa_kernels.{name}" for name in kernels),
     ],
     package_dir={"ijepa_kernels": "kernels"},
+    package_data={"ijepa_scale.visualize": ["*.jinja"]},
 )

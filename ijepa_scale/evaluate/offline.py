@@ -219,6 +219,7 @@ class EncodingBars:
         self._bars: dict[str, Bar] = {}
 
     def __call__(self, name: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` images of a set are encoded."""
         self._bars.setdefault(name, Bar(name, "image")).show(done, total)
         if done == total:
             logger.info("%s: features of %d images", name, total)

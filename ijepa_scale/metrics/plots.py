@@ -1,4 +1,4 @@
-"""Pictures of a pretraining run: its curves and its masks. Writes PNG files and opens no window."""
+"""Pictures of masks, and what all pictures of a run share. Writes PNG files and opens no window."""
 
 from __future__ import annotations
 
@@ -9,38 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_scale.errors import DataError
 from ijepa_scale.masks.types import DenseMasks, Masks
-from ijepa_scale.metrics.sinks import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#3366aa", "#dd7733", "#339966", "#888888"
+_PANEL_SIDE, _FRAME, _HIDDEN = 224, 4, 0.93  # pixels, pixels, grey
 _TARGET_COLORS = ("#dd7733", "#339966", "#aa3377", "#ccaa22", "#33bbcc", "#884422")
-
-
-def draw_curves(metrics: str | Path, path: str | Path) -> Path:
-    """Draws loss, kNN accuracy, target std and learning rate over the steps of `metrics`; returns the path of the PNG.
-
-    Raises:
-        DataError: `metrics` has no row with a loss.
-    """
-    rows = read_rows(metrics)
-    if not any(row.get("loss") is not None for row in rows):
-        raise DataError(f"{metrics} has {len(rows)} rows but no loss; train at least logging.every steps first")
-    figure = new_figure(width=9.0, height=6.0)
-    loss, knn, std, lr = figure.subplots(2, 2, sharex=True).flatten()
-    draw_line(loss, rows, "loss", BLUE, title="Loss")
-    _knn(knn, rows)
-    draw_line(std, rows, "target_std", GREEN, title="Target features: std over images (0 is collapse)")
-    std.set_ylim(bottom=0.0)
-    draw_line(lr, rows, "lr", GREY, title="Learning rate")
-    lr.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
-    for axes in (std, lr):
-        axes.set_xlabel("Step")
-    return save_figure(figure, path)
 
 
 def draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, *, title: str) -> None:
@@ -50,23 +27,6 @@ def draw_line(axes: Axes, rows: list[dict[str, Any]], name: str, color: str, *, 
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _knn(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """Draws the online kNN accuracy together with that of the encoder that the run started from."""
-    percent = [row | {"knn": 100 * row["knn"]} for row in rows if row.get("knn") is not None]
-    called = "start" if any("knn_start" in row for row in rows) else "untrained"
-    first = [100 * row[f"knn_{called}"] for row in rows if row.get(f"knn_{called}") is not None]
-    draw_line(axes, percent, "knn", ORANGE, title="kNN accuracy of the target encoder (%)")
-    for line in axes.lines:
-        line.set(marker="o", markersize=3.5, label="trained")
-    if first:
-        axes.axhline(first[0], color=GREY, linestyle="--", linewidth=1.2, label=called)
-    axes.margins(y=0.15)
-    if percent or first:
-        axes.legend(frameon=False, fontsize=9, loc="upper left")
-    else:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
 
 
 def mask_grids(masks: Masks, num_images: int, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,37 +67,41 @@ def draw_masks(images: Tensor, context: np.ndarray, targets: np.ndarray, path: s
     """
     pixels = images.detach().cpu().permute(0, 2, 3, 1).numpy()
     pixels = pixels.astype(np.float64) / 255 if pixels.dtype == np.uint8 else pixels.clip(0.0, 1.0)
-    count, num_targets = len(pixels), targets.shape[1]
+    count = len(pixels)
     figure = new_figure(width=1.55 * count + 1.3, height=4.9)
     axes = figure.subplots(3, count, squeeze=False)
-    patch = pixels.shape[1] // context.shape[2], pixels.shape[2] // context.shape[3]
     for b, image in enumerate(pixels):
-        seen = np.kron(context[b].any(0), np.ones(patch))[..., None]
-        hidden = np.full_like(image, 0.93)
-        axes[0, b].imshow(image)
-        axes[1, b].imshow(np.where(seen, image, hidden))
-        axes[2, b].imshow(image * 0.25 + 0.7)
-        for block in range(num_targets):
-            _outline(axes[2, b], image, targets[b, block], patch, _TARGET_COLORS[block % len(_TARGET_COLORS)])
+        for row, panel in enumerate(mask_panels(image, context[b], targets[b])):
+            axes[row, b].imshow(panel)
     for axis in axes.flatten():
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    for row, label in enumerate(("Image", "Context", f"{num_targets} target blocks")):
+    for row, label in enumerate(("Image", "Context", f"{targets.shape[1]} target blocks")):
         axes[row, 0].set_ylabel(label, fontsize=10)
     return save_figure(figure, path)
 
 
-def _outline(axes: Axes, image: np.ndarray, block: np.ndarray, patch: tuple[int, int], color: str) -> None:
-    """Draws one rectangular block of `image` with a coloured frame."""
-    rows, columns = np.flatnonzero(block.any(1)), np.flatnonzero(block.any(0))
-    top, bottom = rows[0] * patch[0], (rows[-1] + 1) * patch[0]
-    left, right = columns[0] * patch[1], (columns[-1] + 1) * patch[1]
-    corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]) - 0.5
-    axes.imshow(image[top:bottom, left:right], extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5), zorder=2)
-    axes.plot(corners[:, 0], corners[:, 1], color=color, linewidth=1.8, zorder=3, clip_on=False)
-    axes.set_xlim(-0.5, image.shape[1] - 0.5)
-    axes.set_ylim(image.shape[0] - 0.5, -0.5)
+def mask_panels(image: np.ndarray, context: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+    """Returns an image, its context alone and its target blocks in frames, each (H, W, 3) uint8 and enlarged.
+
+    `image` is (h, w, 3) in [0, 1]; `context` (E, rows, columns) and `targets` (M, rows, columns) are bool.
+    """
+    times = max(1, -(-_PANEL_SIDE // min(image.shape[:2])))
+    image = np.kron(np.rint(image.astype(np.float64) * 255) / 255, np.ones((times, times, 1)))
+    patch = image.shape[0] // context.shape[1], image.shape[1] // context.shape[2]
+    seen = np.kron(context.any(0), np.ones(patch, dtype=bool))[..., None]
+    blocks = image * 0.25 + 0.7
+    for number, target in enumerate(targets):
+        rows, columns = np.flatnonzero(target.any(1)), np.flatnonzero(target.any(0))
+        top, bottom = rows[0] * patch[0], (rows[-1] + 1) * patch[0]
+        left, right = columns[0] * patch[1], (columns[-1] + 1) * patch[1]
+        color = _TARGET_COLORS[number % len(_TARGET_COLORS)]
+        blocks[top:bottom, left:right] = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        inner = np.s_[top + _FRAME : bottom - _FRAME, left + _FRAME : right - _FRAME]
+        blocks[inner] = image[inner]
+    panels = image, np.where(seen, image, _HIDDEN), blocks
+    return [(panel * 255 + 0.5).astype(np.uint8) for panel in panels]
 
 
 def new_figure(*, width: float, height: float) -> Figure:

@@ -1,49 +1,11 @@
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ijepa_kernels.attention import SequenceLayout
-from ijepa_scale.errors import DataError
 from ijepa_scale.masks.types import DenseMasks, PackedMasks
-from ijepa_scale.metrics.plots import draw_curves, draw_masks, mask_grids
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def curve(steps=800, every=10):
-    rows = [{"step": 0, "knn": 0.526, "knn_untrained": 0.526}]
-    for step in range(every, steps + 1, every):
-        loss = 0.12 + 0.3 * np.exp(-step / 120) + 0.004 * np.sin(step)
-        rows.append({"step": step, "loss": loss, "lr": 1e-3 * (1 - step / steps), "target_std": 0.6 + step / 4000})
-        if step % 200 == 0:
-            rows.append({"step": step, "knn": 0.526 + 0.14 * step / steps, "knn_untrained": 0.526})
-    return rows
-
-
-def test_curves_are_drawn(tmp_path):
-    png = draw_curves(write_rows(tmp_path / "metrics.jsonl", curve()), tmp_path / "pictures" / "curves.png")
-    picture = np.asarray(Image.open(png).convert("RGB"))
-    assert picture.shape[0] > 600 and picture.shape[1] > 900
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50  # not an empty page
-    assert [p.name for p in png.parent.iterdir()] == ["curves.png"]
-
-
-def test_curves_without_knn_are_drawn(tmp_path):
-    rows = [{"step": 10, "loss": 0.5, "lr": 1e-3, "target_std": None}]
-    assert draw_curves(write_rows(tmp_path / "metrics.jsonl", rows), tmp_path / "curves.png").exists()
-
-
-def test_curves_without_a_loss_are_refused(tmp_path):
-    with pytest.raises(DataError, match="has 1 rows but no loss; train at least logging.every steps"):
-        draw_curves(write_rows(tmp_path / "metrics.jsonl", [{"step": 0, "knn": 0.5}]), tmp_path / "curves.png")
-    assert not (tmp_path / "curves.png").exists()
-
+from ijepa_scale.metrics.plots import draw_masks, mask_grids
 
 GRID = (3, 4)
 CONTEXT = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]  # (E, B, K)
