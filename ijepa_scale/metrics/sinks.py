@@ -15,17 +15,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
+import yaml
+from PIL import Image
+
 from ijepa_scale.config import LoggingConfig
 from ijepa_scale.errors import ConfigError, DataError, UserError
 from ijepa_scale.registry import SINKS
 
 JSONL_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
+_BLOCK_NORM = "grad_norm_"  # of one block
 _GROUPS = {
     "speed": ("data_wait_ms", "step_ms", "images_per_s", "mfu", "peak_bytes"),
     "schedule": ("lr", "weight_decay", "momentum", "epoch", "images_seen"),
     "masks": ("context_tokens", "target_tokens"),
-    "evaluate": ("knn", "knn_untrained", "knn_start"),
+    "evaluate": tuple(f"{name}{first}" for name in ("knn", "linear") for first in ("", "_untrained", "_start")),
+    "health": ("health_loss", "relative_loss", "feature_std", "rank_me", "lidar", "context_cosine"),
 }
 
 
@@ -34,7 +40,7 @@ class Sink(Protocol):
 
     A registered sink has a class attribute `Config` and is built as `(config, folder, *, drop_from, run)`: its section,
     the run's folder, the first step that a resumed run repeats (0 or None in a new run), and the run's configuration as
-    plain values.
+    plain values. One that shows pictures has a method `picture`, as `TensorBoardSink` has.
     """
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -109,13 +115,13 @@ class JsonlSink:
 class TensorBoardSink:
     """Writes the numbers of each row as TensorBoard scalars, in groups.
 
-    Hides what an earlier run wrote for steps >= `drop_from`.
+    Hides what an earlier run wrote for steps >= `drop_from`. `run` is the run's configuration, written as text.
 
     Raises:
         ConfigError: the folder's path isn't UTF-8.
     """
 
-    def __init__(self, folder: str | Path, drop_from: int | None = None) -> None:
+    def __init__(self, folder: str | Path, drop_from: int | None = None, run: Mapping[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imported here because it takes 2 s
 
         try:
@@ -126,12 +132,21 @@ class TensorBoardSink:
                 "logging.tensorboard=false"
             ) from None
         self._tags = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
+        if run is not None:
+            text = yaml.safe_dump(dict(run), sort_keys=False, allow_unicode=True)
+            self._writer.add_text("configuration", f"```yaml\n{text}```", drop_from or 0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes each number of the row."""
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)):
-                self._writer.add_scalar(self._tags.get(name, f"train/{name}"), value, row["step"])
+                group = "gradients" if name.startswith(_BLOCK_NORM) else "train"
+                self._writer.add_scalar(self._tags.get(name, f"{group}/{name}"), value, row["step"])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Writes a picture, a PNG."""
+        with Image.open(path) as image:
+            self._writer.add_image(f"pictures/{name}", np.array(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         """Writes buffered rows."""
@@ -148,6 +163,13 @@ class Sinks:
         """Writes the row to every member."""
         for member in self._members:
             member.write(row)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Hands a picture, a PNG, to the members that show pictures."""
+        for member in self._members:
+            show = getattr(member, "picture", None)
+            if show is not None:
+                show(name, path, step)
 
     def close(self) -> None:
         """Closes every member, the others too if one fails."""
@@ -177,7 +199,7 @@ def open_sinks(
     folder = Path(folder)
     members: list[Sink] = [JsonlSink(folder / JSONL_NAME, drop_from)]
     if logging.tensorboard:
-        members.append(TensorBoardSink(folder / TENSORBOARD_NAME, drop_from))
+        members.append(TensorBoardSink(folder / TENSORBOARD_NAME, drop_from, run))
     for name, config in logging.sinks.items():
         try:
             members.append(SINKS.get(name)(config, folder, drop_from=drop_from, run=run))

@@ -21,7 +21,7 @@ from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sanity import sanity_warnings
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError
+from ijepa_scale.errors import CheckpointError, CollapseError, ConfigError, NonFiniteError
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
 from ijepa_scale.provenance import provenance
@@ -199,7 +199,8 @@ class Loop:
                     with task.meters.paused():
                         if self.world.is_main:
                             self._look_at(batch)
-                        task.first_batch(batch, self.folder)
+                        for name in task.first_batch(batch, self.folder):
+                            sinks.picture(name, self.folder / f"{name}.png", batch.step)
                 if batch.step == self.start:
                     self._warm_up(batch)
                 else:
@@ -284,6 +285,12 @@ class Loop:
         found = self.task.evaluate(done)
         sinks.write({"step": done, **found.row})
         progress.note(f"step {done}  {found.note}")
+        if found.stops is not None:
+            self.world.barrier()  # the last collective of a run
+            raise CollapseError(
+                f"{found.stops}. The run ends here, and its newest checkpoint is from before; set "
+                "health.on_collapse=warn to train on"
+            )
         if found.is_best:
             self._save(done, folder="best", keep=1)
 
