@@ -24,9 +24,9 @@ class CollapseAlarm:
     """Raises one alarm for each time that features begin to collapse.
 
     It goes off when one of its signs falls below its limit, and may again once all have risen to 1.2 times theirs.
-    The limits are shares of the run's first figures, so they fit any model and data:
+    The limits are shares of the run's own figures, so they fit any model and data:
 
-    - feature_std below `health.least_std` of the first one;
+    - feature_std below `health.least_std` of the highest one so far;
     - RankMe - 1 below `health.least_rank` of the first one: features on one line have a RankMe of 1;
     - feature_std below `health.least_std_ever`, whatever it was.
     """
@@ -34,12 +34,14 @@ class CollapseAlarm:
     def __init__(self, config: PretrainConfig) -> None:
         self._config = config
         self.first: dict[str, float] = {}  # of the run
+        self.highest_std = 0.0
         self.is_on = False
 
     def judge(self, figures: Mapping[str, float], done: int) -> str | None:
         """Returns the alarm's text if it goes off after `done` steps. The first call sets what is compared with."""
         if not self.first:
             self.first = dict(figures)
+        self.highest_std = max(self.highest_std, figures["feature_std"])
         signs = self._signs(figures)
         low = [sign for sign in signs if not sign.value >= sign.limit]  # NaN is low too
         if self.is_on or not low:
@@ -50,11 +52,12 @@ class CollapseAlarm:
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint stores, so that a run that goes on raises the same alarms."""
-        return {"first": self.first, "is_on": self.is_on}
+        return {"first": self.first, "highest_std": self.highest_std, "is_on": self.is_on}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `state` returned."""
         self.first, self.is_on = dict(state["first"]), bool(state["is_on"])
+        self.highest_std = float(state["highest_std"])
 
     def _signs(self, figures: Mapping[str, float]) -> list[_Sign]:
         section, first = self._config.health, self.first
@@ -67,10 +70,10 @@ class CollapseAlarm:
                 limit=section.least_std_ever,
             ),
             _Sign(
-                text=f"feature_std fell from {first['feature_std']:.2g} to {std:.2g}, the alarm is below "
-                f"{section.least_std:.0%} of the start",
+                text=f"feature_std fell from {self.highest_std:.2g} to {std:.2g}, the alarm is below "
+                f"{section.least_std:.0%} of the highest",
                 value=std,
-                limit=section.least_std * first["feature_std"],
+                limit=section.least_std * self.highest_std,
             ),
             _Sign(
                 text=f"RankMe fell from {first['rank_me']:.3g} to {rank:.3g}, the alarm is below "

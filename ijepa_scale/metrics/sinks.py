@@ -31,7 +31,7 @@ _GROUPS = {
     "schedule": ("lr", "weight_decay", "momentum", "epoch", "images_seen"),
     "masks": ("context_tokens", "target_tokens"),
     "evaluate": tuple(f"{name}{first}" for name in ("knn", "linear") for first in ("", "_untrained", "_start")),
-    "health": ("health_loss", "relative_loss", "feature_std", "rank_me", "lidar", "context_cosine"),
+    "health": ("health_loss", "relative_loss", "feature_std", "rank_me", "lidar", "context_cosine", "alarm"),
 }
 
 

@@ -252,6 +252,7 @@ class PretrainTask(Task):
             row |= {**figures, **block_figures(self._block_norms or {})}
             notes.append(describe(figures))
             alarm = self._health.alarm.judge(figures, done)
+            row["alarm"] = int(self._health.alarm.is_on)
         best = self._health.is_best(row, done)
         if alarm is not None:
             logger.warning("%s", alarm)

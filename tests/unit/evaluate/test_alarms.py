@@ -27,7 +27,7 @@ def started(config: PretrainConfig = CONFIG) -> CollapseAlarm:
     [
         (
             {"feature_std": 0.19, "rank_me": 6.0},
-            "feature_std fell from 0.4 to 0.19, the alarm is below 50% of the start",
+            "feature_std fell from 0.4 to 0.19, the alarm is below 50% of the highest",
         ),
         ({"feature_std": 0.4, "rank_me": 2.9}, "RankMe fell from 6 to 2.9, the alarm is below 3."),
         ({"feature_std": float("nan"), "rank_me": 6.0}, "feature_std is nan"),
@@ -73,4 +73,11 @@ def test_a_run_that_goes_on_raises_the_same_alarms(figures: list[tuple[float, fl
 @given(st.lists(st.floats(0.201, 5), min_size=1), st.lists(st.floats(3.01, 100), min_size=1))
 def test_figures_above_the_limits_raise_none(stds: list[float], ranks: list[float]) -> None:
     alarm = started()
-    assert not any(alarm.judge({"feature_std": s, "rank_me": r}, 1) for s, r in zip(stds, ranks, strict=False))
+    assert not any(alarm.judge({"feature_std": s, "rank_me": r}, 1) for s, r in zip(sorted(stds), ranks, strict=False))
+
+
+def test_features_that_spread_first_are_compared_with_their_widest() -> None:
+    alarm = started()
+    assert alarm.judge({"feature_std": 0.8, "rank_me": 6.0}, 10) is None
+    text = alarm.judge({"feature_std": 0.39, "rank_me": 6.0}, 20)
+    assert text is not None and "feature_std fell from 0.8 to 0.39" in text
