@@ -20,8 +20,8 @@ class HealthConfig(Section, at="health"):
     )
     reader: Reader = Field("shards", description="How the images of data are stored, as in data.reader; not stream.")
     images: int = Field(256, ge=2, description="Images that are measured, evenly spread over the set.")
-    least_std: form.Fraction = Field(0.5, description="Alarm if feature_std falls below this share of its highest.")
-    least_rank: form.Fraction = Field(0.5, description="Alarm if RankMe - 1 falls below this share of the first one.")
+    least_std: form.Fraction = Field(0.6, description="Alarm if feature_std falls below this share of its highest.")
+    least_rank: form.Fraction = Field(0.6, description="Alarm if RankMe - 1 falls below this share of the first one.")
     least_std_ever: form.AtLeast0 = Field(0.02, description="Alarm if feature_std is below this, whatever it was.")
     on_collapse: Literal["warn", "stop"] = Field(
         "warn",

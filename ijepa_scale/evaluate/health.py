@@ -27,6 +27,7 @@ from ijepa_scale.masks import DenseMasks, MaskSampler, Wanted
 from ijepa_scale.masks.types import target_index
 from ijepa_scale.objectives.protocol import Objective
 from ijepa_scale.objectives.targets import normalise_targets
+from ijepa_scale.planning.flops import encoder_forward_flops, forward_flops, mask_flops
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class HealthCheck:
         Raises:
             DataError: fewer than 2 images can be read.
         """
-        self._world, self._objective, self._chunk = world, objective, chunk
+        self._config, self._world, self._objective, self._chunk = config, world, objective, chunk
         self._num_patches = config.model.grid[0] * config.model.grid[1]
         self._images, self.total = _read(source, name, config.health.images, images, world)
         group = min(config.masks.group_size, self.total)
@@ -78,6 +79,19 @@ class HealthCheck:
         first = world.rank * len(self._images)
         self._rows = [(first + row) % group for row in range(len(self._images))]  # of the drawn masks
         self._num_own = max(0, min(len(self._images), self.total - first))  # the rest repeats the last image
+
+    @property
+    def flops(self) -> float:
+        """The FLOPs of one measurement, over all processes."""
+        model, masks = self._config.model, self._masks[0]
+        count = mask_flops(model, masks, num_images=masks.context.shape[1])
+        return self.total * (encoder_forward_flops(model) + VIEWS * forward_flops(model, count))
+
+    def share(self, batch_size: int) -> float:
+        """Returns the FLOPs of measurements divided by those of training on batches of `batch_size` images."""
+        masks = self._masks[0]
+        step = batch_size * mask_flops(self._config.model, masks, num_images=masks.context.shape[1]).total
+        return self.flops / (self._config.health.every * step)
 
     @torch.no_grad()
     def measure(self, engine: Engine) -> dict[str, float]:

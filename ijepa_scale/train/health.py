@@ -53,8 +53,11 @@ class RunHealth:
             world=world,
             chunk=micro_batch,
         )
-        logger.info("health is measured on %d fixed images of %s every %d steps", self._check.total, name,
-                    config.health.every)  # fmt: skip
+        share = self._check.share(micro_batch * world.size * config.engine.accumulation)
+        logger.info(
+            "health is measured on %d fixed images of %s every %d steps: %.2g%% of the run's FLOPs",
+            self._check.total, name, config.health.every, 100 * share,
+        )  # fmt: skip
 
     def is_due(self, done: int) -> bool:
         """Returns whether to measure after `done` steps: at both ends of the run, and every `health.every`."""
