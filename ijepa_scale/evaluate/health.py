@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 VIEWS = 4  # mask draws per image: LiDAR's views of it
 _FEWEST = 2  # images, to compare
+_NAMED = 5  # images that can't be used, in the warning
 
 
 class HealthCheck:
@@ -197,8 +198,7 @@ def _read(source: SampleSource, name: str, most: int, images: ImageSettings, wor
         if not every:
             return torch.cat(part), len(ids)
         if world.is_main:
-            logger.warning(
-                "health leaves out %d of %d images of %s: %s", len(every), len(ids), name, "; ".join(every.values())
-            )
+            shown = "; ".join(list(every.values())[:_NAMED])
+            logger.warning("health leaves out %d of %d images of %s: %s", len(every), len(ids), name, shown)
         ids = ids[~np.isin(ids, list(every))]
     raise DataError(f"{name}: {len(ids)} images can be used; health needs at least {_FEWEST}, or set health.every=0")

@@ -138,7 +138,8 @@ class Loop:
         for name in STARTING:
             before["identity"].get("model", {}).pop(name, None)  # stored by version 0.1.0
         _check_identity(path, before["identity"], ours)
-        for line in _changes(before["config"], self.config.values()):
+        known = {name: value for name, value in self.config.values().items() if name in before["config"]}
+        for line in _changes(before["config"], known):  # sections that came later weren't changed
             logger.warning("setting changed since %s: %s", path.name, line)
         checkpoint.load(self.task.engine.pieces())
         self.task.steps_before = checkpoint.extra.get("steps_before", 0)

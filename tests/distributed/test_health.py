@@ -25,7 +25,7 @@ from ijepa_scale.masks.types import DenseMasks
 from ijepa_scale.metrics.meters import feature_std
 from ijepa_scale.objectives.protocol import build_objective
 from tests.distributed.harness import run
-from tests.distributed.test_engines import ENGINES
+from tests.distributed.test_engines import ENGINES, SHORT
 from tests.distributed.training import MODEL, make, masks_config, part
 
 IMAGES, GROUP, STEPS = 19, 8, 3  # a prime: with several processes some repeat an image, which mustn't count
@@ -65,10 +65,16 @@ def alone(chunk: int = 4, **masks: object) -> dict:
     return run(measured, 1, {"strategy": "plain"}, chunk, masks, alone=True)[0]
 
 
-@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", [name for name in ENGINES if name != "fsdp2-reshard"])
+CASES = [
+    *((name, 1) for name in ("ddp", "fsdp2", "zero2", "zero3")),
+    *(pytest.param(name, 1, marks=pytest.mark.long) for name in ("hsdp", "zero1", "zero2_offload", "zero3_offload")),
+    *(pytest.param(name, 2, marks=pytest.mark.long) for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
+]
+
+
+@pytest.mark.parametrize(("name", "accumulation"), CASES)
 def test_figures_are_those_of_one_process(name: str, accumulation: int) -> None:
-    processes, engine = ENGINES[name]
+    processes, engine = {**ENGINES, **SHORT}[name]
     found = run(measured, processes, {**engine, "accumulation": accumulation}, 4, {})
     expected = alone()
     for each in found:

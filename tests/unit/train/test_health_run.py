@@ -35,7 +35,7 @@ health: {{every: 10, images: 48}}
 COLLAPSES = {
     "momentum 0": ("schedule.momentum=[0.0,0.0]", "optimizer.lr=3e-3"),
     "learning rate 1": ("optimizer.lr=1.0", "optimizer.start_lr=1.0"),
-    "images all the same": ("data.train={folder}/same",),
+    "images all the same": ("data.train={folder}/same", "schedule.stop_after=20"),
 }
 
 
@@ -65,7 +65,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "rank_me" in row]
 
 
-@pytest.mark.parametrize("name", COLLAPSES)
+@pytest.mark.parametrize("name", [name for name in COLLAPSES if name != "learning rate 1"])  # that one is below
 def test_a_collapse_raises_the_alarm_once(
     name: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -77,15 +77,15 @@ def test_a_collapse_raises_the_alarm_once(
     assert any(row["alarm"] for row in rows(tmp_path))
 
 
-@pytest.mark.parametrize("changes", [(), ("seed=1", "optimizer.lr=2e-3"), ("masks.context=packed", "seed=2")])
+@pytest.mark.parametrize("changes", [("optimizer.lr=2e-3",), ("masks.context=packed", "seed=2")])
 def test_a_healthy_run_raises_none(
     changes: tuple[str, ...], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        pretrain(configured(data, tmp_path, *changes), WORLD)
+        pretrain(configured(data, tmp_path, "schedule.stop_after=60", *changes), WORLD)
     assert "collapsing" not in caplog.text
     found = rows(tmp_path)
-    assert [row["step"] for row in found] == list(range(0, 101, 10))
+    assert [row["step"] for row in found] == list(range(0, 61, 10))
     assert not any(row["alarm"] for row in found)
     assert found[-1]["relative_loss"] < found[0]["relative_loss"]
     norms = [name for name in found[-1] if name.startswith("grad_norm_")]
