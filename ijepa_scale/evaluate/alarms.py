@@ -87,8 +87,8 @@ class CollapseAlarm:
         """Returns what to change, with the settings' values."""
         if figures == self.first:
             return (
-                "The run has just begun, so the images are alike to the encoder: look at masks.png, and check "
-                "data.train, augment.mean and augment.std"
+                "This is the first measurement, so look at the images first: masks.png, data.train, augment.mean and "
+                "augment.std"
             )
         config = self._config
         momentum = config.schedule.momentum[0]

@@ -49,7 +49,7 @@ def test_a_low_momentum_is_named_first() -> None:
 def test_images_that_are_alike_are_told_before_the_first_step() -> None:
     text = CollapseAlarm(CONFIG).judge({"feature_std": 1e-7, "rank_me": 1.0}, 0)
     assert text is not None and "feature_std is 1e-07, the alarm is below 0.02" in text
-    assert "check data.train, augment.mean and augment.std" in text and "momentum" not in text
+    assert "masks.png, data.train, augment.mean and augment.std" in text and "momentum" not in text
 
 
 def test_the_second_alarm_waits_until_the_figures_have_risen_well_above_their_limits() -> None:
