@@ -43,3 +43,7 @@ class NonFiniteError(UserError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
+
+
+class CollapseError(UserError):
+    """Features that collapse while training, where the user asked to stop then."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ijepa_scale.checkpoint import folder as steps
 from ijepa_scale.checkpoint.digests import digest_of_files
-from ijepa_scale.checkpoint.folder import newest
+from ijepa_scale.checkpoint.folder import newest, put
 from ijepa_scale.checkpoint.manifest import (
     MANIFEST,
     Damage,
@@ -42,7 +42,7 @@ from ijepa_scale.errors import CheckpointError, ConfigError, SaveError
 logger = logging.getLogger(__name__)
 
 __all__ = [
-    "MANIFEST", "Checkpoint", "Damage", "amend", "newest", "newest_readable", "newest_whole", "save", "whole",
+    "MANIFEST", "Checkpoint", "Damage", "amend", "newest", "newest_readable", "newest_whole", "put", "save", "whole",
     "write_safetensors",
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from ijepa_scale.config import form
 from ijepa_scale.config.data import AugmentConfig, CropConfig, DataConfig, Reader
+from ijepa_scale.config.health import HealthConfig
 from ijepa_scale.config.pixels import MAX_CHANNELS, PixelFormat
 from ijepa_scale.config.section import Section
 from ijepa_scale.registry import EVALUATORS, OBJECTIVES, OPTIMIZERS, SAMPLERS, SINKS
@@ -299,7 +300,7 @@ class EvaluateConfig(Section, at="evaluate", registry=EVALUATORS, selector="eval
 
 
 class KnnConfig(EvaluateConfig):
-    """Accuracy of k nearest neighbours, next to that of the untrained encoder."""
+    """Accuracies of k nearest neighbours and of a linear layer, next to those of the untrained encoder."""
 
     train: form.PathText | None = Field(None, description="Labelled images that vote.")
     test: form.PathText | None = Field(None, description="Labelled held-out images.")
@@ -359,6 +360,7 @@ class PretrainConfig(RunConfig):
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = KnnConfig()
+    health: HealthConfig = HealthConfig()
 
     def _problems(self) -> Iterator[str]:
         yield from self._format(self.model.channels)

@@ -120,6 +120,26 @@ class EvalReader:
             yield item
 
 
+def read_usable(
+    source: SampleSource,
+    image_size: tuple[int, int],
+    ids: np.ndarray,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    exif: Exif = "ignore",
+    pixels: PixelFormat = RGB8,
+) -> tuple[list[Tensor], dict[int, str]]:
+    """Returns those of the given samples that can be decoded, each (1, C, h, w) as `EvalReader` gives it, in order.
+
+    Second, the ids of the others with the reasons.
+    """
+    batches = EvalImages(source, image_size, crop_fraction_of(image_size), mean, std, exif=exif, pixels=pixels)
+    found = [batches[ids[row : row + 1]] for row in range(len(ids))]
+    images = [each.images for each in found if isinstance(each, EvalBatch)]
+    return images, {int(number): text for number, text in zip(ids, found, strict=True) if isinstance(text, str)}
+
+
 def bad_images(
     source: SampleSource, ids: np.ndarray, *, exif: Exif = "ignore", pixels: PixelFormat = RGB8, workers: int = 0
 ) -> list[str]:

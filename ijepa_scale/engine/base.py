@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.engine.attention import use_attention
+from ijepa_scale.engine.block_norms import BlockNorms
 from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.graphs import target_forward
 from ijepa_scale.engine.norms import use_layer_norm
@@ -80,6 +81,7 @@ class BaseEngine(Engine):
             self._config, target, self.world.device, sharded=self._sharding is not None
         )
         self._distribute(groups)
+        self._blocks = BlockNorms(self.module, self.world.device)
 
     @abstractmethod
     def _distribute(self, groups: GroupFunction) -> None:

@@ -83,13 +83,14 @@ class NativeEngine(BaseEngine):
         (loss / self._config.accumulation).backward()
 
     @override
-    def step(self, hyper: Hyper, step: int) -> StepInfo:
+    def step(self, hyper: Hyper, step: int, *, by_block: bool = False) -> StepInfo:
         assert not self._moves_later, "update_target must follow each step"
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss = self._watch.take()
         stopped = self._watch.check(step, loss, norm)
+        block_norms = self._block_norms() if by_block else None
         self._clip(parameters, norm)
         set_hyper(self.optimizer.param_groups, hyper)
         if stopped is not None:
@@ -98,7 +99,12 @@ class NativeEngine(BaseEngine):
         if not self._moves_later:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(loss=loss, grad_norm=norm, stopped=stopped, leaving=self._watch.leaving)
+        return StepInfo(
+            loss=loss, grad_norm=norm, block_norms=block_norms, stopped=stopped, leaving=self._watch.leaving
+        )
+
+    def _block_norms(self) -> dict[str, Tensor]:
+        return self._blocks([p.grad for p in self.module.parameters() if p.requires_grad])
 
     def _clip(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
         """Clips the gradients, whose norm is `norm`, or leaves it to the tail."""
@@ -218,6 +224,12 @@ class Fsdp2Engine(NativeEngine):
     @override
     def _reduce_gradients(self, reduce: bool) -> None:
         self.module.set_requires_gradient_sync(reduce)
+
+    @override
+    def _block_norms(self) -> dict[str, Tensor]:
+        gradients = [p.grad for p in self.module.parameters() if p.requires_grad]
+        parts = [None if gradient is None else gradient.to_local() for gradient in gradients]
+        return self._blocks(parts, lambda squares: self.world.gather(squares).sum(dim=0) / self._config.replicas)
 
     @override
     def _local(self, parameter: Any) -> Tensor:

@@ -25,6 +25,7 @@ class StepInfo:
 
     loss: Tensor  # () fp32 on the device: the mean over this process's micro-batches
     grad_norm: Tensor | float  # global, before clipping
+    block_norms: dict[str, Tensor] | None = None  # of the gradient, before clipping, where asked for
     stopped: Tensor | None = None  # () fp32 on the device: not 0 if this or an earlier step was bad, so nothing moved
     leaving: bool = False  # some process was asked to stop; true from the same step on on every process
 
@@ -103,8 +104,11 @@ class Engine(Protocol):
         """Accumulates the gradients of a micro-batch's mean loss, divided by the number of micro-batches."""
 
     @abstractmethod
-    def step(self, hyper: Hyper, step: int) -> StepInfo:
+    def step(self, hyper: Hyper, step: int, *, by_block: bool = False) -> StepInfo:
         """Updates the trainable weights, or stops every process before anything has changed.
+
+        `by_block` asks for the gradient's norm in each block too. It doesn't synchronise; sharded engines then gather
+        one number per block.
 
         On a GPU the host learns of a bad step later: nothing changes from the bad step on, and the next step or
         `settle` raises. A group's learning rate is `hyper.lr` times its `lr_scale`. Weight decay applies only to groups

@@ -141,16 +141,31 @@ class ZeroEngine(BaseEngine):
         self._engine.backward(loss)  # divides by the number of micro-batches
 
     @override
-    def step(self, hyper: Hyper, step: int) -> StepInfo:
+    def step(self, hyper: Hyper, step: int, *, by_block: bool = False) -> StepInfo:
         loss = self._watch.take()
         self._watch.check(step, loss)  # host sync on a GPU; DeepSpeed's own step has one too
         set_hyper(self.zero.param_groups, hyper)
+        block_norms = self._block_norms() if by_block else None
         self._engine.step()
         if self.zero.overflow:  # DeepSpeed silently skips such a step on every process
             text = f"step {step}: the gradient norm is not finite though every loss is. {NOTHING_MOVED}"
             raise NonFiniteError(text, step)
         norm = self._engine.get_global_grad_norm()
-        return StepInfo(loss=loss, grad_norm=norm, leaving=self._watch.leaving)
+        return StepInfo(loss=loss, grad_norm=norm, block_norms=block_norms, leaving=self._watch.leaving)
+
+    def _block_norms(self) -> dict[str, Tensor]:
+        """Returns the norms of the reduced gradient, whose parts the processes hold between backward and step."""
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return self._blocks(
+            [self._local_gradient(parameter) for parameter in trained],
+            lambda squares: self.world.gather(squares).sum(dim=0),
+        )
+
+    def _local_gradient(self, parameter: Any) -> Tensor | None:
+        if self._stage == 3:
+            return parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter).view(-1)[self._extent(parameter)]
+        mapping = parameter._hp_mapping
+        return None if mapping is None else mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
     @override
     def _local(self, parameter: Any) -> Tensor:

@@ -57,8 +57,9 @@ def request_of(flags: argparse.Namespace) -> EvaluationRequest:
         argparse.ArgumentTypeError: a path can't be expanded.
     """
     train, test = flags.data
-    same = ("source", "reader", "image_size", "heads", "seeds", "epochs", "attentive_epochs", "finetune_epochs", "classes",
-            "depth_scale", "token_gb", "untrained", "batch_size", "workers", "overwrite", "seed")  # fmt: skip
+    same = ("source", "reader", "image_size", "heads", "seeds", "epochs", "attentive_epochs", "finetune_epochs",
+            "classes", "depth_scale", "token_gb", "untrained", "batch_size", "workers", "overwrite",
+            "seed")  # fmt: skip
     return EvaluationRequest(
         train=train, test=test, which=flags.weights, folder=Path(flags.folder), protocols=tuple(flags.protocol),
         shots=tuple(flags.shots), subsets=tuple(flags.subset),

@@ -45,15 +45,10 @@ class Evaluator(Protocol):
         """
 
 
-def build_evaluator(config: PretrainConfig, world: World) -> Evaluator:
-    """Returns the evaluator that `evaluate.evaluator` names.
-
-    Raises:
-        ConfigError: the name is unknown.
-        DataError: images or labels can't be used.
-    """
+def image_settings(config: PretrainConfig) -> ImageSettings:
+    """Returns how a run's images are read for evaluation."""
     data, (mean, std) = config.data, config.augment.normalisation
-    images = ImageSettings(
+    return ImageSettings(
         size=config.model.image_size,
         mean=mean,
         std=std,
@@ -61,4 +56,13 @@ def build_evaluator(config: PretrainConfig, world: World) -> Evaluator:
         pixels=PixelFormat(config.model.channels, data.pixels),
         members=Members(data.image_member, data.label_member),
     )
-    return EVALUATORS.get(config.evaluate.evaluator)(config.evaluate, images, world)
+
+
+def build_evaluator(config: PretrainConfig, world: World) -> Evaluator:
+    """Returns the evaluator that `evaluate.evaluator` names.
+
+    Raises:
+        ConfigError: the name is unknown.
+        DataError: images or labels can't be used.
+    """
+    return EVALUATORS.get(config.evaluate.evaluator)(config.evaluate, image_settings(config), world)

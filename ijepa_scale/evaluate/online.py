@@ -1,4 +1,4 @@
-"""The k-nearest-neighbour evaluation of the target encoder during training. Must not know any engine."""
+"""Evaluates the target encoder during training: nearest neighbours and a linear layer. Must not know any engine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from ijepa_scale.evaluate.features import (
     until_asked,
 )
 from ijepa_scale.evaluate.knn import knn_accuracy
+from ijepa_scale.evaluate.least_squares import linear_accuracy
 
 
 class OnlineKnn:
-    """Measures the accuracy of nearest neighbours in `evaluate.train` for images of `evaluate.test`.
+    """Measures how well `evaluate.train` classifies `evaluate.test`: by nearest neighbours, and by a linear layer.
 
     Opens sources, checks labels and tries all images at construction, before the training starts. Each process tries
     and encodes its part of the images. The accuracy is the same on all processes, and for any number of them.
@@ -47,20 +48,18 @@ class OnlineKnn:
         self._num_classes = int(max(self._train.labels.max(), self._test.labels.max())) + 1
 
     def run(self, forward: Forward) -> dict[str, float]:
-        """Returns the accuracy `knn`, 0 to 1, of `forward` (images -> patch tokens) on the test images.
+        """Returns the accuracies `knn` and `linear`, 0 to 1, of `forward` (images -> patch tokens) on the test images.
 
         Synchronises and communicates, so every process must call it.
         """
-        accuracy = knn_accuracy(
-            self._features(forward, self._train),
-            self._train.labels.to(self._world.device),
-            self._features(forward, self._test),
-            self._test.labels.to(self._world.device),
-            neighbors=self._config.neighbors,
-            temperature=self._config.temperature,
-            num_classes=self._num_classes,
-        )
-        return {"knn": accuracy}
+        labelled = [
+            part
+            for split in (self._train, self._test)
+            for part in (self._features(forward, split), split.labels.to(self._world.device))
+        ]
+        config, classes = self._config, self._num_classes
+        knn = knn_accuracy(*labelled, neighbors=config.neighbors, temperature=config.temperature, num_classes=classes)
+        return {"knn": knn, "linear": linear_accuracy(*labelled, num_classes=classes)}
 
     def _features(self, forward: Forward, split: _Split) -> Tensor:
         """Returns the features of all images of a split, in order."""

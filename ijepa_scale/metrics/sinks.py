@@ -12,11 +12,15 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
+
+import numpy as np
+import yaml
+from PIL import Image
 
 from ijepa_scale.config import LoggingConfig
 from ijepa_scale.errors import ConfigError, DataError, UserError
@@ -26,11 +30,13 @@ logger = logging.getLogger(__name__)
 
 JSONL_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
+_BLOCK_NORM = "grad_norm_"  # of one block
 _GROUPS = {
     "speed": ("data_wait_ms", "step_ms", "images_per_s", "mfu", "peak_bytes"),
     "schedule": ("lr", "weight_decay", "momentum", "epoch", "images_seen"),
     "masks": ("context_tokens", "target_tokens"),
-    "evaluate": ("knn", "knn_untrained", "knn_start"),
+    "evaluate": tuple(f"{name}{first}" for name in ("knn", "linear") for first in ("", "_untrained", "_start")),
+    "health": ("health_loss", "relative_loss", "feature_std", "rank_me", "lidar", "context_cosine", "alarm"),
 }
 
 
@@ -39,7 +45,7 @@ class Sink(Protocol):
 
     A registered sink has a class attribute `Config` and is built as `(config, folder, *, drop_from, run)`: its section,
     the run's folder, the first step that a resumed run repeats (0 or None in a new run), and the run's configuration as
-    plain values.
+    plain values. One that shows pictures has a method `picture`, as `TensorBoardSink` has.
     """
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -139,13 +145,13 @@ class JsonlSink:
 class TensorBoardSink:
     """Writes the numbers of each row as TensorBoard scalars, in groups.
 
-    Hides what an earlier run wrote for steps >= `drop_from`.
+    Hides what an earlier run wrote for steps >= `drop_from`. `run` is the run's configuration, written as text.
 
     Raises:
         ConfigError: the folder's path isn't UTF-8.
     """
 
-    def __init__(self, folder: str | Path, drop_from: int | None = None) -> None:
+    def __init__(self, folder: str | Path, drop_from: int | None = None, run: Mapping[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imported here because it takes 2 s
 
         self._open = partial(SummaryWriter, str(folder))
@@ -157,6 +163,9 @@ class TensorBoardSink:
                 "logging.tensorboard=false"
             ) from None
         self._tags = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
+        if run is not None:
+            text = yaml.safe_dump(dict(run), sort_keys=False, allow_unicode=True)
+            self._writer.add_text("configuration", f"```yaml\n{text}```", drop_from or 0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes each number of the row.
@@ -164,12 +173,30 @@ class TensorBoardSink:
         Raises:
             OSError: the disk doesn't take it, or some row before; the next row begins a new file.
         """
+        with self._writing() as writer:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    group = "gradients" if name.startswith(_BLOCK_NORM) else "train"
+                    writer.add_scalar(self._tags.get(name, f"{group}/{name}"), value, row["step"])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Writes a picture, a PNG.
+
+        Raises:
+            OSError: as `write`.
+        """
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+        with self._writing() as writer:
+            writer.add_image(f"pictures/{name}", pixels, step, dataformats="HWC")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """Yields the writer. Closes it after an error, since it writes nothing more; the next call opens another."""
         if self._writer is None:
             self._writer = self._open()
         try:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._writer.add_scalar(self._tags.get(name, f"train/{name}"), value, row["step"])
+            yield self._writer
         except OSError:
             broken, self._writer = self._writer, None
             with contextlib.suppress(OSError):
@@ -194,17 +221,26 @@ class Sinks:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes the row to every member."""
-        for index, member in enumerate(self._members):
-            try:
-                member.write(row)
-            except OSError as error:
-                if index not in self._failing:
-                    logger.error("%s: step %d isn't written (%s); training goes on", _name(member), row["step"], error)
-                self._failing.add(index)
-            else:
-                if index in self._failing:
-                    logger.warning("%s is written again from step %d on", _name(member), row["step"])
-                self._failing.discard(index)
+        for member in self._members:
+            self._try(member, row["step"], partial(member.write, row))
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Hands a picture, a PNG, to the members that show pictures."""
+        for member in self._members:
+            if (show := getattr(member, "picture", None)) is not None:
+                self._try(member, step, partial(show, name, path, step))
+
+    def _try(self, member: Sink, step: int, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if id(member) not in self._failing:
+                logger.error("%s: step %d isn't written (%s); training goes on", _name(member), step, error)
+            self._failing.add(id(member))
+        else:
+            if id(member) in self._failing:
+                logger.warning("%s is written again from step %d on", _name(member), step)
+            self._failing.discard(id(member))
 
     def close(self) -> None:
         """Closes every member, the others too if one fails."""
@@ -245,7 +281,7 @@ def open_sinks(
     folder = Path(folder)
     members: list[Sink] = [JsonlSink(folder / JSONL_NAME, drop_from)]
     if logging.tensorboard:
-        members.append(TensorBoardSink(folder / TENSORBOARD_NAME, drop_from))
+        members.append(TensorBoardSink(folder / TENSORBOARD_NAME, drop_from, run))
     for name, config in logging.sinks.items():
         try:
             members.append(SINKS.get(name)(config, folder, drop_from=drop_from, run=run))

@@ -20,14 +20,16 @@ class JEPA(nn.Module):
         self.encoder = encoder
         self.predictor = predictor
 
-    def forward(self, images: Tensor, masks: Masks) -> Tensor:
+    def forward(self, images: Tensor, masks: Masks, with_context: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the predicted target features of images (B, 3, H, W).
 
         They are (M * E * B, T, D) for dense masks and (R, D) for packed masks, in the row order of
-        `objectives.targets.select_targets`.
+        `objectives.targets.select_targets`. `with_context` adds the context encoder's tokens, (E * B, K, D) or (C, D).
         """
         if isinstance(masks, PackedMasks):
             context = self.encoder(images, index=masks.context_index, layout=masks.context_layout)
-            return self.predictor(context, masks=masks)
-        context = self.encoder(images, masks.context)
-        return self.predictor(context, masks.context, masks.targets)
+            prediction = self.predictor(context, masks=masks)
+        else:
+            context = self.encoder(images, masks.context)
+            prediction = self.predictor(context, masks.context, masks.targets)
+        return (prediction, context) if with_context else prediction

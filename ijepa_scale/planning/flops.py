@@ -89,6 +89,12 @@ def encoder_forward_flops(model: ModelConfig) -> float:
     return _patches(sizes) + _blocks([tokens], sizes.width, sizes.mlp_width, sizes.depth)
 
 
+def forward_flops(model: ModelConfig, count: FlopCount) -> float:
+    """Returns the FLOPs of one image in the forward of context encoder and predictor, of those in a training step."""
+    patches = _patches(resolve(model))
+    return patches + (count.context - 2 * patches + count.predictor) / (1 + _BACKWARD)
+
+
 def finetune_flops(model: ModelConfig, *, frozen_blocks: int = 0) -> float:
     """Returns the FLOPs of one image in one finetuning step, not counting the head and the pooling.
 

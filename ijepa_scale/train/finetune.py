@@ -201,7 +201,7 @@ class FinetuneTask(Task):
         self.top1, self.top5, self.best_top1 = extra["top1"], extra["top5"], extra["best_top1"]
 
     @override
-    def first_batch(self, batch: Batch, folder: Path) -> None:
+    def first_batch(self, batch: Batch, folder: Path) -> tuple[str, ...]:
         """Writes preflight.txt and first_batch.png. Communicates: every process runs a forward pass."""
         micro = next(batch.split(self.config.engine.accumulation))
         images, targets = self.augment(micro)
@@ -209,6 +209,7 @@ class FinetuneTask(Task):
         if self.world.is_main:
             self.preflight.write(folder, self.world, self.loaded, float(loss))
             self.preflight.draw(folder, images, targets, self.classes)
+        return ("first_batch",)
 
     @override
     def row(self, means: dict[str, float], done: int) -> Row:

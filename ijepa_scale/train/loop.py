@@ -23,7 +23,7 @@ from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sanity import sanity_warnings
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CheckpointError, ConfigError, NonFiniteError, SaveError
+from ijepa_scale.errors import CheckpointError, CollapseError, ConfigError, NonFiniteError, SaveError
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks, read_rows
 from ijepa_scale.provenance import provenance
@@ -151,7 +151,8 @@ class Loop:
         for name in STARTING:
             before["identity"].get("model", {}).pop(name, None)  # stored by version 0.1.0
         _check_identity(path, before["identity"], ours)
-        for line in _changes(before["config"], self.config.values()):
+        known = {name: value for name, value in self.config.values().items() if name in before["config"]}
+        for line in _changes(before["config"], known):  # sections that came later weren't changed
             logger.warning("setting changed since %s: %s", path.name, line)
         checkpoint.load(self.task.engine.pieces())
         self.task.steps_before = checkpoint.extra.get("steps_before", 0)
@@ -216,7 +217,8 @@ class Loop:
                     with task.meters.paused():
                         if self.world.is_main:
                             self._look_at(batch)
-                        task.first_batch(batch, self.folder)
+                        for name in task.first_batch(batch, self.folder):
+                            sinks.picture(name, self.folder / f"{name}.png", batch.step)
                 leaving = self._warm_up(batch) if batch.step == self.start else self._step(batch)
                 self._after(batch.step + 1, sinks, progress)
                 if leaving and batch.step + 1 < last:
@@ -323,6 +325,13 @@ class Loop:
         if not (self.world.is_main and self.resumed and done == self.start and self._is_written(row)):
             sinks.write(row)
         progress.note(f"step {done}  {found.note}")
+        if found.stops is not None:
+            self.saver.keep_from_resuming(done)
+            self.world.barrier()  # the last collective of a run
+            raise CollapseError(
+                f"{found.stops}. The run ends here, and its newest checkpoint is from before; set "
+                "health.on_collapse=warn to train on"
+            )
         if found.is_best:
             self.saver.save(done, name="best", keep=1)
         self.saver.evaluated(done)  # last, so that a run that is killed before repeats all of it

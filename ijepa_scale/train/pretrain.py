@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import override
 
 from ijepa_scale.augment import Augment
@@ -30,6 +31,7 @@ from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.planning.flops import train_flops
 from ijepa_scale.schedules import Schedule
+from ijepa_scale.train.health import RunHealth, block_figures, describe
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.picture import draw_first_batch
 from ijepa_scale.train.setup import global_batch, normalised, open_training_source, pixels_of
@@ -111,7 +113,7 @@ class PretrainTask(Task):
         self.schedule: Schedule = build_schedule(config, self.order.steps_per_epoch)
         stop, total = config.schedule.stop_after, self.schedule.total_steps
         self.last_step = total if stop is None else min(stop, total)
-        objective = build_objective(config.objective, triton=config.engine.triton)
+        self.objective = build_objective(config.objective, triton=config.engine.triton)
         self.augment = Augment(
             config.augment, config.model.image_size, seed=config.seed, pixels=pixels_of(config), device=world.device
         )
@@ -130,13 +132,15 @@ class PretrainTask(Task):
             augment=self.augment,
             masks=self.masks,
             schedule=self.schedule,
-            objective=objective,
+            objective=self.objective,
             batch_size=self.batch_size,
             meters=self.meters,
         )
         self.evaluated: dict[str, float] = {}
         self.untrained: dict[str, float] = {}
         self._evaluator: Evaluator | None = None
+        self._health = RunHealth(config, self.first_step, self.last_step)
+        self._block_norms: dict[str, Tensor] | None = None  # of the last step that measured them
         self._checked = config.engine.target_precision != "fp8"
 
     def _start(self, module: JEPA, target: VisionTransformer) -> WeightsSource:
@@ -172,20 +176,32 @@ class PretrainTask(Task):
             with self.meters.paused():
                 micro = next(batch.split(self.config.engine.accumulation)).to(self.world.device)
                 self.engine.check_fp8(self.augment(micro))
-        return self._take_step(batch)
+        self._take_step.by_block = self._health.is_due(batch.step + 1)
+        info = self._take_step(batch)
+        self._block_norms = info.block_norms
+        return info
 
     @override
     def prepare_evaluation(self) -> None:
-        """Builds the evaluator, which reads the labels of its images."""
+        """Builds the evaluator, which reads the labels of its images, and reads the images of `health`."""
         if self.config.evaluate.every:
             self._evaluator = build_evaluator(self.config, self.world)
+        micro_batch = self.batch_size // (self.world.size * self.config.engine.accumulation)
+        self._health.open(self.source, self.objective, self.world, micro_batch)
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"evaluated": self.evaluated, "untrained": self.untrained, "steps_before": self.steps_before}
+        return {
+            "evaluated": self.evaluated,
+            "untrained": self.untrained,
+            "steps_before": self.steps_before,
+            "health": self._health.state(),
+        }
 
     @override
     def load_state(self, extra: dict[str, Any]) -> None:
+        if "health" in extra:
+            self._health.load_state(extra["health"])
         if "evaluated" in extra:
             self.evaluated, self.untrained = dict(extra["evaluated"]), dict(extra["untrained"])
             return
@@ -194,10 +210,11 @@ class PretrainTask(Task):
                 kept["knn"] = extra[name]
 
     @override
-    def first_batch(self, batch: Batch, folder: Path) -> None:
+    def first_batch(self, batch: Batch, folder: Path) -> tuple[str, ...]:
         """Draws masks.png."""
         if self.world.is_main:
             draw_first_batch(self, batch, folder / "masks.png")
+        return ("masks",)
 
     @override
     def flops_per_image(self, means: dict[str, float]) -> float:
@@ -213,21 +230,43 @@ class PretrainTask(Task):
 
     @override
     def evaluates(self, done: int) -> bool:
-        """Returns whether an evaluation is due: before the first step, every `evaluate.every`, after the last step."""
+        """Returns whether evaluator or health are due: before the first step, at their intervals, after the last."""
+        return self._is_due(done) or self._health.is_due(done)
+
+    def _is_due(self, done: int) -> bool:
         due = done % max(1, self.config.evaluate.every) == 0 or done in (self.first_step, self.last_step)
         return self._evaluator is not None and due
 
     @override
     def evaluate(self, done: int) -> Evaluation:
-        """Returns the evaluator's figures for the target encoder. Every process must call it."""
+        """Returns the figures of evaluator and health, as far as they are due. Every process must call it."""
+        row: dict[str, float] = {}
+        notes, alarm = [], None
+        if self._is_due(done):
+            row |= self._evaluate(done)
+            before = "untrained" if self.config.model.init is None else "start"
+            note = ", ".join(_with_first(name, self.evaluated, self.untrained, before) for name in self.evaluated)
+            notes.append(f"target encoder: {note}")
+        if self._health.is_due(done):
+            figures = self._health.measure(self.engine)
+            row |= {**figures, **block_figures(self._block_norms or {})}
+            notes.append(describe(figures))
+            alarm = self._health.alarm.judge(figures, done)
+            row["alarm"] = int(self._health.alarm.is_on)
+        best = self._health.is_best(row, done)
+        if alarm is not None:
+            logger.warning("%s", alarm)
+        stops = alarm if self.config.health.on_collapse == "stop" else None
+        return Evaluation(row=row, note="; ".join(notes), is_best=best, stops=stops)
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        """Returns the evaluator's figures for the target encoder, with those before the first step."""
         assert self._evaluator is not None
         self.evaluated = self._evaluator.run(self.engine.target)
         if done == self.first_step:
             self.untrained = self.evaluated
         before = "untrained" if self.config.model.init is None else "start"
-        row = {**self.evaluated, **{f"{name}_{before}": value for name, value in self.untrained.items()}}
-        note = ", ".join(_with_first(name, self.evaluated, self.untrained, before) for name in self.evaluated)
-        return Evaluation(row=row, note=f"target encoder: {note}")
+        return {**self.evaluated, **{f"{name}_{before}": value for name, value in self.untrained.items()}}
 
     @override
     def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> PretrainResult:

@@ -89,6 +89,13 @@ class Saver:
                 "%s can't take the evaluation's result (%s); resuming from it repeats that", self._newest, error
             )
 
+    def keep_from_resuming(self, done: int) -> None:
+        """Moves the checkpoint after `done` steps, if there is one, to `stopped`, where resuming doesn't look."""
+        if self._newest == self.path(done) and self._task.world.is_main:
+            aside = self._folder / "stopped" / self._newest.name
+            aside.parent.mkdir(exist_ok=True)
+            store.put(self._newest, aside)
+
     def _extra(self, *, evaluated: bool) -> dict[str, Any]:
         """Returns what is saved beside the tensors."""
         task = self._task

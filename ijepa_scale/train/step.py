@@ -35,6 +35,7 @@ class TrainStep:
         self.engine, self.augment, self.schedule, self.objective = engine, augment, schedule, objective
         self.masks = MasksAhead(masks, engine.world.device)
         self.batch_size, self.meters = batch_size, meters
+        self.by_block = False  # whether the next step measures the gradient's norm in each block
         self.observe = TargetMeters(meters, masks.grid[0] * masks.grid[1])
 
     def __call__(self, batch: Batch) -> StepInfo:
@@ -47,7 +48,7 @@ class TrainStep:
             prediction = self.engine.model(images, masks)  # encode the context, predict the targets
             self.engine.backward(self.objective(prediction, tokens, masks, wanted))
             self.observe(tokens, masks, wanted)
-        info = self.engine.step(hyper, batch.step)
+        info = self.engine.step(hyper, batch.step, by_block=self.by_block)
         self.engine.update_target(hyper.momentum, info)  # exact EMA, not after a stopped step
         self.meters.count_step(loss=info.loss, grad_norm=info.grad_norm)
         return info

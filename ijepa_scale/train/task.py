@@ -36,6 +36,7 @@ class Evaluation:
     row: dict[str, Any]  # figures for metrics.jsonl
     note: str  # one line for a person
     is_best: bool = False  # best result of the run so far, so this state is saved
+    stops: str | None = None  # why the run must end here
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,9 @@ class Task:
     def prepare_evaluation(self) -> None:
         """Opens or tries the data of evaluations. Called after a checkpoint, if any, was loaded. May communicate."""
 
-    def first_batch(self, batch: Batch, folder: Path) -> None:
-        """Draws or checks the batch of step 0 before it is used. Its time isn't counted."""
+    def first_batch(self, batch: Batch, folder: Path) -> tuple[str, ...]:
+        """Draws or checks the first batch before it is used, and returns the PNGs' names. Its time isn't counted."""
+        return ()
 
     def evaluates(self, done: int) -> bool:
         """Returns whether an evaluation is due after `done` steps; 0 is before the first step."""

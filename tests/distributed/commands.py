@@ -32,6 +32,7 @@ engine: {{device: cpu, precision: fp32}}
 logging: {{every: 1, tensorboard: false}}
 checkpoint: {{every: 3}}
 evaluate: {{every: 10, train: {data}, test: {data}, max_train: 40, max_test: 16, batch_size: 8}}
+health: {{every: 4, images: 16}}
 """
 ZERO3 = ("engine.strategy=deepspeed", f"engine.ds_config={ROOT}/ds_configs/zero3_small.json")
 

@@ -61,3 +61,5 @@ def test_resume_after_kill_equals_an_uninterrupted_run(case: str, tmp_path: Path
     knn = [(row["step"], row["knn"], row["knn_untrained"]) for row in rows(tmp_path / "broken") if "knn" in row]
     assert knn == [(row["step"], row["knn"], row["knn_untrained"]) for row in rows(tmp_path / "whole") if "knn" in row]
     assert [step for step, *_ in knn] == [0, 10, 20]
+    health = [[row for row in rows(tmp_path / name) if "rank_me" in row] for name in ("whole", "broken")]
+    assert health[0] == health[1] and [row["step"] for row in health[0]] == [0, 4, 8, 12, 16, 20]

@@ -222,7 +222,7 @@ def write_checkpoint(name: str, folder: Path) -> dict[str, Any]:
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(folder / name / "checkpoints" / "step-00000010", kept / "step-00000010")
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return {"losses": [row["loss"] for row in rows if row["step"] > 10]}
+    return {"losses": [row["loss"] for row in rows if row["step"] > 10 and "loss" in row]}
 
 
 def main() -> None:

@@ -61,6 +61,6 @@ def test_a_checkpoint_of_the_first_version_resumes(name: str, tmp_path: Path) ->
     overrides = (*record.CHECKPOINTS[name], *record.ENGINES["plain"][1])
     run(record.train, 1, str(path), overrides, alone=True)
     rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    losses, expected = [row["loss"] for row in rows], CURVES["resumed"][name]["losses"]
+    losses, expected = [row["loss"] for row in rows if "loss" in row], CURVES["resumed"][name]["losses"]
     assert len(losses) == record.STEPS - 10
     assert losses == expected if SAME_MACHINE else close(losses, expected)

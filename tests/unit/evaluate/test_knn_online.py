@@ -81,7 +81,7 @@ def test_accuracy_of_an_encoder_that_sees_and_of_one_that_does_not(tmp_path):
         max_train=24, batch_size=5, neighbors=3,
     )  # fmt: skip
     online = OnlineKnn(config, IMAGES, ALONE)
-    assert online.run(tokens) == {"knn": 1.0}
+    assert online.run(tokens) == {"knn": 1.0, "linear": 1.0}
     assert online.run(lambda images: torch.ones(len(images), 4, 2))["knn"] == pytest.approx(1 / 3)
 
 

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from ijepa_scale.config import LoggingConfig
 from ijepa_scale.errors import DataError
@@ -203,6 +205,27 @@ def test_tensorboard_holds_the_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "schedule/lr"}
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 2.0)]
+
+
+def test_tensorboard_holds_the_configuration_and_pictures_and_other_sinks_need_not(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Image.new("RGB", (6, 4), (200, 10, 30)).save(tmp_path / "masks.png")
+    run = {"seed": 3, "optimizer": {"lr": 1e-3}}
+    with open_sinks(tmp_path, rank=0, logging=LoggingConfig(), drop_from=None, run=run) as sinks:
+        sinks.picture("masks", tmp_path / "masks.png", 0)
+        sinks.write({"step": 1, "rank_me": 2.0, "linear_untrained": 0.1, "grad_norm": 1.0, "grad_norm_encoder_0": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["pictures/masks"]
+    picture = events.Images("pictures/masks")[0]
+    assert (picture.width, picture.height) == (6, 4)
+    (tag,) = events.Tags()["tensors"]
+    assert tag == "configuration/text_summary"
+    text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+    assert yaml.safe_load(text.removeprefix("```yaml").removesuffix("```")) == run
+    assert set(events.Tags()["scalars"]) == {
+        "health/rank_me", "evaluate/linear_untrained", "train/grad_norm", "gradients/grad_norm_encoder_0",
+    }  # fmt: skip
 
 
 def test_only_rank_0_writes(tmp_path):

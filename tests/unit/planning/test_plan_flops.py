@@ -6,11 +6,15 @@ import functools
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_scale.config import BlockMaskConfig, ModelConfig
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.masks import MaskSampler
-from ijepa_scale.planning.flops import FlopCount, mask_flops
+from ijepa_scale.models import build_jepa
+from ijepa_scale.planning.flops import FlopCount, forward_flops, mask_flops
 from tests.unit.config.writing import load_shipped
 from tests.unit.planning.nominal_flops import step_flops
 
@@ -49,3 +53,14 @@ def test_blocks_cost_alike(context: str) -> None:
     model, masks_config = ModelConfig(name="vit_small"), BlockMaskConfig(context=context, group_size=IMAGES)
     masks = MaskSampler(masks_config, model.grid, seed=0)(0, 0, IMAGES, IMAGES)
     assert step_flops(model, masks, num_images=IMAGES) == _counts(model, masks_config)[0]
+
+
+def test_the_forward_of_context_and_predictor_is_that_of_the_step() -> None:
+    """The real forward embeds only kept patches, and computes only used tokens in last blocks."""
+    model = ModelConfig(name="vit_tiny", image_size=64, patch_size=8, depth=6, predictor_depth=6)
+    masks = MaskSampler(BlockMaskConfig(min_keep=3, group_size=4), model.grid, seed=0)(0, 0, 4, 4)
+    module, counter = build_jepa(model, seed=0, device="meta"), FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        module(torch.empty(4, 3, 64, 64, device="meta"), masks.map(lambda tensor: tensor.to("meta")))
+    most = 4 * forward_flops(model, mask_flops(model, masks, num_images=4))
+    assert 0.85 * most < counter.get_total_flops() < most
