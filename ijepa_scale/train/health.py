@@ -91,7 +91,7 @@ def describe(figures: Mapping[str, float]) -> str:
     return f"RankMe {figures['rank_me']:.3g}, feature_std {figures['feature_std']:.2g}"
 
 
-def block_figures(norms: Mapping[str, Tensor]) -> dict[str, float]:
+def block_figures(norms: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Returns the norms of the gradient in each block under the names of their columns. Synchronises."""
     return {f"grad_norm_{name}": float(norm) for name, norm in norms.items()}
 

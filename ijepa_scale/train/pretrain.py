@@ -196,12 +196,14 @@ class PretrainTask(Task):
             "untrained": self.untrained,
             "steps_before": self.steps_before,
             "health": self._health.state(),
+            "block_norms": {name: float(norm) for name, norm in (self._block_norms or {}).items()},
         }
 
     @override
     def load_state(self, extra: dict[str, Any]) -> None:
         if "health" in extra:
             self._health.load_state(extra["health"])
+            self._block_norms = extra["block_norms"]  # of the last step, for a measurement that is still due
         if "evaluated" in extra:
             self.evaluated, self.untrained = dict(extra["evaluated"]), dict(extra["untrained"])
             return

@@ -183,7 +183,7 @@ def test_a_disk_that_is_too_small_is_not_filled(tmp_path: Path, monkeypatch: pyt
 
 
 def test_older_checkpoints_that_stay_do_not_fail_a_save(tmp_path: Path, monkeypatch, caplog) -> None:
-    def denied(*_: Any) -> None:
+    def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("ijepa_scale.checkpoint.folder.prune", denied)

@@ -346,7 +346,7 @@ def test_export_from_the_command_line(finished, tmp_path, capsys):
     to = tmp_path / "out.safetensors"
     assert export.main([str(finished[0]), "--to", str(to)]) == 0
     assert export.main([str(finished[0]), "--to", str(to)]) == 2
-    assert "out.safetensors exists; name another file, or add --overwrite" in capsys.readouterr().err
+    assert "out.safetensors exists; give another name, or add --overwrite" in capsys.readouterr().err
     assert export.main([str(finished[0]), "--to", str(to), "--overwrite"]) == 0
     assert export.main([str(finished[0]), "--to", str(tmp_path / "out.bin")]) == 2
     assert "out.bin doesn't end in .safetensors" in capsys.readouterr().err and not (tmp_path / "out.bin").exists()

@@ -109,6 +109,7 @@ def test_a_checkpoint_without_these_settings_is_continued_with_a_warning(tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "save", older)
+        patch.setattr(store, "amend", lambda *_: None)
         pretrain(configured(tmp_path, PretrainConfig, on, "schedule.stop_after=1"), ALONE)
     caplog.set_level(logging.WARNING)
     pretrain(configured(tmp_path, PretrainConfig, on), ALONE)

@@ -29,7 +29,10 @@ __all__ = ["data"]
 
 def configured(tmp_path: Path, data: Path, name: str, **changes: Any) -> PretrainConfig:
     path = tmp_path / f"{name}.yaml"
-    path.write_text(CONFIG.format(folder=tmp_path / name, model=MODEL, data=data) + "checkpoint: {every: 2}\n")
+    path.write_text(
+        CONFIG.format(folder=tmp_path / name, model=MODEL, data=data)
+        + "checkpoint: {every: 2}\nhealth: {keep_best: none}\n"
+    )
     return load_config(path, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
 
 

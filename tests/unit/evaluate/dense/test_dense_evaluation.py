@@ -19,7 +19,6 @@ from ijepa_scale.evaluate.dense.dense_evaluation import evaluate_dense
 from ijepa_scale.evaluate.dense.dense_protocols import Measure
 from ijepa_scale.evaluate.dense.dense_results import DenseResults
 from ijepa_scale.evaluate.dense.map_files import IGNORED
-from ijepa_scale.evaluate.frozen import pooled
 from ijepa_scale.evaluate.offline import EvaluationRequest
 from ijepa_scale.models.registry import build_encoder
 from launch import evaluate as command
@@ -104,11 +103,13 @@ def test_depth_is_found_where_textures_tell_it(request_of_shapes, tmp_path):
 def test_tokens_are_computed_once_and_each_photograph_counts(request_of_shapes, tmp_path, monkeypatch):
     calls = []
 
-    def counted(encoder, images, pool):
-        calls.append(len(images))
-        return pooled(encoder, images, pool)
+    encode = stored_features._encoded
 
-    monkeypatch.setattr(stored_features, "pooled", counted)
+    def counted(encoder, images, pools):
+        calls.append(len(images))
+        return encode(encoder, images, pools)
+
+    monkeypatch.setattr(stored_features, "_encoded", counted)
     evaluated(request_of_shapes, tmp_path, protocols=("patch-knn",))
     assert sum(calls) == 80
     evaluated(request_of_shapes, tmp_path, protocols=("segmentation",), epochs=1)
