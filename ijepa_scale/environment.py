@@ -355,6 +355,11 @@ def threads() -> int | None:
     return int(value) if value else None
 
 
+def job() -> str | None:
+    """Returns the number of the Slurm job that this process is part of, if it is."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
 def free_port() -> int:
     """Returns a TCP port that was free on this host a moment ago."""
     with socket.socket() as listener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import logging
@@ -11,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from ijepa_scale import environment
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
 
@@ -65,7 +67,7 @@ def _take(folder: Path) -> tuple[int | None, str | None]:
                 logger.warning("%s can't be locked (%s): start no second run in it", folder, error.strerror)
             if _is(path, descriptor):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                os.pwrite(descriptor, _holder().encode(), 0)
                 return descriptor, None
             os.close(descriptor)  # the run that held it has just removed the file
     except OSError as error:
@@ -73,6 +75,13 @@ def _take(folder: Path) -> tuple[int | None, str | None]:
             f"folder {folder} can't be used ({error.strerror}: {error.filename or path}); set folder to one that can "
             "be made and written, or free space"
         )
+
+
+def _holder() -> str:
+    """Returns who holds the folder, and since when."""
+    job = environment.job()
+    since = datetime.datetime.now().isoformat(" ", "seconds")
+    return f"process {os.getpid()} on {socket.gethostname()}{f' (job {job})' if job else ''} since {since}"
 
 
 def _is(path: Path, descriptor: int) -> bool:

@@ -34,7 +34,8 @@ with held(pathlib.Path(sys.argv[1]), world):
 def test_a_second_run_is_refused_until_the_first_one_ends(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "run"
     with held(folder, ALONE):
-        text = rf"folder {folder} is in use by process {os.getpid()} on .+; wait for it, or set another folder"
+        since = r"on .+ since [0-9: -]+"
+        text = rf"folder {folder} is in use by process {os.getpid()} {since}; wait for it, or set another folder"
         with pytest.raises(ConfigError, match=text), held(folder, ALONE):
             pass
         assert (folder / LOCK).exists()
