@@ -20,8 +20,10 @@ from PIL import Image
 from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.visualize import report_page
 from ijepa_scale.visualize.curves import RUN_COLORS
+from ijepa_scale.visualize.report_evaluations import read_evaluation
 from ijepa_scale.visualize.report_page import ReportOptions, render, write_report
-from ijepa_scale.visualize.report_runs import differences, read_evaluation, read_folders, shown, summary
+from ijepa_scale.visualize.report_runs import differences, read_folders, summary
+from ijepa_scale.visualize.report_values import shown
 from launch import report
 
 HOSTILE = '<script>document.title="x"<script><img src=x onerror=alert(1)>"\'&{{ 7*7 }}]]>'
@@ -127,9 +129,10 @@ def test_the_figures_are_those_of_the_files(runs: list[str], page: Path) -> None
     differing = dict(differences(found))
     assert differing["model.width"] == ["24", HOSTILE] and "folder" not in differing
     (evaluation,) = found[0].evaluations
-    assert evaluation.columns == ["protocol", "accuracy", "95% interval", "untrained", "published", "setting"]
-    assert evaluation.rows[0] == ["linear", "50.00%", "45.00% to 55.10%", "", "79.3%", HOSTILE]
-    assert evaluation.rows[1] == ["knn", "25.00%", "20.00% to 30.00%", "12.50%", "", "k 20"]
+    (table,) = evaluation.tables
+    assert table.columns == ["protocol", "accuracy", "95% interval", "untrained", "published", "setting"]
+    assert table.rows[0] == ["linear", "50.00%", "45.00% to 55.10%", "", "79.3%", HOSTILE]
+    assert table.rows[1] == ["knn", "25.00%", "20.00% to 30.00%", "12.50%", "", "k 20"]
     text = "".join(Page(page.read_text()).words)
     for cell in ("25.0 (untrained 10.0)", "45.00% to 55.10%", "Principal components of patch features", "RankMe"):
         assert (cell in text) == (cell != "RankMe")
