@@ -29,7 +29,8 @@ RUN_COLORS = ("#2f7fd6", "#d1601f", "#2a9763", "#a855b5", "#9a7b12", "#1192a3", 
 _DASHES = ("-", "--", ":", "-.")  # further runs repeat the colours
 _TITLES = {
     "loss": "Loss", "eval_loss": "Held-out loss", "knn": "kNN accuracy, %", "top1": "Top-1 accuracy, %",
-    "top5": "Top-5 accuracy, %", "target_std": "Spread of the target's features", "grad_norm": "Gradient norm",
+    "top5": "Top-5 accuracy, %", "best_top1": "Best top-1 accuracy, %",
+    "target_std": "Spread of the target's features", "grad_norm": "Gradient norm",
     "lr": "Learning rate", "weight_decay": "Weight decay", "momentum": "Momentum of the target",
     "step_ms": "Step time, ms", "images_per_s": "Images per second", "data_wait_ms": "Data wait, ms per step",
     "mfu": "Share of the peak FLOP/s, %", "peak_bytes": "Peak memory, GB", "context_tokens": "Context tokens per image",
@@ -37,9 +38,9 @@ _TITLES = {
     "feature_std": "Spread on the health images", "relative_loss": "Loss / that of the mean",
     "health_loss": "Health loss", "context_cosine": "Cosine of context and target", "alarm": "Collapse alarm",
 }  # fmt: skip
-_TIMES = {"knn": 100.0, "linear": 100.0, "top1": 100.0, "top5": 100.0, "mfu": 100.0, "peak_bytes": 1e-9}
+_TIMES = {name: 100.0 for name in ("knn", "linear", "top1", "top5", "best_top1", "mfu")} | {"peak_bytes": 1e-9}
 _FIRST = {name: (f"{name}_untrained", f"{name}_start") for name in ("knn", "linear")}  # the values before training
-_USUAL = ("loss", "knn", "linear", "top1", "target_std", "lr")
+_USUAL = ("loss", "eval_loss", "knn", "linear", "top1", "top5", "target_std", "lr")
 _LEGEND, _HANDLE = 9, 0.75  # points of its text; inches of a key with the space around it
 _MOST_POINTS = 400  # of a line; more are averaged
 
@@ -195,6 +196,7 @@ def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
                 )  # fmt: skip
     axes.set_title(title_of(field), loc="left", fontsize=10, color=INK)
     style_axes(axes)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # steps
     axes.margins(x=0.02, y=0.12)
     for number, run in enumerate(runs):
         if len(run.points(field)[0]):

@@ -132,7 +132,8 @@ def render(runs: Sequence[Run], galleries: Sequence[Gallery]) -> str:
 def _health(fields: Sequence[str], elsewhere: Sequence[str]) -> Iterator[str]:
     """Yields the fields that stand in no other section; they may be any that a run writes."""
     for field in sorted(fields, key=lambda field: HEALTH.index(field) if field in HEALTH else len(HEALTH)):
-        if field not in elsewhere and not field.startswith(BLOCK_NORM) and not field.endswith(("_untrained", "_start")):
+        of_another = field.startswith((BLOCK_NORM, "best_")) or field.endswith(("_untrained", "_start"))
+        if field not in elsewhere and not of_another:
             yield field
 
 

@@ -20,6 +20,7 @@ from ijepa_scale.visualize.report_values import read_json, read_text, shown
 CONFIG, PROVENANCE = "config.yaml", "run.json"
 SPEED = ("images_per_s", "step_ms", "data_wait_ms", "mfu", "peak_bytes")
 SCHEDULE = ("lr", "weight_decay", "momentum", "epoch", "images_seen", "step")
+_ACCURACIES = ("knn", "linear", "top1", "best_top1")
 _MOST_STEPS = 8  # of alarms, in a cell
 _NO_CHOICE = ("folder", "chosen_by_recipe")  # differ between all runs, or say why a setting was chosen
 
@@ -87,7 +88,10 @@ def summary(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
         ("Steps", [shown(run.last("step")) for run in runs]),
         ("Images seen", [shown(run.last("images_seen")) for run in runs]),
         ("Last loss", [shown(run.last("loss")) for run in runs]),
-        *((title_of(name), [_with_first(run, name) for run in runs]) for name in ("knn", "linear", "top1")),
+        *(
+            (title_of(name), [_with_first(run, name) for run in runs])
+            for name in ("knn", "linear", "top1", "best_top1")
+        ),
         ("Collapse alarms", [_alarms(run) for run in runs]),
         (f"Last {title_of('target_std').lower()}", [shown(run.last("target_std")) for run in runs]),
         *((f"{title_of(name)}, median", [shown(run.median(name)) for run in runs]) for name in SPEED[:3]),
