@@ -124,10 +124,11 @@ def _with_first(run: Run, field: str) -> str:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Returns the settings in which runs differ, each with its value in every run."""
+    """Returns the settings in which runs with a config.yaml differ, each with its value in every run."""
     names = dict.fromkeys(name for run in runs for name in run.config if name not in _NO_CHOICE)
-    rows = [(name, [_setting(run.config, name) for run in runs]) for name in names]
-    return [(name, cells) for name, cells in rows if len(set(cells)) > 1]
+    known = [run for run in runs if run.config_text is not None]
+    differ = [name for name in names if len({_setting(run.config, name) for run in known}) > 1]
+    return [(name, [_setting(run.config, name) if run in known else "unknown" for run in runs]) for name in differ]
 
 
 def _setting(config: Mapping[str, Any], name: str) -> str:

@@ -169,6 +169,18 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     assert "the runs have no losses yet" in text and "No step was timed" in text
 
 
+def test_only_runs_with_settings_are_compared(tmp_path: Path) -> None:
+    paths = [str(write_run(tmp_path / name, checkpoint=False)) for name in "abc"]
+    (tmp_path / "c" / "config.yaml").unlink()
+    assert differences(read_folders(paths)) == []
+    (tmp_path / "b" / "config.yaml").write_text("seed: 5\n")
+    found = dict(differences(read_folders(paths)))
+    assert found["seed"] == ["0", "5", "unknown"] and found["model.width"] == ["24", "not set", "unknown"]
+    text = render(read_folders(paths), [])
+    assert "<details><summary>Settings in which the runs differ" in text  # over 30 of them
+    assert "Settings in which the runs differ" not in render(read_folders(paths[::2]), [])
+
+
 def test_alarms_and_blocks_are_told(runs: list[str]) -> None:
     found = read_folders(runs)
     assert dict(summary(found))["Collapse alarms"] == ["1, at step 50", "not measured"]
