@@ -170,6 +170,8 @@ def _style(number: int) -> dict[str, Any]:
 
 def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
     """Draws one field of all runs. Where a line has many points, the band is where 80% of them are."""
+    from matplotlib.ticker import MaxNLocator
+
     for number, run in enumerate(runs):
         steps, values = run.points(field)
         if not len(steps):
@@ -196,7 +198,7 @@ def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
                 )  # fmt: skip
     axes.set_title(title_of(field), loc="left", fontsize=10, color=INK)
     style_axes(axes)
-    axes.xaxis.get_major_locator().set_params(integer=True)  # steps
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))  # steps are whole
     axes.margins(x=0.02, y=0.12)
     for number, run in enumerate(runs):
         if len(run.points(field)[0]):

@@ -106,10 +106,11 @@ def summary(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
 def _alarms(run: Run) -> str:
     if run.last("alarm") is None:
         return ""
-    steps = [f"{first:,.0f}" for first, _ in run.rows.alarms()]
-    if not steps:
+    found = run.rows.alarms()
+    if not found:
         return "none"
-    return f"{len(steps)}, at step {', '.join(steps[:_MOST_STEPS])}{', ...' if len(steps) > _MOST_STEPS else ''}"
+    steps = ", ".join([f"{first:,.0f}" for first, _ in found[:_MOST_STEPS]] + ["..."] * (len(found) > _MOST_STEPS))
+    return f"{len(found)}, at step {steps}" + ("; still on" if found[-1][1] is None else "")
 
 
 def _with_first(run: Run, field: str) -> str:

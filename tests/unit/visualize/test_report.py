@@ -183,7 +183,7 @@ def test_only_runs_with_settings_are_compared(tmp_path: Path) -> None:
 
 def test_alarms_and_blocks_are_told(runs: list[str]) -> None:
     found = read_folders(runs)
-    assert dict(summary(found))["Collapse alarms"] == ["1, at step 50", "not measured"]
+    assert dict(summary(found))["Collapse alarms"] == ["1, at step 50; still on", "not measured"]
     text = render(found, [])
     assert "0.4 (encoder 3)" in text and "0.1 (encoder 0)" in text
     assert "Gradient norm of each block, first. At step 50: encoder 0 0.1; encoder 1 0.2;" in text
