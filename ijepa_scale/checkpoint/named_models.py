@@ -51,7 +51,10 @@ def _from_timm(name: str) -> tuple[dict[str, Tensor], Facts]:
     known = timm.is_model(name.partition(".")[0])
     if not on_hub and (not known or not getattr(timm.get_pretrained_cfg(name), "has_weights", False)):
         available = ", ".join(timm.list_models("*ijepa*", pretrained=True))
-        raise CheckpointError(f"timm {timm.__version__} has no weights of {name!r}; those of I-JEPA are {available}")
+        alone = f"; it is a folder here: give it without {TIMM}" if os.path.isdir(name) else ""
+        raise CheckpointError(
+            f"timm {timm.__version__} has no weights of {name!r}; those of I-JEPA are {available}{alone}"
+        )
     try:
         model = timm.create_model(name, pretrained=True)
     except (RuntimeError, OSError) as error:  # no network, no such weights

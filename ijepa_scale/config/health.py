@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from ijepa_scale.config import form
 from ijepa_scale.config.data import Reader
@@ -30,3 +32,12 @@ class HealthConfig(Section, at="health"):
     keep_best: Literal["none", "knn", "linear", "rank_me", "lidar"] = Field(
         "knn", description="Figure whose highest value after the start chooses the state in the folder best."
     )
+
+    @override
+    def _problems(self) -> Iterator[str]:
+        if self.every:
+            return
+        if self.on_collapse == "stop":
+            yield "on_collapse is stop but every is 0, which raises no alarm; set every, e.g. 100, or on_collapse=warn"
+        if self.keep_best in ("rank_me", "lidar"):
+            yield f"keep_best is {self.keep_best} but every is 0, which never measures it; set every, or keep_best=none"

@@ -30,13 +30,14 @@ logger = logging.getLogger(__name__)
 
 JSONL_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
-_BLOCK_NORM = "grad_norm_"  # of one block
+BLOCK_NORM = "grad_norm_"  # of one block
+HEALTH = ("feature_std", "rank_me", "lidar", "relative_loss", "context_cosine", "health_loss")
 _GROUPS = {
     "speed": ("data_wait_ms", "step_ms", "images_per_s", "mfu", "peak_bytes"),
     "schedule": ("lr", "weight_decay", "momentum", "epoch", "images_seen"),
     "masks": ("context_tokens", "target_tokens"),
     "evaluate": tuple(f"{name}{first}" for name in ("knn", "linear") for first in ("", "_untrained", "_start")),
-    "health": ("health_loss", "relative_loss", "feature_std", "rank_me", "lidar", "context_cosine", "alarm"),
+    "health": (*HEALTH, "alarm"),
 }
 
 
@@ -59,21 +60,24 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Returns the rows of a JSON-lines file, [] if there is none. Ignores an incomplete last line of a killed run.
 
     Raises:
-        DataError: a line before the last isn't a JSON object with a step.
+        DataError: a line before the last isn't a JSON object with a finite step.
     """
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            row["step"] + 0
-        except (ValueError, TypeError, KeyError):
+            whole = is_number(row["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            whole = False
+        if not whole:
             if number == len(lines):
                 break
             raise DataError(
-                f"{path}, line {number} is {line[:40]!r}, not a JSON object with a step; fix it or move the file"
-            ) from None
+                f"{path}, line {number} is {line[:40].decode(errors='replace')!r}, not a JSON object with a step; "
+                "fix it or move the file"
+            )
         rows.append(row)
     return rows
 
@@ -176,7 +180,7 @@ class TensorBoardSink:
         with self._writing() as writer:
             for name, value in row.items():
                 if name != "step" and isinstance(value, (int, float)):
-                    group = "gradients" if name.startswith(_BLOCK_NORM) else "train"
+                    group = "gradients" if name.startswith(BLOCK_NORM) else "train"
                     writer.add_scalar(self._tags.get(name, f"{group}/{name}"), value, row["step"])
 
     def picture(self, name: str, path: Path, step: int) -> None:
@@ -297,8 +301,11 @@ def open_sinks(
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value of a row is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Returns whether a value of a row is a number that a float holds, and finite."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of over 308 digits
+        return False
 
 
 def kept_id(path: Path, *, resumed: bool, make: Callable[[], str]) -> str:

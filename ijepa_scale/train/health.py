@@ -19,6 +19,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.evaluate.alarms import CollapseAlarm
 from ijepa_scale.evaluate.evaluator import image_settings
 from ijepa_scale.evaluate.health import HealthCheck
+from ijepa_scale.metrics.sinks import BLOCK_NORM
 from ijepa_scale.objectives.protocol import Objective
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def describe(figures: Mapping[str, float]) -> str:
 
 def block_figures(norms: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Returns the norms of the gradient in each block under the names of their columns. Synchronises."""
-    return {f"grad_norm_{name}": float(norm) for name, norm in norms.items()}
+    return {f"{BLOCK_NORM}{name}": float(norm) for name, norm in norms.items()}
 
 
 def _images_of(config: PretrainConfig, source: SampleSource | StreamSource) -> tuple[str, SampleSource] | None:

@@ -329,8 +329,7 @@ class Loop:
             self.saver.keep_from_resuming(done)
             self.world.barrier()  # the last collective of a run
             raise CollapseError(
-                f"{found.stops}. The run ends here, and its newest checkpoint is from before; set "
-                "health.on_collapse=warn to train on"
+                f"{found.stops}. The run ends here, before this state is saved; set health.on_collapse=warn to train on"
             )
         if found.is_best:
             self.saver.save(done, name="best", keep=1)

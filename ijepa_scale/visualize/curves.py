@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from ijepa_scale.visualize.sheet import INK, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 # Each has a contrast of at least 3 with white and with the report's dark page.
@@ -28,15 +29,18 @@ RUN_COLORS = ("#2f7fd6", "#d1601f", "#2a9763", "#a855b5", "#9a7b12", "#1192a3", 
 _DASHES = ("-", "--", ":", "-.")  # further runs repeat the colours
 _TITLES = {
     "loss": "Loss", "eval_loss": "Held-out loss", "knn": "kNN accuracy, %", "top1": "Top-1 accuracy, %",
-    "top5": "Top-5 accuracy, %", "target_std": "Spread of the target's features", "grad_norm": "Gradient norm",
+    "top5": "Top-5 accuracy, %", "best_top1": "Best top-1 accuracy, %",
+    "target_std": "Spread of the target's features", "grad_norm": "Gradient norm",
     "lr": "Learning rate", "weight_decay": "Weight decay", "momentum": "Momentum of the target",
     "step_ms": "Step time, ms", "images_per_s": "Images per second", "data_wait_ms": "Data wait, ms per step",
     "mfu": "Share of the peak FLOP/s, %", "peak_bytes": "Peak memory, GB", "context_tokens": "Context tokens per image",
-    "target_tokens": "Tokens per target block", "rankme": "RankMe", "lidar": "LiDAR",
+    "target_tokens": "Tokens per target block", "linear": "Linear probe, %", "rank_me": "RankMe", "lidar": "LiDAR",
+    "feature_std": "Spread on the health images", "relative_loss": "Loss / that of the mean",
+    "health_loss": "Health loss", "context_cosine": "Cosine of context and target", "alarm": "Collapse alarm",
 }  # fmt: skip
-_TIMES = {"knn": 100.0, "top1": 100.0, "top5": 100.0, "mfu": 100.0, "peak_bytes": 1e-9}
-_FIRST = {"knn": ("knn_untrained", "knn_start")}  # fields with the value before training
-_USUAL = ("loss", "knn", "top1", "target_std", "lr")
+_TIMES = {name: 100.0 for name in ("knn", "linear", "top1", "top5", "best_top1", "mfu")} | {"peak_bytes": 1e-9}
+_FIRST = {name: (f"{name}_untrained", f"{name}_start") for name in ("knn", "linear")}  # the values before training
+_USUAL = ("loss", "eval_loss", "knn", "linear", "top1", "top5", "target_std", "lr")
 _LEGEND, _HANDLE = 9, 0.75  # points of its text; inches of a key with the space around it
 _MOST_POINTS = 400  # of a line; more are averaged
 
@@ -58,22 +62,34 @@ class RunRows:
         """Returns the fields with at least one number, in the order of the rows."""
         return list(dict.fromkeys(name for row in self.rows for name, value in row.items() if is_number(value)))
 
+    def alarms(self) -> list[tuple[float, float | None]]:
+        """Returns the step at which each alarm went off, and that at which it was first off again, None if never."""
+        found: list[tuple[float, float | None]] = []
+        for step, value in zip(*self.points("alarm"), strict=True):
+            is_on = bool(found) and found[-1][1] is None
+            if value and not is_on:
+                found.append((float(step), None))
+            elif is_on and not value:
+                found[-1] = found[-1][0], float(step)
+        return found
 
-def read_runs(paths: Sequence[str]) -> list[RunRows]:
+
+def read_runs(paths: Sequence[str], *, begun: bool = True) -> list[RunRows]:
     """Returns the rows of runs: folders, `metrics.jsonl` files or published CSV logs.
 
     Raises:
-        DataError: one can't be read or has no rows.
+        DataError: one can't be read, or has no rows and should have `begun`.
     """
-    return [RunRows(name=name, rows=_read(Path(path))) for name, path in zip(run_names(paths), paths, strict=True)]
+    names = run_names(paths)
+    return [RunRows(name=name, rows=_read(Path(path), begun)) for name, path in zip(names, paths, strict=True)]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, begun: bool) -> list[dict[str, Any]]:
     if path.suffix == ".csv":
         return read_published_log(path)
     file = path / JSONL_NAME if path.is_dir() else path
     rows = read_rows(file)
-    if not rows:
+    if not rows and begun:
         raise DataError(f"{file} has no rows; give a run's folder, its {JSONL_NAME} or a published .csv log")
     return rows
 
@@ -154,6 +170,8 @@ def _style(number: int) -> dict[str, Any]:
 
 def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
     """Draws one field of all runs. Where a line has many points, the band is where 80% of them are."""
+    from matplotlib.ticker import MaxNLocator
+
     for number, run in enumerate(runs):
         steps, values = run.points(field)
         if not len(steps):
@@ -179,15 +197,35 @@ def plot_field(axes: Axes, runs: Sequence[RunRows], field: str) -> None:
                     va="bottom" if away > 0 else "top",
                 )  # fmt: skip
     axes.set_title(title_of(field), loc="left", fontsize=10, color=INK)
-    axes.grid(alpha=0.35, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(labelsize=8, colors=MUTED)
+    style_axes(axes)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))  # steps are whole
     axes.margins(x=0.02, y=0.12)
+    for number, run in enumerate(runs):
+        if len(run.points(field)[0]):
+            mark_alarms(axes, run, RUN_COLORS[number % len(RUN_COLORS)])
     if field == "target_std":
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_number)
     axes.xaxis.set_major_formatter(_number)
+
+
+def style_axes(axes: Axes) -> None:
+    """Gives a plot the lines and texts that all plots have."""
+    axes.grid(alpha=0.35, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(labelsize=8, colors=MUTED)
+
+
+def mark_alarms(axes: Axes, run: RunRows, color: str, places: Callable[[float], float] = float) -> None:
+    """Marks the steps at which alarms went off: a line with a cross. `places` turns steps into the plot's positions."""
+    for step, _ in run.alarms():
+        place = places(step)
+        axes.axvline(place, color=color, linestyle=(0, (4, 2)), linewidth=1.1)
+        axes.plot(
+            [place], [0.97], "x", color=color, markersize=6, markeredgewidth=1.6, clip_on=False,
+            transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
 
 
 def _number(value: float, _: object) -> str:
@@ -196,17 +234,22 @@ def _number(value: float, _: object) -> str:
 
 
 def curve_svg(runs: Sequence[RunRows], field: str, salt: str) -> str:
-    """Returns a plot of one field as SVG whose text and lines take the colours of the page around it.
+    """Returns a plot of one field as SVG in the page's colours, see `themed_svg`."""
+    figure = new_figure(width=4.2, height=2.5)
+    plot_field(figure.subplots(), runs, field)
+    return themed_svg(figure, salt)
+
+
+def themed_svg(figure: Figure, salt: str) -> str:
+    """Returns a figure of one plot over the steps as SVG whose text and lines take the colours of the page around it.
 
     `salt` makes its identifiers differ from those of other plots of the page.
     """
     from matplotlib import rc_context
 
-    figure = new_figure(width=4.2, height=2.5)
+    (axes,) = figure.axes
     figure.patch.set_visible(False)
-    axes = figure.subplots()
     axes.patch.set_visible(False)
-    plot_field(axes, runs, field)
     axes.set_title("", loc="left")  # the page has it as text
     axes.set_xlabel("Step", fontsize=8.5, color=MUTED)
     text = io.StringIO()

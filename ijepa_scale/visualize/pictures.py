@@ -58,8 +58,9 @@ def add_kinds(parser: argparse.ArgumentParser) -> None:
         images = "files, folders or shards (default: the run's)"
         add("--images", nargs="+", default=(), type=terminal.existing_path, help=images)
         add("--reader", help="how the images are stored (default: by what they are)")
-        add("--weights", dest="which", choices=["target", "context"], default="target", help="which encoder")
-        add("--image-size", type=terminal.at_least_1, help="side of the encoder's input, pixels (default: as trained)")
+        if name != "prediction-error":  # which takes both encoders, at the size that the predictor knows
+            add("--weights", dest="which", choices=["target", "context"], default="target", help="which encoder")
+            add("--image-size", type=terminal.at_least_1, help="side of the encoder's input (default: as trained)")
         add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't tell")
         add("--count", type=terminal.at_least_1, default=kind.images, help=f"images (default {kind.images})")
         for flag, options in _FLAGS[name].items():
@@ -91,5 +92,7 @@ def draw(kind: str, *, to: str, overwrite: bool, **options: Any) -> Path:
         raise ConfigError(f"{path} exists; name another file with --to, or add --overwrite")
     if kind == "curves":
         return draw_runs(read_runs(options["runs"]), path, options["fields"])
-    source = PictureSource(**{name: options.pop(name) for name in PictureSource.__dataclass_fields__})
+    source = PictureSource(
+        **{name: options.pop(name) for name in PictureSource.__dataclass_fields__ if name in options}
+    )
     return draw_sheet(KINDS[kind].sheet(source, **options), path)

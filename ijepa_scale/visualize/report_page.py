@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from PIL import Image
 
 from ijepa_scale import __version__
 from ijepa_scale.errors import ConfigError, UserError
+from ijepa_scale.metrics.sinks import BLOCK_NORM, HEALTH
+from ijepa_scale.visualize.block_gradients import BlockNormMap, block_norms, block_svg, common_scale
 from ijepa_scale.visualize.curves import RUN_COLORS, curve_svg, title_of, usual_fields
 from ijepa_scale.visualize.report_runs import (
     SCHEDULE,
@@ -29,9 +31,9 @@ from ijepa_scale.visualize.report_runs import (
     differences,
     environment,
     read_folders,
-    shown,
     summary,
 )
+from ijepa_scale.visualize.report_values import shown
 from ijepa_scale.visualize.sheet import Scale, Sheet
 from ijepa_scale.visualize.sheets import attention_sheet, error_sheet, mask_sheet, pca_sheet, retrieval_sheet
 from ijepa_scale.visualize.source import PictureSource
@@ -51,6 +53,7 @@ class Plot:
     title: str
     svg: Markup
     meaning: str
+    scale: Scale | None = None  # what its colours mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,9 @@ def render(runs: Sequence[Run], galleries: Sequence[Gallery]) -> str:
     curves = usual_fields([run.rows for run in runs])
     speed = [name for name in SPEED if name in fields]
     health = list(_health(fields, [*curves, *speed, *SCHEDULE]))
-    plots = _plots(runs, [*curves, *speed, *health[:_MOST_PLOTS]])
+    drawn, left_out = health[:_MOST_PLOTS], health[_MOST_PLOTS:]
+    plots = _plots(runs, [*curves, *speed, *drawn])
+    blocks = {run.name: norms for run in runs if (norms := block_norms(run.rows)) is not None}
     return pages.get_template(_TEMPLATE).render(
         runs=runs,
         colors=[RUN_COLORS[number % len(RUN_COLORS)] for number in range(len(runs))],
@@ -113,9 +118,11 @@ def render(runs: Sequence[Run], galleries: Sequence[Gallery]) -> str:
         summary=list(summary(runs)),
         curves=[plots[name] for name in curves],
         speed=[plots[name] for name in speed],
-        health=[plots[name] for name in health[:_MOST_PLOTS]],
-        latest=[(title_of(name), [shown(run.last(name)) or "not measured" for run in runs])
-                for name in ("target_std", *health) if name in fields],
+        health=[*(plots[name] for name in drawn if name != "alarm"), *_block_plots(runs, blocks)],
+        left_out=left_out,
+        latest=[*((title_of(name), [shown(run.last(name)) or "not measured" for run in runs])
+                  for name in ("target_std", *health) if name in fields),
+                *_extreme_blocks(runs, blocks)],
         galleries=galleries,
         differences=differences(runs),
         environment=environment(runs),
@@ -124,9 +131,33 @@ def render(runs: Sequence[Run], galleries: Sequence[Gallery]) -> str:
 
 def _health(fields: Sequence[str], elsewhere: Sequence[str]) -> Iterator[str]:
     """Yields the fields that stand in no other section; they may be any that a run writes."""
-    for field in fields:
-        if field not in elsewhere and not field.endswith(("_untrained", "_start")):
+    for field in sorted(fields, key=lambda field: HEALTH.index(field) if field in HEALTH else len(HEALTH)):
+        of_another = field.startswith((BLOCK_NORM, "best_")) or field.endswith(("_untrained", "_start"))
+        if field not in elsewhere and not of_another:
             yield field
+
+
+def _block_plots(runs: Sequence[Run], blocks: Mapping[str, BlockNormMap]) -> Iterator[Plot]:
+    """Yields a map of the blocks' gradient norms for each run that measured them, all in one scale."""
+    scale = common_scale(blocks.values()) if blocks else None
+    for number, run in enumerate(runs):
+        if scale is None or run.name not in blocks:
+            continue
+        found = blocks[run.name]
+        svg = Markup(block_svg(found, run.rows, scale, f"blocks{number}"))
+        title = "Gradient norm of each block" + (f", {run.name}" if len(runs) > 1 else "")
+        latest = "; ".join(f"{block} {shown(norm)}" for block, norm in found.latest().items())
+        yield Plot(title=title, svg=svg, meaning=f"At step {found.steps[-1]:.0f}: {latest}", scale=scale)
+
+
+def _extreme_blocks(runs: Sequence[Run], blocks: Mapping[str, BlockNormMap]) -> Iterator[tuple[str, list[str]]]:
+    for called, choose in (("Largest", max), ("Smallest", min)) if blocks else ():
+        cells = []
+        for run in runs:
+            latest = blocks[run.name].latest() if run.name in blocks else {}
+            block = choose(latest, key=lambda name: latest[name], default="")
+            cells.append(f"{shown(latest[block])} ({block})" if block else "not measured")
+        yield f"{called} gradient norm of a block", cells
 
 
 def _plots(runs: Sequence[Run], fields: Sequence[str]) -> dict[str, Plot]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,18 @@ import numpy as np
 
 from ijepa_scale.config.yaml_text import flat, parse_yaml
 from ijepa_scale.errors import ConfigError, DataError
-from ijepa_scale.metrics.sinks import JSONL_NAME, is_number
-from ijepa_scale.regular_file import read_regular
+from ijepa_scale.evaluate.results import JSON
+from ijepa_scale.metrics.sinks import JSONL_NAME
 from ijepa_scale.visualize.curves import RunRows, read_runs, title_of
+from ijepa_scale.visualize.report_evaluations import Evaluation, read_classes, read_evaluation
+from ijepa_scale.visualize.report_values import read_json, read_text, shown
 
-CONFIG, PROVENANCE, EVALUATION = "config.yaml", "run.json", "evaluation.json"
+CONFIG, PROVENANCE = "config.yaml", "run.json"
 SPEED = ("images_per_s", "step_ms", "data_wait_ms", "mfu", "peak_bytes")
 SCHEDULE = ("lr", "weight_decay", "momentum", "epoch", "images_seen", "step")
+_ACCURACIES = ("knn", "linear", "top1", "best_top1")
+_MOST_STEPS = 8  # of alarms, in a cell
 _NO_CHOICE = ("folder", "chosen_by_recipe")  # differ between all runs, or say why a setting was chosen
-_SHARES = ("accuracy", "low", "high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +52,6 @@ class Run:
         return float(np.median(values)) if len(values) else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """An evaluation's table: what was evaluated, column names, and a row of cells for each protocol."""
-
-    file: str
-    facts: dict[str, Any]
-    columns: list[str]
-    rows: list[list[str]]
-
-
 def read_folders(folders: Sequence[str], evaluations: Sequence[str] = ()) -> list[Run]:
     """Returns the runs; further evaluation files go with the first.
 
@@ -70,60 +62,24 @@ def read_folders(folders: Sequence[str], evaluations: Sequence[str] = ()) -> lis
         if not (Path(folder) / JSONL_NAME).is_file():
             raise DataError(f"{folder} has no {JSONL_NAME}; give the folder of a run")
     found = []
-    for number, (folder, rows) in enumerate(zip(folders, read_runs(folders), strict=True)):
+    for number, (folder, rows) in enumerate(zip(folders, read_runs(folders, begun=False), strict=True)):
         path = Path(folder)
-        text = _text(path / CONFIG)
+        text = read_text(path / CONFIG)
         config = parse_yaml(text, str(path / CONFIG)) if text is not None else {}
         if not isinstance(config, dict):
             raise ConfigError(f"{path / CONFIG} isn't a mapping of settings; copy it again from the run")
-        files = [*sorted(path.glob(f"**/{EVALUATION}")), *(map(Path, evaluations) if number == 0 else ())]
+        files = [*sorted(path.glob(f"**/{JSON}")), *(map(Path, evaluations) if number == 0 else ())]
         found.append(
             Run(
                 path=path,
                 rows=rows,
                 config_text=text,
                 config=flat(config),
-                provenance=_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {},
-                evaluations=[read_evaluation(file) for file in files],
+                provenance=read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {},
+                evaluations=[*map(read_evaluation, files), *filter(None, [read_classes(path)])],
             )
         )
     return found
-
-
-def read_evaluation(path: Path) -> Evaluation:
-    """Returns the table that `launch/evaluate.py` wrote as JSON.
-
-    Raises:
-        DataError: it can't be read, or isn't such a table.
-    """
-    content = _json(path)
-    scores, untrained, published = (content.get(name) or [] for name in ("scores", "untrained", "published"))
-    lists = isinstance(scores, list) and isinstance(untrained, list)
-    if not lists or not all(isinstance(score, dict) and "protocol" in score for score in scores):
-        raise DataError(f"{path} holds no scores with a protocol; give the {EVALUATION} of launch/evaluate.py")
-    reference = {str(score.get("protocol")): score for score in untrained if isinstance(score, dict)}
-    names = [n for n in dict.fromkeys(name for score in scores for name in score) if n not in ("protocol", *_SHARES)]
-    columns = ["protocol", "accuracy", "95% interval", "untrained", "published", *names]
-    rows = []
-    for score in scores:
-        protocol = shown(score["protocol"])
-        first = reference.get(str(score["protocol"]), {}).get("accuracy")
-        known = published.get(str(score["protocol"])) if isinstance(published, dict) else None
-        interval = f"{_share(score['low'])} to {_share(score['high'])}" if {"low", "high"} <= score.keys() else ""
-        figures = [_share(score.get("accuracy")), interval, _share(first), f"{known:.1f}%" if is_number(known) else ""]
-        rows.append([protocol, *figures, *(shown(score.get(name)) for name in names)])
-    kept = [column for column in range(len(columns)) if column == 0 or any(row[column] for row in rows)]
-    facts = content.get("facts")
-    return Evaluation(
-        file=str(path),
-        facts=facts if isinstance(facts, dict) else {},
-        columns=[columns[column] for column in kept],
-        rows=[[row[column] for column in kept] for row in rows],
-    )
-
-
-def _share(value: Any) -> str:
-    return f"{100 * value:.2f}%" if is_number(value) else shown(value)
 
 
 def summary(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
@@ -132,7 +88,11 @@ def summary(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
         ("Steps", [shown(run.last("step")) for run in runs]),
         ("Images seen", [shown(run.last("images_seen")) for run in runs]),
         ("Last loss", [shown(run.last("loss")) for run in runs]),
-        *((title_of(name), [_with_first(run, name) for run in runs]) for name in ("knn", "top1")),
+        *(
+            (title_of(name), [_with_first(run, name) for run in runs])
+            for name in ("knn", "linear", "top1", "best_top1")
+        ),
+        ("Collapse alarms", [_alarms(run) for run in runs]),
         (f"Last {title_of('target_std').lower()}", [shown(run.last("target_std")) for run in runs]),
         *((f"{title_of(name)}, median", [shown(run.median(name)) for run in runs]) for name in SPEED[:3]),
         *((title_of(name), [shown(run.last(name)) for run in runs]) for name in SPEED[3:]),
@@ -141,6 +101,16 @@ def summary(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
     for name, cells in figures:
         if any(cells):
             yield name, [cell or "not measured" for cell in cells]
+
+
+def _alarms(run: Run) -> str:
+    if run.last("alarm") is None:
+        return ""
+    found = run.rows.alarms()
+    if not found:
+        return "none"
+    steps = ", ".join([f"{first:,.0f}" for first, _ in found[:_MOST_STEPS]] + ["..."] * (len(found) > _MOST_STEPS))
+    return f"{len(found)}, at step {steps}" + ("; still on" if found[-1][1] is None else "")
 
 
 def _with_first(run: Run, field: str) -> str:
@@ -155,10 +125,11 @@ def _with_first(run: Run, field: str) -> str:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Returns the settings in which runs differ, each with its value in every run."""
+    """Returns the settings in which runs with a config.yaml differ, each with its value in every run."""
     names = dict.fromkeys(name for run in runs for name in run.config if name not in _NO_CHOICE)
-    rows = [(name, [_setting(run.config, name) for run in runs]) for name in names]
-    return [(name, cells) for name, cells in rows if len(set(cells)) > 1]
+    known = [run for run in runs if run.config_text is not None]
+    differ = [name for name in names if len({_setting(run.config, name) for run in known}) > 1]
+    return [(name, [_setting(run.config, name) if run in known else "unknown" for run in runs]) for name in differ]
 
 
 def _setting(config: Mapping[str, Any], name: str) -> str:
@@ -173,33 +144,3 @@ def environment(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for each in facts for name in each)
     rows = [(name, [shown(each.get(name)) for each in facts]) for name in names]
     return [(name, [cell or "unknown" for cell in cells]) for name, cells in rows if any(cells)]
-
-
-def shown(value: Any) -> str:
-    """Returns a value of a file as the text of a cell."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _text(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    try:
-        return read_regular(path).decode("utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"{path} can't be read ({error.strerror}); check its permissions") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_regular(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} can't be read as JSON ({error}); copy it again, or leave it out") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object; copy it again, or leave it out")
-    return content

@@ -29,7 +29,13 @@ _FITTED = 64  # images that principal components are fitted to
 
 
 def mask_sheet(source: PictureSource, *, count: int = 6, step: int = 0) -> Sheet:
-    """Returns images with the context and targets that training would draw for a batch of them at `step`."""
+    """Returns images with the context and targets that training would draw for a batch of them at `step`.
+
+    Raises:
+        ConfigError: no training has such a step.
+    """
+    if not 0 <= step < 2**32:
+        raise ConfigError(f"step is {step}; give a step of training, from 0 to {2**32 - 1}")
     encoder, transform = source.encoder()
     sampler = source.masks(encoder.grid)
     photographs = source.photographs(transform)
@@ -47,6 +53,7 @@ def mask_sheet(source: PictureSource, *, count: int = 6, step: int = 0) -> Sheet
     note = (
         f"From the context alone, the predictor finds the target encoder's features of each target block. {rows} x "
         f"{columns} patches; sampler {sampler.config.sampler}, step {step}."
+        + ("" if source.has_masks else " The source tells no masks of its own: these are the default.")
     )
     return Sheet(title="Masks", note=note, items=items, across=True)
 
@@ -181,7 +188,7 @@ def retrieval_sheet(
         likeness[torch.arange(len(chosen)), chosen] = -float("inf")
     most = min(neighbors, len(numbers) - (not queries))
     if most < 1:
-        raise DataError(f"the set has {len(numbers)} usable images; nearest neighbours need another one")
+        raise DataError(f"the set has only {len(numbers)} usable image; nearest neighbours need another one")
     best, places = likeness.topk(most)
     items = []
     for q, number in enumerate(asked_numbers):

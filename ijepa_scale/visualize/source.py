@@ -83,6 +83,11 @@ class PictureSource:
         checkpoint = newest(path / "checkpoints") or newest(path) or path
         return Checkpoint(checkpoint).extra.get("config", {}) if (checkpoint / "manifest.json").is_file() else {}
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether the source tells how its masks were drawn."""
+        return self.config().get("masks") is not None
+
     def masks(self, grid: tuple[int, int]) -> MaskSampler:
         """Returns the sampler that the source was trained with; of other sources than runs, the default one."""
         config = self.config()

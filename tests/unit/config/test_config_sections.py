@@ -28,6 +28,7 @@ from ijepa_scale.config import (
 )
 from ijepa_scale.config.files import known_keys
 from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.health import HealthConfig
 from ijepa_scale.config.manual import blocks, help_text
 from ijepa_scale.config.schema import SinkConfig
 from ijepa_scale.config.section import Section
@@ -151,6 +152,20 @@ def test_one_message_names_everything() -> None:
         "engine.strategy is deepspeed but ds_config is null; name a file, e.g. ds_configs/zero3.json",
         "logging.evry: unknown; did you mean logging.every?",
     ]
+
+
+@pytest.mark.parametrize(
+    "values,said",
+    [
+        ({"on_collapse": "stop"}, "on_collapse is stop but every is 0, which raises no alarm; set every, e.g. 100, or"),
+        ({"keep_best": "lidar"}, "keep_best is lidar but every is 0, which never measures it; set every, or keep_best"),
+        ({"keep_best": "rank_me"}, "keep_best is rank_me but every is 0, which never measures it; set every, or keep_"),
+    ],
+)
+def test_health_that_is_never_measured_decides_nothing(values: dict[str, str], said: str) -> None:
+    assert refusal(HealthConfig, every=0, **values).startswith(f"health.{said}")
+    HealthConfig(every=1, **values)  # type: ignore[arg-type]
+    HealthConfig(every=0, keep_best="linear")
 
 
 def test_a_change_is_checked() -> None:

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ijepa_scale.config import LoggingConfig
@@ -184,14 +186,26 @@ def test_jsonl_appends_after_a_torn_line(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("damage", ["not json", "[1]", '{"loss": 1}'])
-def test_jsonl_refuses_a_damaged_file(tmp_path, damage):
-    path = tmp_path / "metrics.jsonl"
-    text = f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n'
-    path.write_text(text)
+DAMAGE = st.one_of(
+    st.sampled_from([b"not json", b"[1]", b'{"loss": 1}', b'{"step": "\xff"}', b'{"step": 1, "x": "\xff"}', b"\0" * 9]),
+    st.sampled_from(["NaN", "Infinity", "true", "null", '"1"', "[]", "1" + "0" * 400, "[" * 9999]).map(
+        lambda step: f'{{"step": {step}}}'.encode()
+    ),
+    st.integers(1, 20).map(lambda cut: b'{"step": 3, "loss": 1.25}'[:cut]),
+)
+
+
+@given(DAMAGE)
+@settings(max_examples=40, deadline=None)
+def test_jsonl_refuses_a_damaged_file(tmp_path_factory, damage):
+    path = tmp_path_factory.getbasetemp() / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage)
+    assert read_rows(path) == [{"step": 1}]  # a killed run's last line
+    text = b'{"step": 1}\n' + damage + b'\n{"step": 2}\n'
+    path.write_bytes(text)
     with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is .*not a JSON object with a step; fix it or move"):
         JsonlSink(path, drop_from=2)
-    assert path.read_text() == text
+    assert path.read_bytes() == text
 
 
 def test_tensorboard_holds_the_numbers(tmp_path):

@@ -37,7 +37,9 @@ def write_run(folder: Path, *, masks: dict[str, Any] | None = None, checkpoint: 
         {"step": s, "loss": 1 / s, "lr": 1e-3, "target_std": 0.5, "images_per_s": 10.0 * s, "step_ms": 3.0, "mfu": None}
         for s in range(10, 60, 10)
     ]
-    rows.append({"step": 50, "knn": 0.25, "knn_untrained": 0.1})
+    rows.append({"step": 50, "knn": 0.25, "knn_untrained": 0.1, "alarm": 1})
+    for row in (rows[0], rows[-1]):
+        row |= {f"grad_norm_encoder_{block}": 0.1 * (block + 1) for block in range(4)}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if checkpoint:
         jepa, target = build_jepa(config.model, seed=1), build_jepa(config.model, seed=2).encoder

@@ -87,7 +87,7 @@ def test_nearest_neighbours_are_the_near_copies(source: PictureSource) -> None:
 def test_retrieval_needs_another_image(source: PictureSource, tmp_path: Path) -> None:
     write_photographs(tmp_path, count=2, names=("one",))
     (tmp_path / "one" / "01.png").unlink()
-    with pytest.raises(DataError, match="the set has 1 usable images; nearest neighbours need another one"):
+    with pytest.raises(DataError, match="the set has only 1 usable image; nearest neighbours need another one"):
         retrieval_sheet(PictureSource(source=source.source, images=[str(tmp_path)]))
 
 
@@ -100,6 +100,29 @@ def test_masks_are_those_of_training(source: PictureSource) -> None:
         assert context.meaning == f"{kept} context patches" and targets.label == "4 targets"
         shown = (context.pixels != round(0.93 * 255)).any(-1).mean()
         assert shown == pytest.approx(kept / 24, abs=0.02)
+
+
+def test_other_masks_than_those_of_training_are_said(source: PictureSource, tmp_path: Path) -> None:
+    encoder = build_encoder("vit_tiny", image_size=112, patch_size=8, width=24, depth=1, heads=3)
+    torch.save({"target_encoder": encoder.state_dict()}, tmp_path / "a.pth.tar")
+    images = [str(Path(source.source).parent / "photographs")]
+    alone = PictureSource(source=str(tmp_path / "a.pth.tar"), images=images, heads=3)
+    says = "these are the default"
+    assert says in mask_sheet(alone, count=1).note and says not in mask_sheet(source, count=1).note
+
+
+@given(st.one_of(st.integers(max_value=-1), st.integers(min_value=2**32)))
+@settings(max_examples=10, deadline=None)
+def test_steps_that_no_training_has_are_refused(source: PictureSource, step: int) -> None:
+    with pytest.raises(ConfigError, match=f"step is {step}; give a step of training, from 0 to 4294967295"):
+        mask_sheet(source, step=step)
+
+
+@pytest.mark.parametrize("flag", [["--image-size", "64"], ["--weights", "context"]])
+def test_the_predictor_takes_what_it_was_trained_on(source: PictureSource, flag: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        visualize.main(["prediction-error", source.source, *flag])
+    assert f"unrecognized arguments: {' '.join(flag)}" in capsys.readouterr().err
 
 
 def test_pca_takes_twice_the_trained_size(source: PictureSource) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,21 @@ def test_each_run_has_its_line_in_each_plot() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", r"_second \$x\$"]
     assert stays_on_page(figure)
     assert len(kept_figure([first, second], ("strange",)).axes[0].lines) == 1
+
+
+@given(st.lists(st.sampled_from([0, 1, None]), max_size=12))
+def test_an_alarm_lasts_until_it_is_off(states: list[int | None]) -> None:
+    rows = [{"step": step, "alarm": state, "loss": 1.0} for step, state in enumerate(states, start=1)]
+    text = "".join("." if state is None else str(state) for state in states)
+    begun = [m.start(1) + 1 for m in re.finditer(r"(?:^|0)\.*(1)", text)]
+    ended = [next((place + 1 for place in range(start, len(text)) if text[place] == "0"), None) for start in begun]
+    assert RunRows(name="run", rows=rows).alarms() == list(zip(begun, ended, strict=True))
+
+
+def test_alarms_are_marked_at_their_steps() -> None:
+    rows = [{"step": step, "loss": 1.0 / step, "alarm": int(step in (2, 3, 6))} for step in range(1, 8)]
+    (axes,) = kept_figure([RunRows(name="run", rows=rows)], ("loss",)).axes
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x"] == [2, 6]
 
 
 def test_long_runs_are_averaged() -> None:
