@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.escapes import one_line
 from ijepa_scale.evaluate.protocols import FINETUNED, Score
 from ijepa_scale.evaluate.tables import as_markdown, as_text
 from ijepa_scale.metrics.plots import BLUE, GREY, new_figure, save_figure
@@ -84,7 +85,7 @@ class Results:
             values = [100 * score.accuracy for score in scores]
             errors = [[100 * (s.accuracy - s.low) for s in scores], [100 * (s.high - s.accuracy) for s in scores]]
             axes.barh(places, values, height=0.34, color=color, label=label, xerr=errors, error_kw={"linewidth": 1})
-        axes.set_yticks(range(len(names)), names, parse_math=False)
+        axes.set_yticks(range(len(names)), [*map(one_line, names)], parse_math=False)
         axes.invert_yaxis()
         axes.set_xlabel("Accuracy on held-out images (%)")
         axes.grid(axis="x", alpha=0.3, linewidth=0.6)
