@@ -114,9 +114,7 @@ def test_any_names_fit_into_the_table(tmp_path, name):
 def test_a_table_that_cant_be_written_leaves_none(tmp_path):
     (tmp_path / "evaluation.md").mkdir()
     results = Results(facts={}, scores=split_scores(), untrained=[], published={})
-    with pytest.raises(
-        ConfigError, match=r"the table in \S+ can't be written \(Is a directory\); .* are kept"
-    ):
+    with pytest.raises(ConfigError, match=r"the table in \S+ can't be written \(Is a directory\); .* are kept"):
         results.write(tmp_path)
     assert not (tmp_path / "evaluation.json").exists()
 
