@@ -93,6 +93,21 @@ def at_least_1(text: str) -> int:
     return number
 
 
+def at_least_0(text: str) -> int:
+    """Returns a whole number from 0.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"is {text!r}; give a whole number of at least 0")
+    return number
+
+
 def above_0(text: str) -> float:
     """Returns a finite number above 0.
 
@@ -201,5 +216,5 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
 
 __all__ = [
     "FAULT_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE", "Parser", "above_0",
-    "at_least_1", "command", "existing_path", "log_to_terminal", "path", "printing", "report", "say",
+    "at_least_0", "at_least_1", "command", "existing_path", "log_to_terminal", "path", "printing", "report", "say",
 ]  # fmt: skip

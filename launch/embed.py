@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--image-size", type=terminal.at_least_1, help="side of the encoder's images, pixels (default: as trained)")
     add("--reader", help="reader of training for IMAGES, such as imagefolder (default: by their names)")
     add("--batch-size", type=terminal.at_least_1, default=64, help="images of a forward pass (default 64)")
-    add("--workers", type=int, default=2, help="decoding processes per process (default 2)")
+    add("--workers", type=terminal.at_least_0, default=2, help="decoding processes per process (default 2)")
     add("--overwrite", action="store_true", help="replace the file if it exists")
     add("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
     add("--processes", type=terminal.at_least_1, help="number of processes to start on this host")

@@ -46,6 +46,8 @@ def published_path(name: str, check: Callable[[Path, PublishedFile], None]) -> P
         with _alone(path):
             if not path.exists():
                 _download(path, known, check)
+            elif not _record(path).exists():
+                _check_given(path, known, check)
             _verify(path)
     except OSError as error:
         raise CheckpointError(
@@ -88,6 +90,22 @@ def _download(path: Path, known: PublishedFile, check: Callable[[Path, Published
     _record(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
     logger.warning("%s: SHA-256 %s, recorded for later uses; no published hash is known", path, found["sha256"])
+
+
+def _check_given(path: Path, known: PublishedFile, check: Callable[[Path, PublishedFile], None]) -> None:
+    """Checks a file that was put there by hand before its hash is recorded, and leaves it there.
+
+    Raises:
+        CheckpointError: it isn't the published one.
+    """
+    try:
+        _check_whole(path)
+        check(path, known)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} was put there by hand and isn't the published file ({str(error).removeprefix(f'{path} ')}); "
+            "replace it, or remove it to download it"
+        ) from None
 
 
 def _check_whole(path: Path) -> None:

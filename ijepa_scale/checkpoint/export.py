@@ -79,6 +79,7 @@ def export(
         raise CheckpointError(
             f"the predictor can't be exported as {kind}: {_ENCODERS_ONLY[kind]}; choose safetensors, onnx or torch"
         )
+    _check_unused(kind, which, naming, steps_per_epoch, processes)
     if kind == "reference":
         if steps_per_epoch is None:
             raise CheckpointError("a .pth.tar counts epochs; give --steps-per-epoch, the run's samples // batch")
@@ -121,6 +122,25 @@ def export_safetensors(
     weights = read_weights(source, which=which)
     tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
     return write_file(Path(path), lambda temporary: write_tensors(weights, tensors, temporary))
+
+
+def _check_unused(kind: str, which: str, naming: str, steps_per_epoch: int | None, processes: int) -> None:
+    """Checks that nothing is asked for that a format would leave out.
+
+    Raises:
+        CheckpointError: something is.
+    """
+    is_reference = kind == "reference"
+    renames = kind == "safetensors" and which != "predictor"
+    for flag, value, is_used in (
+        ("--steps-per-epoch", steps_per_epoch, is_reference or steps_per_epoch is None),
+        ("--processes", processes, is_reference or processes == 1),
+        ("--naming", naming, renames or naming == "published"),
+        ("--weights", which, not is_reference or which == "target"),
+    ):
+        if not is_used:
+            what = f"{kind} of the predictor" if which == "predictor" else kind
+            raise CheckpointError(f"{flag} is {value}, which {what} makes no use of; drop the flag")
 
 
 def _kind(to: Path, asked: str | None) -> str:

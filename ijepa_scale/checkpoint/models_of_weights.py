@@ -67,7 +67,10 @@ def encoder_sizes(
         sizes["heads"] = heads
     for name in ("image_size", "heads"):
         if name not in sizes:
-            raise ConfigError(f"{weights.origin} doesn't tell the {name} of its encoder; give load(..., {name}=...)")
+            raise ConfigError(
+                f"{weights.origin} doesn't tell the {name} of its encoder; give load(..., {name}=...), or "
+                f"--{name.replace('_', '-')} where a command has it; exports need a run, or a file that tells"
+            )
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     if positions == "interpolated" and trained is not None and trained.computed_for != grid:
         sizes["position_grid"] = trained.computed_for

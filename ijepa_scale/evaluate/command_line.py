@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TypeVar
 
 from ijepa_scale import terminal
 from ijepa_scale.evaluate.dense.dense_protocols import DENSE_PROTOCOLS
 from ijepa_scale.evaluate.labelled_sets import Named
 from ijepa_scale.evaluate.offline import ALL, USUAL, EvaluationRequest
 from ijepa_scale.registry import SOURCES
+
+T = TypeVar("T")
 
 
 def add_flags(parser: terminal.Parser) -> None:
@@ -43,11 +46,16 @@ def add_flags(parser: terminal.Parser) -> None:
     add("--no-untrained", dest="untrained", action="store_false", help="skip the encoder at random weights")
     add("--to", dest="folder", type=terminal.path, default="runs/evaluation", help="folder (default runs/evaluation)")
     add("--batch-size", type=terminal.at_least_1, default=64, help="images per process and forward (default 64)")
-    add("--workers", type=int, default=2, help="decoding processes per process (default 2)")
+    add("--workers", type=terminal.at_least_0, default=2, help="decoding processes per process (default 2)")
     add("--overwrite", action="store_true", help="replace the table in the folder")
     add("--processes", type=terminal.at_least_1, help="number of processes to start on this host")
     add("--seed", type=int, default=0, help="of classifiers and draws (default 0)")
     parser.add_plugins()
+
+
+def _once(given: list[T]) -> tuple[T, ...]:
+    """Returns each value once, in the order given."""
+    return tuple(dict.fromkeys(given))
 
 
 def request_of(flags: argparse.Namespace) -> EvaluationRequest:
@@ -61,8 +69,8 @@ def request_of(flags: argparse.Namespace) -> EvaluationRequest:
             "classes", "depth_scale", "token_gb", "untrained", "batch_size", "workers", "overwrite",
             "seed")  # fmt: skip
     return EvaluationRequest(
-        train=train, test=test, which=flags.weights, folder=Path(flags.folder), protocols=tuple(flags.protocol),
-        shots=tuple(flags.shots), subsets=tuple(flags.subset),
+        train=train, test=test, which=flags.weights, folder=Path(flags.folder), protocols=_once(flags.protocol),
+        shots=_once(flags.shots), subsets=_once(flags.subset),
         transfer=tuple(Named(name, terminal.path(one), terminal.path(other)) for name, one, other in flags.transfer),
         **{name: getattr(flags, name) for name in same},
     )  # fmt: skip

@@ -24,7 +24,7 @@ from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.evaluate.labelled_sets import LabelledSet
 from ijepa_scale.evaluate.logistic import few_shots, share_of
-from ijepa_scale.evaluate.protocols import Score
+from ijepa_scale.evaluate.protocols import FINETUNED, Score
 from ijepa_scale.train.finetune import finetune
 from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.setup import with_strategy
@@ -79,6 +79,20 @@ def parse_subset(text: str, labels: np.ndarray) -> _Subset:
     return _Subset(f"{Path(text).stem} low-shot", None)
 
 
+def check_subsets(data: LabelledSet, subsets: tuple[str, ...], seed: int) -> None:
+    """Checks that all subsets can be drawn or read.
+
+    Raises:
+        UserError: one can't.
+    """
+    for text in subsets:
+        draw = parse_subset(text, data.train.labels).draw
+        if draw is None:
+            SubsetSource(data.train.source, text)
+        else:
+            draw(seed)
+
+
 def lowshot_finetune(data: LabelledSet, request: FinetuneRequest, world: World, *, trained: bool) -> list[Score]:
     """Returns the accuracy on the test images of each subset: mean, lowest and highest of the seeds.
 
@@ -106,7 +120,7 @@ def lowshot_finetune(data: LabelledSet, request: FinetuneRequest, world: World, 
         setting = f"{count} images, {request.seeds} seeds, {request.epochs} epochs"
         scores.append(
             Score(
-                protocol=f"{name}, finetuned",
+                protocol=f"{name}{FINETUNED}",
                 setting=setting,
                 accuracy=float(np.mean(found)),
                 low=min(found),
@@ -178,7 +192,9 @@ def _accuracy(
         assert found.top1 is not None  # the configuration names test images
         known = {"top1": found.top1, "subset": config.data.subset, "seed": config.seed, "trained": trained}
         if world.is_main:
-            result.write_text(json.dumps(known) + "\n")
+            unfinished = result.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(known) + "\n")
+            os.replace(unfinished, result)
             shutil.rmtree(folder)  # its checkpoints are three times the encoder's size
         world.barrier()
     return float(known["top1"])  # type: ignore[index]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +24,8 @@ from ijepa_scale.evaluate.bar import Bar
 from ijepa_scale.evaluate.frozen import ImageTransform, Pool, heads_of, load
 from ijepa_scale.evaluate.labelled_sets import LabelledSet, Named
 from ijepa_scale.evaluate.linear_probe import ProbeRecipe
-from ijepa_scale.evaluate.lowshot_finetune import FinetuneRequest, lowshot_finetune, parse_subset
-from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Score, Split, means, transfer
+from ijepa_scale.evaluate.lowshot_finetune import FinetuneRequest, check_subsets, lowshot_finetune
+from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Score, Split, check_labels, means, transfer
 from ijepa_scale.evaluate.results import JSON, Results, published_figures
 from ijepa_scale.evaluate.stored_features import FeatureStore
 from ijepa_scale.models.init import initialise
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 FINETUNE = "lowshot-finetune"
 ALL = (*PROTOCOLS, *ATTENTIVE, FINETUNE)
+_SET_NAME = re.compile(r"\w[\w.+-]{0,39}")
 USUAL = (*PROTOCOLS, "attentive")  # the others take hours without a GPU
 
 
@@ -90,15 +93,18 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     unknown = [name for name in request.protocols if name not in ALL]
     if unknown:
         raise ConfigError(f"protocol {', '.join(unknown)} is unknown; choose among {', '.join(ALL)}")
-    check_unwritten(request, world)
+    _check_flags(request)
+    check_folder(request, world)
     encoder, transform = load(request.source, which=request.which, image_size=request.image_size, heads=request.heads)
     sets = [
         LabelledSet.open(given, request.reader if not given.name else None, request.exif, log=world.is_main)
         for given in (Named("", request.train, request.test), *request.transfer)
     ]
+    for number, each in enumerate(sets):
+        needs_shots = number > 0 or "lowshot" in request.protocols
+        check_labels(each.train.labels, _shots(request, number) if needs_shots else (), each.name)
     if FINETUNE in request.protocols:
-        for text in request.subsets:
-            parse_subset(text, sets[0].train.labels)
+        check_subsets(sets[0], request.subsets, request.seed)
     nets = {"": encoder, "untrained-": untrained_like(encoder, request.seed)}
     if not request.untrained:
         del nets["untrained-"]
@@ -118,7 +124,7 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
         "test": f"{request.test}: {len(main.test.labels)} images",
         "seed": request.seed,
     }
-    facts |= {each.name: f"{each.train.path} and {each.test.path}" for each in sets[1:]}
+    facts |= {f"transfer {each.name}": f"{each.train.path} and {each.test.path}" for each in sets[1:]}
     sizes = (name_of(encoder), encoder.patch_size, transform.image_size)
     published = published_figures(*sizes, num_classes=main.num_classes, num_test=len(main.test.labels))
     return Results(facts=facts, scores=tables[0], untrained=tables[1] if request.untrained else [], published=published)
@@ -204,10 +210,9 @@ class _Evaluation:
 
     def _options(self, number: int) -> Options:
         request = self._request
-        shots = request.shots if number == 0 else tuple(each for each in request.shots if each in (1, 10)) or (1,)
         return Options(
             width=self._encoder.width, num_classes=self._sets[number].num_classes, device=self._world.device,
-            shots=shots, seed=request.seed, seeds=request.seeds,
+            shots=_shots(request, number), seed=request.seed, seeds=request.seeds,
             recipe=ProbeRecipe(epochs=request.epochs, seed=request.seed),
         )  # fmt: skip
 
@@ -225,11 +230,52 @@ class EncodingBars:
             logger.info("%s: features of %d images", name, total)
 
 
-def check_unwritten(request: EvaluationRequest, world: World) -> None:
-    """Checks that the folder has no table yet, unless it may be overwritten. Communicates."""
+def check_folder(request: EvaluationRequest, world: World) -> None:
+    """Makes the folder, and checks that it takes files and has no table that must be kept. Communicates.
+
+    Raises:
+        ConfigError: it can't be used.
+    """
+    problem = world.broadcast_object(_problem_of(request) if world.is_main else None)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _problem_of(request: EvaluationRequest) -> str | None:
     done = request.folder / JSON
-    if world.broadcast_object(done.exists()) and not request.overwrite:
-        raise ConfigError(f"{done} exists; name another folder with --to, or add --overwrite")
+    try:
+        if done.exists() and not request.overwrite:
+            return f"{done} exists; name another folder with --to, or add --overwrite"
+        request.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=request.folder):
+            return None
+    except OSError as error:
+        return f"{request.folder} can't be written to ({error.strerror}); name another folder with --to"
+
+
+def _check_flags(request: EvaluationRequest) -> None:
+    """Checks the names of further sets, the room for tokens, and that no flag is only for dense protocols.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    names = [each.name for each in request.transfer]
+    for name in names:
+        if not _SET_NAME.fullmatch(name) or names.count(name) > 1:
+            raise ConfigError(
+                f"--transfer is named {name!r}; give each data set a name of its own, of up to 40 letters, digits and "
+                "any of - . _ +"
+            )
+    if not request.token_gb >= 0:  # also if it isn't a number
+        raise ConfigError(f"--token-gb is {request.token_gb:g}; give 0, which keeps none, or more")
+    for flag, value in (("--classes", request.classes), ("--depth-scale", request.depth_scale)):
+        if value is not None:
+            raise ConfigError(f"{flag} is {value:g}, but images with labels have no maps; drop the flag")
+
+
+def _shots(request: EvaluationRequest, number: int) -> tuple[int, ...]:
+    """Returns the images per class of the set with that number; further ones have 1 and 10 at most."""
+    return request.shots if number == 0 else tuple(each for each in request.shots if each in (1, 10)) or (1,)
 
 
 def untrained_like(encoder: VisionTransformer, seed: int) -> VisionTransformer:

@@ -7,6 +7,7 @@ The chunks don't depend on the number of processes, and neither does what is in 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,13 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.engine.world import World
+
+logger = logging.getLogger(__name__)
 
 BATCHES = 8  # of one part; a killed process loses no more
 
@@ -69,7 +72,7 @@ class Parts:
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
         world.barrier()
-        left = [begin for begin in range(0, self.count, self.chunk) if not self._path(begin).exists()]
+        left = [begin for begin in range(0, self.count, self.chunk) if not self._is_whole(self._path(begin))]
         world.barrier()  # all have listed what is left before any adds a part
         mine = [self._batches_of(begin) for begin in left[world.rank :: world.size]]
         numbers = [batch for batches in mine for batch in batches]
@@ -102,6 +105,17 @@ class Parts:
     def _batches_of(self, begin: int) -> list[list[int]]:
         end = min(begin + self.chunk, self.count)
         return [list(range(at, min(at + self.batch_size, end))) for at in range(begin, end, self.batch_size)]
+
+    def _is_whole(self, path: Path) -> bool:
+        """Returns whether a part is there; says so if there is a file that has been cut."""
+        try:
+            with safe_open(str(path), framework="pt"):
+                return True
+        except FileNotFoundError:
+            return False
+        except SafetensorError:
+            logger.warning("%s is damaged; it is computed again", path)
+            return False
 
     def _path(self, begin: int) -> Path:
         return self.folder / f"part-{begin:010d}.safetensors"

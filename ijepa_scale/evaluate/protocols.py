@@ -19,6 +19,7 @@ from ijepa_scale.evaluate.logistic import few_shots, logistic_regression, share_
 
 NEIGHBORS, TEMPERATURES = (5, 10, 20, 50, 100, 200), (0.03, 0.07, 0.2)
 USUAL = (20, 0.07)  # of kNN, stated next to the best of the sweep. Source: arXiv 2104.14294, section 4
+FINETUNED = ", finetuned"  # ends the names of scores of finetuned encoders
 SHARES = (0.01, 0.1)  # of the training images of each class, for the low-shot protocol
 
 
@@ -107,10 +108,29 @@ def logistic(train: Split, test: Split, options: Options) -> list[Score]:
     return [scored("logistic", f"C {found.strength:g}", right, len(test.labels))]
 
 
+def check_labels(labels: np.ndarray, shots: tuple[int, ...], name: str = "") -> None:
+    """Checks that training labels (N,) have two classes, and images for the fewest of `shots`, if there are any.
+
+    Raises:
+        DataError: they don't. Begins with the set's name, if it has one.
+    """
+    prefix = f"{name}: " if name else ""
+    known, counts = np.unique(labels, return_counts=True)
+    if len(known) < 2:
+        raise DataError(f"{prefix}{len(labels)} training images of one class; give two classes or more")
+    least = int(counts.min())
+    if shots and min(shots) > least:
+        raise DataError(
+            f"{prefix}the smallest class has {least} training images, fewer than {min(shots)} shots; give --shots "
+            f"{least}"
+        )
+
+
 def lowshot(train: Split, test: Split, options: Options, *, shares: tuple[float, ...] = SHARES) -> list[Score]:
     """Returns logistic regression on a few training images of each class: mean and range of several draws."""
-    counts = np.bincount(train.labels, minlength=options.num_classes)
-    least = int(counts[counts > 0].min())
+    check_labels(train.labels, options.shots)
+    counts = np.unique(train.labels, return_counts=True)[1]
+    least = int(counts.min())
     for shots in options.shots:
         if shots > least:
             logger.warning("%d-shot is left out: the smallest class has %d training images", shots, least)
@@ -119,13 +139,8 @@ def lowshot(train: Split, test: Split, options: Options, *, shares: tuple[float,
         for shots in options.shots
         if shots <= least
     ]
-    if not scores:
-        raise DataError(
-            f"the smallest class has {least} training images, fewer than {min(options.shots)} shots; give --shots "
-            f"{least}"
-        )
     for share in shares:
-        if share * len(train.labels) >= 2 * np.count_nonzero(counts):
+        if share * len(train.labels) >= 2 * len(counts):
             name, note = f"{share:.0%} low-shot", "logistic regression instead of finetuning"
             scores.append(_few(name, train, test, options, partial(share_of, train.labels, share), note))
         else:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.evaluate.protocols import Score
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.escapes import one_line
+from ijepa_scale.evaluate.protocols import FINETUNED, Score
 from ijepa_scale.evaluate.tables import as_markdown, as_text
 from ijepa_scale.metrics.plots import BLUE, GREY, new_figure, save_figure
 
@@ -39,7 +43,7 @@ class Results:
         rows: list[tuple[str, ...]] = []
         for score in self.scores:
             reference = without.get(score.protocol)
-            published = self.published.get(score.protocol)
+            published = self.published.get(score.protocol.removesuffix(FINETUNED))
             rows.append(
                 (
                     score.protocol,
@@ -68,9 +72,7 @@ class Results:
             "scores": [asdict(score) for score in self.scores],
             "untrained": [asdict(score) for score in self.untrained],
         }  # fmt: skip
-        (folder / JSON).write_text(json.dumps(content, indent=2) + "\n")
-        (folder / MARKDOWN).write_text(self.markdown())
-        return [folder / JSON, folder / MARKDOWN, self._draw(folder / PICTURE)]
+        return write_table(folder, content, self.markdown(), self._draw)
 
     def _draw(self, path: Path) -> Path:
         names = [score.protocol for score in self.scores]
@@ -83,13 +85,32 @@ class Results:
             values = [100 * score.accuracy for score in scores]
             errors = [[100 * (s.accuracy - s.low) for s in scores], [100 * (s.high - s.accuracy) for s in scores]]
             axes.barh(places, values, height=0.34, color=color, label=label, xerr=errors, error_kw={"linewidth": 1})
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [*map(one_line, names)], parse_math=False)
         axes.invert_yaxis()
         axes.set_xlabel("Accuracy on held-out images (%)")
         axes.grid(axis="x", alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
         return save_figure(figure, path)
+
+
+def write_table(folder: Path, content: dict[str, Any], markdown: str, draw: Callable[[Path], Path]) -> list[Path]:
+    """Writes the files of a table and returns their paths. The JSON file comes last, whole: it says that all is done.
+
+    Raises:
+        ConfigError: they can't be written.
+    """
+    try:
+        picture = draw(folder / PICTURE)
+        (folder / MARKDOWN).write_text(markdown, encoding="utf-8")
+        unfinished = folder / f".unfinished-{JSON}"
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / JSON)
+    except OSError as error:
+        raise ConfigError(
+            f"the table in {folder} can't be written ({error.strerror}); free space and run again: features are kept"
+        ) from None
+    return [folder / JSON, folder / MARKDOWN, picture]
 
 
 def published_figures(

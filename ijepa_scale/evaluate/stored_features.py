@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool
 from ijepa_scale.evaluate.parts import Loaded, Parts
 from ijepa_scale.models.layers import Block, LayerNorm
 from ijepa_scale.models.vit import VisionTransformer
+
+logger = logging.getLogger(__name__)
 
 Advance = Callable[[str, int, int], None]  # (name, images done, images in all)
 
@@ -79,7 +82,7 @@ class FeatureStore:
             check_pool(encoder, pool)
         key = self._key(encoder, transform, images)
         paths = {pool: self.folder / f"{images.name}-{pool}-{key}.npy" for pool in pools}
-        missing = [pool for pool in pools if not paths[pool].exists()]
+        missing = [pool for pool in pools if opened(paths[pool]) is None] if self.world.is_main else []
         missing = self.world.broadcast_object(missing)  # type: ignore[assignment]
         if missing:
             if not tried:
@@ -152,6 +155,17 @@ class FeatureStore:
             "exif": images.exif,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def opened(path: Path) -> np.ndarray | None:
+    """Returns the array in a file, memory-mapped; None if there is no file, or one that was cut, which is logged."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError):
+        logger.warning("%s is damaged; it is computed again", path)
+        return None
 
 
 def _join(parts: Parts, paths: dict[Pool, Path]) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ijepa_scale.escapes import one_line
+
 
 def as_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table as lines of text, without columns that are empty."""
@@ -18,5 +20,5 @@ def as_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
     """Returns a table in Markdown, with facts below it."""
     head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([*head, *body, "", *(f"- {name}: {value}" for name, value in facts.items()), ""])
+    body = ["| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([*head, *body, "", *(f"- {name}: {one_line(str(value))}" for name, value in facts.items()), ""])

@@ -75,6 +75,7 @@ def test_log_records_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     ("kind", "good", "bad"),
     [
         (terminal.at_least_1, {"1": 1, " 7": 7}, ["0", "-1", "1.5", "x", ""]),
+        (terminal.at_least_0, {"0": 0, " 7": 7}, ["-1", "1.5", "x", ""]),
         (terminal.above_0, {"1e-3": 1e-3, "2": 2.0}, ["0", "-1", "nan", "inf", "x"]),
         (terminal.path, {"a/$1": "a/$1", "$$A": "$A"}, ["", " ", "$NOT_SET_HERE", "~nobody-here", "{{ x }}"]),
     ],

@@ -71,17 +71,25 @@ def write_subset(whole: SampleSource, ids: np.ndarray, path: Path) -> None:
     """Writes the names of samples, as `SubsetSource` reads them: with as few folders as tell all samples apart.
 
     Raises:
-        DataError: two samples have one name.
+        DataError: two samples have one name, or one that isn't a line of its own.
     """
     parts = [_parts(whole.name(number)) for number in range(whole.num_samples)]
     for depth in range(1, max(map(len, parts)) + 1):
         ends = ["/".join(each[-depth:]) for each in parts]
-        if len(set(ends)) == len(ends):
+        if len(set(ends)) == len(ends) and all(_is_line(ends[number]) for number in ids.tolist()):
             break
     else:
-        raise DataError(f"{whole.summary()}: two samples have one name; give each its own, and write the subset again")
+        raise DataError(
+            f"{whole.summary()}: two samples have one name, or one that isn't a line of its own, such as with a line "
+            "break; give each another name, and write the subset again"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{ends[number]}\n" for number in ids.tolist()), encoding="utf-8", errors="surrogateescape")
+
+
+def _is_line(name: str) -> bool:
+    """Returns whether a line of a subset's file that holds a name is read as that name."""
+    return name.splitlines() == [name.strip()] and not name.startswith("#")
 
 
 def _ids_of(whole: SampleSource, path: Path) -> np.ndarray:

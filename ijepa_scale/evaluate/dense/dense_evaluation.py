@@ -27,7 +27,7 @@ from ijepa_scale.evaluate.frozen import ImageTransform, load
 from ijepa_scale.evaluate.offline import (
     EncodingBars,
     EvaluationRequest,
-    check_unwritten,
+    check_folder,
     name_of,
     untrained_like,
 )
@@ -58,7 +58,11 @@ def evaluate_dense(request: EvaluationRequest, world: World) -> DenseResults | N
     kind = _kind_of(request.protocols)
     if request.reader is not None:
         raise ConfigError(f"--reader is {request.reader}, but {kind} are read from folders of files; drop the flag")
-    check_unwritten(request, world)
+    if request.transfer:
+        raise ConfigError(
+            f"--transfer is {request.transfer[0].name}, but it is for images with labels, not {kind}; drop the flag"
+        )
+    check_folder(request, world)
     encoder, transform = load(request.source, which=request.which, image_size=request.image_size, heads=request.heads)
     whole = ImageTransform(
         encoder, mean=transform.mean, std=transform.std, crop_fraction=1.0, pixels=transform.format.dtype

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ijepa_scale.evaluate.dense.dense_protocols import Measure
-from ijepa_scale.evaluate.results import JSON, MARKDOWN, PICTURE
+from ijepa_scale.evaluate.results import write_table
 from ijepa_scale.evaluate.tables import as_markdown, as_text
 from ijepa_scale.metrics.plots import BLUE, GREY, new_figure, save_figure
 
@@ -62,10 +61,7 @@ class DenseResults:
             "measures": [asdict(each) for each in self.measures],
             "untrained": [asdict(each) for each in self.untrained],
         }  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / JSON).write_text(json.dumps(content, indent=2) + "\n")
-        (folder / MARKDOWN).write_text(self.markdown())
-        return [folder / JSON, folder / MARKDOWN, self._draw(folder / PICTURE)]
+        return write_table(folder, content, self.markdown(), self._draw)
 
     def _name(self, each: Measure) -> str:
         if each.of_class is None:

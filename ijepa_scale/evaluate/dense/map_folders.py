@@ -28,6 +28,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.dense.map_files import IGNORED, decode_depth, decode_mask, nearest
 from ijepa_scale.evaluate.features import local_ids
+from ijepa_scale.evaluate.stored_features import opened
 
 Kind = Literal["masks", "depth"]
 _CALLED = {"masks": "mask", "depth": "depth map"}
@@ -209,7 +210,7 @@ def training_maps(source: MapFolder, path: Path, *, workers: int = 0) -> np.ndar
 
     Call it on one process only.
     """
-    if not path.exists():
+    if opened(path) is None:
         kind = np.uint8 if source.kind == "masks" else np.float32
         unfinished = path.with_suffix(".unfinished")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -239,6 +239,19 @@ def test_a_file_put_there_by_hand_is_recorded(tmp_path, server, caplog):
     assert "has changed since its first use" in refusal()
 
 
+@pytest.mark.parametrize("change", [lambda whole: whole[:-100], damaged, lambda whole: b"", lambda _: content(depth=3)])
+def test_another_file_put_there_by_hand_is_refused_and_left(tmp_path, server, change):
+    path = tmp_path / "cache" / "published" / "tiny.pth.tar"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(change(server.content))
+    line = refusal()
+    assert line.startswith(f"{path} was put there by hand and isn't the published file (")
+    assert line.endswith("); replace it, or remove it to download it") and "tiny.pth.tar" in cached(tmp_path)
+    path.write_bytes(server.content)  # a whole copy replaces it
+    open_source("published:tiny")
+    assert server.sent == 0
+
+
 def test_a_full_disk_is_said_before(tmp_path, server, monkeypatch):
     usage = download.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=1000))

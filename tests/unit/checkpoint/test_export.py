@@ -148,6 +148,31 @@ def test_an_unknown_naming(tmp_path: Path) -> None:
         export_safetensors(tmp_path, tmp_path / "out", naming="jax")
 
 
+@pytest.mark.parametrize(
+    ("to", "flags", "said"),
+    [
+        ("out.safetensors", ["--steps-per-epoch", "10"], "--steps-per-epoch is 10, which safetensors makes no use of"),
+        ("out.onnx", ["--processes", "3"], "--processes is 3, which onnx makes no use of"),
+        ("out.pt2", ["--naming", "transformers"], "--naming is transformers, which torch makes no use of"),
+        ("out", ["--as", "timm", "--naming", "transformers"], "--naming is transformers, which timm makes no use of"),
+        (
+            "out.safetensors",
+            ["--weights", "predictor", "--naming", "transformers"],
+            "--naming is transformers, which safetensors of the predictor makes no use of",
+        ),
+        (
+            "out.pth.tar",
+            ["--weights", "context", "--steps-per-epoch", "10"],
+            "--weights is context, which reference makes no use of",
+        ),
+    ],
+)
+def test_flags_that_a_format_would_leave_out_are_refused(tmp_path, capsys, to, flags, said):
+    saved(tmp_path / "run")
+    assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / to), *flags]) == 2
+    assert f"error: {said}; drop the flag" in capsys.readouterr().err and not (tmp_path / to).exists()
+
+
 def test_the_published_file_from_the_command_line(tmp_path, capsys):
     saved(tmp_path / "run")
     to = str(tmp_path / "out.pth.tar")

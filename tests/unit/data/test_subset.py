@@ -64,6 +64,24 @@ def test_a_written_file_is_read_back(folder, tmp_path_factory, chosen):
     assert str(folder) not in path.read_text()  # it can move to another machine
 
 
+@given(st.sets(st.text("#a .\n\x0b\u2028\udcff", min_size=1, max_size=3), min_size=2, max_size=4), st.data())
+def test_any_file_names_are_read_back_or_refused(tmp_path_factory, names, data):
+    folder = tmp_path_factory.mktemp("named")
+    (folder / "class").mkdir()
+    for name in names:
+        (folder / "class" / f"{name}.png").write_bytes(name.encode(errors="surrogateescape"))
+    whole = ImageFolderSource(folder)
+    ids = np.array(sorted(data.draw(st.sets(st.integers(0, whole.num_samples - 1), min_size=1))))
+    given_names = [Path(whole.name(number)).name for number in ids.tolist()]
+    if any(len(name.splitlines()) > 1 for name in given_names):
+        with pytest.raises(DataError, match="isn't a line of its own, such as with a line break"):
+            write_subset(whole, ids, folder / "a.txt")
+        return
+    write_subset(whole, ids, folder / "a.txt")
+    found = SubsetSource(whole, folder / "a.txt")
+    assert [found.read(n) for n in range(found.num_samples)] == [whole.read(n) for n in ids.tolist()]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -15,10 +15,16 @@ from safetensors.torch import save_file
 from ijepa_scale.config import load_config
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import ConfigError
+from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.evaluate import lowshot_finetune as module
 from ijepa_scale.evaluate.labelled_sets import LabelledSet, Named
-from ijepa_scale.evaluate.lowshot_finetune import FinetuneRequest, lowshot_config, lowshot_finetune, parse_subset
+from ijepa_scale.evaluate.lowshot_finetune import (
+    FinetuneRequest,
+    check_subsets,
+    lowshot_config,
+    lowshot_finetune,
+    parse_subset,
+)
 from ijepa_scale.models.registry import build_encoder
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -93,6 +99,16 @@ def test_runs_give_a_score_and_are_done_once(data, request_, monkeypatch):
 def test_what_is_no_subset_is_refused(text):
     with pytest.raises(ConfigError, match="give a share like 1%, images per class like 5, or a text file"):
         parse_subset(text, np.arange(4) % 2)
+
+
+@pytest.mark.parametrize(("text", "said"), [("21", "class 0 has 20 images, fewer than 21"), ("LIST", "names no")])
+def test_subsets_that_cant_be_drawn_are_refused_before_anything_is_trained(data, tmp_path, text, said):
+    if text == "LIST":
+        (tmp_path / "list.txt").write_text("no-such-image.png\n")
+        text = str(tmp_path / "list.txt")
+    check_subsets(data, ("1%", "5"), 0)
+    with pytest.raises(DataError, match=said):
+        check_subsets(data, ("1%", text), 0)
 
 
 def test_shares_and_shots_are_drawn_of_each_class():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ijepa_scale.errors import DataError
+from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.evaluate.linear_probe import ProbeRecipe
-from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Score, Split, means, transfer
+from ijepa_scale.evaluate.protocols import PROTOCOLS, Options, Score, Split, check_labels, means, transfer
 from ijepa_scale.evaluate.results import Results, published_figures
 
 WIDTH, CLASSES = 8, 4
@@ -95,6 +98,51 @@ def test_the_table_is_written_as_text_json_markdown_and_picture(tmp_path):
         assert path.stat().st_size > 100
     assert json.loads((tmp_path / "evaluation.json").read_text())["scores"][1]["accuracy"] == 0.7931
     assert "a \\| b" in (tmp_path / "evaluation.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["a|b", "a\nb", "x$\\frac$", "\udcff", "\u2028"])
+def test_any_names_fit_into_the_table(tmp_path, name):
+    score = Score(protocol=name, setting=name, accuracy=0.5, low=0.4, high=0.6)
+    results = Results(facts={"train": name}, scores=[score], untrained=[score], published={})
+    json_file, markdown, picture = results.write(tmp_path)
+    lines = markdown.read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 6 and lines[2].replace("\\|", "").count("|") == 8
+    assert json.loads(json_file.read_text())["facts"]["train"] == name and picture.stat().st_size > 100
+    assert {path.name for path in tmp_path.iterdir()} == {json_file.name, markdown.name, picture.name}
+
+
+def test_a_table_that_cant_be_written_leaves_none(tmp_path):
+    (tmp_path / "evaluation.md").mkdir()
+    results = Results(facts={}, scores=split_scores(), untrained=[], published={})
+    with pytest.raises(ConfigError, match=r"the table in \S+ can't be written \(Is a directory\); .* are kept"):
+        results.write(tmp_path)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def split_scores() -> list[Score]:
+    return PROTOCOLS["knn"](split(40, 0, 1.0), split(8, 1, 1.0), options())
+
+
+@pytest.mark.parametrize("protocol", ["1% low-shot", "1% low-shot, finetuned"])
+def test_the_published_low_shot_figure_stands_next_to_finetuning_too(protocol):
+    score = Score(protocol=protocol, setting="", accuracy=0.5, low=0.4, high=0.6)
+    results = Results(facts={}, scores=[score], untrained=[], published={"1% low-shot": 73.3})
+    assert results.rows()[0][4] == "73.3%"
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.lists(st.integers(1, 6), max_size=3))
+def test_labels_are_refused_early_where_protocols_would_refuse_them(labels, shots):
+    counts = [labels.count(label) for label in set(labels)]
+    said = None
+    if len(counts) < 2:
+        said = f"^flowers: {len(labels)} training images of one class; give two classes or more$"
+    elif shots and min(counts) < min(shots):
+        said = (
+            f"^flowers: the smallest class has {min(counts)} training images, fewer than {min(shots)} shots; give "
+            f"--shots {min(counts)}$"
+        )
+    with pytest.raises(DataError, match=said) if said else contextlib.nullcontext():
+        check_labels(np.array(labels), tuple(shots), "flowers")
 
 
 def test_published_figures_stand_next_to_imagenet_only():

@@ -130,6 +130,22 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert done[-1] == 16 and again[-1] == 30 - 12  # the last of 4 batches wasn't written
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_a_file_that_was_cut_is_computed_again_and_said(tmp_path, monkeypatch, caplog, suffix, kept):
+    found, (encoder, transform) = images(tmp_path / "images"), small()
+    monkeypatch.setattr(in_parts.Parts, "remove", lambda self: None)
+    store = FeatureStore(tmp_path / "features", ALONE, batch_size=1)
+    whole = mean_of(store, encoder, transform, found)
+    file, *others = sorted((tmp_path / "features").rglob(f"*{suffix}"))
+    assert len(others) == (3 if suffix == ".safetensors" else 0)
+    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    if suffix == ".safetensors":
+        next((tmp_path / "features").glob("*.npy")).unlink()
+    assert np.array_equal(mean_of(store, encoder, transform, found), whole)
+    assert f"{file} is damaged; it is computed again" in caplog.text
+
+
 def test_a_damaged_image_is_found_before_anything_is_computed(tmp_path):
     found, (encoder, transform) = images(tmp_path / "images"), small()
     Path(found.source.name(29)).write_bytes(b"no image")

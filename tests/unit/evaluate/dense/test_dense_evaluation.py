@@ -19,6 +19,7 @@ from ijepa_scale.evaluate.dense.dense_evaluation import evaluate_dense
 from ijepa_scale.evaluate.dense.dense_protocols import Measure
 from ijepa_scale.evaluate.dense.dense_results import DenseResults
 from ijepa_scale.evaluate.dense.map_files import IGNORED
+from ijepa_scale.evaluate.labelled_sets import Named
 from ijepa_scale.evaluate.offline import EvaluationRequest
 from ijepa_scale.models.registry import build_encoder
 from launch import evaluate as command
@@ -147,6 +148,7 @@ def test_the_command_takes_dense_protocols(request_of_shapes, tmp_path, capsys):
         ({"protocols": ("segmentation", "knn")}, "protocols segmentation, knn need different data"),
         ({"protocols": ("depth",), "classes": 3}, "--classes is 3, but depth has no classes; drop the flag"),
         ({"depth_scale": 1000.0}, "--depth-scale is 1000, but masks have no scale; drop the flag"),
+        ({"transfer": (Named("more", "a", "b"),)}, "--transfer is more, but it is for images with labels, not masks"),
         ({"reader": "shards"}, "--reader is shards, but masks are read from folders of files; drop the flag"),
     ],
 )

@@ -61,6 +61,8 @@ def test_pairs_are_read_in_order(tmp_path):
     small = training_maps(source, tmp_path / "cache" / "maps.npy")
     assert small.shape == (5, 4, 4) and isinstance(small, np.memmap)
     assert np.array_equal(small, [each[1::2, 1::3] for each in maps])  # the pixels at the centres
+    (tmp_path / "cache" / "cut.npy").write_bytes((tmp_path / "cache" / "maps.npy").read_bytes()[:150])
+    assert np.array_equal(training_maps(source, tmp_path / "cache" / "cut.npy"), small)
 
 
 def test_worker_processes_read_the_same(tmp_path):
