@@ -125,7 +125,9 @@ class PictureSource:
         sizes |= {"heads": self.heads} if self.heads else {}
         lacking = [name for name in ("image_size", "heads") if name not in sizes]
         if lacking:
-            raise ConfigError(f"{self.source} doesn't tell the {lacking[0]} of its encoder; give --{lacking[0]}")
+            raise ConfigError(
+                f"{self.source} doesn't tell the {lacking[0]} of its encoder; give --{lacking[0].replace('_', '-')}"
+            )
         if positions is not None and positions.computed_for != positions.grid:
             sizes["position_grid"] = positions.computed_for
         return sizes

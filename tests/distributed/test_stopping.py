@@ -155,6 +155,7 @@ def test_a_second_signal_ends_at_once(data: Path, tmp_path: Path) -> None:
     process.wait(timeout=30)
 
 
+@pytest.mark.long
 def test_rows_of_stopped_and_whole_runs_are_alike(data: Path, whole: dict[str, Path], tmp_path: Path) -> None:
     """Evaluations too: each has one row, with the same result."""
     folder = tmp_path / "run"
