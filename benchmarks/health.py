@@ -4,7 +4,7 @@ python -m benchmarks.health [--shards FOLDER] [--images FOLDER_OR_TAR] [--only W
 
 Trains 20 healthy runs of 500 steps, with different seeds, data, models, rates and masks, and three that must collapse:
 without momentum, at a learning rate far too high, and on images that are all the same. Images are those of the demo
-(`make demo` writes the shards) and photographs (by default JPEGs generated for the run). Takes about five minutes of
+(`make demo` writes the shards) and photographs (by default JPEGs generated for the run). Takes about eight minutes of
 one core. Exits with 1 if an alarm is missing or wrong.
 """
 

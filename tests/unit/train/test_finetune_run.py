@@ -349,7 +349,7 @@ def test_export_from_the_command_line(finished, tmp_path, capsys):
     assert "out.safetensors exists; give another name, or add --overwrite" in capsys.readouterr().err
     assert export.main([str(finished[0]), "--to", str(to), "--overwrite"]) == 0
     assert export.main([str(finished[0]), "--to", str(tmp_path / "out.bin")]) == 2
-    assert "out.bin doesn't end in .safetensors" in capsys.readouterr().err and not (tmp_path / "out.bin").exists()
+    assert "out.bin ends in none of .safetensors" in capsys.readouterr().err and not (tmp_path / "out.bin").exists()
     assert export.main([str(tmp_path / "no"), "--to", str(tmp_path / "b.safetensors")]) == 2
     assert "doesn't exist" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
 
