@@ -85,7 +85,8 @@ def in_process(world: World, request: EvaluationRequest) -> Results | None:
     return evaluate_encoder(request, world)
 
 
-@pytest.mark.parametrize("token_gb", [pytest.param(0.0, marks=pytest.mark.long), 1.0])
+@pytest.mark.long
+@pytest.mark.parametrize("token_gb", [0.0, 1.0])
 def test_attentive_probes_are_the_same_on_any_number_of_processes(
     encoder: Path, images: Path, tmp_path: Path, token_gb: float
 ) -> None:

@@ -47,7 +47,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long) if n in ("hsdp", "zero1") else n for n in KINDS]
+)
 def test_a_flipped_bit_is_found(name: str) -> None:
     processes, engine = ENGINES[name]
     for clean, *flipped in run(flip, processes, engine, KINDS[name]):

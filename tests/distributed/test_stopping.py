@@ -30,7 +30,7 @@ LAUNCHES = {
     "torchrun fsdp2": (TORCHRUN, ("engine.strategy=fsdp2",)),
     "deepspeed zero3": (DEEPSPEED, ZERO3),
 }
-SHORT = [("alone", "SIGTERM", "all"), ("processes", "SIGUSR1", "worker"), ("torchrun fsdp2", "SIGTERM", "launcher")]
+SHORT = [("alone", "SIGTERM", "all"), ("torchrun fsdp2", "SIGTERM", "launcher")]
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 PLACES = [
     (launch, to) for launch in LAUNCHES for to in ("launcher", "worker", "all") if (launch, to) != ("alone", "worker")
