@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -31,15 +32,43 @@ class Stopped(Exception):  # noqa: N818 - not an error: the state is saved
 class _Process:
     reason: str | None = None
     at = 0.0  # time.monotonic(), of the reason
-    launcher: int | None = None  # the process that started this one, if it is to be watched
+    launchers: tuple[int, ...] = ()  # the processes that started this one, nearest first, if they are to be watched
 
 
 _process = _Process()
 
 
 def watch_launcher() -> None:
-    """Lets `listening` watch the process that started this one, which isn't to outlive it."""
-    _process.launcher = os.getppid()
+    """Lets `listening` watch the process that started this one, which isn't to outlive it.
+
+    The command `deepspeed` starts a launcher of its own, and leaves that behind if it ends, so both are watched.
+    """
+    parent = os.getppid()
+    above = _parent_of(parent)
+    _process.launchers = (parent, above) if above is not None and _is_deepspeed(above) else (parent,)
+
+
+def _parent_of(process: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _is_deepspeed(process: int) -> bool:
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(os.path.basename(word) == b"deepspeed" for word in words[:3])
+
+
+def _orphaned() -> bool:
+    """Returns whether a launcher has ended."""
+    launchers = _process.launchers
+    if not launchers:
+        return False
+    return os.getppid() != launchers[0] or (len(launchers) > 1 and _parent_of(launchers[0]) != launchers[1])
 
 
 def reason() -> str | None:
@@ -108,7 +137,7 @@ def _watch(reading: int, done: threading.Event) -> None:
         for number in os.read(reading, 64) if ready else b"":
             if number in SIGNALS:
                 _note(number)
-        if _process.launcher is not None and os.getppid() != _process.launcher:
+        if _orphaned():
             _ask("its launcher has ended")
             if time.monotonic() - _process.at > _ORPHAN_S:
                 _end_at_once("its launcher has ended, and it couldn't stop in time", 1)

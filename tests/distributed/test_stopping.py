@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.distributed.commands import (
+    PRETRAIN,
     ZERO3,
     final_hashes,
     finish,
@@ -61,15 +62,14 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 def workers(launcher: subprocess.Popen, config: Path) -> list[psutil.Process]:
-    """Returns the processes that train: those that hold the run's configuration on their command line, less launchers.
-
-    Children that `--processes` starts have no such command line; they are the launcher's own.
-    """
+    """Returns the processes that train: the script's, or the children that it has spawned, without any launcher."""
     tree = psutil.Process(launcher.pid).children(recursive=True)
-    mine = [each for each in tree if str(config) in each.cmdline() and "--local_rank" in " ".join(each.cmdline())]
-    spawned = [each for each in tree if "multiprocessing.spawn" in " ".join(each.cmdline())]
-    called = [each for each in tree if str(config) in each.cmdline() and "launch" not in " ".join(each.cmdline()[:4])]
-    return mine or [each for each in spawned if each.ppid() == launcher.pid] or called or tree
+    if spawned := [each for each in tree if each.ppid() == launcher.pid and "spawn_main" in " ".join(each.cmdline())]:
+        return spawned
+    if spawned := [each for each in tree if each.ppid() == launcher.pid and "--multiprocessing-fork" in each.cmdline()]:
+        return spawned
+    scripts = [each for each in tree if str(config) in each.cmdline()]
+    return [each for each in scripts if str(PRETRAIN) in each.cmdline()[1:3]]
 
 
 def wait_for_step(step: int, process: subprocess.Popen, config: Path, folder: Path) -> None:
