@@ -84,13 +84,7 @@ def at_least_1(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is none.
     """
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"is {text!r}; give a whole number of at least 1")
-    return number
+    return _at_least(1, text)
 
 
 def at_least_0(text: str) -> int:
@@ -99,12 +93,16 @@ def at_least_0(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is none.
     """
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         number = int(text)
     except ValueError:
-        number = -1
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"is {text!r}; give a whole number of at least 0")
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"is {text!r}; give a whole number of at least {least}")
     return number
 
 

@@ -8,13 +8,14 @@ torchrun --nproc-per-node 8 launch/evaluate.py timm:vit_huge_patch14_gap_224.in1
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from ijepa_scale import terminal
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.evaluate.command_line import add_flags, request_of
-from ijepa_scale.evaluate.dense.dense_evaluation import evaluate_dense_here
+from ijepa_scale.evaluate.dense.dense_evaluation import evaluate_dense
 from ijepa_scale.evaluate.dense.dense_protocols import DENSE_PROTOCOLS
-from ijepa_scale.evaluate.offline import evaluate_here
+from ijepa_scale.evaluate.offline import evaluate_encoder, evaluate_here
 from ijepa_scale.train import processes
 
 
@@ -24,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = terminal.Parser(description=__doc__)
     add_flags(parser)
     flags = parser.parse_args(arguments)
-    here = evaluate_dense_here if {*flags.protocol} & {*DENSE_PROTOCOLS} else evaluate_here
+    evaluate = evaluate_dense if {*flags.protocol} & {*DENSE_PROTOCOLS} else evaluate_encoder
+    here = partial(evaluate_here, evaluate)
     processes.run(here, request_of(flags), EngineConfig(), devices=None, processes=flags.processes)
     return 0
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import re
 import shutil
@@ -13,8 +13,6 @@ from itertools import count
 from pathlib import Path
 
 from ijepa_scale.checkpoint.manifest import MANIFEST, flush
-
-logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8,18})")
 _UNFINISHED, _REPLACED, _DAMAGED = ".unfinished-", ".replaced-", "damaged-"
@@ -69,9 +67,14 @@ def put(unfinished: Path, final: Path) -> None:
     if os.path.lexists(final):
         _delete(old)
         os.replace(final, old)
-    os.replace(unfinished, final)
+    try:
+        os.replace(unfinished, final)
+    except OSError:
+        recover(final.parent)
+        raise
     flush(final.parent)
-    _delete(old)
+    with contextlib.suppress(OSError):  # the new one is in its place; `recover` deletes what is left
+        _delete(old)
 
 
 def recover(folder: Path) -> None:

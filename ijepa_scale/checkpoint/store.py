@@ -171,9 +171,18 @@ def newest_whole(folder: Path, world: World) -> Checkpoint | None:
         try:
             return whole(path, world)
         except Damage as error:
-            if world.is_main:
-                logger.warning("%s is set aside as %s: %s", path, steps.set_aside(path).name, error)
-            world.barrier()
+            problem = world.broadcast_object(_set_aside(path, error) if world.is_main else None)
+            if problem is not None:
+                raise CheckpointError(str(problem)) from None
+
+
+def _set_aside(path: Path, why: Damage) -> str | None:
+    """Sets a checkpoint aside and says so, or returns the reason why it can't be."""
+    try:
+        logger.warning("%s is set aside as %s: %s", path, steps.set_aside(path).name, why)
+    except OSError as error:
+        return f"{path} is damaged and can't be renamed ({error}); remove it to resume from an older checkpoint"
+    return None
 
 
 def newest_readable(folder: Path) -> Path | None:
@@ -236,7 +245,12 @@ def _outside(path: Path) -> Exception | None:
 
 def _is_damaged(path: Path, rank: int, size: int) -> bool:
     """Returns whether this process too finds damage in the files that another process has read."""
-    return any(damage_of(path / stored.name, stored) for stored in Checkpoint(path).files[rank::size])
+    try:
+        return any(damage_of(path / stored.name, stored) for stored in Checkpoint(path).files[rank::size])
+    except OSError:
+        return False  # it can't be read, which isn't damage: nothing is set aside, and `whole` says so
+    except CheckpointError:
+        return True  # the manifest was whole a moment ago
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

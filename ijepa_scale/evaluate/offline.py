@@ -6,8 +6,10 @@ import copy
 import logging
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -72,11 +74,21 @@ class EvaluationRequest:
     patches: int = 200_000  # that patch-knn remembers
 
 
-def evaluate_here(request: EvaluationRequest, launch: Launch, device: torch.device) -> None:
+class Table(Protocol):
+    """What an evaluation found."""
+
+    def text(self) -> str: ...  # noqa: D102
+    def write(self, folder: Path) -> list[Path]: ...  # noqa: D102
+
+
+Evaluate = Callable[["EvaluationRequest", World], "Table | None"]
+
+
+def evaluate_here(evaluate: Evaluate, request: EvaluationRequest, launch: Launch, device: torch.device) -> None:
     """Evaluates in this process of the run, and prints the table on the main one."""
     terminal.log_to_terminal(logging.INFO if launch.rank == 0 else logging.WARNING)
     with processes.world_of(launch, device, alone=True) as world:
-        results = evaluate_encoder(request, world)
+        results = evaluate(request, world)
         if results is not None:
             terminal.say(*results.text().splitlines(), "", *results.write(request.folder))
 

@@ -5,7 +5,6 @@ Everything that differs between kinds of training belongs to a `Task`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from itertools import count
@@ -253,7 +252,7 @@ class Loop:
         Raises:
             Stopped: always, once the state is saved.
         """
-        if not self._saves(done):
+        if not self.saver.has(done):
             self.saver.save(done, evaluated=not self.task.evaluates(done), last=True)
         self.world.barrier()  # the last collective
         raise Stopped(f"{_why()}; saved {self.saver.path(done)}: start the same command again to go on")
@@ -280,8 +279,10 @@ class Loop:
         except NonFiniteError as error:  # raised on every process, so all of them can save
             if error.step > self.start:
                 # not with the checkpoints: this state may already diverge, and resuming must not choose it
-                with contextlib.suppress(SaveError):  # logged; the bad step is what ends the run
+                try:
                     self.saver.save(error.step, name="stopped", keep=1)
+                except SaveError as unsaved:  # the bad step is what ends the run
+                    logger.error("%s", unsaved)
             raise
 
     def _needs_result(self, done: int) -> bool:
@@ -329,7 +330,8 @@ class Loop:
             self.saver.keep_from_resuming(done)
             self.world.barrier()  # the last collective of a run
             raise CollapseError(
-                f"{found.stops}. The run ends here, before this state is saved; set health.on_collapse=warn to train on"
+                f"{found.stops}. The run ends here, and its checkpoints, if any, are from before; set "
+                "health.on_collapse=warn to train on"
             )
         if found.is_best:
             self.saver.save(done, name="best", keep=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,10 +101,16 @@ def world_of(launch: Launch, device: torch.device, *, alone: bool) -> Iterator[W
 def user_errors(rank: int) -> Iterator[None]:
     """Prints a `UserError`, or that a disk takes no more, without a traceback, and exits with its code.
 
-    A run that was asked to stop exits with 75, which says that it is to be started again.
+    A run that was asked to stop exits with 75, which says that it is to be started again, and after Ctrl-C before it
+    listens to signals with 130.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it, and the process that started this one too
+        if rank == 0:
+            terminal.report("interrupted", "")
+        sys.exit(terminal.INTERRUPTED_CODE)
     except Stopped as stopped:
         if rank == 0:
             terminal.report(stopped, "stopped")

@@ -35,6 +35,10 @@ class Saver:
         """Returns the path of the checkpoint after `done` steps."""
         return self._folder / "checkpoints" / f"step-{done:08d}"
 
+    def has(self, done: int) -> bool:
+        """Returns whether the state after `done` steps is the newest checkpoint."""
+        return self._newest == self.path(done)
+
     def save(
         self,
         done: int,
@@ -80,21 +84,20 @@ class Saver:
 
     def evaluated(self, done: int) -> None:
         """Tells the checkpoint after `done` steps, if there is one, that this state was evaluated, and the result."""
-        if self._newest != self.path(done) or not self._task.world.is_main:
+        if not self.has(done) or not self._task.world.is_main:
             return
+        path = self.path(done)
         try:
-            store.amend(self._newest, self._extra(evaluated=True))
+            store.amend(path, self._extra(evaluated=True))
         except OSError as error:
-            logger.error(
-                "%s can't take the evaluation's result (%s); resuming from it repeats that", self._newest, error
-            )
+            logger.error("%s can't take the result of its evaluation (%s), which resuming repeats", path, error)
 
     def keep_from_resuming(self, done: int) -> None:
         """Moves the checkpoint after `done` steps, if there is one, to `stopped`, where resuming doesn't look."""
-        if self._newest == self.path(done) and self._task.world.is_main:
-            aside = self._folder / "stopped" / self._newest.name
+        if self.has(done) and self._task.world.is_main:
+            aside = self._folder / "stopped" / self.path(done).name
             aside.parent.mkdir(exist_ok=True)
-            store.put(self._newest, aside)
+            store.put(self.path(done), aside)
 
     def _extra(self, *, evaluated: bool) -> dict[str, Any]:
         """Returns what is saved beside the tensors."""

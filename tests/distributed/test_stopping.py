@@ -64,8 +64,6 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 def workers(launcher: subprocess.Popen, config: Path) -> list[psutil.Process]:
     """Returns the processes that train: the script's, or the children that it has spawned, without any launcher."""
     tree = psutil.Process(launcher.pid).children(recursive=True)
-    if spawned := [each for each in tree if each.ppid() == launcher.pid and "spawn_main" in " ".join(each.cmdline())]:
-        return spawned
     if spawned := [each for each in tree if each.ppid() == launcher.pid and "--multiprocessing-fork" in each.cmdline()]:
         return spawned
     scripts = [each for each in tree if str(config) in each.cmdline()]
@@ -168,3 +166,24 @@ def test_rows_of_stopped_and_whole_runs_are_alike(data: Path, whole: dict[str, P
     finish(start(config), config)
     evaluated = [[(row["step"], row["knn"]) for row in rows(each) if "knn" in row] for each in (folder, whole["alone"])]
     assert evaluated[0] == evaluated[1]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--processes", "2")], ids=["alone", "processes"])
+def test_ctrl_c_before_training_is_no_success(arguments: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    """While images are tried, nothing is lost, and the code says that the run isn't done."""
+    config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
+    plugin = tmp_path / "slow_start.py"
+    plugin.write_text(
+        "import time\nfrom ijepa_scale.train.pretrain import PretrainTask\n"
+        "def wait(task):\n    print('waiting', flush=True)\n    time.sleep(100)\n"
+        "PretrainTask.prepare_evaluation = wait\n"
+    )
+    process = start(config, "--plugin", "slow_start", *arguments, PYTHONPATH=str(tmp_path))
+    count, deadline = 2 if arguments else 1, time.monotonic() + 100
+    while config.with_suffix(".log").read_text().count("waiting") < count:
+        assert process.poll() is None and time.monotonic() < deadline, config.with_suffix(".log").read_text()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    log = config.with_suffix(".log").read_text()
+    assert log.count("interrupted") == 1 and "Traceback" not in log, log

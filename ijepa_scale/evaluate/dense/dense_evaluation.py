@@ -6,12 +6,8 @@ import hashlib
 import logging
 from pathlib import Path
 
-import torch
-
-from ijepa_scale import terminal
 from ijepa_scale.data.sources.contents import digest_of_stats
 from ijepa_scale.engine.world import World
-from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.evaluate.dense.dense_protocols import (
     DENSE_PROTOCOLS,
@@ -32,18 +28,8 @@ from ijepa_scale.evaluate.offline import (
     untrained_like,
 )
 from ijepa_scale.evaluate.stored_features import FeatureStore, ImagesToEncode
-from ijepa_scale.train import processes
 
 logger = logging.getLogger(__name__)
-
-
-def evaluate_dense_here(request: EvaluationRequest, launch: Launch, device: torch.device) -> None:
-    """Evaluates in this process of the run, and prints the table on the main one."""
-    terminal.log_to_terminal(logging.INFO if launch.rank == 0 else logging.WARNING)
-    with processes.world_of(launch, device, alone=True) as world:
-        results = evaluate_dense(request, world)
-        if results is not None:
-            terminal.say(*results.text().splitlines(), "", *results.write(request.folder))
 
 
 def evaluate_dense(request: EvaluationRequest, world: World) -> DenseResults | None:

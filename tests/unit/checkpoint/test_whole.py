@@ -174,6 +174,36 @@ def test_a_failed_save_raises_one_line_and_leaves_nothing(
     write(tmp_path, 2)
 
 
+def test_a_failed_rename_leaves_the_older_one_of_the_same_step(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, 7)
+    rename, calls = os.replace, []
+
+    def failing(source: Any, to: Any) -> None:
+        calls.append(to)
+        if Path(to).name == "step-00000007" and Path(source).name.startswith(".unfinished"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(SaveError, match="Input/output error"):
+            store.save(tmp_path, 7, pieces(8), world=ALONE, extra={}, keep=2)
+    assert len(calls) > 2 and [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+    assert value_of(store.Checkpoint(tmp_path / "step-00000007")) == 7.0
+
+
+def test_what_cannot_be_set_aside_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, 1, 2)
+    flip(tmp_path / "step-00000002" / NAME)
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(steps, "set_aside", denied)
+    with pytest.raises(CheckpointError, match="step-00000002 is damaged and can't be renamed .*; remove it to resume"):
+        store.newest_whole(tmp_path, ALONE)
+
+
 def test_a_disk_that_is_too_small_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=23))

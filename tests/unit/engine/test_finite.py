@@ -54,3 +54,19 @@ def test_late_raises_at_every_later_call() -> None:
         with pytest.raises(NonFiniteError, match="step 2: process 0 has loss nan") as caught:
             again()
         assert caught.value.step == 2
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_request_to_stop_travels_with_the_check(late, monkeypatch) -> None:
+    """With `late` it is known one step later; it is no bad value, and doesn't hide one."""
+    watch = FiniteWatch(WORLD, late=late)
+    watch.check(0, GOOD, GOOD)
+    monkeypatch.setattr("ijepa_scale.stopping.reason", lambda: "SIGTERM")
+    watch.check(1, GOOD, GOOD)
+    assert watch.leaving is not late
+    watch.settle()
+    assert watch.leaving
+    watch = FiniteWatch(WORLD, late=late)
+    with pytest.raises(NonFiniteError, match="step 2: the gradient norm is nan"):
+        watch.check(2, GOOD, NAN)
+        watch.settle()

@@ -19,7 +19,7 @@ import pytest
 from ijepa_scale import stopping
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import PretrainConfig, load_config
-from ijepa_scale.errors import SaveError
+from ijepa_scale.errors import NonFiniteError, SaveError
 from ijepa_scale.metrics.sinks import read_rows
 from ijepa_scale.train.pretrain import PretrainTask, pretrain
 from tests.unit.train.test_start import ALONE, CONFIG, MODEL, data
@@ -111,6 +111,42 @@ def test_training_goes_on_when_a_save_fails(tmp_path: Path, data: Path, monkeypa
     assert "training goes on until the next save (failure 1 in a row, 3 end the run)" in told[0]
     assert state(tmp_path / "broken") == state(tmp_path / "whole")
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+
+
+def test_a_stop_saves_again_what_could_not_be_saved_a_moment_before(tmp_path: Path, data: Path, monkeypatch) -> None:
+    """The signal comes in the step after which a save is due, and that save fails."""
+    monkeypatch.setattr("ijepa_scale.train.saver._PAUSE", 0)
+    tried = failing_saves(monkeypatch, 1)
+    take, asked = PretrainTask.step, []
+
+    def step(task: PretrainTask, batch: Any) -> Any:
+        asked.extend(["SIGTERM"] * (batch.step == 1))
+        return take(task, batch)
+
+    monkeypatch.setattr(PretrainTask, "step", step)
+    monkeypatch.setattr(stopping, "reason", lambda: asked[0] if asked else None)
+    with pytest.raises(stopping.Stopped, match="SIGTERM; saved .*step-00000002: start the same command again"):
+        pretrain(configured(tmp_path, data, "broken"), ALONE)
+    assert len(tried) == 2
+    newest = store.newest(tmp_path / "broken" / "checkpoints")
+    assert newest is not None and newest.name == "step-00000002"
+
+
+def test_the_bad_step_is_what_ends_a_run_that_cannot_save_either(
+    tmp_path: Path, data: Path, monkeypatch, caplog
+) -> None:
+    failing_saves(monkeypatch, 1)
+    take = PretrainTask.step
+
+    def step(task: PretrainTask, batch: Any) -> Any:
+        if batch.step == 1:
+            raise NonFiniteError("step 1: process 0 has loss nan", 1)
+        return take(task, batch)
+
+    monkeypatch.setattr(PretrainTask, "step", step)
+    with pytest.raises(NonFiniteError, match="loss nan"):
+        pretrain(configured(tmp_path, data, "broken", checkpoint__max_failures=1), ALONE)
+    assert "No space left on device" in caplog.text
 
 
 def test_the_last_save_is_tried_again(tmp_path: Path, data: Path, monkeypatch, caplog) -> None:
