@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ijepa_scale.checkpoint import folder as steps
-from ijepa_scale.checkpoint.digests import digest_of_files
 from ijepa_scale.checkpoint.folder import newest, put
 from ijepa_scale.checkpoint.manifest import (
     MANIFEST,
@@ -31,13 +29,12 @@ from ijepa_scale.checkpoint.manifest import (
     StoredTensor,
     amend,
     damage_of,
-    flush,
     read_manifest,
-    write_manifest,
 )
+from ijepa_scale.checkpoint.writing import save
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CheckpointError, ConfigError, SaveError
+from ijepa_scale.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -45,104 +42,6 @@ __all__ = [
     "MANIFEST", "Checkpoint", "Damage", "amend", "newest", "newest_readable", "newest_whole", "put", "save", "whole",
     "write_safetensors",
 ]  # fmt: skip
-
-
-def save(
-    folder: Path,
-    step: int,
-    pieces: Iterable[Piece],
-    *,
-    world: World,
-    extra: dict[str, Any],
-    keep: int,
-    keep_every: int = 0,
-) -> Path:
-    """Writes `folder/step-XXXXXXXX` from all processes' pieces and returns its path.
-
-    Communicates, so every process must call it. `folder` must be on a file system that all processes share. Removes
-    all but the `keep` newest checkpoints and those of multiples of `keep_every`, if that isn't 0.
-
-    Raises:
-        SaveError: it can't be written; raised on every process. Older checkpoints are whole, and what was written of
-            this one is removed.
-    """
-    final, unfinished = steps.path_of(folder, step), steps.unfinished_path_of(folder, step)
-    written = [piece for piece in pieces if piece.write and piece.tensor.numel()]
-    sizes = world.gather_objects(sum(piece.tensor.nbytes for piece in written))
-    needed = sum(cast(list[int], sizes))
-    _agree(world, lambda: _begin(folder, unfinished, needed), final, needed)
-    entry: dict[str, Any] | None = None
-    try:
-        entry = _write(unfinished / f"process-{world.rank:05d}.safetensors", written) if written else None
-        problem = None
-    except OSError as error:
-        problem = _text_of(error)
-    found = cast(list[tuple[Any, str | None]], world.gather_objects((entry, problem)))
-    _agree(world, lambda: _end(final, unfinished, step, found, extra), final, needed)
-    if world.is_main:
-        try:
-            steps.prune(folder, keep, final, keep_every=keep_every)
-        except OSError as error:
-            logger.warning("older checkpoints of %s can't be removed: %s", folder, error)
-    return final
-
-
-def _begin(folder: Path, unfinished: Path, needed: int) -> None:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{needed - free} bytes too few are free")
-
-
-def _write(path: Path, pieces: list[Piece]) -> dict[str, Any]:
-    """Writes this process's file and returns its facts for the manifest."""
-    try:
-        save_file({piece.name: piece.tensor.cpu().contiguous() for piece in pieces}, str(path))
-    except SafetensorError as error:  # how the library passes on an error of the disk
-        raise OSError(str(error)) from error
-    flush(path)
-    return {
-        "name": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": digest_of_files([path]),
-        "pieces": [[p.name, p.start, p.tensor.numel(), list(p.shape)] for p in pieces],
-    }
-
-
-def _end(final: Path, unfinished: Path, step: int, found: list[tuple[Any, str | None]], extra: dict[str, Any]) -> None:
-    """Completes the checkpoint that all processes have written, or removes what there is of it."""
-    problems = [f"process {rank}: {problem}" for rank, (_, problem) in enumerate(found) if problem is not None]
-    try:
-        if problems:
-            raise OSError("; ".join(problems))
-        write_manifest(unfinished, step, [entry for entry, _ in found if entry is not None], extra)
-        steps.put(unfinished, final)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _agree(world: World, act: Callable[[], None], final: Path, needed: int) -> None:
-    """Lets the main process act, and raises its error on every process. Communicates."""
-    problem = None
-    if world.is_main:
-        try:
-            act()
-        except OSError as error:
-            problem = _text_of(error)
-            with contextlib.suppress(OSError):
-                problem += f"; {shutil.disk_usage(final.parent).free} bytes are free in {final.parent}"
-    problem = world.broadcast_object(problem)  # type: ignore[assignment]
-    if problem is not None:
-        raise SaveError(
-            f"{final} can't be written ({problem}; it needs {needed} bytes); what was saved before is whole: free "
-            "space or fix the permissions"
-        )
-
-
-def _text_of(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def newest_whole(folder: Path, world: World) -> Checkpoint | None:

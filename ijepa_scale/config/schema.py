@@ -287,6 +287,11 @@ class CheckpointConfig(Section, at="checkpoint"):
     keep_every: form.Steps = Field(
         0, ge=0, description="Checkpoints of multiples of this step are kept for ever; 0: none."
     )
+    asynchronous: bool = Field(
+        True,
+        description="Training goes on while a checkpoint is written, from a copy in host memory of what each process "
+        "saves.",
+    )
     max_failures: form.Count = Field(
         3, description="Saves that may fail one after another, as on a full disk, before the run stops with code 74."
     )

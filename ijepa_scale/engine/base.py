@@ -162,11 +162,11 @@ class BaseEngine(Engine):
         """Yields this process's parts of a trained parameter and its optimiser states, and creates missing states."""
 
     def _piece(self, name: str, tensor: Any) -> Piece:
-        """Returns the piece of a tensor that every process holds as a whole; the main process writes it."""
+        """Returns the piece of a tensor that every process holds as a whole; each saves a share."""
         return Piece(
             name=name,
             tensor=tensor.detach().view(-1),
             start=0,
             shape=tuple(tensor.shape),
-            write=self.world.is_main,
+            share=(self.world.rank, self.world.size),
         )

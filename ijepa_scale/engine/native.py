@@ -249,5 +249,5 @@ class Fsdp2Engine(NativeEngine):
             tensor=local.view(-1),
             start=min(shard_rank * rows_each, rows) * row_numel,
             shape=tuple(tensor.shape),
-            write=self.world.rank < shard_size,  # only the first replica writes
+            share=(self.world.rank // shard_size, self._config.replicas),
         )

@@ -42,7 +42,7 @@ class Piece:
     tensor: Tensor
     start: int
     shape: tuple[int, ...]  # of the full tensor
-    write: bool = True  # false: another process saves these elements; this one only loads them
+    share: tuple[int, int] = (0, 1)  # (i, n): n processes hold these elements, of which this one saves share i
 
 
 class Engine(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,17 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    group: Any = None  # torch's process group; None is the one of the training
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes logs and manifests."""
         return self.rank == 0
+
+    def apart(self) -> World:
+        """Returns the same processes with collectives of their own, on the CPU, for another thread. Communicates."""
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
+        return replace(self, device=torch.device("cpu"), group=group)
 
     def barrier(self) -> None:
         """Waits for all processes. Let it be a run's last collective.
@@ -42,12 +49,12 @@ class World:
         A thread of gloo may drop the tensors of any other one while Python shuts down, which aborts the process.
         """
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Replaces `tensor` by its mean over the processes, and returns it."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
             tensor /= self.size
         return tensor
 
@@ -56,7 +63,7 @@ class World:
         if self.size == 1:
             return tensor[None]
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        dist.all_gather_into_tensor(gathered, tensor.contiguous()[None])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous()[None], group=self.group)
         return gathered
 
     def any(self, value: bool) -> bool:
@@ -68,7 +75,7 @@ class World:
         if self.size == 1:
             return [value]
         gathered: list[object] = [None] * self.size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
     def broadcast_object(self, value: object) -> object:
@@ -76,7 +83,7 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
 

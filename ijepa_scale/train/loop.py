@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,13 @@ class Loop:
             )
         if self.world.is_main:
             self._describe()
-        with open_sinks(
+        with closing(self.saver), open_sinks(
             self.folder,
             rank=self.world.rank,
             logging=self.config.logging,
             drop_from=self.start + 1 if self.resumed else 0,
             run=self.config.values(),
-        ) as sinks:
+        ) as sinks:  # fmt: skip
             mode = self.config.logging.progress if self.world.is_main else "none"
             progress = Progress(last, mode=mode, first_step=self.start)
             if self.resumed is None and task.evaluates(task.first_step):
@@ -152,6 +153,8 @@ class Loop:
                 self._after(batch.step + 1, sinks, progress)
                 if leaving and batch.step + 1 < last:
                     self._leave(batch.step + 1)
+            if self.start < last:
+                self.saver.finish(last, pause=True)
             progress.close()
         self._check_bad(loader)
         task.finish(self.folder)
@@ -182,8 +185,7 @@ class Loop:
         Raises:
             Stopped: always, once the state is saved.
         """
-        if not self.saver.has(done):
-            self.saver.save(done, evaluated=not self.task.evaluates(done), last=True)
+        self.saver.finish(done, evaluated=not self.task.evaluates(done))
         self.world.barrier()  # the last collective
         raise Stopped(f"{_why()}; saved {self.saver.path(done)}: start the same command again to go on")
 

@@ -117,13 +117,13 @@ def pieces(value: float) -> list[Piece]:
 def test_save_keeps_the_newest_and_cleans_up(tmp_path: Path) -> None:
     (tmp_path / ".unfinished-step-00000009").mkdir()
     for step in (1, 2, 3):
-        store.save(tmp_path, step, pieces(step), world=ALONE, extra={}, keep=2)
+        store.save(tmp_path, step, pieces(float(step)), world=ALONE, extra={}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
     assert store.newest(tmp_path) == tmp_path / "step-00000003"
 
 
 def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
-    store.save(tmp_path, 1, pieces(1), world=ALONE, extra={}, keep=2)
+    store.save(tmp_path, 1, pieces(1.0), world=ALONE, extra={}, keep=2)
     (tmp_path / "step-00000002").mkdir()
     assert store.newest(tmp_path) == tmp_path / "step-00000001"
     with pytest.raises(CheckpointError, match="has no manifest.json; give a folder like"):
@@ -131,7 +131,7 @@ def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    path = store.save(tmp_path, 1, pieces(1), world=ALONE, extra={}, keep=2)
+    path = store.save(tmp_path, 1, pieces(1.0), world=ALONE, extra={}, keep=2)
     file = path / "process-00000.safetensors"
     intact = file.read_bytes()
     file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
@@ -147,7 +147,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", '{"sha256": "0", "body": {"format": 1}}', "[1]"])
 def test_a_damaged_manifest_is_refused(text: str, tmp_path: Path) -> None:
-    path = store.save(tmp_path, 1, pieces(1), world=ALONE, extra={}, keep=2)
+    path = store.save(tmp_path, 1, pieces(1.0), world=ALONE, extra={}, keep=2)
     (path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match="manifest.json is damaged; remove"):
         store.Checkpoint(path)
@@ -163,7 +163,7 @@ def reseal(path: Path, **changes: object) -> None:
 
 
 def test_other_formats_and_outside_files_are_refused(tmp_path: Path) -> None:
-    path = store.save(tmp_path, 1, pieces(1), world=ALONE, extra={}, keep=2)
+    path = store.save(tmp_path, 1, pieces(1.0), world=ALONE, extra={}, keep=2)
     reseal(path, files=[{"name": "../process-00000.safetensors", "bytes": 1, "sha256": ""}])
     with pytest.raises(CheckpointError, match="names a file outside its folder"):
         store.Checkpoint(path)
@@ -173,7 +173,7 @@ def test_other_formats_and_outside_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
-    path = store.save(tmp_path, 1, pieces(1), world=ALONE, extra={}, keep=2)
+    path = store.save(tmp_path, 1, pieces(1.0), world=ALONE, extra={}, keep=2)
     with pytest.raises(CheckpointError, match=r"a has shape \(2, 3\), the model \(3, 3\)"):
         store.Checkpoint(path).load([Piece(name="a", tensor=torch.zeros(9), start=0, shape=(3, 3))])
     with pytest.raises(CheckpointError, match="b is missing"):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ijepa_scale.checkpoint.writing import parts_to_write
 from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, ModelConfig, RegressionConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
@@ -87,7 +88,7 @@ def make(
 
 def full_state(world: World, engine: Engine) -> dict[str, torch.Tensor]:
     """Returns every full tensor that the engine would save, assembled from the pieces of all processes."""
-    mine = [(p.name, p.start, p.tensor.clone(), p.shape) for p in engine.pieces() if p.write]
+    mine = [(p.name, p.start, p.tensor.clone(), p.shape) for p in parts_to_write(engine.pieces())]
     full: dict[str, torch.Tensor] = {}
     for pieces in world.gather_objects(mine):
         for name, start, tensor, shape in pieces:  # type: ignore[attr-defined]

@@ -160,7 +160,8 @@ def test_a_failed_save_raises_one_line_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = {
-        "tensors": "ijepa_scale.checkpoint.store.save_file", "manifest": "ijepa_scale.checkpoint.store.write_manifest",
+        "tensors": "ijepa_scale.checkpoint.writing.write_tensors",
+        "manifest": "ijepa_scale.checkpoint.writing.write_manifest",
         "rename": "ijepa_scale.checkpoint.folder.put", "folder": "pathlib.Path.mkdir",
     }  # fmt: skip
     with monkeypatch.context() as patch:
@@ -207,7 +208,7 @@ def test_what_cannot_be_set_aside_is_one_line(tmp_path: Path, monkeypatch) -> No
 def test_a_disk_that_is_too_small_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=23))
-    monkeypatch.setattr("ijepa_scale.checkpoint.store.save_file", lambda *_: pytest.fail("it wrote"))
+    monkeypatch.setattr("ijepa_scale.checkpoint.writing.write_tensors", lambda *_: pytest.fail("it wrote"))
     with pytest.raises(SaveError, match="1 bytes too few are free; 23 bytes are free in .*; it needs 24 bytes"):
         write(tmp_path, 1)
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ijepa_scale import stopping
-from ijepa_scale.checkpoint import store
+from ijepa_scale.checkpoint import store, writing
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.errors import NonFiniteError, SaveError
 from ijepa_scale.metrics.sinks import read_rows
@@ -90,15 +90,15 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_repeated(
 def failing_saves(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> list[int]:
     """Makes the saves of these numbers, from 1, fail as on a full disk; returns the list of all that were tried."""
     tried: list[int] = []
-    write = store.save_file
+    write = writing.write_tensors
 
-    def save_file(*args: Any, **options: Any) -> None:
+    def write_tensors(*args: Any) -> Any:
         tried.append(len(tried) + 1)
         if len(tried) in numbers:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(*args, **options)
+        return write(*args)
 
-    monkeypatch.setattr(store, "save_file", save_file)
+    monkeypatch.setattr(writing, "write_tensors", write_tensors)
     return tried
 
 
