@@ -3,8 +3,9 @@
 python -m benchmarks.saves [--rounds 3] [--size vit_base] [--only ddp fsdp2 zero3] [--to FILE]
 
 Trains an I-JEPA model of this size on 2 gloo processes of one thread, on small images, since the state's size doesn't
-depend on them, and saves in turns as `checkpoint.asynchronous=false` and `=true` do. Prints the seconds that training
-waits, those until the checkpoint is there, and the time of a step meanwhile over that of a step before. Then it counts,
+depend on them, and saves in turns as `checkpoint.asynchronous=false` and `=true` do. Prints the seconds in which copies
+of the state are compared, those that training then waits, those until the checkpoint is there, and the time of a step
+meanwhile over that of a step before. Then it counts,
 from meta tensors, the bytes that each process of 8, 64 and 512 saves for ViT-H, and at the rates measured here what
 training would wait for.
 """
@@ -30,6 +31,7 @@ from ijepa_scale.config import AdamWConfig, BlockMaskConfig, EngineConfig, Model
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.protocol import Piece
+from ijepa_scale.engine.replicas import check_replicas
 from ijepa_scale.engine.world import World
 from ijepa_scale.masks import MaskSampler
 from ijepa_scale.metrics.meters import Meters
@@ -87,6 +89,10 @@ def measure(world: World, engine: dict[str, Any], size: str, rounds: int, folder
             before = [take() for _ in range(3)]
             world.barrier()
             begin = time.perf_counter()
+            check_replicas(built.pieces(working=True), world)
+            compared = time.perf_counter() - begin
+            world.barrier()
+            begin = time.perf_counter()
             if not asynchronous:
                 store.save(Path(folder), done, built.pieces(), world=world, extra={}, keep=1)
                 waited = total = time.perf_counter() - begin
@@ -106,7 +112,7 @@ def measure(world: World, engine: dict[str, Any], size: str, rounds: int, folder
                 total = ended[0] - begin
             if turn:  # the first round reserves memory
                 rows.append({
-                    "asynchronous": asynchronous, "waited_s": waited, "total_s": total,
+                    "asynchronous": asynchronous, "waited_s": waited, "total_s": total, "compared_s": compared,
                     "step_s": statistics.median(before),
                     "step_meanwhile_s": statistics.mean(meanwhile) if meanwhile else None,
                     "bytes": sum(part.tensor.nbytes for part in parts_to_write(built.pieces())),
@@ -154,21 +160,23 @@ def main() -> None:
             found = run(measure, 2, ENGINES[name], options.size, options.rounds, folder)
         for asynchronous in (False, True):
             chosen = [row for rows in found for row in rows if row["asynchronous"] is asynchronous]
-            waited, total = (statistics.median(row[key] for row in chosen) for key in ("waited_s", "total_s"))
+            waited, total, compared = (
+                statistics.median(row[key] for row in chosen) for key in ("waited_s", "total_s", "compared_s")
+            )
             slower = [row["step_meanwhile_s"] / row["step_s"] for row in chosen if row["step_meanwhile_s"]]
             size = max(row["bytes"] for row in chosen)
             (copy_rates if asynchronous else write_rates).append(size / waited)
             row = {
                 "what": "measured", "engine": name, "size": options.size, "processes": 2, "asynchronous": asynchronous,
-                "waited_s": waited, "total_s": total, "bytes_per_process": size,
+                "waited_s": waited, "total_s": total, "compared_s": compared, "bytes_per_process": size,
                 "step_meanwhile_ratio": statistics.median(slower) if slower else None,
             }  # fmt: skip
             record(options.to, [row])
             ratio = f"{row['step_meanwhile_ratio']:.2f}" if slower else ""
             kind = "while training goes on" if asynchronous else "training waits"
-            lines.append([name, kind, f"{size / 1e9:.2f}", f"{waited:.2f}", f"{total:.1f}", ratio])
-    print(table(["engine", "saved", "GB per process", "training waits, s", "done after, s", "step meanwhile / before"],
-                lines))  # fmt: skip
+            lines.append([name, kind, f"{size / 1e9:.2f}", f"{compared:.2f}", f"{waited:.2f}", f"{total:.1f}", ratio])
+    print(table(["engine", "saved", "GB per process", "copies compared, s", "then training waits, s", "done after, s",
+                 "step meanwhile / before"], lines))  # fmt: skip
     rows = by_formula(statistics.median(copy_rates), statistics.median(write_rates))
     record(options.to, ({"what": "counted", "size": "vit_huge", **row} for row in rows))
     print(f"\nViT-H/14, {rows[0]['bytes'] / 1e9:.1f} GB, at {statistics.median(copy_rates) / 1e9:.2f} GB/s copied and "
