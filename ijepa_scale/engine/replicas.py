@@ -27,7 +27,7 @@ def checksum(tensor: Tensor) -> Tensor:
     """
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     bits = tensor.detach().view(torch.int32)
-    chunk = min(_CHUNK[tensor.is_cuda], bits.numel())
+    chunk = max(1, min(_CHUNK[tensor.is_cuda], bits.numel()))
     odd = torch.arange(1, 2 * chunk, 2, device=tensor.device)
     for start in range(0, bits.numel(), chunk):
         part = bits[start : start + chunk].to(torch.int64)
