@@ -1,0 +1,173 @@
+"""Ends a run that hangs, and says which process holds it up. Must not know any kind of training.
+
+The main thread says what it does by setting an attribute, which costs nothing. Threads of each process look at it, and
+once no step has ended for `engine.hang_timeout`, they write the stacks of their process into the run's folder, compare
+what the others have written, and end the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from ijepa_scale import terminal
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.world import World
+from ijepa_scale.train import hang_reports
+from ijepa_scale.train.hang_reports import DATA, Identity, Report
+
+FOLDER = "stacks"
+_STEP = "step"
+_TICK = (0.05, 5.0)  # seconds between two looks, least and most
+_GRACE = (2.0, 60.0)  # seconds, least and most, that others have to answer; network file systems show files late
+_SAYING_S = 5.0  # for the last words, since what reads standard error may hang too
+
+
+class Beat(NamedTuple):
+    """What the main thread does. Each is a new object, by which progress is seen."""
+
+    phase: str
+    step: int  # the one that is taken, or whose data is waited for
+
+
+class Watchdog:
+    """Watches one process of a run. Time counts from the second step on, and neither in saves nor in evaluations."""
+
+    def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
+        """`folder` is the run's. With a timeout of 0 nothing is watched."""
+        self._folder, self._world, self._timeout_s = folder, world, timeout_s
+        self._tick_s = min(max(timeout_s / 20, _TICK[0]), _TICK[1])
+        self._grace_s = min(max(timeout_s / 10, _GRACE[0]), _GRACE[1])
+        self._beat = Beat("starting", 0)
+        self._done = threading.Event()
+        self._seen = self._beat, 0.0  # and the seconds since it was first seen, if they count
+        self._talked_at = 0.0  # time.monotonic(), when the files of the others were looked at last
+        self._called_at: float | None = None  # of this process's call to the others
+        self._written: tuple[Beat, bool] | None = None  # what the report of this process says now
+        self._identities: list[Identity] = []
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields the batches, and notes whether the main thread waits for one or takes a step."""
+        batches = iter(loader)
+        batch = next(batches, None)
+        while batch is not None:
+            step = batch.step
+            yield batch
+            self._beat = Beat(DATA, step + 1)
+            batch = next(batches, None)
+            self._beat = Beat(_STEP if batch is not None else "ending", step + 1)
+
+    @contextlib.contextmanager
+    def paused(self, phase: str) -> Iterator[None]:
+        """Doesn't count the time inside."""
+        before = self._beat
+        self._beat = Beat(phase, before.step)
+        yield
+        self._beat = Beat(*before)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches while inside. Communicates when it is entered."""
+        if not self._timeout_s:
+            yield
+            return
+        self._identities = [Identity(*cast(tuple, each)) for each in self._world.gather_objects(Identity.own())]
+        started = cast(str, self._world.broadcast_object(time.strftime("%Y%m%d-%H%M%S")))
+        self._stacks = self._folder / FOLDER / started
+        self._talked_at = time.monotonic()
+        threads = [
+            threading.Thread(target=target, name=f"watchdog {target.__name__.strip('_')}", daemon=True)
+            for target in (self._count, self._talk)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            for thread in threads:
+                thread.join(self._grace_s)
+
+    def _count(self) -> None:
+        """Counts the seconds without progress. Touches no file, since those may be what hangs."""
+        before = time.monotonic()
+        while not self._done.wait(self._tick_s):
+            now, beat = time.monotonic(), self._beat
+            passed, before = min(now - before, self._tick_s + 1), now  # a machine that slept, or Ctrl-Z, doesn't count
+            timed = beat is self._seen[0] and beat.phase in (DATA, _STEP)
+            self._seen = beat, self._seen[1] + passed if timed else 0.0
+            if self._is_idle() and now - self._talked_at > 2 * self._grace_s:
+                self._end(f"{self._folder} doesn't answer, as {_doing(beat)}")
+
+    def _is_idle(self, more_s: float = 0.0) -> bool:
+        beat, seconds = self._seen
+        return beat is self._beat and seconds >= self._timeout_s + more_s
+
+    def _talk(self) -> None:
+        """Reports, and ends the process once everyone who answers has seen no progress."""
+        while not self._done.wait(self._tick_s):
+            self._talked_at = time.monotonic()
+            try:
+                if self._is_idle() or self._written or self._stacks.exists():
+                    self._compare(self._beat, self._is_idle())
+            except OSError as error:
+                if self._is_idle(self._grace_s):
+                    told = f"{self._stacks} can't be used ({error.strerror})"
+                    self._end(f"process {self._world.rank} was {_doing(self._beat)}; the others are unknown, as {told}")
+
+    def _compare(self, beat: Beat, idle: bool) -> None:
+        rank = self._world.rank
+        others = hang_reports.read(self._stacks)
+        others.pop(rank, None)
+        if not idle and not any(other.called for other in others.values()):
+            hang_reports.withdraw(self._stacks, rank)  # the run goes on
+            self._written = self._called_at = None
+            return
+        own = hang_reports.report_of(*beat, called=idle)
+        if self._written is None or self._written[0] is not beat or self._written[1] != idle:
+            hang_reports.write(self._stacks, rank, own)
+            self._written = beat, idle
+        if not idle:
+            self._called_at = None
+            return
+        self._called_at = self._called_at or time.monotonic()
+        answered = len(others) == self._world.size - 1
+        late = time.monotonic() - self._called_at >= self._grace_s
+        # one that answers but hasn't called may be in a save, and the others wait for it
+        if (answered or late) and all(other.called for other in others.values()) and self._beat is beat:
+            self._judge({**others, rank: own})
+
+    def _judge(self, reports: dict[int, Report]) -> None:
+        said = hang_reports.blame(reports, self._identities)
+        try:
+            os.close(os.open(self._stacks / "said", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            said = ""
+        self._end(said)
+
+    def _end(self, why: str) -> None:
+        """Ends the process at once. Says why, unless that is empty."""
+        line = (
+            f"no step has ended for {self._timeout_s:g} s (engine.hang_timeout): {why}; the stacks are in "
+            f"{self._stacks}; start the same command again to go on from the last checkpoint"
+        )
+        if why:
+            _at_most(_SAYING_S, lambda: terminal.report(line, f"error (process {self._world.rank})"))
+        _at_most(_SAYING_S, hang_reports.end_stopped_helpers)
+        os._exit(terminal.HANG_CODE)
+
+
+def _doing(beat: Beat) -> str:
+    return f"waiting for the data of step {beat.step}" if beat.phase == DATA else f"in step {beat.step}"
+
+
+def _at_most(seconds: float, work: Callable[[], None]) -> None:
+    """Runs `work`, and leaves it behind if it takes too long."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
