@@ -54,18 +54,19 @@ class Identity(NamedTuple):
 class Report:
     """What a process says of itself."""
 
-    called: bool  # it has seen no progress itself; otherwise it answers one that has
+    asks: bool  # it has seen no progress, so the others are to answer
+    hangs: bool  # and not because it takes its time, as in a save
     phase: str
     step: int
     waits: bool  # its main thread waits for other processes, or for its device
     helpers: dict[str, list[int]]  # pids of the processes that it has started, by what the system says they do
 
 
-def report_of(phase: str, step: int, *, called: bool) -> Report:
+def report_of(phase: str, step: int, *, asks: bool, hangs: bool) -> Report:
     """Returns the report of this process."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     waits = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING)
-    return Report(called=called, phase=phase, step=step, waits=waits, helpers=helpers())
+    return Report(asks=asks, hangs=hangs, phase=phase, step=step, waits=waits, helpers=helpers())
 
 
 def helpers() -> dict[str, list[int]]:
@@ -114,10 +115,11 @@ def read(folder: Path) -> dict[int, Report]:
 
 
 def withdraw(folder: Path, rank: int) -> None:
-    """Removes the report of a process, and the folder if it was the last."""
+    """Removes the report of a process, and the folders if it was the last."""
     (folder / _NAME.format(rank)).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # others' reports are in it
+    with contextlib.suppress(OSError):  # other reports are in them
         folder.rmdir()
+        folder.parent.rmdir()
 
 
 def blame(reports: Mapping[int, Report], identities: Sequence[Identity]) -> str:

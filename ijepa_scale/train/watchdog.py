@@ -22,7 +22,8 @@ from ijepa_scale.train import hang_reports
 from ijepa_scale.train.hang_reports import DATA, Identity, Report
 
 FOLDER = "stacks"
-_STEP = "step"
+_STEP, _ENDING = "step", "ending"
+_TIMED = (DATA, _STEP)
 _TICK = (0.05, 5.0)  # seconds between two looks, least and most
 _GRACE = (2.0, 60.0)  # seconds, least and most, that others have to answer; network file systems show files late
 _SAYING_S = 5.0  # for the last words, since what reads standard error may hang too
@@ -36,7 +37,11 @@ class Beat(NamedTuple):
 
 
 class Watchdog:
-    """Watches one process of a run. Time counts from the second step on, and neither in saves nor in evaluations."""
+    """Watches one process of a run.
+
+    The first step, saves and evaluations may take their time. There only a process that answers none of the others ends
+    the run, after twice the timeout.
+    """
 
     def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
         """`folder` is the run's. With a timeout of 0 nothing is watched."""
@@ -45,9 +50,9 @@ class Watchdog:
         self._grace_s = min(max(timeout_s / 10, _GRACE[0]), _GRACE[1])
         self._beat = Beat("starting", 0)
         self._done = threading.Event()
-        self._seen = self._beat, 0.0  # and the seconds since it was first seen, if they count
+        self._seen = self._beat, 0.0  # and the seconds since it was first seen
         self._talked_at = 0.0  # time.monotonic(), when the files of the others were looked at last
-        self._called_at: float | None = None  # of this process's call to the others
+        self._asked_at: float | None = None  # when this process asked the others
         self._written: tuple[Beat, bool] | None = None  # what the report of this process says now
         self._identities: list[Identity] = []
 
@@ -60,7 +65,7 @@ class Watchdog:
             yield batch
             self._beat = Beat(DATA, step + 1)
             batch = next(batches, None)
-            self._beat = Beat(_STEP if batch is not None else "ending", step + 1)
+            self._beat = Beat(_STEP if batch is not None else _ENDING, step + 1)
 
     @contextlib.contextmanager
     def paused(self, phase: str) -> Iterator[None]:
@@ -99,47 +104,51 @@ class Watchdog:
         while not self._done.wait(self._tick_s):
             now, beat = time.monotonic(), self._beat
             passed, before = min(now - before, self._tick_s + 1), now  # a machine that slept, or Ctrl-Z, doesn't count
-            timed = beat is self._seen[0] and beat.phase in (DATA, _STEP)
-            self._seen = beat, self._seen[1] + passed if timed else 0.0
-            if self._is_idle() and now - self._talked_at > 2 * self._grace_s:
+            self._seen = beat, self._seen[1] + passed if beat is self._seen[0] else 0.0
+            if self._hangs() and now - self._talked_at > 2 * self._grace_s:
                 self._end(f"{self._folder} doesn't answer, as {_doing(beat)}")
 
-    def _is_idle(self, more_s: float = 0.0) -> bool:
+    def _is_idle(self) -> bool:
         beat, seconds = self._seen
-        return beat is self._beat and seconds >= self._timeout_s + more_s
+        return beat is self._beat and seconds >= self._timeout_s and beat.phase != _ENDING
+
+    def _hangs(self) -> bool:
+        return self._is_idle() and self._beat.phase in _TIMED
 
     def _talk(self) -> None:
-        """Reports, and ends the process once everyone who answers has seen no progress."""
+        """Reports, and ends the process once it is plain that the run hangs."""
         while not self._done.wait(self._tick_s):
             self._talked_at = time.monotonic()
             try:
-                if self._is_idle() or self._written or self._stacks.exists():
-                    self._compare(self._beat, self._is_idle())
+                asks = self._is_idle() and (self._world.size > 1 or self._beat.phase in _TIMED)
+                if asks or self._written or self._stacks.exists():
+                    self._compare(self._beat, asks)
             except OSError as error:
-                if self._is_idle(self._grace_s):
+                if self._hangs() and self._seen[1] > self._timeout_s + self._grace_s:
                     told = f"{self._stacks} can't be used ({error.strerror})"
                     self._end(f"process {self._world.rank} was {_doing(self._beat)}; the others are unknown, as {told}")
 
-    def _compare(self, beat: Beat, idle: bool) -> None:
+    def _compare(self, beat: Beat, asks: bool) -> None:
         rank = self._world.rank
         others = hang_reports.read(self._stacks)
         others.pop(rank, None)
-        if not idle and not any(other.called for other in others.values()):
+        if not asks and not any(other.asks for other in others.values()):
             hang_reports.withdraw(self._stacks, rank)  # the run goes on
-            self._written = self._called_at = None
+            self._written = self._asked_at = None
             return
-        own = hang_reports.report_of(*beat, called=idle)
-        if self._written is None or self._written[0] is not beat or self._written[1] != idle:
+        hangs = asks and beat.phase in _TIMED
+        own = hang_reports.report_of(*beat, asks=asks, hangs=hangs)
+        if self._written is None or self._written[0] is not beat or self._written[1] != asks:
             hang_reports.write(self._stacks, rank, own)
-            self._written = beat, idle
-        if not idle:
-            self._called_at = None
+            self._written = beat, asks
+        if not asks:
+            self._asked_at = None
             return
-        self._called_at = self._called_at or time.monotonic()
-        answered = len(others) == self._world.size - 1
-        late = time.monotonic() - self._called_at >= self._grace_s
-        # one that answers but hasn't called may be in a save, and the others wait for it
-        if (answered or late) and all(other.called for other in others.values()) and self._beat is beat:
+        self._asked_at = self._asked_at or time.monotonic()
+        waited_s, silent = time.monotonic() - self._asked_at, len(others) < self._world.size - 1
+        # one that answers and doesn't hang may be in a save, and the others wait for it
+        plain = hangs and all(other.hangs for other in others.values()) and (not silent or waited_s >= self._grace_s)
+        if self._beat is beat and (plain or (silent and waited_s >= max(self._timeout_s, self._grace_s))):
             self._judge({**others, rank: own})
 
     def _judge(self, reports: dict[int, Report]) -> None:
