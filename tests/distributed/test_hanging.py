@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.distributed.commands import ROOT, final_hashes, finish, losses, rows, start, write_config
+from ijepa_scale.config import load_config
+from ijepa_scale.data.loader import TrainLoader
+from ijepa_scale.engine.world import World
+from ijepa_scale.train.pretrain import PretrainTask, pretrain
+from tests.distributed.commands import ZERO3, final_hashes, finish, losses, rows, start, write_config
+from tests.distributed.harness import run
 from tests.distributed.test_stopping import LAUNCHES, data, wait_for_step, wait_until_gone, whole, workers
 
 __all__ = ["data", "whole"]
 
 TIMEOUT_S = 5.0
+EACH_S = 0.15  # that each process takes in each step
 ALL = [(launch, whom) for launch in LAUNCHES for whom in ("process 0", "process 1", "loader")]
 ALL = [case for case in ALL if case[0] != "alone" or case[1] == "loader"]
+QUICK = ("evaluate.every=0", "health.every=0", "health.keep_best=none")
 SHORT = [("processes", "loader"), ("torchrun fsdp2", "process 0")]
 CASES = [*SHORT, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL if case not in SHORT)]
 
@@ -41,8 +52,8 @@ def test_a_stopped_process_ends_the_run_and_is_named(
     launcher, arguments = LAUNCHES[launch]
     folder = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", data, folder)
-    arguments = (*arguments, f"engine.hang_timeout={TIMEOUT_S:g}")
-    process = start(config, *arguments, "schedule.epochs=200", launcher=launcher)
+    short, arguments = (launch, whom) in SHORT, (*arguments, f"engine.hang_timeout={TIMEOUT_S:g}")
+    process = start(config, *arguments, "schedule.epochs=200", *(QUICK if short else ()), launcher=launcher)
     wait_for_step(4, process, config, folder)
     found = trainers(process, config)
     victim = loader_worker(found[-1]) if whom == "loader" else found[int(whom[-1])]
@@ -50,7 +61,6 @@ def test_a_stopped_process_ends_the_run_and_is_named(
     begin = time.monotonic()
     log = wait_for_line("engine.hang_timeout", config, process)
     assert time.monotonic() - begin > TIMEOUT_S - 1
-    short = (launch, whom) in SHORT
     if short and whom != "loader":
         victim.kill()  # launchers give it 30 s before they do
     code = process.wait(timeout=90)
@@ -86,8 +96,7 @@ def wait_for_line(text: str, config: Path, process: subprocess.Popen) -> str:
     return config.with_suffix(".log").read_text()
 
 
-def wait_until(true: object, seconds: float = 60) -> None:
-    assert callable(true)
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -125,41 +134,31 @@ def test_a_run_that_is_asked_to_stop_while_it_hangs_ends(data: Path, tmp_path: P
     wait_until_gone(config)
 
 
-SLOW = """
-import time
-from ijepa_scale.train.pretrain import PretrainTask
+def slowed_run(world: World, config: Path, overrides: list[str], waits: dict[str, float]) -> None:
+    """Trains; process 1 takes so many seconds more in each step."""
+    late, build, iterate = waits if world.rank == 1 else {}, PretrainTask.__init__, TrainLoader.__iter__
 
-loader, build = PretrainTask.loader, PretrainTask.__init__
+    def init(task: PretrainTask, *args: Any, **options: Any) -> None:
+        build(task, *args, **options)
+        augment = task._take_step.augment
 
+        def augmented(micro: Any) -> Any:
+            time.sleep(EACH_S + late.get("augment", 0.0))
+            return augment(micro)
 
-def init(task, config, world, **options):
-    build(task, config, world, **options)
-    augment = task._take_step.augment
+        task._take_step.augment = augmented
 
-    def augmented(micro):
-        time.sleep({augment} if world.rank == {rank} else {all})
-        return augment(micro)
+    def batches(loader: TrainLoader) -> Iterator[Any]:
+        for batch in iterate(loader):
+            time.sleep(late.get("data", 0.0))
+            yield batch
 
-    task._take_step.augment = augmented
-
-
-def slow_loader(task, first):
-    batches = loader(task, first)
-
-    class Late:
-        def __getattr__(self, name):
-            return getattr(batches, name)
-
-        def __iter__(self):
-            for batch in iter(batches):
-                time.sleep({data} if task.world.rank == {rank} else 0)
-                yield batch
-
-    return Late()
-
-
-PretrainTask.__init__, PretrainTask.loader = init, slow_loader
-"""
+    PretrainTask.__init__, TrainLoader.__iter__ = init, batches  # type: ignore[method-assign]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        pretrain(load_config(config, overrides), world)
+    if world.is_main:
+        config.with_suffix(".log").write_text(shown.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -174,27 +173,22 @@ PretrainTask.__init__, PretrainTask.loader = init, slow_loader
 )
 def test_the_slowest_process_is_named(launch: str, slow: dict[str, float], data: Path, tmp_path: Path) -> None:
     """One of three is late by a set time; in a healthy run none is named."""
-    rank, base = 1, 0.15
-    (tmp_path / "slow_one.py").write_text(
-        SLOW.format(**{"rank": rank, "all": base, "augment": base, "data": 0.0, **slow})
-    )
     folder = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", data, folder)
-    zero3 = LAUNCHES["deepspeed zero3"][1]
-    process = start(
-        config, "--plugin", "slow_one", "--processes", "3", "data.batch_size=12", "data.workers=0", "logging.every=4",
-        "schedule.epochs=1", "evaluate.every=0", "health.every=0", "health.keep_best=none", "checkpoint.every=0",
-        "schedule.warmup_epochs=0.5", "schedule.steps_per_epoch=8", "masks.group_size=12",
-        *(zero3 if launch == "zero3" else (f"engine.strategy={launch}",)), PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
-    )  # fmt: skip
-    log = finish(process, config)
-    assert len(rows(folder)) == 2
+    overrides = [
+        *QUICK, "data.batch_size=12", "data.workers=0", "logging.every=4", "logging.progress=lines",
+        "schedule.epochs=1", "schedule.warmup_epochs=0.5", "schedule.steps_per_epoch=8", "checkpoint.every=0",
+        "masks.group_size=12", *(ZERO3 if launch == "zero3" else (f"engine.strategy={launch}",)),
+    ]  # fmt: skip
+    run(slowed_run, 3, config, overrides, slow)
+    log = config.with_suffix(".log").read_text()
+    assert len(rows(folder)) == 2 and "img/s" in log
     for row in rows(folder):
+        late_ms = 1e3 * (EACH_S + sum(slow.values()))
+        assert row["slowest_own_ms"] >= 0.99 * late_ms and row["median_own_ms"] >= 990 * EACH_S
         if slow:
-            late = 1e3 * sum(slow.values()) + (1e3 * base if "data" in slow else 0)
-            assert row["slowest_process"] == rank and row["slowest_own_ms"] >= 0.99 * late
-            assert row["slowest_own_ms"] > row["median_own_ms"] + 200
+            assert row["slowest_process"] == 1 and row["slowest_own_ms"] > row["median_own_ms"] + 200
             assert (row["slowest_data_wait_ms"] >= 390) == ("data" in slow)
-            assert f"slow: process {rank}, {row['slowest_own_ms']:.0f} ms of its own" in log
+            assert f"slow: process 1, {row['slowest_own_ms']:.0f} ms of its own" in log
         else:
-            assert row["median_own_ms"] >= 1e3 * base and "slow: " not in log
+            assert "slow: " not in log
