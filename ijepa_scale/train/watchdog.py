@@ -46,7 +46,7 @@ class Watchdog:
     def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
         """`folder` is the run's. With a timeout of 0 nothing is watched."""
         self._folder, self._world, self._timeout_s = folder, world, timeout_s
-        self._tick_s = min(max(timeout_s / 20, _TICK[0]), _TICK[1])
+        self.tick_s = min(max(timeout_s / 20, _TICK[0]), _TICK[1])
         self._grace_s = min(max(timeout_s / 10, _GRACE[0]), _GRACE[1])
         self._beat = Beat("starting", 0)
         self._done = threading.Event()
@@ -101,9 +101,9 @@ class Watchdog:
     def _count(self) -> None:
         """Counts the seconds without progress. Touches no file, since those may be what hangs."""
         before = time.monotonic()
-        while not self._done.wait(self._tick_s):
+        while not self._done.wait(self.tick_s):
             now, beat = time.monotonic(), self._beat
-            passed, before = min(now - before, self._tick_s + 1), now  # a machine that slept, or Ctrl-Z, doesn't count
+            passed, before = min(now - before, self.tick_s + 1), now  # a machine that slept, or Ctrl-Z, doesn't count
             self._seen = beat, self._seen[1] + passed if beat is self._seen[0] else 0.0
             if self._hangs() and now - self._talked_at > 2 * self._grace_s:
                 self._end(f"{self._folder} doesn't answer, as {_doing(beat)}")
@@ -117,7 +117,7 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Reports, and ends the process once it is plain that the run hangs."""
-        while not self._done.wait(self._tick_s):
+        while not self._done.wait(self.tick_s):
             self._talked_at = time.monotonic()
             try:
                 asks = self._is_idle() and (self._world.size > 1 or self._beat.phase in _TIMED)

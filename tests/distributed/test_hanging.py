@@ -53,7 +53,7 @@ def test_a_stopped_process_ends_the_run_and_is_named(
     folder = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", data, folder)
     short, arguments = (launch, whom) in SHORT, (*arguments, f"engine.hang_timeout={TIMEOUT_S:g}")
-    process = start(config, *arguments, "schedule.epochs=200", *(QUICK if short else ()), launcher=launcher)
+    process = start(config, *arguments, *(QUICK if short else ()), launcher=launcher)
     wait_for_step(4, process, config, folder)
     found = trainers(process, config)
     victim = loader_worker(found[-1]) if whom == "loader" else found[int(whom[-1])]
