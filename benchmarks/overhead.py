@@ -12,6 +12,7 @@ step in the same run. Exits with 1 if the parts are 0.5% of it or more.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 import time
@@ -76,6 +77,7 @@ def _repeated(batch: Batch) -> Iterator[Batch]:
 
 def threads(world: World, timeout_s: float) -> dict[str, float]:
     """Returns the cost of the watchdog's threads in ms per second: as often as they look at `timeout_s`."""
+    world = dataclasses.replace(world, rank=0, size=1)  # otherwise the processes would look for each other
     with tempfile.TemporaryDirectory() as folder:
         seldom, often = Watchdog(Path(folder), world, timeout_s), Watchdog(Path(folder), world, 1.0)
         begin = time.process_time()
