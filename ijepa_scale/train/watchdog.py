@@ -69,7 +69,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self, phase: str) -> Iterator[None]:
-        """Doesn't count the time inside."""
+        """Doesn't count the time inside, nor after an error, which ends the run."""
         before = self._beat
         self._beat = Beat(phase, before.step)
         yield
@@ -81,7 +81,7 @@ class Watchdog:
         if not self._timeout_s:
             yield
             return
-        self._identities = [Identity(*cast(tuple, each)) for each in self._world.gather_objects(Identity.own())]
+        self._identities = cast(list[Identity], self._world.gather_objects(Identity.own()))
         started = cast(str, self._world.broadcast_object(time.strftime("%Y%m%d-%H%M%S")))
         self._stacks = self._folder / FOLDER / started
         self._talked_at = time.monotonic()
@@ -105,28 +105,28 @@ class Watchdog:
             now, beat = time.monotonic(), self._beat
             passed, before = min(now - before, self.tick_s + 1), now  # a machine that slept, or Ctrl-Z, doesn't count
             self._seen = beat, self._seen[1] + passed if beat is self._seen[0] else 0.0
-            if self._hangs() and now - self._talked_at > 2 * self._grace_s:
+            if self._hangs(beat) and now - self._talked_at > 2 * self._grace_s:
                 self._end(f"{self._folder} doesn't answer, as {_doing(beat)}")
 
-    def _is_idle(self) -> bool:
-        beat, seconds = self._seen
-        return beat is self._beat and seconds >= self._timeout_s and beat.phase != _ENDING
+    def _is_idle(self, beat: Beat) -> bool:
+        seen, seconds = self._seen
+        return beat is seen and seconds >= self._timeout_s and beat.phase != _ENDING
 
-    def _hangs(self) -> bool:
-        return self._is_idle() and self._beat.phase in _TIMED
+    def _hangs(self, beat: Beat) -> bool:
+        return self._is_idle(beat) and beat.phase in _TIMED
 
     def _talk(self) -> None:
         """Reports, and ends the process once it is plain that the run hangs."""
         while not self._done.wait(self.tick_s):
-            self._talked_at = time.monotonic()
+            self._talked_at, beat = time.monotonic(), self._beat
+            asks = self._is_idle(beat) if self._world.size > 1 else self._hangs(beat)
             try:
-                asks = self._is_idle() and (self._world.size > 1 or self._beat.phase in _TIMED)
                 if asks or self._written or self._stacks.exists():
-                    self._compare(self._beat, asks)
+                    self._compare(beat, asks)
             except OSError as error:
-                if self._hangs() and self._seen[1] > self._timeout_s + self._grace_s:
+                if self._hangs(beat) and self._seen[1] > self._timeout_s + self._grace_s:
                     told = f"{self._stacks} can't be used ({error.strerror})"
-                    self._end(f"process {self._world.rank} was {_doing(self._beat)}; the others are unknown, as {told}")
+                    self._end(f"process {self._world.rank} was {_doing(beat)}; the others are unknown, as {told}")
 
     def _compare(self, beat: Beat, asks: bool) -> None:
         rank = self._world.rank
@@ -148,6 +148,7 @@ class Watchdog:
         waited_s, silent = time.monotonic() - self._asked_at, len(others) < self._world.size - 1
         # one that answers and doesn't hang may be in a save, and the others wait for it
         plain = hangs and all(other.hangs for other in others.values()) and (not silent or waited_s >= self._grace_s)
+        # the main thread may have gone on just now
         if self._beat is beat and (plain or (silent and waited_s >= max(self._timeout_s, self._grace_s))):
             self._judge({**others, rank: own})
 
