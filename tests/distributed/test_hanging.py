@@ -29,7 +29,7 @@ EACH_S = 0.15  # that each process takes in each step
 ALL = [(launch, whom) for launch in LAUNCHES for whom in ("process 0", "process 1", "loader")]
 ALL = [case for case in ALL if case[0] != "alone" or case[1] == "loader"]
 QUICK = ("evaluate.every=0", "health.every=0", "health.keep_best=none")
-SHORT = [("processes", "loader"), ("torchrun fsdp2", "process 0")]
+SHORT = [("torchrun fsdp2", "process 0")]
 CASES = [*SHORT, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL if case not in SHORT)]
 
 
