@@ -20,7 +20,8 @@ from ijepa_scale.escapes import bounded, one_line
 from ijepa_scale.registry import load_plugin
 
 USER_ERROR_CODE, INTERRUPTED_CODE = 2, 130
-FAULT_CODE, UNSAVED_CODE, RESUBMIT_CODE = 70, 74, 75  # EX_SOFTWARE, EX_IOERR and EX_TEMPFAIL of sysexits.h
+FAULT_CODE, HANG_CODE = 70, 71  # EX_SOFTWARE and EX_OSERR of sysexits.h
+UNSAVED_CODE, RESUBMIT_CODE = 74, 75  # EX_IOERR and EX_TEMPFAIL
 _CLOSED_PIPE_CODE = 141  # what a shell reports for a process that SIGPIPE has ended
 
 
@@ -213,6 +214,7 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
 
 
 __all__ = [
-    "FAULT_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE", "Parser", "above_0",
-    "at_least_0", "at_least_1", "command", "existing_path", "log_to_terminal", "path", "printing", "report", "say",
+    "FAULT_CODE", "HANG_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE", "Parser",
+    "above_0", "at_least_0", "at_least_1", "command", "existing_path", "log_to_terminal", "path", "printing", "report",
+    "say",
 ]  # fmt: skip

@@ -40,6 +40,7 @@ class BaseEngine(Engine):
         """With `late`, a flag on the device stops the optimiser, and the host reads the finite check one step later."""
         self.world = world
         self.triton: tuple[str, ...] = config.triton
+        self.before_waiting = _nothing
         self._config = config
         self._optimizer_config = optimizer
         self._watch = FiniteWatch(world, late=late)
@@ -105,8 +106,13 @@ class BaseEngine(Engine):
     @torch.no_grad()
     def target(self, *args: Any, **options: Any) -> Tensor:
         assert self.target_module is not None, "prepare() was given no target"
+        self._before_forward()
         with self._autocast:
             return self._target_callable(*args, **options)
+
+    def _before_forward(self) -> None:
+        if self._sharding is not None:  # a forward gathers weights
+            self.before_waiting()
 
     @override
     def check_fp8(self, images: Tensor) -> None:
@@ -170,3 +176,7 @@ class BaseEngine(Engine):
             shape=tuple(tensor.shape),
             share=(self.world.rank, self.world.size),
         )
+
+
+def _nothing() -> None:
+    """Stands for a function that nobody has set."""

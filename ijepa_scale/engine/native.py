@@ -36,6 +36,7 @@ class NativeEngine(BaseEngine):
         # if no flag on the device can stop the optimiser, the host reads the result before the optimiser runs
         late = world.device.type == "cuda" and self._kind.stopped_on_device(optimizer)
         super().__init__(world, config, optimizer, late=late)
+        self._reduces = True  # whether the next backward reduces gradients
 
     @override
     def _distribute(self, groups: GroupFunction) -> None:
@@ -59,6 +60,7 @@ class NativeEngine(BaseEngine):
 
     @override
     def model(self, *args: Any) -> Tensor:
+        self._before_forward()
         with self._autocast:
             return self._callable(*args)
 
@@ -71,7 +73,8 @@ class NativeEngine(BaseEngine):
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
         parts = self._config.accumulation
         for index, micro in enumerate(batch.split(parts)):
-            self._reduce_gradients(index == parts - 1)  # on the last one only
+            self._reduces = index == parts - 1  # on the last one only
+            self._reduce_gradients(self._reduces)
             yield micro.to(self.world.device)
 
     def _reduce_gradients(self, reduce: bool) -> None:
@@ -80,6 +83,8 @@ class NativeEngine(BaseEngine):
     @override
     def backward(self, loss: Tensor) -> None:
         self._watch.record(loss)
+        if self._reduces:
+            self.before_waiting()
         (loss / self._config.accumulation).backward()
 
     @override

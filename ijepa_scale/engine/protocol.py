@@ -7,7 +7,7 @@ sharding and the target's update. In finetuning there is no target, or the targe
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +51,7 @@ class Engine(Protocol):
     world: World
     triton: tuple[str, ...]  # names of the Triton kernels that the step uses
     attention: dict[str, str]  # the kernel of each network's dense attention, by role; known once prepared
+    before_waiting: Callable[[], None]  # called at least once in a step, before it may first wait for other processes
 
     @abstractmethod
     def prepare(

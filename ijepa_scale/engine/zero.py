@@ -121,6 +121,7 @@ class ZeroEngine(BaseEngine):
 
     @override
     def model(self, *args: Any) -> Tensor:
+        self._before_forward()
         return self._engine(*args)  # DeepSpeed applies autocast itself
 
     @override
@@ -138,6 +139,7 @@ class ZeroEngine(BaseEngine):
     @override
     def backward(self, loss: Tensor) -> None:
         self._watch.record(loss)
+        self.before_waiting()
         self._engine.backward(loss)  # divides by the number of micro-batches
 
     @override

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ijepa_scale.metrics.own_time import OwnTime, slowest
+
 Clock = Callable[[], float]
 Reduce = Callable[[Tensor], Tensor]
 
@@ -52,6 +54,7 @@ class Meters:
         self._clock = clock
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
+        self.own_time = OwnTime(self._device, clock)
         self.warm_up_s: float | None = None
         self._reset_timers()
 
@@ -60,6 +63,7 @@ class Meters:
         self._waited_s = 0.0
         self._paused_s = 0.0
         self._steps = 0
+        self.own_time.reset()
 
     def add(self, name: str, value: Tensor | float, count: int = 1) -> None:
         """Adds `value`, a mean over `count` items, to the mean `name`; a scalar tensor stays on its device."""
@@ -73,6 +77,7 @@ class Meters:
         iterator = iter(batches)
         while True:
             before = self._clock()
+            self.own_time.begin()
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -108,11 +113,12 @@ class Meters:
             self.add(name, value)
         self._steps += 1
 
-    def flush(self, reduce: Reduce | None = None) -> dict[str, float]:
+    def flush(self, reduce: Reduce | None = None, gather: Reduce | None = None) -> dict[str, float]:
         """Returns the means since the last call, plus `data_wait_ms` and `step_ms` if there were steps; then resets.
 
         Synchronises with the device and transfers once. `reduce` averages a float64 vector over the processes, which
-        must all have added the same names.
+        must all have added the same names. With `gather`, which returns the vectors of all processes, the result also
+        says who was slowest, after one more transfer.
         """
         names = sorted(self._sums)
         means = [self._mean(name) for name in names]
@@ -123,10 +129,15 @@ class Meters:
         vector = torch.cat([torch.stack(means), timers]) if means else timers
         values = (vector if reduce is None else reduce(vector)).tolist()  # host sync: the one transfer of a row
         timed = [*names, DATA_WAIT, STEP] if self._steps else names
+        found = dict(zip(timed, values, strict=False))
+        if gather is not None and self._steps:
+            own = [1e3 * self.own_time.sum_s() / self._steps, 1e3 * wait_s]
+            times = gather(torch.tensor(own, dtype=torch.float64, device=self._device))
+            found |= slowest(times.tolist())  # host sync: once per row
         self._sums.clear()
         self._counts.clear()
         self._reset_timers()
-        return dict(zip(timed, values, strict=False))
+        return found
 
     def _mean(self, name: str) -> Tensor:
         """Returns the mean of `name` so far, a float64 scalar on the device."""

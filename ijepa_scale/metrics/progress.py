@@ -9,9 +9,14 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from ijepa_scale.metrics.own_time import slow_process
+
 
 def describe(row: Mapping[str, Any]) -> str:
-    """Returns one line with a row's loss, learning rate, speed and share of time spent waiting for data."""
+    """Returns one line with a row's loss, learning rate, speed and share of time spent waiting for data.
+
+    A process that holds the others up is named.
+    """
     parts = []
     if row.get("loss") is not None:
         parts.append(f"loss {row['loss']:.4f}")
@@ -21,6 +26,8 @@ def describe(row: Mapping[str, Any]) -> str:
         parts.append(f"{row['images_per_s']:.0f} img/s")
     if row.get("data_wait_ms") is not None and row.get("step_ms"):
         parts.append(f"wait {row['data_wait_ms'] / row['step_ms']:.0%}")
+    if (slow := slow_process(row)) is not None:
+        parts.append(slow)
     return "  ".join(parts)
 
 

@@ -26,6 +26,10 @@ FIELDS = (
     "target_std",  # `feature_std`: 0 is collapse
     "context_tokens",  # per image
     "target_tokens",  # per target block
+    "slowest_process",  # the one with the longest own time: from asking for data until it may wait for others
+    "slowest_own_ms",  # that time, per step; this and the next are null where one process trains
+    "slowest_data_wait_ms",  # its part that was spent in next() of the loader
+    "median_own_ms",  # of all processes
 )
 
 

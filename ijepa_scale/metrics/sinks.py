@@ -24,6 +24,7 @@ from PIL import Image
 
 from ijepa_scale.config import LoggingConfig
 from ijepa_scale.errors import ConfigError, DataError, UserError
+from ijepa_scale.metrics.own_time import SLOWEST
 from ijepa_scale.registry import SINKS
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ TENSORBOARD_NAME = "tensorboard"
 BLOCK_NORM = "grad_norm_"  # of one block
 HEALTH = ("feature_std", "rank_me", "lidar", "relative_loss", "context_cosine", "health_loss")
 _GROUPS = {
-    "speed": ("data_wait_ms", "step_ms", "images_per_s", "mfu", "peak_bytes"),
+    "speed": ("data_wait_ms", "step_ms", "images_per_s", "mfu", "peak_bytes", *SLOWEST),
     "schedule": ("lr", "weight_decay", "momentum", "epoch", "images_seen"),
     "masks": ("context_tokens", "target_tokens"),
     "evaluate": tuple(f"{name}{first}" for name in ("knn", "linear") for first in ("", "_untrained", "_start")),

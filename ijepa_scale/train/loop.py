@@ -33,6 +33,7 @@ from ijepa_scale.train.run_folder import held
 from ijepa_scale.train.saver import Saver
 from ijepa_scale.train.setup import check_host_memory, pixels_of
 from ijepa_scale.train.task import Result, Task
+from ijepa_scale.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
         task = kind(config, world, starting=resume is None)
         loop = Loop(task, resume)
         task.prepare_evaluation()
-        with stopping.listening():
+        with stopping.listening(), loop.watchdog.watching():
             loop.train()
         return task.result(steps=loop.steps, loss=loop.loss, checkpoint=loop.checkpoint)
 
@@ -73,6 +74,8 @@ class Loop:
         self._evaluation_due = False  # the run was stopped between a save and the evaluation of the same state
         self.provenance = self._provenance() if self.world.is_main else {}
         self.saver = Saver(task, self.folder, self.provenance)
+        self.watchdog = Watchdog(self.folder, self.world, self.config.engine.hang_timeout)
+        task.engine.before_waiting = task.meters.own_time.end
         if resume is not None:
             self._resume(resume)
 
@@ -142,7 +145,7 @@ class Loop:
                 self._evaluate(self.start, sinks, progress)
             loader = task.loader(self.start)
             check_host_memory(loader, self.world)
-            for batch in task.meters.timed(loader):
+            for batch in task.meters.timed(self.watchdog.batches(loader)):
                 if self.resumed is None and batch.step == task.first_step:
                     with task.meters.paused():
                         if self.world.is_main:
@@ -154,7 +157,8 @@ class Loop:
                 if leaving and batch.step + 1 < last:
                     self._leave(batch.step + 1)
             if self.start < last:
-                self.saver.finish(last, pause=True)
+                with self.watchdog.paused("saving"):
+                    self.saver.finish(last, pause=True)
             progress.close()
         self._check_bad(loader)
         task.finish(self.folder)
@@ -185,7 +189,8 @@ class Loop:
         Raises:
             Stopped: always, once the state is saved.
         """
-        self.saver.finish(done, evaluated=not self.task.evaluates(done))
+        with self.watchdog.paused("saving"):
+            self.saver.finish(done, evaluated=not self.task.evaluates(done))
         self.world.barrier()  # the last collective
         raise Stopped(f"{_why()}; saved {self.saver.path(done)}: start the same command again to go on")
 
@@ -212,7 +217,8 @@ class Loop:
             if error.step > self.start:
                 # not with the checkpoints: this state may already diverge, and resuming must not choose it
                 try:
-                    self.saver.save(error.step, name="stopped", keep=1)
+                    with self.watchdog.paused("saving"):
+                        self.saver.save(error.step, name="stopped", keep=1)
                 except SaveError as unsaved:  # the bad step is what ends the run
                     logger.error("%s", unsaved)
             raise
@@ -233,13 +239,13 @@ class Loop:
         task = self.task
         progress.advance()
         if self._shows(done):
-            row = task.row(task.meters.flush(self.world.mean), done)
+            row = task.row(task.meters.flush(self.world.mean, self.world.gather), done)
             if self.world.device.type == "cuda":
                 row["peak_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
             self.loss = row["loss"]
             sinks.write(row)
             progress.show(row)
-        with task.meters.paused():
+        with task.meters.paused(), self.watchdog.paused("saving"):
             if self._saves(done):  # first, since an evaluation can fail
                 self.saver.save(done, evaluated=not task.evaluates(done))
             if task.evaluates(done):
@@ -248,7 +254,8 @@ class Loop:
     def _evaluate(self, done: int, sinks: Sinks, progress: Progress) -> None:
         """Evaluates the state after `done` steps, and tells the checkpoint of that state, if there is one."""
         try:
-            found = self.task.evaluate(done)
+            with self.watchdog.paused("evaluating"):
+                found = self.task.evaluate(done)
         except Stopped:
             if done == self.task.first_step and self.resumed is None:
                 raise Stopped(f"{_why()}; no step was taken") from None

@@ -29,6 +29,7 @@ STEP_PATH = (
     "ijepa_scale/engine/base.py", "ijepa_scale/engine/native.py", "ijepa_scale/engine/zero.py",
     "ijepa_scale/engine/finite.py", "ijepa_scale/engine/target.py", "ijepa_scale/engine/graphs.py",
     "ijepa_scale/engine/block_norms.py", "ijepa_scale/metrics/meters.py",
+    "ijepa_scale/metrics/own_time.py",
     "kernels/attention/", "kernels/fp8_linear/", "kernels/target_loss/", "kernels/target_update/",
 )  # fmt: skip
 UNKEYED = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
