@@ -194,7 +194,6 @@ class PretrainTask(Task):
         return {
             "evaluated": self.evaluated,
             "untrained": self.untrained,
-            "steps_before": self.steps_before,
             "health": self._health.state(),
             "block_norms": {name: float(norm) for name, norm in (self._block_norms or {}).items()},
         }
