@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ijepa_scale.errors import CheckpointError, ConfigError
 from ijepa_scale.train.pretrain import PretrainTask
 from ijepa_scale.train.replay import Replayed, options_of, replay
 from launch import replay as script
+from tests.distributed.commands import write_data
 from tests.distributed.spiking import rows
 from tests.unit.train.test_spiking import spikes_at, trained
 from tests.unit.train.test_start import ALONE, data
@@ -107,19 +109,21 @@ def test_a_step_that_is_not_finite_is_shown(tmp_path: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
-def test_the_steps_before_are_taken_as_the_run_took_them(action: str, tmp_path: Path, data: Path) -> None:
-    """With a limit so low that some steps of this run are left out, and left out again."""
-    settings = (f"spikes.action={action}", "spikes.norm_factor=1.01", "spikes.most=99", "checkpoint.keep=9")
-    run, _ = trained(tmp_path, data, "run", *settings, "optimizer.lr=0.03", spikes={})
-    path = run / "checkpoints" / "step-00000024"
-    shutil.rmtree(run / "checkpoints" / "step-00000032")
-    taken = [row["step"] - 1 for row in rows(run) if row.get("loss") is not None]
-    left = sorted({*range(24, 36)} - {*taken})
-    assert left, "the run left no step out"
-    after = next(step for step in taken if step > left[0] and step > 24)
+def test_the_steps_before_are_taken_as_the_run_took_them(action: str, tmp_path: Path) -> None:
+    """With a rate so high and limits so low that some steps of this run are left out, and left out again."""
+    limits = ("optimizer.lr=1", "spikes.norm_factor=1.5", "spikes.loss_factor=1.5", "spikes.most=99")
+    data = write_data(tmp_path / "data")
+    run, _ = trained(tmp_path, data, "run", *limits, f"spikes.action={action}", "checkpoint.keep=9", spikes={})
+    lost = [row["step"] - 1 for row in rows(run) if "lr" in row and row["loss"] is None]
+    assert lost, "the run left no step out"
+    after = next(step for step in range(lost[0], 36) if step not in lost)
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > lost[0]:
+            shutil.rmtree(path)
     found = replayed(run, after)
-    assert found.weights == str(path) and "equal to the run's row, bit for bit" in text(found), text(found)
-    assert "the run left this step out, so its row has no loss" in text(replayed(run, left[0]))
+    assert "equal to the run's row, bit for bit" in text(found), text(found)
+    assert int(found.weights[-8:]) <= lost[0] and found.weights_step == after
+    assert "the run left this step out, so its row has no loss" in text(replayed(run, lost[0]))
 
 
 def test_refusals(tmp_path: Path, data: Path) -> None:
