@@ -7,6 +7,7 @@ all engines and processes decide alike, and a run that goes on from a checkpoint
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import struct
 from collections import deque
@@ -18,15 +19,14 @@ from ijepa_scale.errors import SpikeError
 
 logger = logging.getLogger(__name__)
 
-_INFINITE = float("inf")
 REMEDY = "lower optimizer.lr, or set a longer warm-up or optimizer.clip_norm"
 
 
 class Limits(NamedTuple):
     """Above one of them a step has a spike. Both are fp32 numbers, so the device and the host compare alike."""
 
-    loss: float = _INFINITE
-    norm: float = _INFINITE
+    loss: float = math.inf
+    norm: float = math.inf
 
 
 class SpikeJudge:
@@ -55,7 +55,7 @@ class SpikeJudge:
         """Returns the limits for the next step, infinite while there are too few values."""
         if self.config.action == "none" or len(self._losses) < LEAST_WINDOW:
             return Limits()
-        norm = _limit(self._norms, self.config.norm_factor) if self._norms else _INFINITE
+        norm = _limit(self._norms, self.config.norm_factor) if self._norms else math.inf
         return Limits(_limit(self._losses, self.config.loss_factor), norm)
 
     def forgives(self, step: int, what: str) -> bool:
@@ -148,13 +148,13 @@ class SpikeJudge:
 
     def _spike(self, step: int, loss: float, norm: float | None, limits: Limits) -> str | None:
         for name, value, limit, factor, values in (
-            ("loss", loss, limits.loss, self.config.loss_factor, self._losses),
-            ("gradient norm", norm, limits.norm, self.config.norm_factor, self._norms),
+            ("loss", loss, limits.loss, f"loss_factor={self.config.loss_factor:g}", self._losses),
+            ("gradient norm", norm, limits.norm, f"norm_factor={self.config.norm_factor:g}", self._norms),
         ):
             if value is not None and value > limit:
                 median = statistics.median(values)
                 times = f"{value / median:.3g} times " if median > 0 else "above "
-                return f"step {step}: {name} {value:.4g} is {times}the running median {median:.4g}, limit {factor:g}"
+                return f"step {step}: {name} {value:.4g} is {times}the running median {median:.4g} (spikes.{factor})"
         return None
 
     def _tell(self, step: int, text: str) -> None:
@@ -177,4 +177,4 @@ def _limit(values: deque[float], factor: float) -> float:
     try:
         return struct.unpack("f", struct.pack("f", median + (factor - 1) * abs(median)))[0]
     except OverflowError:
-        return _INFINITE
+        return math.inf

@@ -26,7 +26,7 @@ FIELDS = (
     "target_std",  # `feature_std`: 0 is collapse
     "context_tokens",  # per image
     "target_tokens",  # per target block
-)
+)  # and, where steps were left out, `steps_skipped`: how many so far
 
 
 def training_row(
