@@ -236,13 +236,14 @@ def _measure(task: PretrainTask, batch: Batch, done: int, path: Path | None) -> 
     # values that aren't finite are what is looked for
     task.engine.judged_by(SpikeJudge(SpikesConfig(action="none", skip_nonfinite=1), log=False))
     info = task.measured_step(batch)
+    norm = torch.as_tensor(info.grad_norm, dtype=torch.float32, device=world.device)  # as the meters take it
     return Replayed(
         step=batch.step,
         epoch=batch.epoch,
         weights="the start of the run" if path is None else str(path),
         weights_step=done,
         loss=float(world.mean(info.loss.double())),
-        grad_norm=float(info.grad_norm),
+        grad_norm=float(world.mean(norm.double())),
         block_norms={name: float(norm) for name, norm in (info.block_norms or {}).items()},
         samples=samples,
         row=_row_of(Path(task.config.folder), batch.step, task.first_step),

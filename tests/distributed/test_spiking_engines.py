@@ -12,6 +12,7 @@ from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.config.spikes import SpikesConfig
 from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.world import World
+from ijepa_scale.train.replay import ReplayOptions, options_of, replay
 from tests.distributed.commands import write_data
 from tests.distributed.harness import run
 from tests.distributed.spiking import FACTOR, configured, final_state, left_out, rows, train
@@ -124,3 +125,24 @@ def test_a_skipped_step_is_one_that_a_loop_leaves_out(name: str) -> None:
         assert found[0] == expected[0]
         assert found[1].keys() == expected[1].keys()
         assert all(torch.equal(found[1][tensor], expected[1][tensor]) for tensor in expected[1])
+
+
+def replaying(world: World, options: ReplayOptions) -> tuple[float, float, list[int], str]:
+    found = replay(options, world)
+    return found.loss, found.grad_norm, [sample.sample_id for sample in found.samples], "\n".join(found.lines())
+
+
+@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp2", "zero3"))])
+def test_a_replay_on_as_many_processes_gives_the_same_bits(name: str, data: Path, tmp_path: Path) -> None:
+    """And one process gives them with more accumulation, up to rounding."""
+    folder = tmp_path / "run"
+    configured(folder.with_suffix(".yaml"), data, folder)
+    settings = (*ENGINES[name], "schedule.stop_after=12")
+    assert run(train, 2, folder.with_suffix(".yaml"), settings, {}) == ["", ""]
+    row = next(row for row in rows(folder) if row["step"] == 11)
+    given = {count: options_of(folder, 10, exact=True, to=None, started=count, overrides=()) for count in (1, 2)}
+    same, other = run(replaying, 2, given[2]), run(replaying, 1, given[1], alone=True)[0]
+    assert same[0] == same[1] and same[0][:2] == (row["loss"], row["grad_norm"])
+    assert "equal to the run's row, bit for bit" in same[0][3]
+    assert other[:2] == pytest.approx(same[0][:2], abs=1e-5) and other[2] == same[0][2]
+    assert (folder / "replay" / "step-00000010" / "batch.png").is_file()
