@@ -10,8 +10,10 @@ import torch
 
 from ijepa_scale.config import AdamWConfig, EngineConfig
 from ijepa_scale.config.spikes import SpikesConfig
+from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.world import World
+from ijepa_scale.optim.fused_tail import FusedTailAdamW
 from ijepa_scale.train.replay import ReplayOptions, options_of, replay
 from tests.distributed.commands import write_data
 from tests.distributed.harness import run
@@ -94,9 +96,13 @@ def test_engines_agree_and_resume_exactly(engine: str, action: str, data: Path, 
 STEPS, SPIKED = 26, (22, 23)
 
 
-def leaving_out(world: World, engine: dict, action: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def leaving_out(
+    world: World, engine: dict, action: str, impl: str = "auto", late: bool = False
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Returns the losses and the final state where steps are judged, or, for "loop", where a loop leaves them out."""
-    built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(), masks_config())
+    FusedTailAdamW.implementation = "eager"  # which needs no GPU
+    built, step = make(world, EngineConfig(**engine, precision="fp32"), AdamWConfig(impl=impl), masks_config())
+    built._watch = FiniteWatch(world, late=True) if late else built._watch  # type: ignore[attr-defined]
     if action != "loop":
         built.judged_by(SpikeJudge(SpikesConfig(action="skip", window=20, loss_factor=3.0)))
     losses = []
@@ -127,12 +133,28 @@ def test_a_skipped_step_is_one_that_a_loop_leaves_out(name: str) -> None:
         assert all(torch.equal(found[1][tensor], expected[1][tensor]) for tensor in expected[1])
 
 
+@pytest.mark.parametrize(
+    ("impl", "late"),
+    [
+        ("fused_tail", True),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("torch", True), ("fused_tail", False))),
+    ],
+)
+def test_a_step_skipped_by_the_host_or_on_the_device_is_left_out(impl: str, late: bool) -> None:
+    """With the optimiser that moves the target too, and with decisions on the device as on a GPU."""
+    settings = {"strategy": "plain"}
+    found, expected = (run(leaving_out, 1, settings, action, impl, late, alone=True)[0] for action in ("skip", "loop"))
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][tensor], expected[1][tensor]) for tensor in expected[1])
+
+
 def replaying(world: World, options: ReplayOptions) -> tuple[float, float, list[int], str]:
     found = replay(options, world)
     return found.loss, found.grad_norm, [sample.sample_id for sample in found.samples], "\n".join(found.lines())
 
 
-@pytest.mark.parametrize("name", ["ddp", *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp2", "zero3"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
 def test_a_replay_on_as_many_processes_gives_the_same_bits(name: str, data: Path, tmp_path: Path) -> None:
     """And one process gives them with more accumulation, up to rounding."""
     folder = tmp_path / "run"
