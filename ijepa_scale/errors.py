@@ -45,5 +45,13 @@ class NonFiniteError(UserError):
         self.step = step
 
 
+class SpikeError(UserError):
+    """A loss or gradient norm so high at `step` that the user asked to stop. That step changed no state."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class CollapseError(UserError):
     """Features that collapse while training, where the user asked to stop then."""

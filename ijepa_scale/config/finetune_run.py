@@ -24,6 +24,7 @@ from ijepa_scale.config.schema import (
     RunConfig,
 )
 from ijepa_scale.config.section import Section
+from ijepa_scale.config.spikes import SpikesConfig
 
 LR_BATCH = 256  # images that `base_lr` is for. Source: arXiv 2111.06377, appendix A.1
 _SMALL_IMAGE, _WHOLE_IMAGE = 64, 224  # pixels
@@ -177,6 +178,7 @@ class FinetuneConfig(RunConfig):
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: ClassifierEvaluationConfig = ClassifierEvaluationConfig()
+    spikes: SpikesConfig = SpikesConfig()
 
     def _problems(self) -> Iterator[str]:
         yield from self._format(self.model.encoder.channels)

@@ -13,6 +13,7 @@ from ijepa_scale.config.data import AugmentConfig, CropConfig, DataConfig, Reade
 from ijepa_scale.config.health import HealthConfig
 from ijepa_scale.config.pixels import MAX_CHANNELS, PixelFormat
 from ijepa_scale.config.section import Section
+from ijepa_scale.config.spikes import SpikesConfig
 from ijepa_scale.registry import EVALUATORS, OBJECTIVES, OPTIMIZERS, SAMPLERS, SINKS
 
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3", "fa4"]
@@ -369,6 +370,7 @@ class PretrainConfig(RunConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = KnnConfig()
     health: HealthConfig = HealthConfig()
+    spikes: SpikesConfig = SpikesConfig()
 
     def _problems(self) -> Iterator[str]:
         yield from self._format(self.model.channels)

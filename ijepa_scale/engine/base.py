@@ -21,6 +21,7 @@ from ijepa_scale.engine.graphs import target_forward
 from ijepa_scale.engine.norms import use_layer_norm
 from ijepa_scale.engine.parallelize import checkpoint_blocks
 from ijepa_scale.engine.protocol import Engine, Piece, StepInfo
+from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.target import NO_FP8, ReplicatedTarget, check_fp8
 from ijepa_scale.engine.target_update import TargetUpdate
 from ijepa_scale.engine.world import World
@@ -118,6 +119,10 @@ class BaseEngine(Engine):
     def check_fp8(self, images: Tensor) -> None:
         if self._replicated and self._config.target_precision == "fp8":
             check_fp8(self._replicated, images, self.world)
+
+    @override
+    def judged_by(self, judge: SpikeJudge) -> None:
+        self._watch.judge = judge
 
     @override
     def settle(self) -> None:

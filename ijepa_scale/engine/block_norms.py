@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +25,25 @@ class BlockNorms:
         self.names = list(dict.fromkeys(blocks))
         self._index = torch.tensor([self.names.index(block) for block in blocks], device=device)
 
-    def __call__(
-        self, gradients: Sequence[Tensor | None], total: Callable[[Tensor], Tensor] | None = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Returns the norm, () fp32, of each block. Doesn't synchronise.
 
-        `gradients` are those of all trainable parameters; None is 0. If they are parts of sharded ones, `total` adds up
-        the squares (blocks,) of all processes.
+        `gradients` are those of all trainable parameters; None is 0.
         """
+        return self.norms(self.squares(gradients))
+
+    def squares(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Returns the squared norms (blocks,) fp32, which add up over processes if `gradients` are parts of them."""
         zero = torch.zeros((), device=self._index.device)
         present = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
         norms = iter(torch._foreach_norm(present) if present else ())
         each = [next(norms) if gradient is not None and gradient.numel() else zero for gradient in gradients]
         squares = torch.stack([norm.to(zero) for norm in each]).square()
-        by_block = torch.zeros(len(self.names), device=squares.device).index_add_(0, self._index, squares)
-        return dict(zip(self.names, (by_block if total is None else total(by_block)).sqrt().unbind(), strict=True))
+        return torch.zeros(len(self.names), device=squares.device).index_add_(0, self._index, squares)
+
+    def norms(self, squares: Tensor) -> dict[str, Tensor]:
+        """Returns the norm of each block from the result of `squares`, added up over all parts."""
+        return dict(zip(self.names, squares.sqrt().unbind(), strict=True))
 
 
 def _block(name: str) -> str:

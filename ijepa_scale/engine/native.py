@@ -96,13 +96,15 @@ class NativeEngine(BaseEngine):
         loss = self._watch.take()
         stopped = self._watch.check(step, loss, norm)
         block_norms = self._block_norms() if by_block else None
-        self._clip(parameters, norm)
-        set_hyper(self.optimizer.param_groups, hyper)
-        if stopped is not None:
-            self.optimizer.found_inf = stopped  # type: ignore[attr-defined]  # stops fused kernels
-        self._moves_later = self._tail is not None and self.target_module is not None
+        self._moves_later = not self._watch.left_out and self._tail is not None and self.target_module is not None
+        if not self._watch.left_out:
+            self._clip(parameters, norm)
+            set_hyper(self.optimizer.param_groups, hyper)
+            if stopped is not None:
+                self.optimizer.found_inf = stopped  # type: ignore[attr-defined]  # stops fused kernels
+            if not self._moves_later:
+                self.optimizer.step()
         if not self._moves_later:
-            self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(
             loss=loss, grad_norm=norm, block_norms=block_norms, stopped=stopped, leaving=self._watch.leaving
@@ -234,7 +236,8 @@ class Fsdp2Engine(NativeEngine):
     def _block_norms(self) -> dict[str, Tensor]:
         gradients = [p.grad for p in self.module.parameters() if p.requires_grad]
         parts = [None if gradient is None else gradient.to_local() for gradient in gradients]
-        return self._blocks(parts, lambda squares: self.world.gather(squares).sum(dim=0) / self._config.replicas)
+        squares = self.world.gather(self._blocks.squares(parts)).sum(dim=0) / self._config.replicas
+        return self._blocks.norms(squares)
 
     @override
     def _local(self, parameter: Any) -> Tensor:

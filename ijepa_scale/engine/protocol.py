@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.world import World
 from ijepa_scale.optim.groups import GroupFunction, parameter_groups
 from ijepa_scale.schedules import Hyper
@@ -26,7 +27,7 @@ class StepInfo:
     loss: Tensor  # () fp32 on the device: the mean over this process's micro-batches
     grad_norm: Tensor | float  # global, before clipping
     block_norms: dict[str, Tensor] | None = None  # of the gradient, before clipping, where asked for
-    stopped: Tensor | None = None  # () fp32 on the device: not 0 if this or an earlier step was bad, so nothing moved
+    stopped: Tensor | None = None  # () fp32 on the device: not 0 if this step is left out, so nothing moved
     leaving: bool = False  # some process was asked to stop; true from the same step on on every process
 
 
@@ -111,13 +112,19 @@ class Engine(Protocol):
         `by_block` asks for the gradient's norm in each block too. It doesn't synchronise; sharded engines then gather
         one number per block.
 
-        On a GPU the host learns of a bad step later: nothing changes from the bad step on, and the next step or
-        `settle` raises. A group's learning rate is `hyper.lr` times its `lr_scale`. Weight decay applies only to groups
+        On a GPU the host learns of a bad step later: that step changes nothing, and the next step or `settle` raises
+        before anything else has changed. A step that is left out (see `judged_by`) changes nothing either, and leaves
+        no gradients. A group's learning rate is `hyper.lr` times its `lr_scale`. Weight decay applies only to groups
         that decay. If there is a target, `update_target` must follow: an engine may move weights and target together.
 
         Raises:
             NonFiniteError: a loss or the gradient norm is NaN or infinite on some process.
+            SpikeError: the judge ends the run.
         """
+
+    @abstractmethod
+    def judged_by(self, judge: SpikeJudge) -> None:
+        """Lets a judge decide on the steps from now on. Without one, the first value that isn't finite raises."""
 
     @abstractmethod
     def update_target(self, momentum: float, info: StepInfo) -> None:
@@ -133,6 +140,7 @@ class Engine(Protocol):
 
         Raises:
             NonFiniteError: as `step`; names the bad step.
+            SpikeError: as `step`.
         """
 
     @abstractmethod

@@ -24,11 +24,10 @@ from ijepa_scale.config import EngineConfig, OptimizerConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.base import BaseEngine
 from ijepa_scale.engine.ds_config import LOW_PRECISION_LAYERS, compose, load_ds_config
-from ijepa_scale.engine.finite import NOTHING_MOVED
+from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.parallelize import blocks, compile_parts
 from ijepa_scale.engine.protocol import Piece, StepInfo
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import NonFiniteError
 from ijepa_scale.optim.groups import GroupFunction, clean_name, set_hyper
 from ijepa_scale.optim.kind import build_optimizer, check_states, optimizer_kind
 from ijepa_scale.schedules import Hyper
@@ -73,6 +72,7 @@ class ZeroEngine(BaseEngine):
     def __init__(self, world: World, config: EngineConfig, optimizer: OptimizerConfig) -> None:
         assert config.ds_config is not None
         super().__init__(world, config, optimizer)
+        self._watch = FiniteWatch(world, in_parts=True)
         environment.export_accelerator(
             world.device.type
         )  # loading the file imports deepspeed, which picks an accelerator
@@ -145,23 +145,43 @@ class ZeroEngine(BaseEngine):
     @override
     def step(self, hyper: Hyper, step: int, *, by_block: bool = False) -> StepInfo:
         loss = self._watch.take()
-        self._watch.check(step, loss)  # host sync on a GPU; DeepSpeed's own step has one too
+        squares = self._squares() if by_block or self._watch.judge.is_on else None
+        judged = squares.sum() if squares is not None and self._watch.judge.is_on else None
+        stopped = self._watch.check(step, loss, judged)  # host sync on a GPU; DeepSpeed's own step has one too
+        block_norms = None
+        if by_block and squares is not None:
+            block_norms = self._blocks.norms(self.world.gather(squares).sum(dim=0))
+        if self._watch.left_out:
+            self._leave_out()
+            return StepInfo(
+                loss=loss,
+                grad_norm=self._watch.norm,
+                block_norms=block_norms,
+                stopped=stopped,
+                leaving=self._watch.leaving,
+            )
         set_hyper(self.zero.param_groups, hyper)
-        block_norms = self._block_norms() if by_block else None
         self._engine.step()
         if self.zero.overflow:  # DeepSpeed silently skips such a step on every process
-            text = f"step {step}: the gradient norm is not finite though every loss is. {NOTHING_MOVED}"
-            raise NonFiniteError(text, step)
+            raise self._watch.refusal(step, "the gradient norm is not finite though every loss is")
         norm = self._engine.get_global_grad_norm()
         return StepInfo(loss=loss, grad_norm=norm, block_norms=block_norms, leaving=self._watch.leaving)
 
-    def _block_norms(self) -> dict[str, Tensor]:
-        """Returns the norms of the reduced gradient, whose parts the processes hold between backward and step."""
+    def _leave_out(self) -> None:
+        """Clears the gradients by DeepSpeed's own way of skipping a step, which an infinite norm makes it take."""
+        infinite = torch.tensor(torch.inf, device=self.world.device)
+        name, norm = ("_get_norm_groups", [infinite]) if self._stage == 3 else ("scaled_global_norm", infinite)
+        setattr(self.zero, name, lambda *_, **__: norm)
+        try:
+            self._engine.step()
+        finally:
+            delattr(self.zero, name)
+        assert self.zero.overflow
+
+    def _squares(self) -> Tensor:
+        """Returns the squared norm in each block of this process's part of the reduced gradient, before `step`."""
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return self._blocks(
-            [self._local_gradient(parameter) for parameter in trained],
-            lambda squares: self.world.gather(squares).sum(dim=0),
-        )
+        return self._blocks.squares([self._local_gradient(parameter) for parameter in trained])
 
     def _local_gradient(self, parameter: Any) -> Tensor | None:
         if self._stage == 3:

@@ -53,7 +53,7 @@ class Meters:
         self._device = torch.device(device)
         self._clock = clock
         self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor | int] = {}
         self.own_time = OwnTime(self._device, clock)
         self.warm_up_s: float | None = None
         self._reset_timers()
@@ -107,10 +107,16 @@ class Meters:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # host sync: read the clock only after the device is done
 
-    def count_step(self, **values: Tensor | float) -> None:
-        """Adds the numbers of one optimiser step, and counts it."""
+    def count_step(self, stopped: Tensor | None = None, **values: Tensor | float) -> None:
+        """Adds the numbers of one optimiser step unless `stopped`, a scalar on the device, isn't 0; and counts it."""
         for name, value in values.items():
-            self.add(name, value)
+            if stopped is None:
+                self.add(name, value)
+                continue
+            taken = stopped == 0
+            scalar = torch.as_tensor(value, dtype=torch.float32, device=stopped.device).detach()
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(taken, scalar, 0.0)
+            self._counts[name] = self._counts.get(name, 0) + taken
         self._steps += 1
 
     def flush(self, reduce: Reduce | None = None, gather: Reduce | None = None) -> dict[str, float]:

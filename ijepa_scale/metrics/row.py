@@ -30,7 +30,7 @@ FIELDS = (
     "slowest_own_ms",  # that time, per step; this and the next are null where one process trains
     "slowest_data_wait_ms",  # its part that was spent in next() of the loader
     "median_own_ms",  # of all processes
-)
+)  # and, where steps were left out, `steps_skipped`: how many so far
 
 
 def training_row(

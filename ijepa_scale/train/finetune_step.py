@@ -40,5 +40,5 @@ class FinetuneStep:
         info = self.engine.step(hyper, batch.step)
         if self.momentum is not None:
             self.engine.update_target(self.momentum, info)
-        self.meters.count_step(loss=info.loss, grad_norm=info.grad_norm)
+        self.meters.count_step(info.stopped, loss=info.loss, grad_norm=info.grad_norm)
         return info

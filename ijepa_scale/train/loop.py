@@ -21,9 +21,11 @@ from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sanity import sanity_warnings
 from ijepa_scale.data.sources.stream import StreamSource
+from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CollapseError, ConfigError, NonFiniteError, SaveError
+from ijepa_scale.errors import CollapseError, ConfigError, NonFiniteError, SaveError, SpikeError
 from ijepa_scale.metrics.progress import Progress
+from ijepa_scale.metrics.row import Row
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks, read_rows
 from ijepa_scale.provenance import provenance
 from ijepa_scale.stopping import Stopped
@@ -32,6 +34,7 @@ from ijepa_scale.train.resuming import check_continues, find_checkpoint
 from ijepa_scale.train.run_folder import held
 from ijepa_scale.train.saver import Saver
 from ijepa_scale.train.setup import check_host_memory, pixels_of
+from ijepa_scale.train.spikes import load_state_of, roll_back
 from ijepa_scale.train.task import Result, Task
 from ijepa_scale.train.watchdog import Watchdog
 
@@ -71,8 +74,11 @@ class Loop:
         self.start = task.first_step
         self.resumed = None if resume is None else resume.path
         self.loss: float | None = None  # of the last row
+        self._events: list[Row] = []  # rows of what happened in the last step
         self._evaluation_due = False  # the run was stopped between a save and the evaluation of the same state
         self.provenance = self._provenance() if self.world.is_main else {}
+        self.spikes = task.spikes = SpikeJudge(self.config.spikes, run=str(self.folder), log=self.world.is_main)
+        task.engine.judged_by(self.spikes)
         self.saver = Saver(task, self.folder, self.provenance)
         self.watchdog = Watchdog(self.folder, self.world, self.config.engine.hang_timeout)
         task.engine.before_waiting = task.meters.own_time.end
@@ -87,9 +93,7 @@ class Loop:
     def _resume(self, checkpoint: store.Checkpoint) -> None:
         path = checkpoint.path
         check_continues(checkpoint, self.task)
-        checkpoint.load(self.task.engine.pieces())
-        self.task.steps_before = checkpoint.extra.get("steps_before", 0)
-        self.task.engine.loaded(checkpoint.step + self.task.steps_before)
+        load_state_of(checkpoint, self.task)
         self.start = checkpoint.step
         self.task.origin = checkpoint.extra.get("init")
         self._evaluation_due = not checkpoint.extra.get("evaluated_here", True)  # version 0.1.0 evaluated first
@@ -212,8 +216,13 @@ class Loop:
             leaving = self.task.step(batch).leaving
             if self._needs_result(batch.step + 1):
                 self.task.engine.settle()
-            return leaving
-        except NonFiniteError as error:  # raised on every process, so all of them can save
+            if self.spikes.roll_back is None:
+                return leaving
+            spiked = self.spikes.roll_back
+            with self.watchdog.paused("loading"):
+                self._events.append(roll_back(self.task, self.saver, self.resumed))
+            return leaving if spiked == batch.step else self._step(batch)  # a GPU's spike is known a step later
+        except (NonFiniteError, SpikeError) as error:  # raised on every process, so all of them can save
             if error.step > self.start:
                 # not with the checkpoints: this state may already diverge, and resuming must not choose it
                 try:
@@ -238,8 +247,10 @@ class Loop:
         """Writes the row, evaluates and saves if they are due after `done` steps."""
         task = self.task
         progress.advance()
+        while self._events:
+            sinks.write(self._events.pop(0))
         if self._shows(done):
-            row = task.row(task.meters.flush(self.world.mean, self.world.gather), done)
+            row = task.row(task.meters.flush(self.world.mean, self.world.gather), done) | self.spikes.row()
             if self.world.device.type == "cuda":
                 row["peak_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
             self.loss = row["loss"]

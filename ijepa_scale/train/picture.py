@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from ijepa_scale.config.data import CropConfig
@@ -32,11 +33,15 @@ def viewable(images: Tensor, augment: CropConfig, pixels: PixelFormat) -> Tensor
     return (shown.float() / 4 + 0.5).clamp(0, 1)
 
 
+def with_masks(task: PretrainTask, batch: Batch) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Returns augmented images (B, 3, h, w) in [0, 1] on the host, with the grids of `mask_grids`. Synchronises."""
+    images = viewable(task.augment(batch.to(task.world.device)).cpu(), task.config.augment, pixels_of(task.config))
+    masks = task.masks(batch.step, batch.position, len(batch), task.batch_size)
+    return images, *mask_grids(masks, len(batch), task.config.model.grid)
+
+
 def draw_first_batch(task: PretrainTask, batch: Batch, path: Path) -> None:
     """Draws a few augmented images with their context and target blocks. Synchronises. Called once per run."""
     micro = next(batch.split(task.config.engine.accumulation))
-    count = min(_NUM_IMAGES, len(micro))
-    images = viewable(task.augment(micro)[:count].cpu(), task.config.augment, pixels_of(task.config))
-    masks = task.masks(micro.step, micro.position, len(micro), task.batch_size)
-    context, targets = mask_grids(masks, len(micro), task.config.model.grid)
-    draw_masks(images, context[:count], targets[:count], path)
+    images, context, targets = with_masks(task, micro)
+    draw_masks(images[:_NUM_IMAGES], context[:_NUM_IMAGES], targets[:_NUM_IMAGES], path)

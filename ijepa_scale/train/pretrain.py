@@ -181,6 +181,11 @@ class PretrainTask(Task):
         self._block_norms = info.block_norms
         return info
 
+    def measured_step(self, batch: Batch) -> StepInfo:
+        """Takes one optimiser step, and measures the norm of the gradient in each block."""
+        self._take_step.by_block = True
+        return self._take_step(batch)
+
     @override
     def prepare_evaluation(self) -> None:
         """Builds the evaluator, which reads the labels of its images, and reads the images of `health`."""
@@ -194,7 +199,6 @@ class PretrainTask(Task):
         return {
             "evaluated": self.evaluated,
             "untrained": self.untrained,
-            "steps_before": self.steps_before,
             "health": self._health.state(),
             "block_norms": {name: float(norm) for name, norm in (self._block_norms or {}).items()},
         }

@@ -8,10 +8,12 @@ import time
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ijepa_scale.checkpoint import store
 from ijepa_scale.checkpoint.background import BackgroundSaves
+from ijepa_scale.checkpoint.folder import named, step_of
+from ijepa_scale.checkpoint.manifest import Damage
 from ijepa_scale.engine.replicas import check_replicas
 from ijepa_scale.errors import SaveError
 from ijepa_scale.train.task import Task
@@ -54,6 +56,24 @@ class Saver:
         """
         self._settle()
         return self._newest == self.path(done)
+
+    def newest_before(self, step: int, resumed: Path | None = None) -> store.Checkpoint | None:
+        """Returns the run's newest whole checkpoint without `step`, or else the one it began with. Communicates.
+
+        Waits for the last save.
+
+        Raises:
+            SaveError: `checkpoint.max_failures` saves have failed one after another; raised on every process.
+        """
+        self._settle()
+        found = named(self._folder / "checkpoints") if self._task.world.is_main else []
+        paths = self._task.world.broadcast_object([path for path in found if step_of(path) <= step])
+        for path in (*reversed(cast(list[Path], paths)), *(() if resumed is None else [resumed])):
+            try:
+                return store.whole(path, self._task.world)
+            except Damage as error:
+                logger.warning("%s", error)
+        return None
 
     def save(
         self,
@@ -185,5 +205,7 @@ class Saver:
             "versions": self._versions,
             "init": task.origin,
             "evaluated_here": evaluated,
+            "spikes": task.spikes.state(),
+            "steps_before": task.steps_before - task.spikes.skipped,
             **task.state(),
         }

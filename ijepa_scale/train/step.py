@@ -50,5 +50,5 @@ class TrainStep:
             self.observe(tokens, masks, wanted)
         info = self.engine.step(hyper, batch.step, by_block=self.by_block)
         self.engine.update_target(hyper.momentum, info)  # exact EMA, not after a stopped step
-        self.meters.count_step(loss=info.loss, grad_norm=info.grad_norm)
+        self.meters.count_step(info.stopped, loss=info.loss, grad_norm=info.grad_norm)
         return info

@@ -20,6 +20,7 @@ from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
 from ijepa_scale.engine.protocol import Engine, StepInfo
+from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.world import World
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.row import Row, training_row
@@ -72,6 +73,7 @@ class Task:
     world: World
     engine: Engine
     meters: Meters
+    spikes: SpikeJudge  # what the loop's engine judges by
     source: SampleSource | StreamSource
     order: SampleOrder | StreamOrder
     schedule: Callable[[int], Hyper]

@@ -223,7 +223,7 @@ def spoiled_gradient(world: World, engine: dict) -> tuple[str, bool]:
     backward = built.backward
     built.backward = lambda loss: backward(loss * 1e38 * 1e38 if world.rank == 0 else loss)  # type: ignore[method-assign]
     record = built._watch.check  # type: ignore[attr-defined]
-    built._watch.check = lambda step, loss, *also: record(step, loss.new_zeros(()), *also)  # type: ignore[attr-defined]
+    built._watch.check = lambda step, loss, norm=None: record(step, loss.new_zeros(()), norm)  # type: ignore[attr-defined]
     try:
         step(part(1, world))
     except NonFiniteError as error:

@@ -36,9 +36,7 @@ def test_parts_of_two_processes_add_up_and_missing_ones_are_zero() -> None:
     norms = BlockNorms(module, torch.device("cpu"))
     gradients = [torch.ones_like(p) for p in module.parameters()]
     halves = [[g.flatten()[: g.numel() // 3] for g in gradients], [g.flatten()[g.numel() // 3 :] for g in gradients]]
-    squares: list[torch.Tensor] = []
-    norms(halves[0], lambda mine: squares.append(mine) or mine)
-    whole = norms(halves[1], lambda mine: mine + squares[0])
+    whole = norms.norms(norms.squares(halves[0]) + norms.squares(halves[1]))
     for name, norm in norms(gradients).items():
         assert whole[name].item() == pytest.approx(norm.item())
     none = norms([None] * len(gradients))

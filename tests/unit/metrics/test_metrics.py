@@ -42,6 +42,17 @@ def test_meters_average_and_start_anew():
     assert meters.flush() == {}  # nothing was timed
 
 
+def test_a_step_that_changed_nothing_is_not_in_the_means():
+    meters = Meters("cpu")
+    flags = [None, torch.zeros(()), torch.ones(()), torch.zeros(())]
+    for flag, loss in zip(flags, (1.0, 2.0, float("nan"), 6.0), strict=True):
+        meters.count_step(flag, loss=torch.tensor(loss), grad_norm=loss)
+    values = meters.flush()
+    assert values["loss"] == values["grad_norm"] == 3.0
+    meters.count_step(torch.ones(()), loss=torch.tensor(5.0))
+    assert math.isnan(meters.flush()["loss"])
+
+
 def test_meters_leave_the_callers_tensor_alone():
     loss = torch.tensor(1.0)
     meters = Meters("cpu")
