@@ -59,7 +59,7 @@ def test_a_stopped_process_ends_the_run_and_is_named(
     victim = loader_worker(found[-1]) if whom == "loader" else found[int(whom[-1])]
     victim.suspend()
     begin = time.monotonic()
-    log = wait_for_line("engine.hang_timeout", config, process)
+    log = wait_for_line("(engine.hang_timeout): ", config, process)
     assert time.monotonic() - begin > TIMEOUT_S - 1
     if short and whom != "loader":
         victim.kill()  # launchers give it 30 s before they do
