@@ -42,6 +42,12 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     batch_size_per_process: form.Images | None = Field(None, description="Those of each process.")
     workers: int = Field(2, ge=0, description="Decoding processes per training process; 0 decodes in that itself.")
     prefetch: form.Count = Field(2, description="Batches that each worker prepares ahead.")
+    worker_restarts: int = Field(
+        3, ge=0, description="How often a process starts its workers again when one was killed or hangs."
+    )
+    worker_timeout: form.Seconds = Field(
+        600.0, description="A wait for workers that is taken for a hang, longer than one remote shard takes; 0: none is."
+    )
     window_shards: form.Count = Field(8, description="Shards whose samples are shuffled together.")
     cache: form.PathText | None = Field(
         None, description="Folder of fetched remote shards, shared by a machine's processes."

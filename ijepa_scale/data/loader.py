@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 _SEEN_BEFORE_STOP = 1000  # samples seen before the bad fraction is first checked
+_NEW_PASSES = "; the stream begins new passes over its shards, so samples may repeat before others have been read"
 _WHOLE_BATCH = 8  # images: a batch of at least this many, all of them bad, ends the run at once
 
 
@@ -85,6 +86,7 @@ class TrainLoader:
         self._slot_bytes = values * self._pixels.value_bytes
         self._steps = range(start_step, max(start_step, stop_step))
         self._workers, self._prefetch = workers, prefetch
+        self._after_restart = _NEW_PASSES if isinstance(source, StreamSource) else ""
         # one buffer in use by the caller, two being copied to the device, the others filled by workers
         self._num_slots = workers * prefetch + 3
         self._device = torch.device(device)
@@ -112,6 +114,7 @@ class TrainLoader:
             ((step, feed.take()) for step in self._steps),
             workers=self._workers,
             prefetch=self._prefetch,
+            after_restart=self._after_restart,
         )
         return feed.deliver((item.slot, batch) for item, batch in self._checked(batches, slots, parts))
 
