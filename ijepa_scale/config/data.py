@@ -46,7 +46,7 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
         3, ge=0, description="How often a process starts its workers again when one was killed or hangs."
     )
     worker_timeout: form.Seconds = Field(
-        600.0, description="A wait for workers that is taken for a hang, longer than one remote shard takes; 0: none is."
+        600.0, description="Longest wait for a worker; one that hangs is started again. 0: for ever."
     )
     window_shards: form.Count = Field(8, description="Shards whose samples are shuffled together.")
     cache: form.PathText | None = Field(

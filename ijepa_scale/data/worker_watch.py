@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _LOOK_S = 1.0  # between looks; a worker that ends is seen at once
+_TOGETHER_S = 0.05  # in which workers end that end for one reason
 _NOTICE_S = 2.0  # in which an ended worker is surely seen
 _GO_S = 10.0  # in which a killed process is gone, unless a disk or network keeps it
 _NO_SERVER = 255  # exit code that `multiprocessing` assumes of a process whose fork server has gone
@@ -34,10 +35,10 @@ class WorkerWatch:
         self._pinning = hasattr(iterator, "_pin_memory_thread")
         self._results = iterator._worker_result_queue
         self._timeout_s = timeout_s
-        self._descriptors = [_descriptor_of(worker.pid) for worker in self._workers]
+        self._descriptors: list[int | None] = [_descriptor_of(worker.pid) for worker in self._workers]
         self._first: list[int] = []  # numbers of the workers that ended by themselves
         self._hang = ""
-        self._left: list[int] = []  # process ids that can't be ended
+        self._left: list[int | None] = []  # process ids that can't be ended
         self._waiting = False
         self._ended = threading.Event()
         self._reading, self._writing = os.pipe()
@@ -74,20 +75,21 @@ class WorkerWatch:
         if self._hang:
             return self._hang
         codes = {self._workers[number].pid: self._workers[number].exitcode for number in self._first}
-        if len(codes) == len(self._workers) and set(codes.values()) == {_NO_SERVER}:
+        if _NO_SERVER in codes.values():
             return "the process that starts data workers was ended"
         return " and ".join(f"data worker {pid} {_how(code)}" for pid, code in codes.items())
 
     @property
-    def unkillable(self) -> list[int]:
+    def unkillable(self) -> list[int | None]:
         """The ids of processes that didn't end when they were killed."""
         return self._left
 
     def end(self) -> None:
         """Kills the workers that are left, and waits until they are gone."""
-        for descriptor in filter(None, self._descriptors):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        for descriptor in self._descriptors:
+            if descriptor is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         for worker, descriptor in zip(self._workers, self._descriptors, strict=True):
             if descriptor is not None:
                 if not _readable(descriptor, _GO_S):
@@ -106,7 +108,8 @@ class WorkerWatch:
             waited = waited + min(now - before, 2 * _LOOK_S) if self._waiting else 0.0
             before = now
             if ready:
-                self._first = sorted(sentinels[one] for one in ready)  # type: ignore[index]  # no connections
+                time.sleep(_TOGETHER_S)
+                self._first = [number for one, number in sentinels.items() if connection.wait([one], 0)]
             elif 0 < self._timeout_s < waited:
                 self._hang = self._describe_hang(waited)
             else:

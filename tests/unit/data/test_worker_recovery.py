@@ -18,7 +18,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from ijepa_scale.config.schema import AugmentConfig
 from ijepa_scale.data.eval_reader import EvalReader
+from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
 from ijepa_scale.data.workers import Recovery, ordered_loader, set_recovery
 from ijepa_scale.errors import DataError
@@ -108,7 +110,7 @@ def test_many_kills_and_stops_change_no_byte(tmp_path, seed):
 
 
 def test_a_stopped_worker_is_replaced(tmp_path, caplog):
-    set_recovery(Recovery(timeout_s=6.0))
+    set_recovery(Recovery(timeout_s=4.0))
     source = a_source(tmp_path)
     expected = digests(a_loader(source))
     stopped = []
@@ -133,6 +135,7 @@ def test_the_fork_server_may_be_killed(tmp_path, caplog):
         if number == 3:
             orphans.extend(worker.pid for worker in workers())
             os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+            time.sleep(1)  # until the system has taken its memory and closed its pipes
 
     with caplog.at_level(logging.WARNING):
         assert digests(a_loader(source, stop_step=40, workers=2), kill) == expected
@@ -229,11 +232,9 @@ def test_evaluation_goes_on_after_a_kill(tmp_path):
 
 def test_a_stream_says_that_it_begins_again(tmp_path, caplog):
     a_source(tmp_path)
+    options = {"seed": 0, "stop_step": 20, "workers": 2, "max_bad_fraction": 1.0}
     source = StreamSource(str(tmp_path))
-    loader = a_loader(a_source(tmp_path / "other"))
-    loader = type(loader)(
-        source, StreamOrder(8, 5), loader_augment(), (16, 16), seed=0, stop_step=20, workers=2, max_bad_fraction=1.0
-    )
+    loader = TrainLoader(source, StreamOrder(8, 5), AugmentConfig(), (16, 16), **options)
 
     def kill(number):
         if number == 4:
@@ -244,19 +245,15 @@ def test_a_stream_says_that_it_begins_again(tmp_path, caplog):
     assert "again; the stream begins new passes over its shards, so samples may repeat" in caplog.text
 
 
-def loader_augment():
-    from ijepa_scale.config.schema import AugmentConfig
-
-    return AugmentConfig()
-
-
-def test_an_abandoned_loader_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_an_abandoned_loader_leaves_no_process(tmp_path, stopped):
     source = a_source(tmp_path)
     batches = iter(a_loader(source, workers=2))
     next(batches)
     pids = [worker.pid for worker in workers()]
     assert len(pids) == 2
-    os.kill(pids[0], signal.SIGSTOP)
+    if stopped:
+        os.kill(pids[0], signal.SIGSTOP)
     batches.close()
     wait_until_gone(pids)
     assert batches_of(a_loader(source, workers=1, stop_step=2))  # others start as ever
