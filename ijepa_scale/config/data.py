@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 from typing_extensions import override
@@ -53,6 +53,13 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
         None, description="Folder of fetched remote shards, shared by a machine's processes."
     )
     cache_gb: form.Gibibytes = Field(100.0, description="Size that the cache may reach.")
+    redirect_hosts: form.Hosts = Field(
+        (), description="Servers, HOST or HOST:PORT, that https shards may be redirected to besides their own."
+    )
+    verify: Literal["first_open", "size"] = Field(
+        "first_open",
+        description="What of a manifest shards are compared with: SHA-256 at a run's first opening, or sizes alone.",
+    )
     stream_shuffle: form.Count = Field(1000, description="Reader stream: samples that a worker draws from.")
     allow_pipe: bool = Field(False, description="Reader stream: allow `pipe:` addresses, which run shell commands.")
     synthetic_samples: form.Images = Field(

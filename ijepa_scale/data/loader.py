@@ -75,6 +75,7 @@ class TrainLoader:
         self.num_seen = 0
         self.bad: Counter[str] = Counter()
         self._last_bad: BadSample | None = None
+        self._bad_shards: set[str] = set()  # that were named in the log
         self._max_bad_fraction = max_bad_fraction
         self._images_per_step = order.part_size(world)
         self._rank = rank
@@ -106,6 +107,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.num_seen, self.bad, self._last_bad = 0, Counter(), None
+        self._bad_shards.clear()
         slots = Slots(self._num_slots, self._slot_bytes)
         feed = DeviceFeed(slots, self._device)
         parts = self._make_parts()
@@ -125,7 +127,7 @@ class TrainLoader:
             if item.error is not None:
                 raise DataError(item.error)
             for bad in item.bad:
-                logger.warning("sample %s is replaced: %s", bad.name, bad.reason)
+                self._report(bad)
             self._count(item)
             assert item.sizes is not None and item.sample_ids is not None and item.labels is not None
             batch = Batch(
@@ -141,6 +143,18 @@ class TrainLoader:
                 channels=channels,
             )
             yield item, batch
+
+    def _report(self, bad: BadSample) -> None:
+        """Logs a bad sample, and a bad shard once."""
+        if bad.shard is None:
+            logger.warning("sample %s is replaced: %s", bad.name, bad.reason)
+        elif bad.shard not in self._bad_shards:
+            self._bad_shards.add(bad.shard)
+            logger.warning(
+                "%s. Until then its samples are replaced by others, and count as bad ones towards "
+                "data.max_bad_fraction %g",
+                bad.reason, self._max_bad_fraction,
+            )  # fmt: skip
 
     def _count(self, item: Item) -> None:
         """Counts bad samples and raises `DataError` when there are too many."""
