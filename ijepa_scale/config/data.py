@@ -58,7 +58,7 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     )
     verify: Literal["first_open", "size"] = Field(
         "first_open",
-        description="What of a manifest shards are compared with: SHA-256 at a run's first opening, or sizes alone.",
+        description="What shards share with their manifest: SHA-256 when first opened, or size.",
     )
     stream_shuffle: form.Count = Field(1000, description="Reader stream: samples that a worker draws from.")
     allow_pipe: bool = Field(False, description="Reader stream: allow `pipe:` addresses, which run shell commands.")

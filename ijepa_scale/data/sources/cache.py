@@ -2,8 +2,8 @@
 
 Each entry has a lock file. Readers of the entry hold a shared lock; a process that fetches or removes it holds an
 exclusive one. A process that dies releases its locks. So one process fetches while the others wait, and a file in
-use is never removed. A file gets its final name only when it is complete. When the lock file was last written to tells
-when the entry was last opened. Only this user may be able to write to the folder.
+use is never removed. A file gets its final name only when it is complete. Only this
+user may be able to write to the folder.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class FileCache:
                 with contextlib.suppress(FileNotFoundError):
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                     if is_private(os.fstat(descriptor)):
-                        os.utime(lock)
+                        os.utime(path)
                         return Handle(descriptor, lock)
                     os.close(descriptor)
                     logger.warning("%s: others can write to this file of the cache, so it is fetched again", path)
@@ -173,13 +173,7 @@ class FileCache:
 
     def _oldest_first(self) -> list[Path]:
         whole = [entry for entry in self._entries() if not entry.name.endswith(_PART)]
-        return sorted(whole, key=self._opened_at)
-
-    def _opened_at(self, entry: Path) -> int:
-        try:
-            return os.stat(f"{entry}{_LOCK}").st_mtime_ns
-        except FileNotFoundError:
-            return 0
+        return sorted(whole, key=lambda entry: entry.stat().st_mtime_ns)
 
     def _remove(self, entry: Path) -> int:
         """Removes an entry and returns the bytes freed; 0 if a process is using or fetching it."""

@@ -51,8 +51,17 @@ class HashedShards:
         if (str(path), identity) not in self._known:
             self._settle(path, descriptor, identity, sha256, wait=False)
 
+    def accept(self, path: Path, identity: Identity, sha256: str) -> None:
+        """Notes that a file has this hash, without reading it."""
+        self._known[str(path), identity] = True
+        note = self._open_note(path)
+        if note is not None:
+            fcntl.flock(note, fcntl.LOCK_EX)
+            self._write(note, _facts(path, identity, sha256), same=True)
+            os.close(note)
+
     def _settle(self, path: Path, descriptor: int, identity: Identity, sha256: str, *, wait: bool) -> bool | None:
-        facts = f"{os.path.abspath(path)}\n{identity}\n{sha256}\n"
+        facts = _facts(path, identity, sha256)
         note = self._open_note(path)
         try:
             if note is not None:
@@ -67,10 +76,7 @@ class HashedShards:
             known = _sha256_of(descriptor) == sha256
             self._known[str(path), identity] = known
             if note is not None:
-                content = facts.encode("utf-8", "surrogateescape") + (b"same" if known else b"differs")
-                with contextlib.suppress(OSError):  # a full disk: others hash it too
-                    os.ftruncate(note, 0)
-                    os.pwrite(note, content, 0)
+                self._write(note, facts, same=known)
             return known
         finally:
             if note is not None:
@@ -90,15 +96,24 @@ class HashedShards:
             logger.debug("every process hashes %s itself (%s)", path, error)
             return None
 
-    def _noted(self, note: int, facts: str) -> bool | None:
+    def _write(self, note: int, facts: bytes, *, same: bool) -> None:
+        with contextlib.suppress(OSError):  # a full disk: others hash it too
+            os.ftruncate(note, 0)
+            os.pwrite(note, facts + (b"same" if same else b"differs"), 0)
+
+    def _noted(self, note: int, facts: bytes) -> bool | None:
         status = os.fstat(note)
         if status.st_mtime < self._opened_at:
             return None
         content = os.pread(note, status.st_size, 0)
         start, _, result = content.rpartition(b"\n")
-        if start + b"\n" != facts.encode("utf-8", "surrogateescape"):
+        if start + b"\n" != facts:
             return None
         return {b"same": True, b"differs": False}.get(result)
+
+
+def _facts(path: Path, identity: Identity, sha256: str) -> bytes:
+    return os.fsencode(f"{os.path.abspath(path)}\n{identity}\n{sha256}\n")
 
 
 def _sha256_of(descriptor: int) -> str:

@@ -9,6 +9,8 @@ from ijepa_scale.data.sources.shard_manifest import MANIFEST, ShardRow, expected
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
 from ijepa_scale.errors import DataError
 
+_REMEDY = "copy it again, or make the set again"
+
 
 def usable_shards(
     paths: list[Path], members: Members | None, pattern: str | Path | None
@@ -40,7 +42,7 @@ def usable_shards(
             continue
         if index.tar_bytes == 0 and row is None:
             unknown.append(path)
-        elif index.tar_bytes == 0:
+        elif row is not None and index.tar_bytes == 0:
             lost.add("empty shard", str(path), f"0 bytes, instead of {row.samples} samples; {_REMEDY}", row.samples)
         elif row is not None and index.tar_bytes != row.bytes and "cut short" not in index.problems.counts:
             reason = f"{index.tar_bytes} bytes, but {MANIFEST} says {row.bytes}; {_REMEDY}"
@@ -53,7 +55,5 @@ def usable_shards(
         lost.add("empty shard", str(path), reason, max(1, average))
     return found, expected.rows, lost
 
-
-_REMEDY = "copy it again, or make the set again"
 
 __all__ = ["usable_shards"]

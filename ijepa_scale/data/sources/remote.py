@@ -18,7 +18,6 @@ from ijepa_scale.data.sources.class_list import CLASSES, parse_classes
 from ijepa_scale.data.sources.fetch import (
     NotThereError,
     OtherContentError,
-    Retry,
     check_address,
     fetch,
     remote_size,
@@ -38,7 +37,7 @@ from ijepa_scale.data.sources.tar_index import (
     save_index,
     scan_index,
 )
-from ijepa_scale.data.sources.tar_shards import ShardSource, identity_of
+from ijepa_scale.data.sources.tar_shards import ShardSource
 from ijepa_scale.errors import DataError, ShardError
 
 logger = logging.getLogger(__name__)
@@ -113,12 +112,16 @@ class RemoteShardSource(ShardSource):
             return handle
         status = os.fstat(handle.descriptor)
         path = self._cache.path(file.url)
-        if self._hashed.matches(path, handle.descriptor, identity_of(status), file.sha256):
+        identity = status.st_dev, status.st_ino, status.st_size  # each opening sets the times
+        if self._hashed.matches(path, handle.descriptor, identity, file.sha256):
             return handle
         handle.close()
         logger.warning("%s: the copy in the cache differs from the manifest, so it is fetched again", file.url)
         self._cache.discard(file.url, status)
-        return self._cache.open(file)
+        handle = self._cache.open(file)
+        status = os.fstat(handle.descriptor)
+        self._hashed.accept(path, (status.st_dev, status.st_ino, status.st_size), file.sha256)  # compared when fetched
+        return handle
 
     def _check_same(self, index: ShardIndex) -> None:
         """Does nothing: an open file of the cache doesn't change."""
@@ -187,7 +190,7 @@ def remote_index(file: RemoteFile, cache: FileCache, members: Members | None = N
     if found is None:
         kept.unlink(missing_ok=True)
         new = kept.with_name(f"{kept.name}.{os.getpid()}-{threading.get_native_id()}")
-        quick = Retry(attempts=min(3, cache.retry.attempts), first_pause_s=cache.retry.first_pause_s)
+        quick = dataclasses.replace(cache.retry, attempts=min(3, cache.retry.attempts))
         try:
             fetch(
                 index_address(file.url, members), new, size=None, sha256=None, retry=quick, largest=largest_index(size)
