@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ijepa_scale.data.worker_watch import WorkerWatch
 from ijepa_scale.errors import DataError
 from ijepa_scale.stopping import SIGNALS
+from ijepa_scale.terminal import log_to_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +221,7 @@ def _start_server() -> None:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    log_to_terminal(logging.WARNING)  # else logging prints warnings itself, with names as they are
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for target in (_end_with_parent, _end_when_parent_says):
         threading.Thread(target=target, daemon=True).start()
