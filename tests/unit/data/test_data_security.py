@@ -164,7 +164,6 @@ def npy(array, shape=None):
 @pytest.mark.parametrize("kind", ["compressed", "claims", "objects", "many"])
 def test_an_index_that_inflates_is_not_read(shards, kind, caplog):
     expected = index_tar(shards[0]).offsets
-    few = {name: npy(np.zeros(3, np.int64)) for name in ("stamp", "offsets", "sizes", "labels", "key_bytes")}
     if kind == "compressed":
         bomb(shards[0])
     elif kind == "claims":
@@ -176,7 +175,6 @@ def test_an_index_that_inflates_is_not_read(shards, kind, caplog):
         np.savez(index_path(shards[0]), stamp=np.array([print], dtype=object), allow_pickle=True)
     else:
         index_path(shards[0]).write_bytes(bytes(1 << 25))
-    assert few
     tracemalloc.start()
     with caplog.at_level(logging.WARNING):
         found = index_tar(shards[0]).offsets
@@ -282,7 +280,7 @@ def test_no_message_holds_a_terminal_code(tmp_path, kind):
     )
     arguments = [sys.executable, "-c", script, kind, str(made[kind]), str(tmp_path / f"to{CODE}")]
     path = os.pathsep.join([str(ROOT), str(ROOT / ".path")])
-    done = subprocess.run(arguments, capture_output=True, env={**os.environ, "PYTHONPATH": path}, timeout=120)
+    done = subprocess.run(arguments, capture_output=True, env={**os.environ, "PYTHONPATH": path}, timeout=60)
     said = (done.stdout + done.stderr).decode()
     assert "Traceback" not in said and "\\u001b" in said, said
     for code in ("\x1b", "\x07", "\x9b", "\u202e"):
@@ -332,9 +330,8 @@ def read_all(arguments):
 
     tried(train)
     source = {"stream": "tar", "shards": "tar"}.get(kind, kind)
-    name = {"imagefolder": "folder"}.get(source, source)
     tried(
-        lambda: shards("make", "--from", name, "--root", path, "--to", to, "--workers", "0", "--max-bad-fraction", "1")
+        lambda: shards("make", "--from", source, "--root", path, "--to", to, "--workers", "0", "--max-bad-fraction", "1")
     )
     for word in ("verify", "info", "index"):
         tried(lambda word=word: shards(word, path if kind == "shards" else to))
