@@ -150,7 +150,7 @@ def bomb(tar, **arrays):
     """Replaces the index of a tar by one whose arrays are compressed or claim to be larger than they are."""
     with zipfile.ZipFile(index_path(tar), "w", arrays.pop("method", zipfile.ZIP_DEFLATED)) as archive:
         for name in ("stamp", "offsets", "sizes", "labels", "key_bytes", "key_ends", "problems", "texts"):
-            archive.writestr(f"{name}.npy", arrays.get(name, npy(np.zeros(1 << 25, np.int64))))
+            archive.writestr(f"{name}.npy", arrays.get(name, npy(np.zeros(1 << 22, np.int64))))
 
 
 def npy(array, shape=None):
@@ -331,7 +331,9 @@ def read_all(arguments):
     tried(train)
     source = {"stream": "tar", "shards": "tar"}.get(kind, kind)
     tried(
-        lambda: shards("make", "--from", source, "--root", path, "--to", to, "--workers", "0", "--max-bad-fraction", "1")
+        lambda: shards(
+            "make", "--from", source, "--root", path, "--to", to, "--workers", "0", "--max-bad-fraction", "1"
+        )
     )
     for word in ("verify", "info", "index"):
         tried(lambda word=word: shards(word, path if kind == "shards" else to))

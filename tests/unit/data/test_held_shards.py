@@ -20,6 +20,7 @@ from ijepa_scale.data.sources import hashes
 from ijepa_scale.data.sources.hashes import HashedShards
 from ijepa_scale.data.sources.open import build_source, training_source
 from ijepa_scale.data.sources.source import check_problems
+from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.data.sources.tar_index import index_path
 from ijepa_scale.data.sources.tar_shards import ShardSource
 from ijepa_scale.errors import DataError, ShardError
@@ -257,6 +258,19 @@ def test_hashing_ahead_leaves_a_file_to_the_process_that_hashes_it(shards):
     hashed.hash_ahead(shards[0], descriptor, (1,), "0")
     assert list(hashed._known.values()) == [False]
     os.close(descriptor)
+
+
+def test_a_stream_counts_what_its_manifest_misses(shards):
+    rows = rows_of(shards)
+    shards[1].unlink()
+    empty(shards[2])
+    other_size(shards[3])
+    source = opened(shards[0].parent)
+    lost = {kind: rows[shards[n].name]["samples"] for kind, n in (("missing shard", 1), ("empty shard", 2))}
+    lost["changed shard"] = rows[shards[3].name]["samples"]
+    assert source.problems().counts == lost
+    stream = StreamSource(str(shards[0].parent))
+    assert stream.problems().counts == lost and stream.num_counted == source.num_samples
 
 
 def test_indices_are_not_needed(shards):
