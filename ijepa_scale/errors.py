@@ -4,6 +4,8 @@ Each message names the value, the expectation and the remedy. Launch scripts pri
 library users can catch `ValueError`.
 """
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """A mistake in the input that the user can fix."""
@@ -23,6 +25,17 @@ class SampleError(DataError):
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class ShardError(SampleError):
+    """A shard that can't be used any more, and so none of its samples."""
+
+    def __init__(self, message: str, kind: str, shard: str) -> None:
+        super().__init__(message, kind)
+        self.shard = shard
+
+    def __reduce__(self) -> tuple[type[ShardError], tuple[str, str, str]]:
+        return type(self), (str(self), self.kind, self.shard)
 
 
 class CheckpointError(UserError):

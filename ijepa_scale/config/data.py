@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 from typing_extensions import override
@@ -42,11 +42,26 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     batch_size_per_process: form.Images | None = Field(None, description="Those of each process.")
     workers: int = Field(2, ge=0, description="Decoding processes per training process; 0 decodes in that itself.")
     prefetch: form.Count = Field(2, description="Batches that each worker prepares ahead.")
+    worker_restarts: int = Field(
+        3, ge=0, description="How often a process starts its workers again when one was killed or hangs."
+    )
+    worker_timeout: form.Seconds = Field(
+        300.0,
+        description="Longest wait for a worker; one that hangs is started again, if it is shorter than "
+        "engine.hang_timeout. 0: for ever.",
+    )
     window_shards: form.Count = Field(8, description="Shards whose samples are shuffled together.")
     cache: form.PathText | None = Field(
         None, description="Folder of fetched remote shards, shared by a machine's processes."
     )
     cache_gb: form.Gibibytes = Field(100.0, description="Size that the cache may reach.")
+    redirect_hosts: form.Hosts = Field(
+        (), description="Servers, HOST or HOST:PORT, that https shards may be redirected to besides their own."
+    )
+    verify: Literal["first_open", "size"] = Field(
+        "first_open",
+        description="What shards share with their manifest: SHA-256 when first opened, or size.",
+    )
     stream_shuffle: form.Count = Field(1000, description="Reader stream: samples that a worker draws from.")
     allow_pipe: bool = Field(False, description="Reader stream: allow `pipe:` addresses, which run shell commands.")
     synthetic_samples: form.Images = Field(

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from ijepa_scale.environment import expand_path
 
+_HOST = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?(:\d{1,5})?")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
 
 
@@ -137,6 +138,13 @@ def _names(given: Any) -> Any:
     return () if given is None else (given,) if isinstance(given, str) else given
 
 
+def _hosts(given: tuple[str, ...]) -> tuple[str, ...]:
+    for host in given:
+        if not _HOST.fullmatch(host):
+            raise ValueError(f"{host!r} is no server; give names without https:// and paths, like cdn.example.org")
+    return tuple(host.lower() for host in given)
+
+
 PathText = Annotated[str, AfterValidator(expand_path), Note("path")]
 AtLeast0 = Annotated[float, Ge(0.0)]
 Positive = Annotated[float, Gt(0.0)]
@@ -146,7 +154,7 @@ Images = Annotated[int, Ge(1), Note("images")]
 Pixels = Annotated[int, Ge(1), Note("pixels")]
 Steps = Annotated[int, Note("steps")]
 Epochs = Annotated[float, Note("epochs")]
-Seconds = Annotated[float, Note("seconds")]
+Seconds = Annotated[float, Ge(0.0), Note("seconds")]
 Gibibytes = Annotated[float, Gt(0.0), Note("GiB")]
 Pair = tuple[float, float]
 Betas = tuple[Annotated[float, Ge(0.0), Lt(1.0)], Annotated[float, Ge(0.0), Lt(1.0)]]
@@ -155,6 +163,12 @@ Aspects = Annotated[Pair, AfterValidator(Within(1e-3, 1e3))]
 CropScale = Annotated[Pair, AfterValidator(Within(1e-4, 1.0))]
 CropRatio = Annotated[Pair, AfterValidator(Within(1e-2, 1e2))]
 Interpolation = Literal["bilinear", "bicubic"]
+Hosts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_names),
+    AfterValidator(_hosts),
+    Note("", "a list of servers, like cdn.example.org"),
+]
 Member = Annotated[str, AfterValidator(member_suffix)]
 Positions = Literal["interpolated", "computed"]
 Exif = Literal["ignore", "apply"]

@@ -236,7 +236,7 @@ class EngineConfig(Section, at="engine"):
         False, description="fsdp2: free context and predictor weights between forward and backward."
     )
     hang_timeout: form.Seconds = Field(
-        600.0, ge=0, lt=1800, description="End a run in which no step ends for so long; 0: never."
+        600.0, lt=1800, description="End a run in which no step ends for so long; 0: never."
     )
 
     def _problems(self) -> Iterator[str]:

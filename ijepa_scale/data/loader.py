@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 _SEEN_BEFORE_STOP = 1000  # samples seen before the bad fraction is first checked
+_NEW_PASSES = "; the stream begins new passes over its shards, so samples may repeat before others have been read"
 _WHOLE_BATCH = 8  # images: a batch of at least this many, all of them bad, ends the run at once
 
 
@@ -74,6 +75,7 @@ class TrainLoader:
         self.num_seen = 0
         self.bad: Counter[str] = Counter()
         self._last_bad: BadSample | None = None
+        self._bad_shards: set[str] = set()  # that were named in the log
         self._max_bad_fraction = max_bad_fraction
         self._images_per_step = order.part_size(world)
         self._rank = rank
@@ -85,6 +87,7 @@ class TrainLoader:
         self._slot_bytes = values * self._pixels.value_bytes
         self._steps = range(start_step, max(start_step, stop_step))
         self._workers, self._prefetch = workers, prefetch
+        self._after_restart = _NEW_PASSES if isinstance(source, StreamSource) else ""
         # one buffer in use by the caller, two being copied to the device, the others filled by workers
         self._num_slots = workers * prefetch + 3
         self._device = torch.device(device)
@@ -104,6 +107,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.num_seen, self.bad, self._last_bad = 0, Counter(), None
+        self._bad_shards.clear()
         slots = Slots(self._num_slots, self._slot_bytes)
         feed = DeviceFeed(slots, self._device)
         parts = self._make_parts()
@@ -112,6 +116,7 @@ class TrainLoader:
             ((step, feed.take()) for step in self._steps),
             workers=self._workers,
             prefetch=self._prefetch,
+            after_restart=self._after_restart,
         )
         return feed.deliver((item.slot, batch) for item, batch in self._checked(batches, slots, parts))
 
@@ -122,7 +127,7 @@ class TrainLoader:
             if item.error is not None:
                 raise DataError(item.error)
             for bad in item.bad:
-                logger.warning("sample %s is replaced: %s", bad.name, bad.reason)
+                self._report(bad)
             self._count(item)
             assert item.sizes is not None and item.sample_ids is not None and item.labels is not None
             batch = Batch(
@@ -138,6 +143,18 @@ class TrainLoader:
                 channels=channels,
             )
             yield item, batch
+
+    def _report(self, bad: BadSample) -> None:
+        """Logs a bad sample, and a bad shard once."""
+        if bad.shard is None:
+            logger.warning("sample %s is replaced: %s", bad.name, bad.reason)
+        elif bad.shard not in self._bad_shards:
+            self._bad_shards.add(bad.shard)
+            logger.warning(
+                "%s. Until then its samples are replaced by others, and count as bad ones towards "
+                "data.max_bad_fraction %g",
+                bad.reason, self._max_bad_fraction,
+            )  # fmt: skip
 
     def _count(self, item: Item) -> None:
         """Counts bad samples and raises `DataError` when there are too many."""

@@ -32,6 +32,7 @@ class BadSample:
     kind: str
     name: str
     reason: str
+    shard: str | None = None  # whose samples are all bad, for the same reason
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class IndexedParts:
             try:
                 crop = self.crops.cut(self.source.read(sample), draws[row])
             except SampleError as error:
-                bad.append(BadSample(error.kind, self.source.name(sample), str(error)))
+                bad.append(BadSample(error.kind, self.source.name(sample), str(error), getattr(error, "shard", None)))
                 ids[row], crop = self._replacement(epoch, sample, error)
             end = _put(crop, pixels, end)
             sizes[row] = crop.shape[:2]

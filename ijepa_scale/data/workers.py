@@ -2,45 +2,209 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from multiprocessing.forkserver import ensure_running
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ijepa_scale.data.worker_watch import WorkerWatch
+from ijepa_scale.errors import DataError
 from ijepa_scale.stopping import SIGNALS
+from ijepa_scale.terminal import log_to_terminal
+
+logger = logging.getLogger(__name__)
+
+# what torch's loader raises when a worker has gone, while it waits or while it unpacks what that had sent
+_LOST = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What happens to workers that end or hang; see `set_recovery`."""
+
+    restarts: int = 3
+    timeout_s: float = 600.0  # without an item while one is waited for; 0: for ever
+
+
+class _Process:
+    recovery = Recovery()
+    num_restarts = 0
+
+
+def set_recovery(recovery: Recovery) -> None:
+    """Sets the recovery of all loaders of this process, which share the number of restarts, and counts from 0."""
+    _process.recovery, _process.num_restarts = recovery, 0
+
+
+_process = _Process()
 
 
 def ordered_loader(
-    dataset: Dataset[Any], items: Iterable[Any], *, workers: int, prefetch: int, pin_memory: bool = False
-) -> DataLoader[Any]:
+    dataset: Dataset[Any],
+    items: Iterable[Any],
+    *,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool = False,
+    after_restart: str = "",
+) -> OrderedLoader:
     """Returns a loader of dataset[i] for i in `items`, in order, computed by `workers` processes.
 
     With 0 workers the items are computed in this process. Workers come from a fork server: the training process
     can't be forked safely once CUDA or threads have started, and spawning would import torch in every worker. The
     first batch of 2 workers takes 2.6 s on one busy core (Zen 4), once per run. A worker runs one thread, leaves
     signals that ask a run to stop to the main process, and ends with it.
+
+    If a worker ends or hangs, all of them are replaced, and what wasn't delivered is computed again. `after_restart`
+    says what changes then, if dataset[i] depends on more than i.
     """
-    options: dict[str, Any] = {}
-    if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "ijepa_scale.data.loader"])
-        _start_server()
-        options = {"multiprocessing_context": context, "prefetch_factor": prefetch, "worker_init_fn": _start_worker}
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=items,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        **options,
-    )
+    return OrderedLoader(dataset, items, workers, prefetch=prefetch, pin_memory=pin_memory, after_restart=after_restart)
+
+
+class OrderedLoader:
+    """The loader of `ordered_loader`."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        items: Iterable[Any],
+        workers: int,
+        *,
+        prefetch: int,
+        pin_memory: bool,
+        after_restart: str,
+    ) -> None:
+        self._dataset, self._items, self._workers = dataset, items, workers
+        self._prefetch, self._pin_memory, self._after_restart = prefetch, pin_memory, after_restart
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self._items))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the items.
+
+        Raises:
+            DataError: workers ended or hung more often than they may be restarted.
+        """
+        if not self._workers:
+            yield from self._loader(self._items)
+            return
+        items = _Undelivered(self._items)
+        restarted = False
+        while not items.all_delivered:
+            try:
+                iterator = iter(self._loader(items.draw(), restarted))
+                watch = WorkerWatch(iterator, _process.recovery.timeout_s)
+            except _LOST as error:  # the fork server has gone
+                self._count_restart(f"data workers couldn't be started ({error or type(error).__name__})", len(items))
+                restarted = True
+                continue
+            lost = False
+            try:
+                with watch:
+                    while not (items.all_delivered or lost):
+                        try:
+                            with watch.waiting():
+                                item = next(iterator)
+                        except _LOST:
+                            lost = watch.lost()
+                            if not lost:
+                                raise
+                        else:
+                            items.delivered()
+                            yield item
+            finally:
+                del iterator  # ends the workers
+                watch.end()
+            if lost:
+                if watch.unkillable:
+                    raise DataError(
+                        f"data workers {', '.join(map(str, watch.unkillable))} can't be ended, as when a disk or a "
+                        "network file system doesn't answer; check it, and start again"
+                    )
+                self._count_restart(watch.reason(), len(items))
+                restarted = True
+
+    def _loader(self, items: Iterable[Any], restarted: bool = False) -> DataLoader[Any]:
+        options: dict[str, Any] = {}
+        if self._workers:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["__main__", "ijepa_scale.data.loader"])
+            _start_server()
+            options = {
+                "multiprocessing_context": context,
+                "prefetch_factor": self._prefetch,
+                "worker_init_fn": _start_worker,
+            }
+        return DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=items,
+            collate_fn=_unchanged,
+            num_workers=self._workers,
+            pin_memory=self._pin_memory and torch.cuda.is_available(),
+            generator=torch.Generator() if restarted else None,  # the global one must not notice a restart
+            **options,
+        )
+
+    def _count_restart(self, reason: str, num_items: int) -> None:
+        """Logs a restart of the workers.
+
+        Raises:
+            DataError: there were too many.
+        """
+        limit = _process.recovery.restarts
+        _process.num_restarts += 1
+        if _process.num_restarts > limit:
+            before = f"after {limit} restarts" if limit else "and data.worker_restarts is 0"
+            raise DataError(
+                f"{reason}, {before}; lower the number of workers or data.prefetch or give the job more memory, "
+                "check that the data can be read, or raise data.worker_restarts; then start again"
+            )
+        logger.warning(
+            "%s; starting the %d workers again (%d of %d times), which do the work that wasn't delivered, %d items, "
+            "again%s. If memory is short, lower data.workers or data.prefetch",
+            reason, self._workers, _process.num_restarts, limit, num_items, self._after_restart,
+        )  # fmt: skip
+
+
+class _Undelivered:
+    """Items in order, of which those that were drawn but not delivered can be drawn again."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = iter(items)
+        self._drawn: deque[Any] = deque()
+        self._exhausted = False
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    @property
+    def all_delivered(self) -> bool:
+        """Whether no item is left, as far as known: the items are drawn ahead."""
+        return self._exhausted and not self._drawn
+
+    def draw(self) -> Iterator[Any]:
+        """Yields the items that weren't delivered."""
+        yield from list(self._drawn)
+        for item in self._items:
+            self._drawn.append(item)
+            yield item
+        self._exhausted = True
+
+    def delivered(self) -> None:
+        """Forgets the oldest item."""
+        self._drawn.popleft()
 
 
 def _start_server() -> None:
@@ -57,6 +221,7 @@ def _start_server() -> None:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    log_to_terminal(logging.WARNING)  # else logging prints warnings itself, with names as they are
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for target in (_end_with_parent, _end_when_parent_says):
         threading.Thread(target=target, daemon=True).start()

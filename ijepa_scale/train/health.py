@@ -12,7 +12,7 @@ from ijepa_scale.config import PretrainConfig
 from ijepa_scale.config.schema import KnnConfig
 from ijepa_scale.data.sources.fetch import scheme_of
 from ijepa_scale.data.sources.open import build_source
-from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
@@ -102,7 +102,9 @@ def _images_of(config: PretrainConfig, source: SampleSource | StreamSource) -> t
     health, evaluate = config.health, config.evaluate
     members = image_settings(config).members
     if health.data is not None:
-        return "health.data", build_source(health.reader, health.data, members=members)
+        images = build_source(health.reader, health.data, members=members)
+        check_problems(images.problems(), images.num_samples, config.data.max_bad_fraction)
+        return "health.data", images
     if isinstance(evaluate, KnnConfig) and evaluate.every and evaluate.test is not None:
         return "evaluate.test", build_source(evaluate.reader, evaluate.test, members=members)
     if isinstance(source, StreamSource) or (config.data.train is not None and scheme_of(config.data.train) is not None):

@@ -21,6 +21,7 @@ from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sanity import sanity_warnings
 from ijepa_scale.data.sources.stream import StreamSource
+from ijepa_scale.data.workers import Recovery, set_recovery
 from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CollapseError, ConfigError, NonFiniteError, SaveError, SpikeError
@@ -49,6 +50,7 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
     Raises:
         UserError: a problem that the user can fix. Saved data is never lost.
     """
+    set_recovery(Recovery(config.data.worker_restarts, config.data.worker_timeout))
     with held(Path(config.folder), world):
         resume = find_checkpoint(config, world)
         config = with_init(config)

@@ -141,8 +141,9 @@ def open_training_source(config: PretrainConfig | FinetuneConfig, *, log: bool) 
             )
     height, width = (max(_SYNTHETIC_SIDE, side) for side in encoder_of(config).image_size)
     source = training_source(config.data, (height, width), encoder_of(config).channels)
+    counted = source.num_counted if isinstance(source, StreamSource) else source.num_samples
+    check_problems(source.problems(), counted, config.data.max_bad_fraction, log=log)
     if not isinstance(source, StreamSource):
-        check_problems(source.problems(), source.num_samples, config.data.max_bad_fraction, log=log)
         for line in class_warnings(source.classes, "data.train") if log and source.classes else ():
             logger.warning("%s", line)
     return source

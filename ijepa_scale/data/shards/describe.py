@@ -9,10 +9,10 @@ import numpy as np
 
 from ijepa_scale.data.shards.byte_sizes import format_bytes
 from ijepa_scale.data.shards.journal import JOURNAL
-from ijepa_scale.data.shards.manifest import read_manifest
 from ijepa_scale.data.sources.class_list import read_classes
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, class_warnings
 from ijepa_scale.data.sources.scan import Problems
+from ijepa_scale.data.sources.shard_manifest import read_manifest
 from ijepa_scale.data.sources.tar_index import ShardIndex
 from ijepa_scale.data.statistics import STATISTICS, read_statistics
 

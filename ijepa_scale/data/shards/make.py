@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,7 +255,7 @@ class _Run:
             logger.info("continuing after %d images in %d shards", begin, len(self._journal.entries))
         items = ((position, order[position : position + _CHUNK]) for position in range(begin, len(order), _CHUNK))
         chunks = ordered_loader(_Images(self._source, plan), items, workers=workers, prefetch=_PREFETCH)
-        for chunk in _alive(chunks):
+        for chunk in chunks:
             if chunk.error is not None:
                 raise DataError(chunk.error)
             for image in chunk.images:
@@ -315,19 +315,6 @@ def _order(source: SampleSource, seed: int) -> np.ndarray:
         ids = np.concatenate([np.arange(begins[one], begins[one] + source.shard_sizes[one]) for one in chosen])
         found.append(ids[rng.permutation(len(ids), seed, "write.window", number)])
     return np.concatenate(found)
-
-
-def _alive(chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
-    """Yields the chunks; raises `DataError` if a worker process was killed."""
-    try:
-        yield from chunks
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise DataError(
-            f"a worker process has ended ({str(error).splitlines()[0]}); run make again with the same arguments to "
-            "continue, with fewer --workers if memory was short"
-        ) from None
 
 
 def _remove_scraps(folder: Path, shards: list[ShardRow]) -> None:

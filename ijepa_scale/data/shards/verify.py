@@ -13,13 +13,12 @@ from torch.utils.data import Dataset
 from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.deep_decode import decode_as
 from ijepa_scale.data.shards.journal import JOURNAL
-from ijepa_scale.data.shards.manifest import read_manifest
 from ijepa_scale.data.shards.write import ShardRow
 from ijepa_scale.data.sources.class_list import read_classes
 from ijepa_scale.data.sources.fetch import file_sha256
 from ijepa_scale.data.sources.scan import Members
+from ijepa_scale.data.sources.shard_manifest import MANIFEST, read_manifest
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_path, load_index, scan_index
-from ijepa_scale.data.sources.tar_shards import MANIFEST
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.errors import DataError, SampleError
 

@@ -15,8 +15,8 @@ import webdataset
 from ijepa_scale.data.array_decode import NPY_MAGIC
 from ijepa_scale.data.dicom_decode import is_dicom
 from ijepa_scale.data.sources.class_list import CLASSES
+from ijepa_scale.data.sources.shard_manifest import MANIFEST, ShardRow
 from ijepa_scale.data.sources.tar_index import index_tar, is_tar
-from ijepa_scale.data.sources.tar_shards import MANIFEST, ShardRow
 from ijepa_scale.data.tiff_decode import TIFF_MAGIC
 from ijepa_scale.errors import DataError
 

@@ -2,7 +2,8 @@
 
 Each entry has a lock file. Readers of the entry hold a shared lock; a process that fetches or removes it holds an
 exclusive one. A process that dies releases its locks. So one process fetches while the others wait, and a file in
-use is never removed. A file gets its final name only when it is complete.
+use is never removed. A file gets its final name only when it is complete. Only this
+user may be able to write to the folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ijepa_scale.data.sources.fetch import Retry, fetch, remote_size
+from ijepa_scale.data.sources.private import is_private, make_private
 from ijepa_scale.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _PART = ".part"  # an empty (sparse) file of the reserved size
 _NEW = ".new"  # the bytes received so far
@@ -61,7 +66,7 @@ class FileCache:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self.retry = retry or Retry()
         self._wait_s = wait_s  # how long to wait for room while all files are in use
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_private(self.folder)
 
     def path(self, url: str) -> Path:
         """Returns the path of a cached file; different addresses never share one, even if they end alike."""
@@ -80,8 +85,12 @@ class FileCache:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 with contextlib.suppress(FileNotFoundError):
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                    os.utime(path)
-                    return Handle(descriptor, lock)
+                    if is_private(os.fstat(descriptor)):
+                        os.utime(path)
+                        return Handle(descriptor, lock)
+                    os.close(descriptor)
+                    logger.warning("%s: others can write to this file of the cache, so it is fetched again", path)
+                    path.unlink(missing_ok=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():
                     self._fetch(file, path)
@@ -89,6 +98,13 @@ class FileCache:
                 os.close(lock)
                 raise
             os.close(lock)  # another process may remove the file before the next round, so check again
+
+    def discard(self, url: str, seen: os.stat_result) -> None:
+        """Removes a cached file that turned out to be damaged, if it is still the one that was seen."""
+        path = self.path(url)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), seen):
+                path.unlink()
 
     def has(self, url: str) -> bool:
         """Returns whether a file is cached."""
@@ -101,6 +117,7 @@ class FileCache:
         self._reserve(part, size, file.url)
         try:
             fetch(file.url, new, size=size, sha256=file.sha256, retry=self.retry, largest=size)
+            os.chmod(new, 0o644)  # the umask may let the group write
             os.replace(new, path)
         finally:
             part.unlink(missing_ok=True)

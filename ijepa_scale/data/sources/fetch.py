@@ -1,7 +1,8 @@
 """Downloads one remote file whole, or reports why it can't. Knows nothing of processes or tensors.
 
 fsspec handles the addresses: https, s3, gs, hf. Transient errors are retried, with growing pauses; the result is
-compared with the size and hash of the file, if they are known. From https no redirect leads to http.
+compared with the size and hash of the file, if they are known. No redirect leads from https to http, or to a server
+that isn't named.
 """
 
 from __future__ import annotations
@@ -38,16 +39,21 @@ _TRUSTED: ssl.SSLContext | None = None  # certificate authorities; None: those o
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """How often a transfer is tried, how long the pauses are, and when it times out."""
+    """How often a transfer is tried, how long the pauses are, when it times out, and where it may be sent on to."""
 
     attempts: int = 8
     first_pause_s: float = 1.0  # doubled after each attempt, up to `longest_pause_s`
     longest_pause_s: float = 30.0
     timeout_s: float = 60.0  # without receiving a byte
+    redirect_hosts: tuple[str, ...] = ()  # HOST or HOST:PORT, besides the address's own
 
 
 class NotThereError(DataError):
     """The server says that the file doesn't exist or that access is denied."""
+
+
+class OtherContentError(DataError):
+    """A file doesn't have the size or the hash that is known of it, however often it is fetched."""
 
 
 class _WrongContent(Exception):
@@ -204,7 +210,7 @@ def _persist(
             raise
         except Exception as raised:  # each filesystem raises its own errors; permanent ones are identified below
             error = raised.__cause__ or raised  # fsspec reports any failure to get a size as "not found"
-            if isinstance(error, DataError):  # of `_https_only`
+            if isinstance(error, DataError):  # of `_checked_redirects`
                 raise error from None
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ImportError):
@@ -217,7 +223,8 @@ def _persist(
             if (now := received()) > before:
                 attempt, before = 0, now
             if attempt + 1 >= retry.attempts:
-                raise DataError(
+                kind = OtherContentError if isinstance(error, _WrongContent) else DataError
+                raise kind(
                     f"{url} couldn't be fetched in {retry.attempts} attempts (last error: {reason}); "
                     "check the server and the connection"
                 ) from None
@@ -239,9 +246,7 @@ def _filesystem(url: str, retry: Retry) -> tuple[Any, str]:
         import aiohttp
 
         waits = aiohttp.ClientTimeout(total=None, sock_connect=retry.timeout_s, sock_read=retry.timeout_s)
-        options = {"client_kwargs": {"timeout": waits}}
-        if scheme == "https":
-            options["client_kwargs"]["trace_configs"] = [_https_only()]
+        options = {"client_kwargs": {"timeout": waits, "trace_configs": [_checked_redirects(retry.redirect_hosts)]}}
         if _TRUSTED is not None:
             options["ssl"] = _TRUSTED
     elif scheme == "s3":
@@ -250,22 +255,45 @@ def _filesystem(url: str, retry: Retry) -> tuple[Any, str]:
     return filesystem, path
 
 
-@functools.lru_cache(maxsize=1)  # the same one each time, since fsspec keeps a filesystem for each set of options
-def _https_only() -> Any:
-    """Returns what makes aiohttp refuse redirects to other schemes than https."""
-    import aiohttp
+@functools.lru_cache  # the same one each time, since fsspec keeps a filesystem for each set of options
+def _checked_redirects(hosts: tuple[str, ...]) -> Any:
+    """Returns what makes aiohttp refuse redirects from https to http, and to other servers than `hosts`, at each hop.
 
-    async def refuse_http(session: Any, context: Any, step: Any) -> None:
-        target = step.response.headers.get("Location", "")
-        if not urllib.parse.urljoin(str(step.url), target).startswith("https://"):
+    aiohttp itself sends no credentials to another server.
+    """
+    import aiohttp
+    import yarl
+
+    async def check(session: Any, context: Any, step: Any) -> None:
+        headers, origin = step.response.headers, step.url
+        given = headers.get("Location") or headers.get("URI") or ""  # as aiohttp reads them
+        try:
+            target = origin.join(yarl.URL(given))
+            server, port = target.host, target.port
+        except ValueError:
+            server = port = None
+        shown = f"{target.scheme}://{server}:{port}" if server else repr(given)
+        loopback = origin.scheme == "http" and server in _LOOPBACK
+        if server is None or target.scheme != "https" and not (loopback and target.scheme == "http"):
             raise DataError(
-                f"{step.url} redirects to {target!r}, which isn't https; check the address, or download the file "
+                f"{_shown(origin)} redirects to {shown}, which isn't https; check the address, or download the file "
                 "yourself"
+            )
+        known = (server, port) == (origin.host, origin.port)
+        if not known and f"{server}:{port}" not in hosts and not (server in hosts and port == 443):
+            raise DataError(
+                f"{_shown(origin)} redirects to another server, {shown}; download the file yourself or, if you trust "
+                f"that server with shards, allow it: data.redirect_hosts=[{server}{'' if port == 443 else f':{port}'}]"
             )
 
     trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(refuse_http)
+    trace.on_request_redirect.append(check)
     return trace
+
+
+def _shown(url: Any) -> str:
+    """Returns an address without user, password and query, which may be secret."""
+    return str(url.with_user(None).with_query(None).with_fragment(None))
 
 
 def _permanent(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ returns a `SampleSource`. It may have `Config`, a subclass of `DataConfig`.
 from __future__ import annotations
 
 from ijepa_scale.config.data import DataConfig
-from ijepa_scale.data.sources.fetch import scheme_of
+from ijepa_scale.data.sources.fetch import Retry, scheme_of
 from ijepa_scale.data.sources.file_list import ListSource
 from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.data.sources.remote import RemoteShardSource, open_cache
@@ -26,9 +26,11 @@ def read_shards(data: DataConfig, image_size: tuple[int, int]) -> ShardSource:
         DataError: `data.train` is missing, the shards can't be read, or they are remote and there is no cache.
     """
     pattern, members = _named(data), Members(data.image_member, data.label_member)
+    hashed = data.verify == "first_open"
     if scheme_of(pattern) is None:
-        return ShardSource(expand(pattern), members)
-    source = RemoteShardSource(pattern, open_cache(data.cache, data.cache_gb, pattern), members)
+        return ShardSource(expand(pattern), members, pattern=pattern, hashed=hashed)
+    cache = open_cache(data.cache, data.cache_gb, pattern, retry=Retry(redirect_hosts=data.redirect_hosts))
+    source = RemoteShardSource(pattern, cache, members, hashed=hashed)
     source.check_room(data.window_shards)
     return source
 
@@ -45,6 +47,7 @@ def read_stream(data: DataConfig, image_size: tuple[int, int]) -> StreamSource:
         data.train,
         shuffle=data.stream_shuffle,
         allow_pipe=data.allow_pipe,
+        retry=Retry(redirect_hosts=data.redirect_hosts),
         members=Members(data.image_member, data.label_member),
     )
 

@@ -15,25 +15,35 @@ import numpy as np
 from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.cache import FileCache, Handle, RemoteFile
 from ijepa_scale.data.sources.class_list import CLASSES, parse_classes
-from ijepa_scale.data.sources.fetch import NotThereError, Retry, check_address, fetch, remote_size
+from ijepa_scale.data.sources.fetch import (
+    NotThereError,
+    OtherContentError,
+    check_address,
+    fetch,
+    remote_size,
+)
+from ijepa_scale.data.sources.hashes import HashedShards
+from ijepa_scale.data.sources.private import is_private, make_private
 from ijepa_scale.data.sources.scan import Members, Problems
+from ijepa_scale.data.sources.shard_manifest import MANIFEST, parse_manifest
 from ijepa_scale.data.sources.tar_index import (
     ShardIndex,
     braces,
     index_address,
     index_path,
     is_tar,
+    largest_index,
     load_index,
     save_index,
     scan_index,
 )
-from ijepa_scale.data.sources.tar_shards import MANIFEST, ShardSource, parse_manifest
-from ijepa_scale.errors import DataError
+from ijepa_scale.data.sources.tar_shards import ShardSource
+from ijepa_scale.errors import DataError, ShardError
 
 logger = logging.getLogger(__name__)
 
 _PARALLEL = 8  # indices fetched at once
-_LARGEST_TEXT, _LARGEST_INDEX = 256 << 20, 2 << 30  # bytes of a manifest and of an index
+_LARGEST_TEXT = 256 << 20  # bytes of a manifest
 
 
 class RemoteShardSource(ShardSource):
@@ -44,14 +54,15 @@ class RemoteShardSource(ShardSource):
     downloaded from `NAME.tar.idx.npz` (written by `launch/shards.py`) if that exists, else built from the shard.
     """
 
-    def __init__(self, pattern: str, cache: FileCache, members: Members | None = None) -> None:
+    def __init__(self, pattern: str, cache: FileCache, members: Members | None = None, *, hashed: bool = True) -> None:
         self._cache = cache
+        self._hashed = HashedShards() if hashed else None
+        self._rows, self._lost = {}, Problems()
+        self._gone: dict[int, ShardError] = {}
         self._remote = list_remote(pattern, cache)
         logger.info("%d remote shards; cache %s", len(self._remote), cache.folder)
         with ThreadPoolExecutor(_PARALLEL) as pool:
             shards = list(pool.map(lambda file: remote_index(file, cache, members), self._remote))
-        self._remote_of = {index.path: file for index, file in zip(shards, self._remote, strict=True)}
-        self._needed: set[int] = set()
         self._take(shards, [file.url.rpartition("/")[2] for file in self._remote])
         classes_url = f"{self._remote[0].url.rpartition('/')[0]}/{CLASSES}"
         content = _text(classes_url, cache)
@@ -85,15 +96,38 @@ class RemoteShardSource(ShardSource):
         if files:
             threading.Thread(target=_fetch_ahead, args=(self._cache, files), daemon=True).start()
 
-    def _open(self, index: ShardIndex) -> Handle:
-        return self._cache.open(self._remote_of[index.path])
+    def _open(self, shard: int) -> Handle:
+        if shard in self._gone:
+            raise self._gone[shard]
+        try:
+            return self._opened(self._remote[shard])
+        except (NotThereError, OtherContentError) as error:  # fetching it for each of its samples would take for ever
+            self._gone[shard] = ShardError(f"shard {error}", "changed shard", self._remote[shard].url)
+            raise self._gone[shard] from None
 
-    def problems(self) -> Problems:
-        """Returns what can't be used."""
-        found = Problems()
-        for shard in self._shards:
-            found.extend(shard.problems)
-        return found
+    def _opened(self, file: RemoteFile) -> Handle:
+        """Returns the open shard; one of an earlier run that was damaged since is fetched again."""
+        handle = self._cache.open(file)
+        if file.sha256 is None or self._hashed is None:
+            return handle
+        status = os.fstat(handle.descriptor)
+        path = self._cache.path(file.url)
+        identity = status.st_dev, status.st_ino, status.st_size  # each opening sets the times
+        if self._hashed.matches(path, handle.descriptor, identity, file.sha256):
+            return handle
+        handle.close()
+        logger.warning("%s: the copy in the cache differs from the manifest, so it is fetched again", file.url)
+        self._cache.discard(file.url, status)
+        handle = self._cache.open(file)
+        status = os.fstat(handle.descriptor)
+        self._hashed.accept(path, (status.st_dev, status.st_ino, status.st_size), file.sha256)  # compared when fetched
+        return handle
+
+    def _check_same(self, index: ShardIndex) -> None:
+        """Does nothing: an open file of the cache doesn't change."""
+
+    def _title(self, shard: int) -> str:
+        return self._remote[shard].url
 
 
 def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
@@ -132,7 +166,7 @@ def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[
 def _text(url: str, cache: FileCache) -> bytes | None:
     """Returns the content of a small remote file; None if it doesn't exist."""
     to = cache.folder / "index" / f"{cache.path(url).name}-{os.getpid()}-{threading.get_native_id()}"
-    to.parent.mkdir(exist_ok=True)
+    make_private(to.parent)
     try:
         fetch(url, to, size=None, sha256=None, retry=cache.retry, largest=_LARGEST_TEXT)
         return to.read_bytes()
@@ -150,14 +184,17 @@ def remote_index(file: RemoteFile, cache: FileCache, members: Members | None = N
     """
     path = cache.path(file.url)
     kept = cache.folder / "index" / index_path(path, members).name
-    kept.parent.mkdir(exist_ok=True)
+    make_private(kept.parent)
     size = remote_size(file.url, cache.retry) if file.size is None else file.size
-    found = load_index(kept, path, size, None)
+    found = load_index(kept, path, size, None) if kept.exists() and is_private(kept.stat()) else None
     if found is None:
+        kept.unlink(missing_ok=True)
         new = kept.with_name(f"{kept.name}.{os.getpid()}-{threading.get_native_id()}")
-        quick = Retry(attempts=min(3, cache.retry.attempts), first_pause_s=cache.retry.first_pause_s)
+        quick = dataclasses.replace(cache.retry, attempts=min(3, cache.retry.attempts))
         try:
-            fetch(index_address(file.url, members), new, size=None, sha256=None, retry=quick, largest=_LARGEST_INDEX)
+            fetch(
+                index_address(file.url, members), new, size=None, sha256=None, retry=quick, largest=largest_index(size)
+            )
             found = load_index(new, path, size, None)
         except DataError as error:
             logger.info("%s: no index next to it (%s); reading the shard", file.url, error)

@@ -55,9 +55,9 @@ class Problems:
     skipped: Counter[str] = field(default_factory=Counter)  # what isn't an image: by suffix, or by name
     doubts: list[str] = field(default_factory=list)  # what a person should check about the classes, one sentence each
 
-    def add(self, kind: str, name: str, reason: str) -> None:
-        """Counts a problem, and stores its name unless there are many already."""
-        self.counts[kind] += 1
+    def add(self, kind: str, name: str, reason: str, count: int = 1) -> None:
+        """Counts a problem that costs `count` samples, and stores its name unless there are many already."""
+        self.counts[kind] += count
         if len(self.named) < _NAMED:
             self.named.append(Problem(kind, name, reason))
 
@@ -102,7 +102,9 @@ class Problems:
         kinds, unread, skipped = (
             Counter({str(kind): int(count) for kind, count in one.items()}) for one in (counts, *passed)
         )
-        return cls(kinds, [Problem(*row) for row in rows], unread, skipped)
+        if min(*kinds.values(), *unread.values(), *skipped.values(), 0, 0) < 0:
+            raise ValueError("a negative count")
+        return cls(kinds, [Problem(*map(str, row)) for row in rows[:_NAMED]], unread, skipped)
 
 
 @dataclass(frozen=True)

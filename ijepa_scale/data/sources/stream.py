@@ -34,6 +34,7 @@ from ijepa_scale.data.sources.scan import (
     Members,
     Problems,
 )
+from ijepa_scale.data.sources.shard_manifest import MANIFEST, Expected, expected_shards
 from ijepa_scale.data.sources.tar_index import braces, expand
 from ijepa_scale.errors import DataError
 
@@ -125,6 +126,8 @@ class StreamSource:
     ) -> None:
         self._members = members or Members()
         self.urls = _expand(pattern, allow_pipe)
+        local = scheme_of(pattern) is None and not pattern.startswith(_PIPE)
+        self._expected = expected_shards([Path(url) for url in self.urls], pattern) if local else Expected()
         self._shuffle, self._retry = shuffle, retry or Retry()
         names = "\n".join(url.rpartition("/")[2] for url in self.urls)
         self.fingerprint = f"stream {hashlib.sha256(names.encode('utf-8', 'surrogateescape')).hexdigest()}"
@@ -134,8 +137,22 @@ class StreamSource:
         return f"a stream of {len(self.urls)} shards"
 
     def problems(self) -> Problems:
-        """Returns no problems: nothing has been read yet."""
-        return Problems()
+        """Returns the local shards that are missing or of another size according to their manifest; reads nothing."""
+        found = Problems(doubts=self._expected.doubts)
+        for path, row in self._expected.missing:
+            found.add("missing shard", str(path), f"{MANIFEST} names it, with {row.samples} samples", row.samples)
+        for path, row in self._expected.rows.items():
+            size = path.stat().st_size if path.exists() else 0
+            if size != row.bytes:
+                kind = "changed shard" if size else "empty shard"
+                found.add(kind, str(path), f"{size} bytes, but {MANIFEST} says {row.bytes}", row.samples)
+        return found
+
+    @property
+    def num_counted(self) -> int:
+        """The samples that manifests count in the shards that are whole."""
+        every = [*self._expected.rows.values(), *(row for _, row in self._expected.missing)]
+        return sum(row.samples for row in every) - self.problems().counts.total()
 
     def check_parts(self, world: int, workers: int) -> None:
         """Checks that each reader has at least one shard to read.

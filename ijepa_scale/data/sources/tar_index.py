@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ijepa_scale.data.formats import junk
+from ijepa_scale.data.sources.index_arrays import read_arrays
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL
 from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, Members, Problems, scan_tar
 from ijepa_scale.errors import DataError
@@ -31,6 +32,8 @@ from ijepa_scale.errors import DataError
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 4
+_ARRAYS = ("stamp", "offsets", "sizes", "labels", "key_bytes", "key_ends", "problems", "texts")
+_SPARE_BYTES = 16 << 20
 # the errors that reading a damaged index file can raise
 _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error
@@ -98,6 +101,11 @@ def index_address(tar: str, members: Members | None = None) -> str:
     """Returns the path or address of the index of the tar at a path or address."""
     chosen = "" if members is None or members == Members() else f".{members.image or ''}+{members.label or ''}"
     return f"{tar}{chosen}.idx.npz"
+
+
+def largest_index(tar_bytes: int) -> int:
+    """Returns the most bytes that the index of a tar has, which holds less of each sample than the tar does."""
+    return tar_bytes + _SPARE_BYTES
 
 
 def index_tar(path: str | Path, members: Members | None = None) -> ShardIndex:
@@ -248,14 +256,14 @@ def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None)
     A damaged index is logged and not used.
     """
     try:
-        with np.load(kept, allow_pickle=False) as arrays:
-            version, stamped_bytes, mtime_ns = (int(number) for number in arrays["stamp"])
-            if (version, stamped_bytes) != (INDEX_VERSION, tar_bytes) or tar_mtime_ns not in (None, mtime_ns):
-                return None
-            offsets, sizes, labels = (arrays[name].astype(np.int64) for name in ("offsets", "sizes", "labels"))
-            keys = Names(arrays["key_bytes"].astype(np.uint8), arrays["key_ends"].astype(np.int64))
-            problems = Problems.loads(arrays["problems"].tobytes())
-            texts = tuple(str(text) for text in json.loads(arrays["texts"].tobytes()))
+        arrays = read_arrays(kept, _ARRAYS, most_bytes=largest_index(tar_bytes))
+        version, stamped_bytes, mtime_ns = (int(number) for number in arrays["stamp"])
+        if (version, stamped_bytes) != (INDEX_VERSION, tar_bytes) or tar_mtime_ns not in (None, mtime_ns):
+            return None
+        offsets, sizes, labels = (arrays[name].astype(np.int64) for name in ("offsets", "sizes", "labels"))
+        keys = Names(arrays["key_bytes"].astype(np.uint8), arrays["key_ends"].astype(np.int64))
+        problems = Problems.loads(arrays["problems"].tobytes())
+        texts = tuple(str(text) for text in json.loads(arrays["texts"].tobytes()))
     except FileNotFoundError:
         return None
     except _DAMAGE as error:
@@ -304,6 +312,6 @@ def save_index(index: ShardIndex, target: Path) -> None:
 
 
 __all__ = [
-    "Names", "ShardIndex", "braces", "expand", "index_address", "index_path", "index_tar", "is_tar", "load_index",
-    "save_index", "scan_index",
+    "Names", "ShardIndex", "braces", "expand", "index_address", "index_path", "index_tar", "is_tar", "largest_index",
+    "load_index", "save_index", "scan_index",
 ]  # fmt: skip

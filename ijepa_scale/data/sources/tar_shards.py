@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.sources.cache import Handle
 from ijepa_scale.data.sources.class_list import CLASSES, number_labels, read_classes
+from ijepa_scale.data.sources.hashes import HashedShards, Identity
+from ijepa_scale.data.sources.lost_shards import usable_shards
 from ijepa_scale.data.sources.scan import Members, Problems
-from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
-from ijepa_scale.errors import DataError
-from ijepa_scale.regular_file import read_regular
+from ijepa_scale.data.sources.shard_manifest import MANIFEST, ShardRow
+from ijepa_scale.data.sources.tar_index import ShardIndex
+from ijepa_scale.errors import DataError, ShardError
 
-MANIFEST = "manifest.json"
 _OPEN_FILES = 64
 
 
 class ShardSource:
-    """The samples of indexed tar shards in local files."""
+    """The samples of indexed tar shards in local files, held against their manifest if there is one.
 
-    def __init__(self, paths: list[Path], members: Members | None = None) -> None:
+    `pattern` is the folder or the glob that has named the shards: of others that it means, the manifest may count the
+    samples. If `hashed`, each shard is compared with its SHA-256 in the manifest when a process first opens it.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        members: Members | None = None,
+        *,
+        pattern: str | Path | None = None,
+        hashed: bool = True,
+    ) -> None:
         if not paths:
             raise DataError("the list of shards is empty; name a folder of shards, a glob or a brace pattern")
-        self._take([index_tar(path, members) for path in paths], [path.name for path in paths])
+        shards, self._rows, self._lost = usable_shards(paths, members, pattern)
+        self._hashed = HashedShards() if hashed else None
+        self._take(shards, [shard.path.name for shard in shards])
         self._name_classes(_the_list(paths), str(paths[0].parent / CLASSES))
 
     def _take(self, shards: list[ShardIndex], names: list[str]) -> None:
@@ -76,17 +88,23 @@ class ShardSource:
         """Returns the encoded image.
 
         Raises:
-            DataError: the tar can't be read or has changed since it was indexed.
+            ShardError: the tar has gone, or isn't the same as when it was indexed, or differs from its manifest.
+            DataError: it can't be read.
         """
         shard, row = self._locate(sample_id)
         index = self._shards[shard]
         size = int(index.sizes[row])
         try:
             data = os.pread(self._file(shard), size, int(index.offsets[row]))
+            self._check_same(index)  # after reading, so that what was read is from before any change
+        except ShardError:
+            self._close(shard)
+            raise
         except OSError as error:
-            raise DataError(f"shard {index.path} can't be read ({error.strerror}); check the disk") from None
+            raise DataError(f"shard {self._title(shard)} can't be read ({error.strerror}); check the disk") from None
         if len(data) != size:
-            raise DataError(f"shard {index.path} is shorter than its index says; start again with the whole file")
+            self._close(shard)
+            raise changed_shard(self._title(shard), "it ends before its last sample does")
         return data
 
     def label(self, sample_id: int) -> int:
@@ -112,21 +130,25 @@ class ShardSource:
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
         """Makes the system read the shards into its page cache, in the background."""
         paths = [self._shards[int(shard)].path for shard in [*now, *soon]]
-        threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
+        rows = {path: self._rows[path] for path in paths[len(now) :] if path in self._rows}
+        threading.Thread(target=_read_ahead, args=(paths, rows, self._hashed), daemon=True).start()
 
     def summary(self) -> str:
         """Returns the number of images and shards, for the log."""
         return f"{self.num_samples} images in {len(self.shard_sizes)} shards"
 
     def problems(self) -> Problems:
-        """Returns what can't be used, including the samples that a cut-off shard lacks according to its manifest."""
+        """Returns what can't be used, including the samples that shards lack according to their manifest."""
         found = Problems()
+        found.extend(self._lost)
         for shard in self._shards:
             found.extend(shard.problems)
-            if "cut short" in shard.problems.counts:
-                lost = manifest_samples(shard.path) - len(shard) - shard.problems.counts.total()
-                for _ in range(max(0, lost)):
-                    found.add("lost with the end of a shard", str(shard.path), "the manifest counts more samples")
+            row = self._rows.get(shard.path)
+            if row is not None and "cut short" in shard.problems.counts:
+                lost = row.samples - len(shard) - shard.problems.counts.total()
+                if lost > 0:
+                    reason = f"{MANIFEST} counts {row.samples} samples"
+                    found.add("lost with the end of a shard", str(shard.path), reason, lost)
         return found
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
@@ -139,23 +161,79 @@ class ShardSource:
     def _file(self, shard: int) -> int:
         """Returns an open file descriptor of a shard; closes the least recently used one if too many are open."""
         if shard not in self._files:
-            self._files[shard] = self._open(self._shards[shard])
+            self._files[shard] = self._open(shard)
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(shard)
         return self._files[shard].descriptor
 
-    def _open(self, index: ShardIndex) -> Handle:
-        """Returns the open shard."""
-        try:
-            handle = Handle(os.open(index.path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            raise DataError(f"shard {index.path} can't be read ({error.strerror}); check the disk") from None
-        status = os.fstat(handle.descriptor)
-        if (status.st_size, status.st_mtime_ns) != (index.tar_bytes, index.tar_mtime_ns):
+    def _close(self, shard: int) -> None:
+        handle = self._files.pop(shard, None)
+        if handle is not None:
             handle.close()
-            raise DataError(f"shard {index.path} has changed since it was indexed; start again")
+
+    def _open(self, shard: int) -> Handle:
+        """Returns the open shard, after comparing it with its manifest.
+
+        Raises:
+            ShardError: it isn't the shard that was indexed.
+            OSError: it can't be read.
+        """
+        index = self._shards[shard]
+        self._check_same(index)
+        handle = Handle(os.open(index.path, os.O_RDONLY | os.O_CLOEXEC))
+        row = self._rows.get(index.path)
+        try:
+            if row is not None and self._hashed is not None and row.bytes == index.tar_bytes:
+                identity = identity_of(os.fstat(handle.descriptor))
+                if not self._hashed.matches(index.path, handle.descriptor, identity, row.sha256):
+                    raise differing_shard(str(index.path))
+        except BaseException:
+            handle.close()
+            raise
         return handle
+
+    def _check_same(self, index: ShardIndex) -> None:
+        """Raises `ShardError` if a shard isn't the one that was indexed."""
+        try:
+            status = os.stat(index.path)
+        except FileNotFoundError:
+            raise ShardError(
+                f"shard {index.path} has gone since it was indexed; put it back, or start again without it",
+                "missing shard",
+                str(index.path),
+            ) from None
+        if status.st_size != index.tar_bytes:
+            raise changed_shard(str(index.path), f"{status.st_size} bytes instead of {index.tar_bytes}")
+        if status.st_mtime_ns != index.tar_mtime_ns:
+            raise changed_shard(str(index.path), "written at another time")
+
+    def _title(self, shard: int) -> str:
+        """Returns what messages call a shard."""
+        return str(self._shards[shard].path)
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """Returns what changes with the content of a file."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def changed_shard(shard: str, how: str) -> ShardError:
+    """Returns the error for a shard that was written to after it was indexed."""
+    return ShardError(
+        f"shard {shard} has changed since it was indexed ({how}); put it back as it was, or start again with it",
+        "changed shard",
+        shard,
+    )
+
+
+def differing_shard(shard: str) -> ShardError:
+    """Returns the error for a shard whose hash isn't that in its manifest."""
+    return ShardError(
+        f"shard {shard} differs from {MANIFEST} in its SHA-256, so it was damaged or replaced; copy or make it again",
+        "changed shard",
+        shard,
+    )
 
 
 def _the_list(paths: list[Path]) -> list[str] | None:
@@ -174,58 +252,30 @@ def _the_list(paths: list[Path]) -> list[str] | None:
     return classes
 
 
-@dataclass(frozen=True)
-class ShardRow:
-    """A shard's row in the manifest."""
-
-    name: str
-    bytes: int
-    samples: int
-    sha256: str
-
-
-def parse_manifest(content: bytes, *, counted: bool = True) -> list[ShardRow]:
-    """Returns the rows of a manifest; those that needn't be `counted` may lack "samples", which is then 0.
-
-    Raises:
-        ValueError: it is no manifest, or a value is of another kind, such as a number in quotes.
-    """
-    manifest = parse_json(content)
-    rows = manifest.get("shards") if isinstance(manifest, dict) else None
-    if not isinstance(rows, list):
-        raise ValueError('it has no list "shards"')
-    found = []
-    for number, row in enumerate(rows):
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(ShardRow):
-            value = row.get(field.name) if isinstance(row, dict) else None
-            if value is None and field.name == "samples" and not counted:
-                value = 0
-            if type(value).__name__ != field.type or (isinstance(value, int) and value < 0):
-                wanted = "a text" if field.type == "str" else "a whole number from 0"
-                raise ValueError(f'"{field.name}" of shard {number} is {value!r}, not {wanted}')
-            values[field.name] = value
-        found.append(ShardRow(**values))
-    return found
-
-
-def manifest_samples(shard: Path) -> int:
-    """Returns the number of samples that a shard has according to the manifest next to it; 0 if that can't be read."""
-    try:
-        rows = parse_manifest(read_regular(shard.parent / MANIFEST))
-    except (OSError, ValueError):
-        return 0
-    return sum(row.samples for row in rows if row.name == shard.name)
-
-
-def _read_ahead(paths: list[Path]) -> None:
+def _read_ahead(paths: list[Path], rows: dict[Path, ShardRow], hashed: HashedShards | None) -> None:
+    """Starts the reading of shards into the page cache, and compares those with rows with their manifest."""
     for path in paths:
-        with contextlib.suppress(OSError):  # reading the shard will report the error
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+        with _opened(path) as descriptor:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    begin = threading.get_native_id() % max(1, len(rows))  # workers start with different shards
+    if hashed is None:
+        return
+    for path in [*rows][begin:] + [*rows][:begin]:
+        with _opened(path) as descriptor:
+            status = os.fstat(descriptor)
+            if status.st_size == rows[path].bytes:
+                hashed.hash_ahead(path, descriptor, identity_of(status), rows[path].sha256)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Yields the open file, if it can be opened; a later read of the shard reports errors."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
 
 def _shard_fingerprint(shards: list[ShardIndex], names: list[str]) -> str:

@@ -22,7 +22,6 @@ from ijepa_scale.data.decode import decode
 from ijepa_scale.data.formats import formats, image_suffixes, is_image, is_other_image, junk, junk_in, suffix_of
 from ijepa_scale.data.shards.image_files import CsvImages, FolderImages
 from ijepa_scale.data.shards.make import make_shards
-from ijepa_scale.data.shards.manifest import read_manifest
 from ijepa_scale.data.shards.tars import TarImages
 from ijepa_scale.data.shards.zips import ZipImages
 from ijepa_scale.data.sources import remote
@@ -30,6 +29,7 @@ from ijepa_scale.data.sources.cache import FileCache
 from ijepa_scale.data.sources.folder import ImageFolderSource
 from ijepa_scale.data.sources.listing import FolderListing
 from ijepa_scale.data.sources.scan import Problems
+from ijepa_scale.data.sources.shard_manifest import read_manifest
 from ijepa_scale.data.sources.tar_index import expand
 from ijepa_scale.data.sources.tar_shards import ShardSource
 from ijepa_scale.errors import DataError
