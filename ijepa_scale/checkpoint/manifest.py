@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ijepa_scale.checkpoint.digests import digest_of_files
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import CheckpointError
+from ijepa_scale.new_file import flush
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -152,12 +153,3 @@ def damage_of(path: Path, stored: StoredFile, *, hashed: bool = True) -> str | N
         return None
     there = "missing" if size is None else f"{size} bytes"
     return f"{path} is damaged: {there}, expected {stored.bytes} bytes with sha256 {stored.sha256[:12]}..."
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or a folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ijepa_scale.checkpoint.sources import WeightsSource
 from ijepa_scale.checkpoint.whole import write_file
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.new_file import PatientFile
 
 TOLERANCE = 1e-4  # largest difference of an output, absolute
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -109,7 +110,8 @@ def _write_torch(
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic)
     except (RuntimeError, ValueError) as error:
         raise _untraceable(error) from error
-    torch.export.save(program, path, extra_files={name: text for name, text in facts.items()})
+    with PatientFile(path) as file:
+        torch.export.save(program, cast(IO[bytes], file), extra_files={name: text for name, text in facts.items()})
     return torch.export.load(path).module()
 
 

@@ -31,13 +31,13 @@ from ijepa_scale.checkpoint.manifest import (
     StoredTensor,
     amend,
     damage_of,
-    flush,
     read_manifest,
     write_manifest,
 )
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, ConfigError, SaveError
+from ijepa_scale.new_file import flush
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset
 
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.engine.world import World
+from ijepa_scale.new_file import new_file
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,5 @@ class Parts:
         joined = {name: torch.cat([values[name] for values, _ in found if values]) for name in names}
         ids = torch.tensor([number for _, batch in found for number in batch.ids], dtype=torch.int64)
         skipped = {str(number): reason for _, batch in found for number, reason in batch.skipped.items()}
-        temporary = path.with_name(f".unfinished-{path.name}")
-        save_file({**joined, "ids": ids}, temporary, metadata={"skipped": json.dumps(skipped)})
-        os.replace(temporary, path)
+        with new_file(path) as temporary:
+            save_file({**joined, "ids": ids}, temporary, metadata={"skipped": json.dumps(skipped)})

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.data.shards.write import PART, ShardRow, check_empty, publish, sync
+from ijepa_scale.data.shards.write import PART, ShardRow, check_empty, publish
 from ijepa_scale.data.sources.fetch import file_sha256
 from ijepa_scale.errors import DataError
+from ijepa_scale.new_file import flush
 
 JOURNAL = "making.jsonl"
 
@@ -75,7 +76,7 @@ class Journal:
         """Unlocks the folder, and removes the journal if the set is complete."""
         if whole:
             self._path.unlink()
-            sync(self.folder)
+            flush(self.folder)
         self._file.close()
 
     def _lock(self) -> None:
