@@ -22,10 +22,10 @@ from ijepa_scale.registry import load_plugin
 
 USER_ERROR_CODE, INTERRUPTED_CODE = 2, 130
 FAULT_CODE, UNSAVED_CODE, RESUBMIT_CODE = 70, 74, 75  # EX_SOFTWARE, EX_IOERR and EX_TEMPFAIL of sysexits.h
-_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _OF_FILES = (
-    *_OF_WRITING, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ETXTBSY,
+    *_OF_WRITING, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOTEMPTY, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ETXTBSY,
 )  # fmt: skip
 _CLOSED_PIPE_CODE = 141  # what a shell reports for a process that SIGPIPE has ended
 
@@ -147,7 +147,7 @@ def report(error: object, kind: str = "error") -> None:
 
     One that tells all that is wrong with a configuration has a line for each problem.
     """
-    lines = str(error).split("\n") if isinstance(error, ConfigError) else [str(error)]
+    lines = error.problems if isinstance(error, ConfigError) else [str(error)]
     print(
         (f"{kind}: " if kind else "") + "\n".join(bounded(one_line(line)) for line in lines),
         file=sys.stderr,

@@ -18,6 +18,7 @@ from ijepa_scale.checkpoint.digests import digest_of_files
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.new_file import flush
+from ijepa_scale.regular_file import read_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -96,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}; give a folder like RUN/checkpoints/step-00001000")
     try:
-        manifest = parse_json(file.read_bytes())
+        manifest = parse_json(read_regular(file))
         body = manifest["body"]
         intact = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() == manifest["sha256"]
         found = body["format"] if intact else None
