@@ -98,6 +98,9 @@ def export_program(source: WeightsSource, to: Path, *, kind: str, which: str) ->
 
     write_file(to, write)
     if kind == "onnx":
+        data = to.with_name(f"{to.name}.data")
+        if _state_bytes(module) <= _MOST_INSIDE and data.is_file():
+            data.unlink()  # of a larger model, whose file was replaced
         return f'onnxruntime.InferenceSession("{to}").run(None, {{{", ".join(f"{n!r}: {n}" for n in names)}}})'
     return f'torch.export.load("{to}").module()({", ".join(names)})'
 
@@ -136,8 +139,7 @@ def _write_onnx(
         raise _untraceable(error) from error
     assert program is not None
     program.model.metadata_props.update(facts)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-    program.save(path, external_data=size > _MOST_INSIDE)
+    program.save(path, external_data=_state_bytes(module) > _MOST_INSIDE)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(*tensors: Tensor) -> Tensor:
@@ -145,6 +147,10 @@ def _write_onnx(
         return torch.from_numpy(session.run(None, given)[0])
 
     return run
+
+
+def _state_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
 def _compare(module: nn.Module, program: Program, inputs: Sequence[tuple[Tensor, ...]], to: Path) -> None:

@@ -16,6 +16,7 @@ from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
+from ijepa_scale.errors import DataError, UserError
 from ijepa_scale.evaluate.alarms import CollapseAlarm
 from ijepa_scale.evaluate.evaluator import image_settings
 from ijepa_scale.evaluate.health import HealthCheck
@@ -102,7 +103,10 @@ def _images_of(config: PretrainConfig, source: SampleSource | StreamSource) -> t
     health, evaluate = config.health, config.evaluate
     members = image_settings(config).members
     if health.data is not None:
-        return "health.data", build_source(health.reader, health.data, members=members)
+        try:
+            return "health.data", build_source(health.reader, health.data, members=members)
+        except UserError as error:
+            raise DataError(f"health.data can't be used: {error}") from None
     if isinstance(evaluate, KnnConfig) and evaluate.every and evaluate.test is not None:
         return "evaluate.test", build_source(evaluate.reader, evaluate.test, members=members)
     if isinstance(source, StreamSource) or (config.data.train is not None and scheme_of(config.data.train) is not None):
