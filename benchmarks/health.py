@@ -27,7 +27,8 @@ from benchmarks.pictures import folder_of
 from benchmarks.synthetic import alone
 from ijepa_scale.config import load_config
 from ijepa_scale.metrics.health_plots import draw_health
-from ijepa_scale.metrics.sinks import JSONL_NAME, read_rows
+from ijepa_scale.metrics.sinks import JSONL_NAME
+from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.train.pretrain import pretrain
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"

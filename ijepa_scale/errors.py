@@ -12,7 +12,18 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A configuration that can't be run as written."""
+    """A configuration that can't be run as written. Its arguments are the problems, each a line of the message.
+
+    Only they are lines: a name that holds a line break can't begin another.
+    """
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong."""
+        return [str(problem) for problem in self.args]
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class DataError(UserError):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # in case a pipe takes the file's place meanwhile
 
+_LARGEST = 1 << 30  # bytes; a file without content can say that it is larger than the memory
+
 
 def read_regular(path: str | Path) -> bytes:
-    """Returns the content of a regular file.
+    """Returns the content of a regular file of at most 1 GiB.
 
     Raises:
         OSError: it can't be read, or is something else.
@@ -19,7 +21,10 @@ def read_regular(path: str | Path) -> bytes:
     check_regular(path)
     descriptor = os.open(path, _FLAGS)
     with os.fdopen(descriptor, "rb") as file:
-        _check(os.fstat(descriptor).st_mode, path)
+        status = os.fstat(descriptor)
+        _check(status.st_mode, path)
+        if status.st_size > _LARGEST:
+            raise OSError(errno.EFBIG, f"{status.st_size} bytes are too many", str(path))
         return file.read()
 
 

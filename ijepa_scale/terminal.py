@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import io
 import logging
@@ -22,6 +23,11 @@ from ijepa_scale.registry import load_plugin
 USER_ERROR_CODE, INTERRUPTED_CODE = 2, 130
 FAULT_CODE, HANG_CODE = 70, 71  # EX_SOFTWARE and EX_OSERR of sysexits.h
 UNSAVED_CODE, RESUBMIT_CODE = 74, 75  # EX_IOERR and EX_TEMPFAIL
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_OF_FILES = (
+    *_OF_WRITING, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOTEMPTY, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ETXTBSY,
+)  # fmt: skip
 _CLOSED_PIPE_CODE = 141  # what a shell reports for a process that SIGPIPE has ended
 
 
@@ -122,6 +128,15 @@ def above_0(text: str) -> float:
     return number
 
 
+def file_problem(error: OSError) -> str | None:
+    """Returns the line about an error of the file system, or None if it is another error of the operating system."""
+    if error.errno not in _OF_FILES or (error.errno == errno.ENOENT and error.filename is None):
+        return None
+    what = "can't be written" if error.errno in _OF_WRITING else "can't be used"
+    remedy = "free space, fix the permissions, or name another place"
+    return f"{error.filename or 'a file'} {what} ({error.strerror}); {remedy}"
+
+
 def say(*lines: object) -> None:
     """Prints each on a line of its own on standard output; names in them can't break it."""
     for line in lines:
@@ -133,7 +148,7 @@ def report(error: object, kind: str = "error") -> None:
 
     One that tells all that is wrong with a configuration has a line for each problem.
     """
-    lines = str(error).split("\n") if isinstance(error, ConfigError) else [str(error)]
+    lines = error.problems if isinstance(error, ConfigError) else [str(error)]
     print(
         (f"{kind}: " if kind else "") + "\n".join(bounded(one_line(line)) for line in lines),
         file=sys.stderr,
@@ -195,7 +210,7 @@ def _reader_has_gone(descriptor: int) -> bool:
 def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
     """Returns a script's `main`, which takes its arguments and returns its exit code, with the ends of all scripts.
 
-    It reports a `UserError` in one line and returns 2, and returns 130 after Ctrl-C.
+    It reports a `UserError` and an error of the file system in one line and returns 2, and returns 130 after Ctrl-C.
     """
 
     @functools.wraps(main)
@@ -209,12 +224,17 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             report("interrupted", "")
             return INTERRUPTED_CODE
+        except OSError as error:
+            if (problem := file_problem(error)) is None:
+                raise
+            report(problem)
+            return USER_ERROR_CODE
 
     return run
 
 
 __all__ = [
     "FAULT_CODE", "HANG_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE", "Parser",
-    "above_0", "at_least_0", "at_least_1", "command", "existing_path", "log_to_terminal", "path", "printing", "report",
-    "say",
+    "above_0", "at_least_0", "at_least_1", "command", "existing_path", "file_problem", "log_to_terminal", "path",
+    "printing", "report", "say",
 ]  # fmt: skip

@@ -1,9 +1,10 @@
-"""Lists, verifies, compares and removes the checkpoints of a run.
+"""Lists, verifies, compares, removes and converts the checkpoints of a run.
 
 python launch/checkpoint.py ls runs/mine                    # steps, sizes, and what is damaged by its size
 python launch/checkpoint.py verify runs/mine                # reads every byte; code 2 if something is damaged
 python launch/checkpoint.py diff RUN/checkpoints/step-00001000 RUN/checkpoints/step-00002000
 python launch/checkpoint.py rm runs/mine 1000 2000
+python launch/checkpoint.py convert runs/mine --to kept/step-00002000    # of many processes: one file
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from ijepa_scale import terminal
+from ijepa_scale.checkpoint.consolidate import consolidate
 from ijepa_scale.checkpoint.inspect import checkpoints_of, differences, listed, remove
 
 
@@ -19,7 +21,7 @@ from ijepa_scale.checkpoint.inspect import checkpoints_of, differences, listed, 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 if something is damaged or after a mistake that the user can fix."""
     parser = terminal.Parser(description=__doc__)
-    kinds = parser.add_subparsers(dest="what", required=True, parser_class=terminal.Parser, metavar="ls|verify|diff|rm")
+    kinds = parser.add_subparsers(dest="what", required=True, parser_class=terminal.Parser, metavar="ls|verify|...")
     for name, text in (("ls", "list them"), ("verify", "read every byte and compare hashes")):
         kinds.add_parser(name, help=text).add_argument(
             "run", type=terminal.path, help="folder of a run or a checkpoint"
@@ -29,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     removed = kinds.add_parser("rm", help="remove the ones of these steps")
     removed.add_argument("run", type=terminal.path, help="folder of a run")
     removed.add_argument("steps", nargs="+", type=int, metavar="STEP")
+    convert = kinds.add_parser("convert", help="write one again as one file, or a few, which any engine reads")
+    convert.add_argument("run", type=terminal.path, help="folder of a run, whose newest is taken, or a checkpoint")
+    convert.add_argument("--to", type=terminal.path, required=True, help="new folder")
+    convert.add_argument("--files", type=terminal.at_least_1, default=1, help="number of files (default 1)")
     flags = parser.parse_args(arguments)
     if flags.what == "diff":
         lines = list(differences(*map(Path, flags.two)))
@@ -36,6 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if flags.what == "rm":
         terminal.say(*(f"removed {path}" for path in remove(Path(flags.run), flags.steps)))
+        return 0
+    if flags.what == "convert":
+        written = consolidate(Path(flags.run), Path(flags.to), files=flags.files)
+        terminal.say(f"{written}: whole; go on from it with resume={written}")
         return 0
     damaged = 0
     for line in listed(checkpoints_of(Path(flags.run)), hashed=flags.what == "verify"):

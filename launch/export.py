@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--steps-per-epoch", type=terminal.at_least_1, help=".pth.tar only: the run's steps per epoch")
     processes = ".pth.tar only: processes that will resume (default 1)"
     add("--processes", type=terminal.at_least_1, default=1, help=processes)
+    add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't tell")
     add("--overwrite", action="store_true", help="replace the file or folder if it exists")
     parser.add_plugins()
     options = parser.parse_args(arguments)
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         naming=options.naming,
         steps_per_epoch=options.steps_per_epoch,
         processes=options.processes,
+        heads=options.heads,
     )
     terminal.say(f"{written.path}: {written.bytes / 1e6:.1f} MB", f"open it with {written.opens}")
     return 0

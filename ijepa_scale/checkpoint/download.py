@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ijepa_scale.checkpoint.file_kinds import check_kind
 from ijepa_scale.checkpoint.published_files import ADDRESS, FILES, LICENCE_TEXT, PUBLISHED, PublishedFile
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.sources.fetch import Retry, fetch_resumable, file_sha256
 from ijepa_scale.environment import cache_folder
 from ijepa_scale.errors import CheckpointError, DataError
@@ -134,7 +135,7 @@ def _verify(path: Path) -> None:
     """
     record, found = _record(path), {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     try:
-        wanted = json.loads(record.read_text(encoding="utf-8"))
+        wanted = parse_json(record.read_bytes())
         wanted = {name: wanted[name] for name in found}
     except FileNotFoundError:
         record.write_text(

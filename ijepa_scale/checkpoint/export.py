@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ijepa_scale.checkpoint.convert import NAMINGS, to_transformers
+from ijepa_scale.checkpoint.heads import told_heads, with_heads
 from ijepa_scale.checkpoint.portable import portable, write_predictor, write_tensors
 from ijepa_scale.checkpoint.programs import export_program
 from ijepa_scale.checkpoint.reference_file import export_published
@@ -54,6 +55,7 @@ def export(
     naming: str = "published",
     steps_per_epoch: int | None = None,
     processes: int = 1,
+    heads: int | None = None,
 ) -> Exported:
     """Writes an encoder, classifier or predictor of `source` (see `open_source`) to a file or folder.
 
@@ -65,6 +67,7 @@ def export(
         naming: of the tensors in a safetensors file, published (also timm's) or transformers.
         steps_per_epoch: for `reference`: of the run.
         processes: for `reference`: that will resume.
+        heads: of the encoder's attention, if the source doesn't tell.
 
     Raises:
         CheckpointError: the source can't be read, the format can't hold it, or what was written gives other results
@@ -80,6 +83,8 @@ def export(
             f"the predictor can't be exported as {kind}: {_ENCODERS_ONLY[kind]}; choose safetensors, onnx or torch"
         )
     _check_unused(kind, which, naming, steps_per_epoch, processes)
+    if heads is not None and kind == "reference":
+        raise CheckpointError(f"--heads is {heads}, which {kind} makes no use of; drop the flag")
     if kind == "reference":
         if steps_per_epoch is None:
             raise CheckpointError("a .pth.tar counts epochs; give --steps-per-epoch, the run's samples // batch")
@@ -93,18 +98,18 @@ def export(
         return Exported(to, f'torch.load("{to}", weights_only=True)')
     if kind == "safetensors":
         if which == "predictor":
-            write_predictor(open_source(source), to)
+            write_predictor(with_heads(open_source(source), heads), to)
         else:
-            export_safetensors(source, to, which=which, naming=naming)
+            export_safetensors(source, to, which=which, naming=naming, heads=heads)
         return Exported(to, f'safetensors.torch.load_file("{to}")')
     if kind in ("onnx", "torch"):
-        return Exported(to, export_program(open_source(source), to, kind=kind, which=which))
+        return Exported(to, export_program(with_heads(open_source(source), heads), to, kind=kind, which=which))
     write = export_timm if kind == "timm" else export_transformers
-    return Exported(to, write(portable(open_source(source), which), to))
+    return Exported(to, write(portable(with_heads(open_source(source), heads), which), to))
 
 
 def export_safetensors(
-    source: str | Path, path: str | Path, *, which: str = "target", naming: str = "published"
+    source: str | Path, path: str | Path, *, which: str = "target", naming: str = "published", heads: int | None = None
 ) -> Path:
     """Writes the target or context encoder of `source` (see `read_weights`) and returns the file's path.
 
@@ -119,7 +124,7 @@ def export_safetensors(
         raise CheckpointError(f"naming is {naming!r}; choose one of {', '.join(NAMINGS)}")
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(f"{path} doesn't end in .safetensors, by which readers know the format; rename it")
-    weights = read_weights(source, which=which)
+    weights = told_heads(read_weights(source, which=which), heads)
     tensors = to_transformers(weights.tensors) if naming == "transformers" else weights.tensors
     return write_file(Path(path), lambda temporary: write_tensors(weights, tensors, temporary))
 

@@ -12,7 +12,8 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-from ijepa_scale.checkpoint.manifest import MANIFEST, flush
+from ijepa_scale.checkpoint.manifest import MANIFEST
+from ijepa_scale.new_file import flush
 
 _NAME = re.compile(r"step-(\d{8,18})")
 _UNFINISHED, _REPLACED, _DAMAGED = ".unfinished-", ".replaced-", "damaged-"

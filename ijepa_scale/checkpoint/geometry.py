@@ -19,6 +19,7 @@ from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.pos_embed import positions
 
 PATCHES = "patch_embed.proj.weight"
+FIRST = "blocks.0.mlp.fc1.weight"
 Grid = tuple[int, int]
 
 
@@ -63,12 +64,17 @@ def sizes_of_weights(weights: Weights) -> dict[str, Any]:
         CheckpointError: the patches aren't square, there are no blocks, or the position embedding isn't fixed.
     """
     tensors = weights.tensors
-    shape, first = tuple(tensors[PATCHES].shape), tensors.get("blocks.0.mlp.fc1.weight")
-    if len(shape) != 4 or shape[2] != shape[3] or first is None:
-        found = f"{PATCHES} of shape {shape}" if first is not None else "no blocks.0.mlp.fc1.weight"
-        raise CheckpointError(f"{weights.origin} has {found}; this package's encoder has square patches and plain MLPs")
-    width, channels, patch, _ = shape
-    depth = depth_of(tensors)
+    for name, dims in ((PATCHES, 4), (FIRST, 2)):
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape is None or len(shape) != dims or 0 in shape or (name == PATCHES and shape[2] != shape[3]):
+            found = f"no {name}" if shape is None else f"{name} of shape {shape}"
+            raise CheckpointError(
+                f"{weights.origin} has {found}; this package's encoder has square patches and plain MLPs"
+            )
+    width, channels, patch, _ = tensors[PATCHES].shape
+    first, depth = tensors[FIRST], depth_of(tensors)
+    if depth > len(tensors):
+        raise CheckpointError(f"{weights.origin} has block {depth - 1} but only {len(tensors)} tensors; don't trust it")
     found_positions = positions_of(weights)
     grid = found_positions.grid if found_positions else _stated_grid(weights)
     named = next(

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ijepa_scale.checkpoint.digests import digest_of_files
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import CheckpointError
+from ijepa_scale.new_file import flush
+from ijepa_scale.regular_file import read_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -95,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}; give a folder like RUN/checkpoints/step-00001000")
     try:
-        manifest = parse_json(file.read_bytes())
+        manifest = parse_json(read_regular(file))
         body = manifest["body"]
         intact = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() == manifest["sha256"]
         found = body["format"] if intact else None
@@ -152,12 +154,3 @@ def damage_of(path: Path, stored: StoredFile, *, hashed: bool = True) -> str | N
         return None
     there = "missing" if size is None else f"{size} bytes"
     return f"{path} is damaged: {there}, expected {stored.bytes} bytes with sha256 {stored.sha256[:12]}..."
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or a folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ijepa_scale.checkpoint.geometry import PATCHES, positions_of, sizes_of_weights
+from ijepa_scale.checkpoint.heads import check_heads
 from ijepa_scale.checkpoint.sources import Weights, WeightsSource
 from ijepa_scale.checkpoint.start import fill_predictor, predictor_sizes
 from ijepa_scale.checkpoint.weights import fit
@@ -64,12 +65,13 @@ def encoder_sizes(
     if image_size is not None:
         sizes["image_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if heads is not None:
+        check_heads(weights, heads)
         sizes["heads"] = heads
     for name in ("image_size", "heads"):
         if name not in sizes:
             raise ConfigError(
                 f"{weights.origin} doesn't tell the {name} of its encoder; give load(..., {name}=...), or "
-                f"--{name.replace('_', '-')} where a command has it; exports need a run, or a file that tells"
+                f"--{name.replace('_', '-')} where a command has it"
             )
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])
     if positions == "interpolated" and trained is not None and trained.computed_for != grid:

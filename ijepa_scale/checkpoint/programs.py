@@ -10,7 +10,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ijepa_scale.checkpoint.sources import WeightsSource
 from ijepa_scale.checkpoint.whole import write_file
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.new_file import PatientFile
 
 TOLERANCE = 1e-4  # largest difference of an output, absolute
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -97,6 +98,9 @@ def export_program(source: WeightsSource, to: Path, *, kind: str, which: str) ->
 
     write_file(to, write)
     if kind == "onnx":
+        data = to.with_name(f"{to.name}.data")
+        if _state_bytes(module) <= _MOST_INSIDE and data.is_file():
+            data.unlink()  # of a larger model, whose file was replaced
         return f'onnxruntime.InferenceSession("{to}").run(None, {{{", ".join(f"{n!r}: {n}" for n in names)}}})'
     return f'torch.export.load("{to}").module()({", ".join(names)})'
 
@@ -109,7 +113,8 @@ def _write_torch(
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic)
     except (RuntimeError, ValueError) as error:
         raise _untraceable(error) from error
-    torch.export.save(program, path, extra_files={name: text for name, text in facts.items()})
+    with PatientFile(path) as file:
+        torch.export.save(program, cast(IO[bytes], file), extra_files={name: text for name, text in facts.items()})
     return torch.export.load(path).module()
 
 
@@ -134,8 +139,7 @@ def _write_onnx(
         raise _untraceable(error) from error
     assert program is not None
     program.model.metadata_props.update(facts)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-    program.save(path, external_data=size > _MOST_INSIDE)
+    program.save(path, external_data=_state_bytes(module) > _MOST_INSIDE)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(*tensors: Tensor) -> Tensor:
@@ -143,6 +147,10 @@ def _write_onnx(
         return torch.from_numpy(session.run(None, given)[0])
 
     return run
+
+
+def _state_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
 def _compare(module: nn.Module, program: Program, inputs: Sequence[tuple[Tensor, ...]], to: Path) -> None:

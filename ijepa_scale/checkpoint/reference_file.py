@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ijepa_scale.config import ModelConfig
 from ijepa_scale.config.architectures import resolve
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.pos_embed import positions
+from ijepa_scale.new_file import PatientFile
 from ijepa_scale.optim.adamw import AdamW
 from ijepa_scale.schedules import Schedule
 
@@ -81,7 +82,12 @@ def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoc
         "world_size": processes,
         "lr": config["optimizer"]["lr"],  # the peak, as the published code stores it; the groups hold the present one
     }
-    return write_file(Path(path), lambda temporary: torch.save(content, temporary))
+    return write_file(Path(path), lambda temporary: _write(content, temporary))
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    with PatientFile(path) as file:
+        torch.save(content, cast(IO[bytes], file))
 
 
 def _positions(model: ModelConfig) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ run code when loaded is refused. Knows nothing of the model that the weights are
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from ijepa_scale.checkpoint.store import MANIFEST, Checkpoint, newest
 from ijepa_scale.checkpoint.torch_files import briefly, read_torch_file
 from ijepa_scale.config import ModelConfig
 from ijepa_scale.config.architectures import resolve
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.pos_embed import positions
 
@@ -300,12 +300,18 @@ def _safetensors(path: Path) -> ModelFile:
     tensors, metadata = read_safetensors(path)
     stored, named, said = (metadata.get(key) for key in (WHICH_KEY, CLASSES_KEY, FACTS_KEY))
     try:
-        classes = None if named is None else tuple(str(name) for name in json.loads(named))
-    except (ValueError, TypeError, RecursionError) as error:
+        classes = None if named is None else _names_in(parse_json(named.encode()))
+    except ValueError as error:
         raise CheckpointError(f"{path}: its class names can't be read ({briefly(error)}); copy it again") from None
     facts = facts_of_folder(path.parent) if said is None else written_facts(said, str(path))
     role = stored if stored in ROLES else None
     return ModelFile(str(path), files_of(path), {role: tensors}, facts=facts, classes=classes)
+
+
+def _names_in(content: Any) -> tuple[str, ...]:
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise ValueError("they are no list of texts")
+    return tuple(content)
 
 
 def _tensors(content: Mapping[str, Any], above: str = "") -> dict[str, Tensor]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+_BYTES = 4  # of an element
 _BLOCK = 1 << 22  # bytes written and hashed at once; both release the interpreter's lock
 
 
@@ -27,10 +28,22 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> tuple[in
     Raises:
         OSError: it can't be written.
     """
+    assert all(tensor.dtype is torch.float32 and tensor.ndim == 1 for _, tensor in tensors)
+    sizes = [(name, tensor.numel()) for name, tensor in tensors]
+    return write_values(path, sizes, (bytes_of(tensor) for _, tensor in tensors))
+
+
+def write_values(path: Path, sizes: Sequence[tuple[str, int]], values: Iterable[memoryview]) -> tuple[int, str]:
+    """Writes flat fp32 tensors of these names and numbers of elements, whose bytes come in order, in any portions.
+
+    Returns the file's bytes and SHA-256. Waits until the file is on the disk.
+
+    Raises:
+        OSError: it can't be written.
+    """
     digest, written = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
-        blocks = chain([memoryview(_header(tensors))], (_bytes_of(tensor) for _, tensor in tensors))
-        for data in blocks:
+        for data in chain([memoryview(_header(sizes))], values):
             for start in range(0, len(data), _BLOCK):
                 part = data[start : start + _BLOCK]
                 digest.update(part)
@@ -41,18 +54,18 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> tuple[in
     return written, digest.hexdigest()
 
 
-def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a tensor, which is copied to the host if it isn't there."""
+    return tensor.detach().cpu().contiguous().numpy().data.cast("B")
+
+
+def _header(sizes: Sequence[tuple[str, int]]) -> bytes:
     entries, offset = {}, 0
-    for name, tensor in tensors:
-        assert tensor.dtype is torch.float32 and tensor.ndim == 1 and name not in entries, name
-        entries[name] = {
-            "dtype": "F32", "shape": [tensor.numel()], "data_offsets": [offset, offset + tensor.nbytes],
-        }  # fmt: skip
-        offset += tensor.nbytes
+    for name, size in sizes:
+        assert name not in entries, name
+        end = offset + _BYTES * size
+        entries[name] = {"dtype": "F32", "shape": [size], "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().numpy().data.cast("B")

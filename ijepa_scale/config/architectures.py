@@ -99,7 +99,7 @@ def resolve(model: ModelConfig) -> Architecture:
             f"model.mlp_ratio is {model.mlp_ratio}: no MLP width is left of {width}; give 4.0, for instance"
         )
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return Architecture(
         name=model.name,
         grid=model.grid,

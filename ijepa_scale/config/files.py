@@ -92,8 +92,8 @@ def read_config(
             values = _followed(values, choose, kind)
         return Loaded(kind(**values), notes)
     except ConfigError as error:
-        lines = sorted((_placed(line, origins) for line in str(error).splitlines()), key=itemgetter(0))
-        raise ConfigError("\n".join(line for _, line in lines)) from None
+        lines = sorted((_placed(line, origins) for line in error.problems), key=itemgetter(0))
+        raise ConfigError(*(line for _, line in lines)) from None
 
 
 def _followed(values: dict[str, Any], choose: Choose | None, kind: type[Section]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def translate(
         }
     problems = list(_problems(settings, required=required, optional=optional, switches=switches))
     if problems:
-        raise ConfigError("\n".join(f"{origin}: {problem}" for problem in problems))
+        raise ConfigError(*(f"{origin}: {problem}" for problem in problems))
     ours = {target: settings[key] for key, target in moved.items()}
     notes = [f"{key} ignored: {why}" for key, why in ignored.items() if key in settings]
     batch = ours["data.batch_size_per_process"] = settings["data.batch_size"]

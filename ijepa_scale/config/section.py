@@ -59,7 +59,7 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("\n".join(dict.fromkeys(explain(type(self), values, error)))) from None
+            raise ConfigError(*dict.fromkeys(explain(type(self), values, error))) from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # pydantic reads sections inside by itself
 

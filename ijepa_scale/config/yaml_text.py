@@ -13,6 +13,7 @@ from ijepa_scale.errors import ConfigError
 _TAG = "tag:yaml.org,2002:"
 _MAX_DEPTH = 50  # levels; a configuration has 4
 _MAX_NODES = 100_000  # values once each alias is replaced by what it stands for
+_MAX_LENGTH = 1_000_000  # characters, which take a second; a configuration has some thousand
 _MAX_DIGITS = 400  # of a whole number, leading zeros included
 
 
@@ -84,6 +85,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(stream)
         self._anchors: list[str | None] = []  # of the nodes that are being read, outermost first
         self._sizes: dict[int, int] = {}  # of read nodes, by id
+        self._count = 0  # of nodes that were begun
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Returns the next node, refusing aliases that lead back to themselves, depth and size."""
@@ -92,6 +94,9 @@ class _Loader(yaml.SafeLoader):
             raise _refused(f"the alias *{event.anchor} leads back to itself", event.start_mark)
         if len(self._anchors) >= _MAX_DEPTH:
             raise _refused(f"nested more than {_MAX_DEPTH} levels deep", event.start_mark)
+        self._count += 1
+        if self._count > _MAX_NODES:
+            raise _refused(f"more than {_MAX_NODES} values", event.start_mark)
         self._anchors.append(getattr(event, "anchor", None))
         node = super().compose_node(parent, index)
         self._anchors.pop()
@@ -171,8 +176,12 @@ def parse_yaml(text: str, origin: str) -> Any:
 
     Raises:
         ConfigError: The text isn't YAML of plain types, a key stands twice or is no single value, an alias leads back
-            to itself, or it is nested too deeply.
+            to itself, or it is nested too deeply or too long.
     """
+    if len(text) > _MAX_LENGTH:
+        raise ConfigError(
+            f"{origin}: {len(text)} characters are no configuration; give a file of at most {_MAX_LENGTH}"
+        )
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:

@@ -18,6 +18,7 @@ from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.data.sources.fetch import scheme_of
 from ijepa_scale.data.sources.tar_index import expand
 from ijepa_scale.errors import DataError
+from ijepa_scale.new_file import new_file
 
 STATISTICS = "pixel_stats.json"
 _VERSION = 1
@@ -59,10 +60,9 @@ def write_statistics(found: Statistics, path: Path) -> None:
     Raises:
         DataError: the file can't be written.
     """
-    temporary = path.with_name(f"{path.name}.part")
     try:
-        temporary.write_text(json.dumps({"version": _VERSION, **asdict(found)}, indent=1) + "\n")
-        os.replace(temporary, path)
+        with new_file(path) as temporary:
+            temporary.write_text(json.dumps({"version": _VERSION, **asdict(found)}, indent=1) + "\n")
     except OSError as error:
         raise DataError(
             f"{path} can't be written ({error.strerror}); make room, or fix its folder's permissions"

@@ -91,7 +91,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     else:
         problems.extend(_zero_problems(zero))
     if problems:
-        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+        raise ConfigError(*(f"{path}: {problem}" for problem in problems))
     return content
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from ijepa_scale import terminal
 from ijepa_scale.checkpoint.sources import open_source
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.class_names import written
 from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
@@ -30,6 +31,7 @@ from ijepa_scale.evaluate.feature_files import check_format, write_features
 from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool, load, pooled
 from ijepa_scale.evaluate.image_sets import ImageSet
 from ijepa_scale.evaluate.parts import Loaded, Parts
+from ijepa_scale.regular_file import read_regular
 from ijepa_scale.train import processes
 
 logger = logging.getLogger(__name__)
@@ -124,9 +126,10 @@ def _prepare(options: EmbedOptions, images: ImageSet, transform: ImageTransform,
     }
     folder, file = parts.folder, parts.folder / _PLAN
     try:
-        known = json.loads(file.read_text()) if file.is_file() else None
+        known = parse_json(read_regular(file)) if file.is_file() else None
         if known is not None and known != plan:
-            changed = ", ".join(name for name in plan if known.get(name) != plan[name])
+            old = known if isinstance(known, dict) else {}
+            changed = ", ".join(name for name in plan if old.get(name) != plan[name])
             return f"{folder} holds parts of other features ({changed} differs); remove it, or name another file"
         if options.to.exists() and known is None:
             if not options.overwrite:

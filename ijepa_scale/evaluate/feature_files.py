@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.new_file import named, new_file
 
 Rows = Callable[[], Iterator[tuple[np.ndarray, list[str]]]]  # (n, D) float32 and n names, from the first row on
 SUFFIXES = (".npy", ".safetensors", ".parquet")
@@ -42,24 +43,21 @@ def write_features(path: Path, shape: tuple[int, int], rows: Rows, facts: dict[s
     Raises:
         ConfigError: the file can't be written.
     """
-    temporary = path.with_name(f".unfinished-{path.name}")
     try:
-        if path.suffix == ".parquet":
-            _write_parquet(temporary, shape[1], rows, facts)
-        else:
-            names = path.with_name(f"{path.name}.names.txt")
-            hidden = names.with_name(f".unfinished-{names.name}")
-            with hidden.open("w", encoding="utf-8") as file:
-                file.writelines(f"{name}\n" for _, several in rows() for name in several)
-            _write_array(temporary, shape, rows)
-            if path.suffix == ".safetensors":
-                whole = temporary.with_suffix(".array")
-                os.replace(temporary, whole)
-                features = torch.from_numpy(np.load(whole, mmap_mode="c"))
-                save_file({"features": features}, temporary, metadata={k: str(v) for k, v in facts.items()})
-                whole.unlink()
-            os.replace(hidden, names)
-        os.replace(temporary, path)
+        with named(path), new_file(path) as temporary:
+            if path.suffix == ".parquet":
+                _write_parquet(temporary, shape[1], rows, facts)
+                return
+            with new_file(path.with_name(f"{path.name}.names.txt")) as names:
+                with names.open("w", encoding="utf-8") as file:
+                    file.writelines(f"{name}\n" for _, several in rows() for name in several)
+                if path.suffix == ".npy":
+                    _write_array(temporary, shape, rows)
+                    return
+                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", suffix=".npy") as whole:
+                    _write_array(Path(whole.name), shape, rows)
+                    features = torch.from_numpy(np.load(whole.name, mmap_mode="c"))
+                    save_file({"features": features}, temporary, metadata={k: str(v) for k, v in facts.items()})
     except OSError as error:
         raise ConfigError(f"{path} can't be written ({error}); free space, and start again: parts are kept") from None
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.sources.contents import contents_of
 from ijepa_scale.data.sources.subset import SubsetSource, write_subset
 from ijepa_scale.engine.world import World
@@ -25,6 +26,8 @@ from ijepa_scale.errors import ConfigError
 from ijepa_scale.evaluate.labelled_sets import LabelledSet
 from ijepa_scale.evaluate.logistic import few_shots, share_of
 from ijepa_scale.evaluate.protocols import FINETUNED, Score
+from ijepa_scale.new_file import new_file
+from ijepa_scale.regular_file import read_regular
 from ijepa_scale.train.finetune import finetune
 from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.setup import with_strategy
@@ -179,9 +182,8 @@ def _accuracy(
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder, result = request.folder / "finetuned" / key, request.folder / "finetuned" / f"{key}.json"
-    known = json.loads(result.read_text()) if world.is_main and result.exists() else None
-    known = world.broadcast_object(known)
-    if known is None:
+    top1 = world.broadcast_object(_stored(result) if world.is_main else None)
+    if top1 is None:
         launch = Launch(
             rank=world.rank, world_size=world.size, local_rank=world.local_rank, local_world_size=world.local_size
         )
@@ -190,11 +192,25 @@ def _accuracy(
             config = config.replace(model=config.model.replace(init=None))
         found = finetune(with_strategy(config, launch, world.device), world)
         assert found.top1 is not None  # the configuration names test images
-        known = {"top1": found.top1, "subset": config.data.subset, "seed": config.seed, "trained": trained}
+        top1 = found.top1
         if world.is_main:
-            unfinished = result.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(known) + "\n")
-            os.replace(unfinished, result)
+            known = {"top1": top1, "subset": config.data.subset, "seed": config.seed, "trained": trained}
+            with new_file(result) as temporary:
+                temporary.write_text(json.dumps(known) + "\n")
             shutil.rmtree(folder)  # its checkpoints are three times the encoder's size
         world.barrier()
-    return float(known["top1"])  # type: ignore[index]
+    return cast(float, top1)
+
+
+def _stored(path: Path) -> float | None:
+    """Returns the accuracy that an earlier call has stored; None if there is none, or it isn't one, which is logged."""
+    try:
+        top1 = parse_json(read_regular(path))["top1"]
+        if not isinstance(top1, float) or not 0 <= top1 <= 1:
+            raise ValueError("it holds no accuracy")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        logger.warning("%s is damaged (%s); this run is repeated", path, error)
+        return None
+    return top1

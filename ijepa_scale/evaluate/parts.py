@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.engine.world import World
+from ijepa_scale.new_file import new_file
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Parts:
         """Yields all parts in the order of the images."""
         for begin in range(0, self.count, self.chunk):
             with safe_open(str(self._path(begin)), framework="pt") as file:
-                skipped = {int(number): why for number, why in json.loads(file.metadata()["skipped"]).items()}
+                skipped = _skipped_in(file)
                 values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
             yield Part(values, values.pop("ids").numpy(), skipped)
 
@@ -109,13 +110,16 @@ class Parts:
     def _is_whole(self, path: Path) -> bool:
         """Returns whether a part is there; says so if there is a file that has been cut."""
         try:
-            with safe_open(str(path), framework="pt"):
-                return True
+            with safe_open(str(path), framework="pt") as file:
+                _skipped_in(file)
+                if file.get_slice("ids").get_dtype() == "I64":
+                    return True
         except FileNotFoundError:
             return False
-        except SafetensorError:
-            logger.warning("%s is damaged; it is computed again", path)
-            return False
+        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError):
+            pass
+        logger.warning("%s is damaged; it is computed again", path)
+        return False
 
     def _path(self, begin: int) -> Path:
         return self.folder / f"part-{begin:010d}.safetensors"
@@ -126,6 +130,10 @@ class Parts:
         joined = {name: torch.cat([values[name] for values, _ in found if values]) for name in names}
         ids = torch.tensor([number for _, batch in found for number in batch.ids], dtype=torch.int64)
         skipped = {str(number): reason for _, batch in found for number, reason in batch.skipped.items()}
-        temporary = path.with_name(f".unfinished-{path.name}")
-        save_file({**joined, "ids": ids}, temporary, metadata={"skipped": json.dumps(skipped)})
-        os.replace(temporary, path)
+        with new_file(path) as temporary:
+            save_file({**joined, "ids": ids}, temporary, metadata={"skipped": json.dumps(skipped)})
+
+
+def _skipped_in(file: Any) -> dict[int, str]:
+    """Returns the numbers of a part's images that can't be used, and why."""
+    return {int(number): str(why) for number, why in parse_json(file.metadata()["skipped"].encode()).items()}

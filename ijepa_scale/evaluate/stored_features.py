@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.array_file import opened, write_array
 from ijepa_scale.evaluate.features import check_images
 from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool
 from ijepa_scale.evaluate.parts import Loaded, Parts
@@ -82,7 +82,8 @@ class FeatureStore:
             check_pool(encoder, pool)
         key = self._key(encoder, transform, images)
         paths = {pool: self.folder / f"{images.name}-{pool}-{key}.npy" for pool in pools}
-        missing = [pool for pool in pools if opened(paths[pool]) is None] if self.world.is_main else []
+        count = images.source.num_samples
+        missing = [pool for pool in pools if opened(paths[pool], count) is None] if self.world.is_main else []
         missing = self.world.broadcast_object(missing)  # type: ignore[assignment]
         if missing:
             if not tried:
@@ -157,17 +158,6 @@ class FeatureStore:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def opened(path: Path) -> np.ndarray | None:
-    """Returns the array in a file, memory-mapped; None if there is no file, or one that was cut, which is logged."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        return None
-    except (ValueError, EOFError):
-        logger.warning("%s is damaged; it is computed again", path)
-        return None
-
-
 def _join(parts: Parts, paths: dict[Pool, Path]) -> str | None:
     """Writes each pool's file from all parts, and removes these; returns what prevented it, if anything."""
     skipped = [reason for part in parts.read() for reason in part.skipped.values()]
@@ -176,18 +166,9 @@ def _join(parts: Parts, paths: dict[Pool, Path]) -> str | None:
         return skipped[0]
     try:
         for pool, path in paths.items():
-            unfinished = path.with_suffix(".unfinished")
-            begin, rows = 0, None
-            for part in parts.read():
-                values = part.values[pool].numpy()
-                if rows is None:
-                    shape = (parts.count, *values.shape[1:])
-                    rows = np.lib.format.open_memmap(unfinished, mode="w+", dtype=values.dtype, shape=shape)
-                rows[begin : begin + len(values)] = values
-                begin += len(values)
-            assert rows is not None and begin == len(rows)
-            rows.flush()
-            os.replace(unfinished, path)
+            first = next(parts.read()).values[pool]
+            arrays = (part.values[pool].numpy() for part in parts.read())
+            write_array(path, (parts.count, *first.shape[1:]), arrays)
         parts.remove()
     except OSError as error:
         folder = parts.folder.parent

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale.errors import DataError
-from ijepa_scale.metrics.sinks import JSONL_NAME, read_rows
+from ijepa_scale.metrics.sinks import JSONL_NAME
+from ijepa_scale.metrics.stored_rows import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

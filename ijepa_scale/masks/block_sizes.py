@@ -103,7 +103,7 @@ def check(config: BlockMaskConfig, grid: Size, rule: BlockRule) -> PossibleSizes
     if not problems and not config.allow_overlap:
         problems = _swallowed(config, grid, sizes, rule)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return sizes
 
 

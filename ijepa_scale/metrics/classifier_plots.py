@@ -11,7 +11,7 @@ from ijepa_scale.data.class_names import shortened
 from ijepa_scale.errors import DataError
 from ijepa_scale.metrics.confusion import Confusion
 from ijepa_scale.metrics.plots import BLUE, GREY, ORANGE, draw_line, new_figure, save_figure
-from ijepa_scale.metrics.sinks import read_rows
+from ijepa_scale.metrics.stored_rows import read_rows
 
 _SHOWN_CLASSES = 30  # there is no room for the names of more
 _SHOWN_SHARE = 0.02  # smallest share of a soft label that is shown with an image

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ijepa_scale.errors import DataError
 from ijepa_scale.metrics.plots import BLUE, GREY, ORANGE, draw_line, new_figure, save_figure
-from ijepa_scale.metrics.sinks import read_rows
+from ijepa_scale.metrics.stored_rows import read_rows
 
 _PANELS = {  # field -> title, whether the axis is logarithmic
     "feature_std": ("feature_std", False),

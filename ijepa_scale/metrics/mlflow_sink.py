@@ -13,7 +13,8 @@ from pydantic import Field
 from ijepa_scale.config import form
 from ijepa_scale.config.schema import SinkConfig
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.metrics.sinks import is_number, kept_id
+from ijepa_scale.metrics.sinks import kept_id
+from ijepa_scale.metrics.stored_rows import is_number
 
 ID_FILE = "mlflow_id.txt"
 _LONGEST_PARAM = 500  # characters; longer values are cut

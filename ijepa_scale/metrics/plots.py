@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ijepa_scale.masks.types import DenseMasks, Masks
+from ijepa_scale.new_file import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,8 +115,6 @@ def new_figure(*, width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Writes the PNG under a temporary name, renames it and returns its path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
     return path

@@ -23,8 +23,9 @@ import yaml
 from PIL import Image
 
 from ijepa_scale.config import LoggingConfig
-from ijepa_scale.errors import ConfigError, DataError, UserError
+from ijepa_scale.errors import ConfigError, UserError
 from ijepa_scale.metrics.own_time import SLOWEST
+from ijepa_scale.metrics.stored_rows import describe, rows_and_broken, set_aside
 from ijepa_scale.registry import SINKS
 
 logger = logging.getLogger(__name__)
@@ -57,32 +58,6 @@ class Sink(Protocol):
         """Writes buffered rows and releases resources."""
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a JSON-lines file, [] if there is none. Ignores an incomplete last line of a killed run.
-
-    Raises:
-        DataError: a line before the last isn't a JSON object with a finite step.
-    """
-    path = Path(path)
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            whole = is_number(row["step"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            whole = False
-        if not whole:
-            if number == len(lines):
-                break
-            raise DataError(
-                f"{path}, line {number} is {line[:40].decode(errors='replace')!r}, not a JSON object with a step; "
-                "fix it or move the file"
-            )
-        rows.append(row)
-    return rows
-
-
 def _finite(value: Any) -> Any:
     """Returns None for NaN and infinities, which JSON can't hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -92,8 +67,9 @@ class JsonlSink:
     """Appends rows to `path`, one JSON object per line, each in one write.
 
     First removes rows with step >= `drop_from`, through a temporary file and a rename, so that a run that starts again
-    (0) or resumes after k steps (k + 1) has each step once. None keeps all rows. Rows that the disk doesn't take wait
-    for the next one; `close` tries a last time.
+    (0) or resumes after k steps (k + 1) has each step once. None keeps all rows. Broken lines, which a crash or another
+    program has left, move into `metrics.broken.jsonl`. Rows that the disk doesn't take wait for the next one; `close`
+    tries a last time.
     """
 
     name = JSONL_NAME
@@ -101,8 +77,11 @@ class JsonlSink:
     def __init__(self, path: str | Path, drop_from: int | None = None) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
-            rows = read_rows(self._path)
+        rows, broken = rows_and_broken(self._path)
+        if broken:
+            aside = set_aside(self._path, broken)
+            logger.warning("%s: %s: moved to %s", self._path, describe(broken), aside.name)
+        if rows or broken:
             self._rewrite([row for row in rows if drop_from is None or row["step"] < drop_from])
         self._file = self._path.open("ab", buffering=0)
         self._end = self._file.tell()  # of the last whole row
@@ -299,14 +278,6 @@ def open_sinks(
                 f"the service's, or remove it with logging.sinks.{name}=false"
             ) from error
     return Sinks(members)
-
-
-def is_number(value: Any) -> bool:
-    """Returns whether a value of a row is a number that a float holds, and finite."""
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number of over 308 digits
-        return False
 
 
 def kept_id(path: Path, *, resumed: bool, make: Callable[[], str]) -> str:

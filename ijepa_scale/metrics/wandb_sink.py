@@ -12,7 +12,8 @@ from pydantic import Field
 
 from ijepa_scale.config.schema import SinkConfig
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.metrics.sinks import is_number, kept_id
+from ijepa_scale.metrics.sinks import kept_id
+from ijepa_scale.metrics.stored_rows import is_number
 
 ID_FILE = "wandb_id.txt"
 

@@ -65,7 +65,7 @@ class Cluster:
                 f"{whole + self.gpus_per_node}, or give --gpus-per-node"
             )
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(*problems)
 
     @property
     def num_nodes(self) -> int:

@@ -16,6 +16,7 @@ from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.protocol import Engine
 from ijepa_scale.engine.world import World
+from ijepa_scale.errors import DataError, UserError
 from ijepa_scale.evaluate.alarms import CollapseAlarm
 from ijepa_scale.evaluate.evaluator import image_settings
 from ijepa_scale.evaluate.health import HealthCheck
@@ -102,8 +103,11 @@ def _images_of(config: PretrainConfig, source: SampleSource | StreamSource) -> t
     health, evaluate = config.health, config.evaluate
     members = image_settings(config).members
     if health.data is not None:
-        images = build_source(health.reader, health.data, members=members)
-        check_problems(images.problems(), images.num_samples, config.data.max_bad_fraction)
+        try:
+            images = build_source(health.reader, health.data, members=members)
+            check_problems(images.problems(), images.num_samples, config.data.max_bad_fraction)
+        except UserError as error:
+            raise DataError(f"health.data can't be used: {error}") from None
         return "health.data", images
     if isinstance(evaluate, KnnConfig) and evaluate.every and evaluate.test is not None:
         return "evaluate.test", build_source(evaluate.reader, evaluate.test, members=members)

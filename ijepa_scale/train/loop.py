@@ -27,7 +27,8 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CollapseError, ConfigError, NonFiniteError, SaveError, SpikeError
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.row import Row
-from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks, read_rows
+from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
+from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.provenance import provenance
 from ijepa_scale.stopping import Stopped
 from ijepa_scale.train.initial import with_init

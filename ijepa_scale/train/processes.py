@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,8 +20,6 @@ from ijepa_scale.registry import PLUGINS, load_plugin
 from ijepa_scale.stopping import Stopped
 
 Main = Callable[[Any, Launch, torch.device], None]
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what can happen to the folder of a run while it is written
 
 
 def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | None, processes: int | None) -> None:
@@ -99,7 +96,7 @@ def world_of(launch: Launch, device: torch.device, *, alone: bool) -> Iterator[W
 
 @contextlib.contextmanager
 def user_errors(rank: int) -> Iterator[None]:
-    """Prints a `UserError`, or that a disk takes no more, without a traceback, and exits with its code.
+    """Prints a `UserError`, or an error of the file system, without a traceback, and exits with its code.
 
     A run that was asked to stop exits with 75, which says that it is to be started again, and after Ctrl-C before it
     listens to signals with 130.
@@ -122,8 +119,7 @@ def user_errors(rank: int) -> Iterator[None]:
         terminal.report(error, f"error (process {rank})")
         sys.exit(terminal.USER_ERROR_CODE)
     except OSError as error:
-        if error.errno not in _DISK:
+        if (problem := terminal.file_problem(error)) is None:
             raise
-        said = f"{error.filename or 'a file'} can't be written ({error.strerror}); what was saved before is whole"
-        terminal.report(f"{said}: free space or fix the permissions, and start again", f"error (process {rank})")
+        terminal.report(f"{problem}; what was saved before is whole", f"error (process {rank})")
         sys.exit(terminal.USER_ERROR_CODE)

@@ -30,7 +30,8 @@ from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.masks import Wanted
 from ijepa_scale.metrics.plots import draw_masks
-from ijepa_scale.metrics.sinks import JSONL_NAME, read_rows
+from ijepa_scale.metrics.sinks import JSONL_NAME
+from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.train import processes
 from ijepa_scale.train.picture import with_masks
 from ijepa_scale.train.pretrain import PretrainTask

@@ -15,6 +15,7 @@ from pathlib import Path
 from ijepa_scale import environment
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.new_file import named
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ def held(folder: Path, world: World) -> Iterator[None]:
     if problem is not None:
         raise ConfigError(problem)
     try:
-        yield
+        with named(folder):
+            yield
     finally:
         if descriptor is not None:
             with contextlib.suppress(OSError):

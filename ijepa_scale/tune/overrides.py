@@ -14,6 +14,7 @@ from ijepa_scale.config.files import known_keys
 from ijepa_scale.config.yaml_text import nest, write_yaml
 from ijepa_scale.environment import written_path
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.new_file import new_file
 
 # written even if the configuration has the same values, so that a later change of it doesn't undo the tuning
 TUNED = ("engine.strategy", "engine.accumulation", "engine.checkpointing", "engine.compile", "engine.attention")
@@ -39,8 +40,8 @@ def write_overrides(path: Path, base: Path, settings: Mapping[str, Any], tuned: 
     nested = {"base": written_path(os.path.relpath(base.resolve(), path.resolve().parent)), **nest(settings)}
     comments = "".join(f"# {line}\n" for line in notes.splitlines())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(comments + write_yaml(nested))
+        with new_file(path) as temporary:
+            temporary.write_text(comments + write_yaml(nested))
     except OSError as error:
         raise ConfigError(f"{path} can't be written ({error}); give another file with --to") from error
     assert load_config(path) == tuned, f"{path} doesn't load as the tuned configuration"

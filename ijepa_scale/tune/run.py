@@ -72,7 +72,7 @@ class Options:
         if twice:
             problems.append(f"devices names {', '.join(sorted(twice))} twice; give each GPU to one process only")
         if problems:
-            raise ConfigError("\n".join(f"--{problem.replace('_', '-', 1)}" for problem in problems))
+            raise ConfigError(*(f"--{problem.replace('_', '-', 1)}" for problem in problems))
 
     @property
     def count(self) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 
 from ijepa_scale.errors import DataError
 from ijepa_scale.metrics.plots import new_figure, save_figure
-from ijepa_scale.metrics.sinks import JSONL_NAME, is_number, read_rows
+from ijepa_scale.metrics.sinks import JSONL_NAME
+from ijepa_scale.metrics.stored_rows import is_number, read_rows
 from ijepa_scale.nearest import unknown
 from ijepa_scale.visualize.lettering import fitted, width_of
 from ijepa_scale.visualize.published_logs import read_published_log

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.classifier_report import RESULTS, TABLE
 from ijepa_scale.evaluate.results import JSON
-from ijepa_scale.metrics.sinks import is_number
+from ijepa_scale.metrics.stored_rows import is_number
 from ijepa_scale.visualize.report_values import percent, read_json, read_text, shown
 
 _ALL_SETS = "all sets"  # how launch/evaluate.py calls the mean over further data sets

@@ -22,6 +22,7 @@ from PIL import Image
 from ijepa_scale import __version__
 from ijepa_scale.errors import ConfigError, UserError
 from ijepa_scale.metrics.sinks import BLOCK_NORM, HEALTH
+from ijepa_scale.new_file import new_file
 from ijepa_scale.visualize.block_gradients import BlockNormMap, block_norms, block_svg, common_scale
 from ijepa_scale.visualize.curves import RUN_COLORS, curve_svg, title_of, usual_fields
 from ijepa_scale.visualize.report_runs import (
@@ -88,10 +89,8 @@ def write_report(folders: Sequence[str], to: Path, options: ReportOptions) -> Pa
     runs = read_folders(folders, options.evaluations)
     galleries = [_gallery(run, options.images) for run in runs] if options.pictures else []
     text = render(runs, galleries)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_name(to.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(to)
+    with new_file(to) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return to
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale.errors import DataError
-from ijepa_scale.metrics.sinks import is_number
+from ijepa_scale.metrics.stored_rows import is_number
 from ijepa_scale.regular_file import read_regular
 
 

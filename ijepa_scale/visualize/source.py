@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class PictureSource:
     which: str = "target"
     image_size: int | None = None
     heads: int | None = None
+    _loaded: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # for all pictures
 
     def encoder(self, times: int = 1) -> tuple[VisionTransformer, ImageTransform]:
         """Returns the encoder, on a GPU if there is one, and its transform.
@@ -51,11 +52,16 @@ class PictureSource:
         Without a given image size, it takes images of `times` the size that it was trained on, with interpolated
         positions.
         """
-        encoder, transform = load(self.source, which=self.which, image_size=self.image_size, heads=self.heads)
+        encoder, transform = self._load(self.image_size)
         if self.image_size is None and times > 1:
             height, width = (times * side for side in transform.image_size)
-            encoder, transform = load(self.source, which=self.which, image_size=(height, width), heads=self.heads)
+            encoder, transform = self._load((height, width))
         return encoder.to(_device()), transform
+
+    def _load(self, size: int | tuple[int, int] | None) -> tuple[VisionTransformer, ImageTransform]:
+        if size not in self._loaded:
+            self._loaded[size] = load(self.source, which=self.which, image_size=size, heads=self.heads)
+        return self._loaded[size]
 
     def photographs(self, transform: ImageTransform) -> Photographs:
         """Returns the images.
@@ -114,7 +120,7 @@ class PictureSource:
         jepa = build_jepa(model, seed=0)
         target = build_target(jepa)
         logger.info("%s", start_from(opened, jepa, target).text())
-        _, transform = load(self.source, which=self.which, heads=self.heads)
+        _, transform = self._load(None)
         return jepa.eval().requires_grad_(False).to(_device()), target.to(_device()), transform
 
     def _sizes(self, opened: WeightsSource) -> dict[str, Any]:

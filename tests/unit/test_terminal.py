@@ -44,7 +44,7 @@ def test_a_long_message_keeps_its_ends(text: str) -> None:
 
 def test_errors_are_told_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.report(DataError("file a\nb\x1b[2J can't be read"))
-    terminal.report(ConfigError("seed is 'x'; give a number\nfolder is 'a\tb'; no"), "error (process 3)")
+    terminal.report(ConfigError("seed is 'x'; give a number", "folder is 'a\tb'; no"), "error (process 3)")
     terminal.report(ConfigError(f"seed is '{'9' * 100_000}'; give a whole number"))
     first, *config, long = capsys.readouterr().err.splitlines()
     assert first == r"error: file a\nb\u001b[2J can't be read"

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -195,9 +196,9 @@ def _few(labels: np.ndarray) -> np.ndarray:
 def _complete(to: Path, wanted: list[str]) -> bool:
     """Returns whether the manifest exists and lists exactly the wanted shards with their sizes."""
     try:
-        shards = json.loads((to / MANIFEST).read_text(encoding="utf-8"))["shards"]
+        shards = parse_json((to / MANIFEST).read_bytes())["shards"]
         return sorted(shards) == sorted(wanted) and all((to / n).stat().st_size == size for n, size in shards.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

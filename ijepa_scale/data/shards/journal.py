@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.data.shards.write import PART, ShardRow, check_empty, publish, sync
+from ijepa_scale.config.json_text import parse_json
+from ijepa_scale.data.shards.write import PART, ShardRow, check_empty, publish
 from ijepa_scale.data.sources.fetch import file_sha256
 from ijepa_scale.errors import DataError
+from ijepa_scale.new_file import flush
 
 JOURNAL = "making.jsonl"
 
@@ -75,7 +77,7 @@ class Journal:
         """Unlocks the folder, and removes the journal if the set is complete."""
         if whole:
             self._path.unlink()
-            sync(self.folder)
+            flush(self.folder)
         self._file.close()
 
     def _lock(self) -> None:
@@ -96,7 +98,7 @@ class Journal:
         if len(whole) < len(content):
             self._file.truncate(len(whole))
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
+            lines = [parse_json(line) for line in whole.splitlines()]
             if not all(isinstance(line, dict) for line in lines):
                 raise ValueError("a line isn't an object")
         except ValueError as error:
@@ -118,8 +120,14 @@ class Journal:
 
     def _entry(self, line: dict[str, Any]) -> Entry:
         try:
-            return Entry(ShardRow(**line["shard"]), int(line["next_place"]), dict(line["left_out"]))
-        except (LookupError, TypeError, ValueError) as error:
+            row, position, left_out = ShardRow(**line["shard"]), line["next_place"], line["left_out"]
+            if not isinstance(row.sha256, str) or Path(row.name).name != row.name or row.name in ("", ".."):
+                raise ValueError(f"{row.name!r} is no file next to it")
+            counts = [row.bytes, row.samples, position, *left_out.values()]
+            if not all(type(count) is int and count >= 0 for count in counts):
+                raise ValueError(f"{counts} are no counts")
+            return Entry(row, position, left_out)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise self._damage(error) from None
 
     def _check_shards(self) -> None:

@@ -19,6 +19,7 @@ from ijepa_scale.data.sources.shard_manifest import MANIFEST, ShardRow
 from ijepa_scale.data.sources.tar_index import index_tar, is_tar
 from ijepa_scale.data.tiff_decode import TIFF_MAGIC
 from ijepa_scale.errors import DataError
+from ijepa_scale.new_file import flush
 
 PART = ".part"  # suffix of a file that isn't complete yet
 _MANIFEST_VERSION = 1
@@ -113,7 +114,7 @@ def publish(folder: Path, row: ShardRow) -> None:
     if path.exists():
         raise DataError(f"{path} has appeared while it was being written; remove it, or write into another folder")
     os.replace(f"{path}{PART}", path)
-    sync(folder)
+    flush(folder)
     index_tar(path)
 
 
@@ -154,15 +155,6 @@ def write_classes(folder: Path, classes: list[str]) -> Path:
     return folder / CLASSES
 
 
-def sync(folder: Path) -> None:
-    """Syncs the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class _Part:
     """A shard that is being written; hashes the bytes as they are written."""
 
@@ -201,7 +193,7 @@ class _Part:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        sync(self._part.parent)
+        flush(self._part.parent)
         return ShardRow(self._name, self._bytes, self._samples, self._digest.hexdigest())
 
     def abandon(self) -> None:
@@ -242,10 +234,10 @@ def _write_json(path: Path, content: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync(path.parent)
+    flush(path.parent)
 
 
 __all__ = [
-    "CLASSES", "MANIFEST", "PART", "Sample", "ShardRow", "check_empty", "image_suffix", "publish", "sync",
+    "CLASSES", "MANIFEST", "PART", "Sample", "ShardRow", "check_empty", "image_suffix", "publish",
     "write_classes", "write_manifest", "write_parts", "write_shards",
 ]  # fmt: skip

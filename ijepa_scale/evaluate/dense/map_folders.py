@@ -26,9 +26,9 @@ from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
+from ijepa_scale.evaluate.array_file import opened, write_array
 from ijepa_scale.evaluate.dense.map_files import IGNORED, decode_depth, decode_mask, nearest
 from ijepa_scale.evaluate.features import local_ids
-from ijepa_scale.evaluate.stored_features import opened
 
 Kind = Literal["masks", "depth"]
 _CALLED = {"masks": "mask", "depth": "depth map"}
@@ -210,17 +210,14 @@ def training_maps(source: MapFolder, path: Path, *, workers: int = 0) -> np.ndar
 
     Call it on one process only.
     """
-    if opened(path) is None:
+    if opened(path, source.num_samples) is None:
         kind = np.uint8 if source.kind == "masks" else np.float32
-        unfinished = path.with_suffix(".unfinished")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (source.num_samples, *source.image_size)
-        rows = np.lib.format.open_memmap(unfinished, mode="w+", dtype=kind, shape=shape)
-        for row, values in enumerate(read_maps(source, source.image_size, workers=workers)):
-            rows[row] = values
-        rows.flush()
-        del rows
-        os.replace(unfinished, path)
+        maps = read_maps(source, source.image_size, workers=workers)
+        write_array(
+            path,
+            (source.num_samples, *source.image_size),
+            (values[None].astype(kind, copy=False) for values in maps),
+        )
     return np.load(path, mmap_mode="r")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from tests.unit.local_servers import served
 
 
 class Server:
@@ -106,15 +107,5 @@ def certificate(folder: Path) -> Path:
 @contextlib.contextmanager
 def serving(server: Server, pem: Path) -> Iterator[str]:
     """Yields the address of the running server."""
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
-    http.daemon_threads = True
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
-    http.socket = context.wrap_socket(http.socket, server_side=True)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield f"https://127.0.0.1:{http.server_address[1]}/"
-    finally:
-        http.shutdown()
-        http.server_close()
+    with served(_handler(server), pem) as address:
+        yield f"{address}/"

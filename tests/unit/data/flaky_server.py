@@ -8,8 +8,10 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from tests.unit.local_servers import served
 
 FAULTS = ("503", "drop", "cut", "garbage", "stall")
 
@@ -88,12 +90,5 @@ def _handler(server: FlakyServer) -> type[BaseHTTPRequestHandler]:
 @contextlib.contextmanager
 def serving(server: FlakyServer) -> Iterator[str]:
     """Yields the address of the running server."""
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
-    http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_address[1]}"
-    finally:
-        http.shutdown()
-        http.server_close()
+    with served(_handler(server)) as address:
+        yield address

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_scale.metrics.sinks import JsonlSink, Sinks, TensorBoardSink, read_rows
+from ijepa_scale.metrics.sinks import JsonlSink, Sinks, TensorBoardSink
+from ijepa_scale.metrics.stored_rows import read_rows
 
 
 class Flaky:

@@ -5,17 +5,15 @@ import math
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from ijepa_scale.config import LoggingConfig
-from ijepa_scale.errors import DataError
 from ijepa_scale.masks import DenseMasks, Wanted
 from ijepa_scale.metrics.meters import Meters, feature_std
 from ijepa_scale.metrics.progress import Progress, describe, duration
 from ijepa_scale.metrics.row import FIELDS, training_row
-from ijepa_scale.metrics.sinks import JsonlSink, Sinks, TensorBoardSink, open_sinks, read_rows
+from ijepa_scale.metrics.sinks import JsonlSink, Sinks, TensorBoardSink, open_sinks
+from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.metrics.targets import TargetMeters
 from ijepa_scale.schedules import Hyper
 
@@ -180,8 +178,9 @@ def test_jsonl_has_each_step_once_after_a_resume(tmp_path):
     sink.write({"step": 30, "loss": 2.0})
     sink.close()
     assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.broken.jsonl").read_text() == '{"step": 40, "lo\n'
     JsonlSink(path, drop_from=0).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.broken.jsonl", "metrics.jsonl"]
     assert path.read_text() == ""
 
 
@@ -195,28 +194,6 @@ def test_jsonl_appends_after_a_torn_line(tmp_path):
         {"step": 1},
         {"step": 2, "loss": None, "mfu": None},
     ]
-
-
-DAMAGE = st.one_of(
-    st.sampled_from([b"not json", b"[1]", b'{"loss": 1}', b'{"step": "\xff"}', b'{"step": 1, "x": "\xff"}', b"\0" * 9]),
-    st.sampled_from(["NaN", "Infinity", "true", "null", '"1"', "[]", "1" + "0" * 400, "[" * 9999]).map(
-        lambda step: f'{{"step": {step}}}'.encode()
-    ),
-    st.integers(1, 20).map(lambda cut: b'{"step": 3, "loss": 1.25}'[:cut]),
-)
-
-
-@given(DAMAGE)
-@settings(max_examples=40, deadline=None)
-def test_jsonl_refuses_a_damaged_file(tmp_path_factory, damage):
-    path = tmp_path_factory.getbasetemp() / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + damage)
-    assert read_rows(path) == [{"step": 1}]  # a killed run's last line
-    text = b'{"step": 1}\n' + damage + b'\n{"step": 2}\n'
-    path.write_bytes(text)
-    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is .*not a JSON object with a step; fix it or move"):
-        JsonlSink(path, drop_from=2)
-    assert path.read_bytes() == text
 
 
 def test_tensorboard_holds_the_numbers(tmp_path):

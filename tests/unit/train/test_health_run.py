@@ -15,7 +15,7 @@ from PIL import Image
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CollapseError
+from ijepa_scale.errors import CollapseError, DataError
 from ijepa_scale.train.pretrain import pretrain
 
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -154,3 +154,8 @@ def test_a_stream_is_told_that_it_needs_images_of_its_own(data: Path, tmp_path: 
     health.open(object.__new__(StreamSource), None, WORLD, 16)  # type: ignore[arg-type]
     assert "health isn't measured: the images of data.train can't be read in any order" in caplog.text
     assert not health.is_due(0)
+
+
+def test_images_that_are_not_there_are_named_by_their_setting(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^health\.data can't be used: .*/nowhere"):
+        pretrain(configured(data, tmp_path, f"health.data={tmp_path}/nowhere"), WORLD)

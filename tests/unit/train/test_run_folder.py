@@ -99,8 +99,8 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
-        "error (process 3): run/metrics.jsonl can't be written (No space left on device); what was saved before is "
-        "whole: free space or fix the permissions, and start again\n"
+        "error (process 3): run/metrics.jsonl can't be written (No space left on device); free space, fix the "
+        "permissions, or name another place; what was saved before is whole\n"
     )
     with pytest.raises(FileNotFoundError), user_errors(0):  # a fault of the program keeps its traceback
         raise FileNotFoundError(errno.ENOENT, "No such file")

@@ -20,7 +20,7 @@ from ijepa_scale import stopping
 from ijepa_scale.checkpoint import store, writing
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.errors import NonFiniteError, SaveError
-from ijepa_scale.metrics.sinks import read_rows
+from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.train.pretrain import PretrainTask, pretrain
 from tests.unit.train.test_start import ALONE, CONFIG, MODEL, data
 
