@@ -15,7 +15,7 @@ from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import UserError
-from ijepa_scale.metrics.sinks import read_rows
+from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.train.pretrain import PretrainTask, pretrain
 
 CONFIG = """

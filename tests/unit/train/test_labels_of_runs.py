@@ -99,6 +99,7 @@ def test_a_run_is_continued_with_the_same_pixels_only(tmp_path, caplog):
 
 def test_a_checkpoint_without_these_settings_is_continued_with_a_warning(tmp_path, caplog, monkeypatch):
     on = f"data.train={write(tmp_path / 'train', list(COLORS))}"
+    waiting = "checkpoint.asynchronous=false"
     real = store.save
 
     def older(*arguments, extra, **options):
@@ -110,7 +111,7 @@ def test_a_checkpoint_without_these_settings_is_continued_with_a_warning(tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(store, "save", older)
         patch.setattr(store, "amend", lambda *_: None)
-        pretrain(configured(tmp_path, PretrainConfig, on, "schedule.stop_after=1"), ALONE)
+        pretrain(configured(tmp_path, PretrainConfig, on, "schedule.stop_after=1", waiting), ALONE)
     caplog.set_level(logging.WARNING)
     pretrain(configured(tmp_path, PretrainConfig, on), ALONE)
     assert "from a version that read crops over twice the image size at reduced scale; now they are read" in caplog.text
