@@ -32,6 +32,10 @@ SETTINGS = (
     "logging.every=10", "logging.progress=none", "checkpoint.every=50", "checkpoint.max_failures=1000",
     "evaluate.every=500", "health.every=500", "engine.hang_timeout=15",
 )  # fmt: skip
+SEEN = {
+    "resumed from": "times resumed", "can't be written (": "saves failed", "is set aside": "checkpoints set aside",
+    "(engine.hang_timeout)": "hangs ended",
+}  # fmt: skip
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=100")
 
 
@@ -65,15 +69,8 @@ class Soak:
         if not self._left:
             self._left = self.random.sample(self.faults, len(self.faults))
         fault, run_folder = self._left.pop(), self.folder / name
-        processes = processes_of(run)
-        if len(processes) < 2:
-            self.say("no fault: the run is starting")
-            self._left.append(fault)
-            return
-        rank, (process, step) = 0, (processes[0], newest_row(run_folder))
-        if fault != "full disk":
-            rank = self.random.randrange(2)
-            process = processes[rank]
+        rank = self.random.randrange(2)
+        process, step = processes_of(run)[rank], newest_row(run_folder)
         if fault == "full disk":
             self.say(f"step {step}: disk full for {FULL_S} s")
             filler = self.folder / "filler"
@@ -91,15 +88,19 @@ class Soak:
 
     def repeat(self, name: str) -> None:
         """Trains to the end, disturbed."""
-        run, due = self.start(name), self._next()
+        run, due, before = self.start(name), self._next(), 0
         while (code := run.poll()) != 0:
             if code is not None:
                 self.say(f"torchrun ended with code {code}; started again")
                 run = self.start(name)
-            if time.monotonic() > due:
+            step = newest_row(self.folder / name)
+            if time.monotonic() > due and step > before and len(processes_of(run)) == 2:  # it trains again
                 self.disturb(name, run)
-                due = self._next()
+                due, before = self._next(), step
             time.sleep(0.5)
+        log = (self.folder.parent / f"{name}.log").read_text()
+        counts = (f"{log.count(words)} {what}" for words, what in SEEN.items())
+        self.say(f"its log: {', '.join(counts)}")
 
     def _next(self) -> float:
         return time.monotonic() + self.random.uniform(*self.options.every)
