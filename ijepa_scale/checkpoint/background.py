@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class BackgroundSaves:
         self._memory: Tensor | None = None
         self._locked = False
         self._refused = False  # too little host memory
-        self._thread = ThreadPoolExecutor(1, "saving")
+        self._thread = ThreadPoolExecutor(1, "saving", partial(_use, world.device))
         self._running: Future[Path] | None = None
 
     def start(
@@ -107,6 +109,8 @@ class BackgroundSaves:
             code = int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.nbytes, 0))
             self._locked = not code
             if code:
+                with contextlib.suppress(RuntimeError):  # the next kernel would raise the error of that call
+                    torch.zeros((), device=world.device)
                 logger.warning(
                     "process %d: %.2f GB can't be page-locked (CUDA error %d), so training waits for the copies of "
                     "its state; raise ulimit -l", world.rank, self._memory.nbytes / 1e9, code,
@@ -124,3 +128,9 @@ class BackgroundSaves:
             event = torch.cuda.Event()
             event.record()
         return copied, event
+
+
+def _use(device: torch.device) -> None:
+    """Lets a new thread use the process's GPU, since it begins with the first one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -77,13 +77,23 @@ def amend(folder: Path, extra: dict[str, Any]) -> None:
 
 
 def _write(folder: Path, body: dict[str, Any]) -> None:
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    body = _readable(body)
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
     path = folder / MANIFEST
     new = path.with_name(f".new-{MANIFEST}")
     new.write_text(json.dumps({"sha256": digest, "body": body}, sort_keys=True))
     flush(new)
     os.replace(new, path)
     flush(folder)
+
+
+def _readable(value: Any) -> Any:
+    """Returns null for numbers that JSON hasn't got, such as the gradient norm of a step that was left out."""
+    if isinstance(value, dict):
+        return {key: _readable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_readable(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -47,9 +47,9 @@ class SpikeJudge:
         self._untold = 0
 
     @property
-    def is_on(self) -> bool:
-        """Whether it needs the gradient norm before a step is taken."""
-        return self.config.action != "none" or self.config.skip_nonfinite > 0
+    def needs_norm_first(self) -> bool:
+        """Whether it needs the gradient norm before a step is taken, since it may leave it out."""
+        return self.config.prevents or self.config.skip_nonfinite > 0
 
     def limits(self) -> Limits:
         """Returns the limits for the next step, infinite while there are too few values."""
@@ -95,6 +95,13 @@ class SpikeJudge:
         self.skipped += 1
         self._tell(step, f"{text}; it changed nothing (spikes.action=skip)")
         return True
+
+    def see_norm(self, step: int, norm: float) -> None:
+        """Takes the gradient norm of a step that was taken, where it is known only afterwards (`see` without it)."""
+        text = self._spike(step, None, norm, self.limits())
+        self._norms.append(norm)
+        if text is not None:
+            self._tell(step, f"{text}; it was taken (spikes.action=warn)")
 
     def rolled_back(self, to: int | None, *, skipped: int = 0) -> None:
         """Call to answer the spike of `roll_back` by going back to the checkpoint of step `to`, before it is loaded.
@@ -146,7 +153,7 @@ class SpikeJudge:
             f"the last checkpoint after a change: {remedy}"
         )
 
-    def _spike(self, step: int, loss: float, norm: float | None, limits: Limits) -> str | None:
+    def _spike(self, step: int, loss: float | None, norm: float | None, limits: Limits) -> str | None:
         for name, value, limit, factor, values in (
             ("loss", loss, limits.loss, f"loss_factor={self.config.loss_factor:g}", self._losses),
             ("gradient norm", norm, limits.norm, f"norm_factor={self.config.norm_factor:g}", self._norms),

@@ -145,8 +145,9 @@ class ZeroEngine(BaseEngine):
     @override
     def step(self, hyper: Hyper, step: int, *, by_block: bool = False) -> StepInfo:
         loss = self._watch.take()
-        squares = self._squares() if by_block or self._watch.judge.is_on else None
-        judged = squares.sum() if squares is not None and self._watch.judge.is_on else None
+        first = self._watch.judge.needs_norm_first
+        squares = self._squares() if by_block or first else None
+        judged = squares.sum() if squares is not None and first else None
         stopped = self._watch.check(step, loss, judged)  # host sync on a GPU; DeepSpeed's own step has one too
         block_norms = None
         if by_block and squares is not None:
@@ -165,6 +166,8 @@ class ZeroEngine(BaseEngine):
         if self.zero.overflow:  # DeepSpeed silently skips such a step on every process
             raise self._watch.refusal(step, "the gradient norm is not finite though every loss is")
         norm = self._engine.get_global_grad_norm()
+        if not first:
+            self._watch.judge.see_norm(step, float(norm))  # host sync on a GPU, after DeepSpeed's own
         return StepInfo(loss=loss, grad_norm=norm, block_norms=block_norms, leaving=self._watch.leaving)
 
     def _leave_out(self) -> None:

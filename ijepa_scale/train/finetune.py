@@ -140,6 +140,7 @@ class FinetuneTask(Task):
         self.top1: float | None = None
         self.top5: float | None = None
         self.best_top1: float | None = None
+        self._before: float | None = None  # the best before that
         self._evaluated_step = 0
 
     @override
@@ -201,6 +202,10 @@ class FinetuneTask(Task):
         self.top1, self.top5, self.best_top1 = extra["top1"], extra["top5"], extra["best_top1"]
 
     @override
+    def forget_best(self) -> None:
+        self.best_top1 = self._before
+
+    @override
     def first_batch(self, batch: Batch, folder: Path) -> tuple[str, ...]:
         """Writes preflight.txt and first_batch.png. Communicates: every process runs a forward pass."""
         micro = next(batch.split(self.config.engine.accumulation))
@@ -235,6 +240,7 @@ class FinetuneTask(Task):
         averaged = self.config.optimizer.ema is not None
         found = self.accuracy = self._check.run(self.engine.target if averaged else self.engine.evaluate)
         best = self.best_top1 is None or found.top1 > self.best_top1
+        self._before = self.best_top1
         self.top1, self.top5, self._evaluated_step = found.top1, found.top5, done
         self.best_top1 = found.top1 if self.best_top1 is None else max(self.best_top1, found.top1)
         row = {"top1": found.top1, "top5": found.top5, "eval_loss": found.loss, "best_top1": self.best_top1}

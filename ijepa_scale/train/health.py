@@ -33,6 +33,7 @@ class RunHealth:
         self._config, self._ends = config, (first_step, last_step)
         self.alarm = CollapseAlarm(config)
         self.best: float | None = None
+        self._before: float | None = None  # the best before that
         self._check: HealthCheck | None = None
 
     def open(self, source: SampleSource | StreamSource, objective: Objective, world: World, micro_batch: int) -> None:
@@ -75,8 +76,12 @@ class RunHealth:
         value = figures.get(self._config.health.keep_best)
         if value is None or done == self._ends[0] or self.alarm.is_on or (self.best is not None and value <= self.best):
             return False
-        self.best = value
+        self._before, self.best = self.best, value
         return True
+
+    def forget_best(self) -> None:
+        """Call if the last best state couldn't be saved."""
+        self.best = self._before
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint stores."""

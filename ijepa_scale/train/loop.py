@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import closing
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.data.workers import Recovery, set_recovery
 from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.world import World
-from ijepa_scale.errors import CollapseError, ConfigError, NonFiniteError, SaveError, SpikeError
+from ijepa_scale.errors import CollapseError, ConfigError, NonFiniteError, ReplicaError, SaveError, SpikeError
 from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.row import Row
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
@@ -137,7 +139,7 @@ class Loop:
             )
         if self.world.is_main:
             self._describe()
-        with closing(self.saver), open_sinks(
+        with self._closing_saver(), open_sinks(
             self.folder,
             rank=self.world.rank,
             logging=self.config.logging,
@@ -169,6 +171,14 @@ class Loop:
             progress.close()
         self._check_bad(loader)
         task.finish(self.folder)
+
+    @contextmanager
+    def _closing_saver(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with self.watchdog.paused("saving"):  # the last save may take its time
+                self.saver.close()
 
     def _check_bad(self, loader: TrainLoader) -> None:
         """Checks the bad samples of the whole run, since each process judges its own only after many. Communicates.
@@ -217,23 +227,24 @@ class Loop:
         """
         try:
             leaving = self.task.step(batch).leaving
-            if self._needs_result(batch.step + 1):
+            if leaving or self._needs_result(batch.step + 1):
                 self.task.engine.settle()
-            if self.spikes.roll_back is None:
-                return leaving
             spiked = self.spikes.roll_back
-            with self.watchdog.paused("loading"):
-                self._events.append(roll_back(self.task, self.saver, self.resumed))
-            return leaving if spiked == batch.step else self._step(batch)  # a GPU's spike is known a step later
+            if spiked is not None:
+                with self.watchdog.paused("loading"):
+                    self.saver.settle()
+                    self._events.append(roll_back(self.task, self.resumed))
         except (NonFiniteError, SpikeError) as error:  # raised on every process, so all of them can save
             if error.step > self.start:
                 # not with the checkpoints: this state may already diverge, and resuming must not choose it
                 try:
                     with self.watchdog.paused("saving"):
                         self.saver.save(error.step, name="stopped", keep=1)
-                except SaveError as unsaved:  # the bad step is what ends the run
+                except (SaveError, ReplicaError) as unsaved:  # the bad step is what ends the run
                     logger.error("%s", unsaved)
             raise
+        # a GPU's spike is known a step later, and that step, which changed nothing, is taken again
+        return leaving if spiked is None or spiked == batch.step else self._step(batch)
 
     def _needs_result(self, done: int) -> bool:
         """Returns whether a row, an evaluation or a checkpoint is due after `done` steps."""
@@ -256,6 +267,8 @@ class Loop:
             row = task.row(task.meters.flush(self.world.mean, self.world.gather), done) | self.spikes.row()
             if self.world.device.type == "cuda":
                 row["peak_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
+            if row["loss"] is not None and math.isnan(row["loss"]):  # no step of it was taken
+                row["loss"] = None
             self.loss = row["loss"]
             sinks.write(row)
             progress.show(row)
@@ -288,6 +301,8 @@ class Loop:
             )
         if found.is_best:
             self.saver.save(done, name="best", keep=1)
+            if not self.saver.has(done, name="best"):
+                self.task.forget_best()
         self.saver.evaluated(done)  # last, so that a run that is killed before repeats all of it
 
     def _is_written(self, row: dict[str, Any]) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +142,7 @@ class PretrainTask(Task):
         self.untrained: dict[str, float] = {}
         self._evaluator: Evaluator | None = None
         self._health = RunHealth(config, self.first_step, self.last_step)
-        self._block_norms: dict[str, Tensor] | None = None  # of the last step that measured them
+        self._block_norms: Mapping[str, Tensor | float] | None = None  # of the last step that measured them
         self._checked = config.engine.target_precision != "fp8"
 
     def _start(self, module: JEPA, target: VisionTransformer) -> WeightsSource:
@@ -187,6 +189,10 @@ class PretrainTask(Task):
         return self._take_step(batch)
 
     @override
+    def forget_best(self) -> None:
+        self._health.forget_best()
+
+    @override
     def prepare_evaluation(self) -> None:
         """Builds the evaluator, which reads the labels of its images, and reads the images of `health`."""
         if self.config.evaluate.every:
@@ -207,7 +213,9 @@ class PretrainTask(Task):
     def load_state(self, extra: dict[str, Any]) -> None:
         if "health" in extra:
             self._health.load_state(extra["health"])
-            self._block_norms = extra["block_norms"]  # of the last step, for a measurement that is still due
+            # of the last step, for a measurement that is still due; null was no finite number
+            norms = extra["block_norms"].items()
+            self._block_norms = {name: math.nan if norm is None else norm for name, norm in norms}
         if "evaluated" in extra:
             self.evaluated, self.untrained = dict(extra["evaluated"]), dict(extra["untrained"])
             return

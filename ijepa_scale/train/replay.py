@@ -36,7 +36,6 @@ from ijepa_scale.train import processes
 from ijepa_scale.train.picture import with_masks
 from ijepa_scale.train.pretrain import PretrainTask
 from ijepa_scale.train.resuming import check_continues
-from ijepa_scale.train.saver import Saver
 from ijepa_scale.train.setup import with_strategy
 from ijepa_scale.train.spikes import load_state_of, roll_back
 
@@ -226,7 +225,7 @@ def _take(task: PretrainTask, batch: Batch, start: Path | None) -> None:
     task.step(batch)
     task.engine.settle()
     if task.spikes.roll_back is not None:
-        roll_back(task, Saver(task, Path(task.config.folder), {}), start)
+        roll_back(task, start)
 
 
 def _measure(task: PretrainTask, batch: Batch, done: int, path: Path | None) -> Replayed:

@@ -8,12 +8,10 @@ import time
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ijepa_scale.checkpoint import store
 from ijepa_scale.checkpoint.background import BackgroundSaves
-from ijepa_scale.checkpoint.folder import named, step_of
-from ijepa_scale.checkpoint.manifest import Damage
 from ijepa_scale.engine.replicas import check_replicas
 from ijepa_scale.errors import SaveError
 from ijepa_scale.train.task import Task
@@ -21,6 +19,7 @@ from ijepa_scale.train.task import Task
 logger = logging.getLogger(__name__)
 
 _PAUSE = 10  # seconds before the last save of a run is tried again
+_NEXT = {"best": "this state isn't kept as the best", "stopped": "the run ends without it"}
 
 
 class Saver:
@@ -37,7 +36,8 @@ class Saver:
         self._background = BackgroundSaves(task.world) if self._config.asynchronous else None
         self._failures = 0  # one after another
         self._newest: Path | None = None  # what this run has written or continued last
-        self._name = ""  # of the folder that the last save is written into
+        self._name, self._step = "", -1  # the folder that the last save is written into, and its step
+        self._last: Path | None = None  # what the last save has written
 
     def continues(self, checkpoint: store.Checkpoint) -> None:
         """Call with the checkpoint that the run goes on from."""
@@ -48,32 +48,14 @@ class Saver:
         """Returns the path of the checkpoint after `done` steps."""
         return self._folder / "checkpoints" / f"step-{done:08d}"
 
-    def has(self, done: int) -> bool:
-        """Returns whether the state after `done` steps is the newest checkpoint. Waits for the last save.
+    def has(self, done: int, *, name: str = "checkpoints") -> bool:
+        """Returns whether the state after `done` steps is the newest of its folder. Waits for the last save.
 
         Raises:
             SaveError: `checkpoint.max_failures` saves have failed one after another; raised on every process.
         """
-        self._settle()
-        return self._newest == self.path(done)
-
-    def newest_before(self, step: int, resumed: Path | None = None) -> store.Checkpoint | None:
-        """Returns the run's newest whole checkpoint without `step`, or else the one it began with. Communicates.
-
-        Waits for the last save.
-
-        Raises:
-            SaveError: `checkpoint.max_failures` saves have failed one after another; raised on every process.
-        """
-        self._settle()
-        found = named(self._folder / "checkpoints") if self._task.world.is_main else []
-        paths = self._task.world.broadcast_object([path for path in found if step_of(path) <= step])
-        for path in (*reversed(cast(list[Path], paths)), *(() if resumed is None else [resumed])):
-            try:
-                return store.whole(path, self._task.world)
-            except Damage as error:
-                logger.warning("%s", error)
-        return None
+        self.settle()
+        return (self._newest if name == "checkpoints" else self._last) == self._folder / name / self.path(done).name
 
     def save(
         self,
@@ -87,28 +69,39 @@ class Saver:
         """Saves the state after `done` steps. Communicates, and waits for the save before.
 
         A failure is logged, and the next save that is due is the next attempt; after the `is_last` one, `finish` is.
-        Not `evaluated`: an evaluation of this state will follow.
+        One that would be the last of `checkpoint.max_failures` in a row is waited for. Not `evaluated`: an evaluation
+        of this state will follow.
 
         Raises:
             ReplicaError: processes' copies of the state differ; nothing is saved.
             SaveError: `checkpoint.max_failures` saves have failed one after another; raised on every process.
         """
         begin, task = time.perf_counter(), self._task
-        if self._background is not None and self._background.is_running and task.world.is_main:
+        is_late = self._background is not None and self._background.is_running and self._step != done
+        if is_late and name == "checkpoints" and task.world.is_main:
             logger.warning(
-                "the save before that of step %d isn't done, so training waits; raise checkpoint.every, or use a "
-                "faster disk", done,
+                "the save of step %d isn't done when that of step %d is due, so training waits; raise "
+                "checkpoint.every, or use a faster disk", self._step, done,
             )  # fmt: skip
-        self._settle()
+        self.settle()
         check_replicas(task.engine.pieces(working=True), task.world)
         options = {"keep": keep} if keep else {"keep": self._config.keep, "keep_every": self._config.keep_every}
         extra = copy.deepcopy(self._extra(evaluated=evaluated))
-        into, pieces, self._name = self._folder / name, task.engine.pieces(), name
+        into, pieces = self._folder / name, task.engine.pieces()
+        self._name, self._step, self._last = name, done, None
         waited: list[float] = []
-        tell = partial(self._tell, begin=begin, waited=waited, is_last=is_last or done >= task.last_step)
+        number, most = self._failures + 1, self._config.max_failures
+        then = "the run ends" if number >= most else _NEXT.get(name, "training goes on until the next save")
+        if number < most and name == "checkpoints" and (is_last or done >= task.last_step):
+            then = f"trying again in {_PAUSE} s"
+        tell = partial(
+            self._tell, begin=begin, waited=waited, then=f"{then} (failure {number} in a row, {most} end the run)"
+        )
         if self._background is not None:
             self._background.start(into, done, pieces, extra=extra, ended=tell, **options)
             waited.append(time.perf_counter() - begin)
+            if number >= most:
+                self.settle()
             return
         saved: Future[Path] = Future()
         try:
@@ -137,8 +130,12 @@ class Saver:
         if self._background is not None:
             self._background.close()
 
-    def _settle(self) -> None:
-        """Waits for the last save, if it is being written, and counts it."""
+    def settle(self) -> None:
+        """Waits for the last save, if it is being written, and counts it.
+
+        Raises:
+            SaveError: `checkpoint.max_failures` saves have failed one after another; raised on every process.
+        """
         if self._background is None:
             return
         saved: Future[Path] = Future()
@@ -158,25 +155,20 @@ class Saver:
             if self._failures >= self._config.max_failures:
                 raise error
             return
-        self._failures = 0
+        self._failures, self._last = 0, saved.result()
         if self._name == "checkpoints":
-            self._newest = saved.result()
+            self._newest = self._last
 
-    def _tell(self, saved: Future[Path], begin: float, waited: list[float], *, is_last: bool) -> None:
+    def _tell(self, saved: Future[Path], *, begin: float, waited: list[float], then: str) -> None:
         """Logs how a save ended, as soon as it has, perhaps in its thread."""
-        error, took = saved.exception(), time.perf_counter() - begin
-        if not self._task.world.is_main:
-            return
-        if error is None:
+        error, took, world = saved.exception(), time.perf_counter() - begin, self._task.world
+        if error is None and world.is_main:
             stall = waited[0] if waited else took
             logger.info("saved %s (%.1f s, of which training waited %.2f s)", saved.result(), took, stall)
-        elif isinstance(error, SaveError):
-            number, most = self._failures + 1, self._config.max_failures
-            if number >= most:
-                then = "the run ends"
-            else:
-                then = f"trying again in {_PAUSE} s" if is_last else "training goes on until the next save"
-            logger.error("%s; %s (failure %d in a row, %d end the run)", error, then, number, most)
+        elif isinstance(error, SaveError) and world.is_main:
+            logger.error("%s; %s", error, then)
+        elif error is not None and not isinstance(error, SaveError):
+            logger.error("process %d: a save ended by %r", world.rank, error)
 
     def evaluated(self, done: int) -> None:
         """Tells the checkpoint after `done` steps, if there is one, that this state was evaluated, and the result."""

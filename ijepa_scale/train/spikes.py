@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
 from ijepa_scale.checkpoint import store
+from ijepa_scale.checkpoint.folder import named, step_of
+from ijepa_scale.checkpoint.manifest import Damage
 from ijepa_scale.metrics.row import Row
-from ijepa_scale.train.saver import Saver
 from ijepa_scale.train.task import Task
 
 logger = logging.getLogger(__name__)
@@ -32,18 +34,19 @@ def _skipped(checkpoint: store.Checkpoint) -> int:
     return checkpoint.extra.get("spikes", {"skipped": 0})["skipped"]
 
 
-def roll_back(task: Task, saver: Saver, resumed: Path | None) -> Row:
+def roll_back(task: Task, resumed: Path | None) -> Row:
     """Goes back to the newest whole checkpoint without the judge's spike, and returns the row that says so.
 
     The batches since that checkpoint are left out, so a step's number is still that of its batch and of its schedules.
-    Without a checkpoint, only the step with the spike is left out: it has changed nothing. Communicates.
+    Without a checkpoint, only the step with the spike is left out: it has changed nothing. Communicates. No save may be
+    running.
 
     Raises:
         SpikeError: the run has gone back there too often.
     """
     spiked = task.spikes.roll_back
     assert spiked is not None
-    checkpoint = saver.newest_before(spiked, resumed)
+    checkpoint = _newest_before(task, spiked, resumed)
     if checkpoint is None:
         task.spikes.rolled_back(None)
         then = "there is no checkpoint to go back to yet, so only this step is left out"
@@ -58,3 +61,15 @@ def roll_back(task: Task, saver: Saver, resumed: Path | None) -> Row:
         "rolled_back_to": None if checkpoint is None else checkpoint.step,
         "steps_skipped": task.spikes.skipped,
     }
+
+
+def _newest_before(task: Task, step: int, resumed: Path | None) -> store.Checkpoint | None:
+    """Returns the run's newest whole checkpoint without `step`, or else the one it began with. Communicates."""
+    found = named(Path(task.config.folder) / "checkpoints") if task.world.is_main else []
+    paths = task.world.broadcast_object([path for path in found if step_of(path) <= step])
+    for path in (*reversed(cast(list[Path], paths)), *(() if resumed is None else [resumed])):
+        try:
+            return store.whole(path, task.world)
+        except Damage as error:
+            logger.warning("%s", error)
+    return None

@@ -169,6 +169,9 @@ class Task:
         """Returns the result of an evaluation. Communicates, so every process must call it."""
         raise NotImplementedError
 
+    def forget_best(self) -> None:
+        """Call if the state of the last `is_best` couldn't be saved: the best one is again the one before."""
+
     def finish(self, folder: Path) -> None:
         """Writes final results. Called after the last step was saved."""
 
