@@ -105,6 +105,7 @@ def listening() -> Iterator[None]:
         done.set()
         os.write(writing, b"\0")
         thread.join()
+        _process.reason = None  # what this process does next isn't asked to stop
         os.close(reading)
         os.close(writing)
 

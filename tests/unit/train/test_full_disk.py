@@ -48,7 +48,9 @@ def test_a_disk_that_stays_full_ends_the_run_with_74_and_it_goes_on_later(
 ) -> None:
     pretrain(configured(tmp_path, data, "whole"), ALONE)
     with small_disk(tmp_path / "disk", kib=4096) as disk:
-        config = configured(tmp_path, data, "disk/run", checkpoint__max_failures=2).replace(folder=str(disk / "run"))
+        # the disk fills while the next step is taken, so the save before must be there by then
+        waiting = {"checkpoint__max_failures": 2, "checkpoint__asynchronous": "false"}
+        config = configured(tmp_path, data, "disk/run", **waiting).replace(folder=str(disk / "run"))
         with monkeypatch.context() as patch:
             filling(patch, disk, full_from=2)
             with pytest.raises(SystemExit) as ended, user_errors(0):
