@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -217,3 +218,27 @@ def test_random_moments(times: int, tmp_path: Path, data: Path) -> None:
                 assert newest.name == f"step-{max(steps):08d}"
         assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
         assert state(tmp_path / "broken") == state(tmp_path / "whole")
+
+
+def test_a_best_state_that_cannot_be_saved_is_not_the_best(tmp_path: Path, data: Path, monkeypatch, caplog) -> None:
+    """The one before is, so the next that is better than that is kept."""
+    write, best = writing.write_tensors, []
+
+    def failing(path: Path, *args: Any) -> Any:
+        if path.parents[1].name == "best":
+            best.append(path.parent.name)
+            if len(best) == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *args)
+
+    monkeypatch.setattr(writing, "write_tensors", failing)
+    evaluate = PretrainTask.evaluate
+    monkeypatch.setattr(
+        "ijepa_scale.train.pretrain.PretrainTask.evaluate",
+        lambda task, done: dataclasses.replace(evaluate(task, done), is_best=done >= 4),
+    )
+    forgotten = []
+    monkeypatch.setattr(PretrainTask, "forget_best", lambda _: forgotten.append(len(best)))
+    pretrain(configured(tmp_path, data, "run", evaluate__every=2), ALONE)
+    assert forgotten == [1] and len(best) == 2
+    assert "this state isn't kept as the best (failure 1 in a row, 3 end the run)" in caplog.text

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ijepa_scale import stopping
 from ijepa_scale.checkpoint import store
+from ijepa_scale.data.batch import Batch
+from ijepa_scale.engine.protocol import StepInfo
+from ijepa_scale.train.pretrain import PretrainTask
 from tests.distributed.spiking import FACTOR, configured, final_state, left_out, rows, train
 from tests.unit.train.test_start import ALONE, data
 
@@ -34,6 +38,13 @@ def trained(
 def same(first: Path, second: Path) -> None:
     """Checks that two runs have the same rows and end with the same bits."""
     assert rows(first) == rows(second)
+    same_state(first, second)
+
+
+def same_state(first: Path, second: Path) -> None:
+    """Checks that two runs end with the same bits, and know the same of spikes."""
+    known = [store.Checkpoint(store.newest(run / "checkpoints")).extra for run in (first, second)]  # type: ignore[arg-type]
+    assert known[0]["spikes"] == known[1]["spikes"] and known[0]["steps_before"] == known[1]["steps_before"]
     found, expected = final_state(first), final_state(second)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
@@ -143,3 +154,38 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path: Path, data: Path, ca
     file.write_bytes(whole[:-1] + b"?")
     train(ALONE, path, settings[:1], spikes_at(26))
     assert "step-00000025, and leaves out the steps from 25 to 26" in caplog.text
+
+
+@pytest.mark.parametrize("spikes", [{27: (NAN, None)}, spikes_at(27)], ids=["nan", "spike"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_that_is_stopped_judges_its_last_step_first(
+    late: bool, spikes: Spikes, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No row is due there, and on a GPU the host wouldn't have read the values of that step yet."""
+    settings = ("spikes.action=skip", "spikes.skip_nonfinite=1", "logging.every=12")
+    whole, _ = trained(tmp_path, data, "whole", *settings, spikes=spikes)
+    take = PretrainTask.step
+    for asked in (25, 26):
+        with monkeypatch.context() as patch:
+
+            def step(task: PretrainTask, batch: Batch, asked: int = asked) -> StepInfo:
+                if batch.step == asked + 1 - late:
+                    patch.setattr(stopping, "reason", lambda: "SIGTERM")
+                return take(task, batch)
+
+            patch.setattr(PretrainTask, "step", step)
+            with pytest.raises(stopping.Stopped, match="saved .*step-000000"):
+                trained(tmp_path, data, f"stopped-{asked}", *settings, spikes=spikes, late=late)
+        stopped, ended = trained(tmp_path, data, f"stopped-{asked}", *settings, spikes=spikes, late=late)
+        assert ended == ""
+        same_state(whole, stopped)  # the row of the step after begins with the resumed run
+
+
+def test_a_checkpoint_of_a_step_that_was_not_finite_is_readable(tmp_path: Path, data: Path) -> None:
+    """Its block norms are measured there, and are NaN."""
+    settings = ("spikes.skip_nonfinite=1", "health.every=8")
+    run, ended = trained(tmp_path, data, "run", *settings, spikes={23: (NAN, None)})
+    assert ended == "" and not list((run / "checkpoints").glob("damaged*"))
+    stopped, ended = trained(tmp_path, data, "stopped", "health.every=8", spikes={23: (NAN, None)}, late=True)
+    newest = store.newest(stopped / "stopped")
+    assert "gradient norm is nan" in ended and newest is not None and store.Checkpoint(newest).step == 23
