@@ -26,9 +26,11 @@ from benchmarks.common import Row, append, in_turns, percentiles, table
 from benchmarks.synthetic import Ours, add_model_flags, batch_of, configured, images_for, settings_of, start
 from ijepa_scale import environment
 from ijepa_scale.config import PretrainConfig
+from ijepa_scale.config.spikes import SpikesConfig
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.replicas import check_replicas
+from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.world import World, start_world, stop_world
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.train.watchdog import Watchdog
@@ -92,8 +94,9 @@ def threads(world: World, timeout_s: float) -> dict[str, float]:
 
 
 def agreement(world: World) -> dict[str, float]:
-    """Returns the cost of agreeing on whether to stop: one more number in the gather of the finite check."""
+    """Returns the cost of agreeing on whether to stop, by one more number in a gather, and of judging spikes."""
     watch, values = FiniteWatch(world), [torch.tensor(0.5), torch.tensor(1.0)]
+    watch.judge = SpikeJudge(SpikesConfig())
 
     def without() -> None:
         rows = world.gather(torch.stack(values)).tolist()
@@ -128,7 +131,7 @@ def measure(config: PretrainConfig, world: World, steps: int) -> list[tuple[str,
         ("step", step, 1.0),
         ("heartbeat and own time", heartbeat(world), 1.0),
         ("the watchdog's threads, per second", threads(world, timeout_s), step["p50"] / 1e3),
-        ("agreement on stopping", agreement(world), 1.0),
+        ("agreement on stopping, and spikes", agreement(world), 1.0),
         ("slowest process in a row", row(world), 1 / config.logging.every),
         ("comparing copies of the state", replicas(ours, world), 1 / config.checkpoint.every),
     ]
