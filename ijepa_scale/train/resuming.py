@@ -90,8 +90,7 @@ def check_continues(checkpoint: store.Checkpoint, task: Task) -> None:
     for name in STARTING:
         before["identity"].get("model", {}).pop(name, None)  # stored by version 0.1.0
     _check_identity(path, before["identity"], ours)
-    known = {name: value for name, value in task.config.values().items() if name in before["config"]}
-    for line in _changes(before["config"], known):  # sections that came later weren't changed
+    for line in _changes(before["config"], _among(task.config.values(), before["config"])):
         logger.warning("setting changed since %s: %s", path.name, line)
 
 
@@ -102,6 +101,15 @@ def _check_identity(path: Path, found: dict[str, Any], expected: dict[str, Any])
             f"{path} belongs to a run with other settings, so this run can't continue it: {'; '.join(lines)}; "
             "give the same values, or set another folder for a new run"
         )
+
+
+def _among(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values that `known` has too: settings that came with a later version weren't changed."""
+    return {
+        name: _among(value, known[name]) if isinstance(value, dict) and isinstance(known[name], dict) else value
+        for name, value in values.items()
+        if name in known
+    }
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
