@@ -14,6 +14,7 @@ from torch import Tensor
 from ijepa_scale import environment
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.gpus import gpu_in_machine, why_unusable
+from ijepa_scale.engine.meeting import fresh
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 
@@ -149,7 +150,9 @@ def start_world(launch: Launch, device: torch.device, *, alone: bool = False) ->
         if launch.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            store = fresh(store, rank, size, TIMEOUT)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     return World(
         rank=launch.rank,
         size=launch.world_size,
