@@ -176,7 +176,7 @@ def test_evaluation_never_reads_a_part_of_a_set(shards):
     source = build_source("shards", shards[0].parent)
     with pytest.raises(
         DataError, match="x missing shard.*; a set for evaluation must be whole, or .*: fix the data"
-    ) as e:
+    ) as said:
         check_whole(source)
     assert "limit" not in str(said.value) and "max_bad" not in str(said.value)
     whole = ShardSource(shards[2:])
