@@ -43,7 +43,7 @@ def check_replaceable(path: Path) -> None:
     """Checks that nothing is at a path, or a file.
 
     Raises:
-        OSError: a folder, a device, a pipe or a link to itself is there.
+        OSError: a folder, a device or a pipe is there, or what a link leads to is one.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
