@@ -19,12 +19,14 @@ _CODE = re.compile(r"\(os error (\d+)\)")  # how safetensors passes on the error
 def new_file(path: str | Path) -> Iterator[Path]:
     """Makes the folder, yields a temporary path in it for the caller to write, and renames that to `path` at the end.
 
-    After an error nothing is left.
+    After an error nothing is left. What a link leads to is replaced, and the link stays.
 
     Raises:
-        OSError: it can't be written; names the file.
+        OSError: it can't be written, or something other than a file is there; names the file.
     """
     path = Path(path)
+    check_replaceable(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = path.with_name(f".unfinished-{path.name}")
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,6 +37,18 @@ def new_file(path: str | Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def check_replaceable(path: Path) -> None:
+    """Checks that nothing is at a path, or a file.
+
+    Raises:
+        OSError: a folder, a device or a pipe is there, or what a link leads to is one.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is a device or a pipe, which no file may replace", str(path))
 
 
 @contextlib.contextmanager
@@ -109,4 +123,4 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["PatientFile", "flush", "named", "new_file"]
+__all__ = ["PatientFile", "check_replaceable", "flush", "named", "new_file"]

@@ -23,7 +23,7 @@ from ijepa_scale.errors import CheckpointError, DataError
 logger = logging.getLogger(__name__)
 
 _STEPS = 20  # of the download that are logged
-RETRY = Retry()
+RETRY = Retry(redirect_hosts=None)
 
 
 def published_path(name: str, check: Callable[[Path, PublishedFile], None]) -> Path:

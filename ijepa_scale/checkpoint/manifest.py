@@ -22,6 +22,7 @@ from ijepa_scale.regular_file import read_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_GIVE = "give a folder like RUN/checkpoints/step-00001000"
 _BYTES = 4  # of an element: all tensors are fp32
 _Count = Annotated[int, Field(ge=0)]
 
@@ -100,17 +101,21 @@ def read_manifest(folder: Path) -> Manifest:
     """Returns the manifest of a checkpoint.
 
     Raises:
-        Damage: it is damaged.
+        Damage: it is damaged, or is another program's.
         CheckpointError: there is none, another version wrote it, or it contradicts itself or its files.
     """
     file = folder / MANIFEST
     if not file.is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST}; give a folder like RUN/checkpoints/step-00001000")
+        raise CheckpointError(f"{folder} has no {MANIFEST}; {_GIVE}")
     try:
         manifest = parse_json(read_regular(file))
+        if isinstance(manifest, dict) and not manifest.keys() & {"body", "sha256"}:
+            raise Damage(f"{folder} isn't a checkpoint: its {MANIFEST} is of something else; {_GIVE}")
         body = manifest["body"]
         intact = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() == manifest["sha256"]
         found = body["format"] if intact else None
+    except Damage:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:

@@ -31,10 +31,12 @@ from ijepa_scale.checkpoint.manifest import (
     damage_of,
     read_manifest,
 )
+from ijepa_scale.checkpoint.torch_files import briefly
 from ijepa_scale.checkpoint.writing import save
 from ijepa_scale.engine.protocol import Piece
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, ConfigError
+from ijepa_scale.escapes import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +194,8 @@ class Checkpoint:
         """Fills the pieces' tensors, from a checkpoint of any engine and number of processes.
 
         Raises:
-            CheckpointError: tensors are missing or have another shape, or a file is damaged.
+            CheckpointError: tensors are missing or have another shape, or a file is damaged or isn't what the manifest
+            says.
         """
         wanted = list(pieces)
         self._check_names(wanted)
@@ -201,13 +204,13 @@ class Checkpoint:
             for index, start, length in self.tensors[piece.name].pieces:
                 low, high = max(start, piece.start), min(start + length, piece.start + piece.tensor.numel())
                 if low < high:
-                    part = self._file(index).get_slice(piece.name)[low - start : high - start]
+                    part = self._part(index, piece.name, low - start, high - start)
                     piece.tensor[low - piece.start : high - piece.start].copy_(part)
                     filled += high - low
             if filled != piece.tensor.numel():
                 raise CheckpointError(
-                    f"{self.path}: {piece.name} has only {filled} of the {piece.tensor.numel()} elements from "
-                    f"{piece.start} on; the manifest lacks the file of a process: use an older checkpoint"
+                    f"{self.path}: {one_line(piece.name)} has only {filled} of the {piece.tensor.numel()} elements "
+                    f"from {piece.start} on; the manifest lacks the file of a process: use an older checkpoint"
                 )
 
     def full(self, prefix: str) -> dict[str, Tensor]:
@@ -223,7 +226,7 @@ class Checkpoint:
             stored = sum(length for _, _, length in self.tensors[name].pieces)
             if stored < torch.Size(shape).numel():  # before memory is reserved
                 raise CheckpointError(
-                    f"{self.path}: {name} has only {stored} of its {torch.Size(shape).numel()} elements"
+                    f"{self.path}: {one_line(name)} has only {stored} of its {torch.Size(shape).numel()} elements"
                 )
             pieces[name] = Piece(name=name, tensor=torch.empty(torch.Size(shape).numel()), start=0, shape=shape)
         self.load(pieces.values())
@@ -234,15 +237,37 @@ class Checkpoint:
         for piece in wanted:
             stored = self.tensors.get(piece.name)
             if stored is None:
-                problems.append(f"{piece.name} is missing")
+                problems.append(f"{one_line(piece.name)} is missing")
             elif tuple(stored.shape) != piece.shape:
-                problems.append(f"{piece.name} has shape {tuple(stored.shape)}, the model {piece.shape}")
+                problems.append(f"{one_line(piece.name)} has shape {tuple(stored.shape)}, the model {piece.shape}")
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
                 f"{self.path} doesn't match this model: {'; '.join(problems[:5])}{more}; "
                 "use the configuration it was trained with, or another folder"
             )
+
+    def _part(self, index: int, name: str, begin: int, end: int) -> Tensor:
+        """Returns elements of a tensor that a file holds, counted from the first that it holds."""
+        path = self.path / self.files[index].name
+        try:
+            part: Tensor = self._file(index).get_slice(name)[begin:end]
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} can't be read ({error.strerror or error}); put it back, or fix the disk"
+            ) from None
+        except (SafetensorError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise CheckpointError(
+                f"{path}: {one_line(name)} can't be read ({one_line(briefly(error))}); do not trust it"
+            ) from None
+        if tuple(part.shape) != (end - begin,) or part.dtype != torch.float32:
+            raise CheckpointError(
+                f"{path}: {one_line(name)} is {tuple(part.shape)} of {str(part.dtype).removeprefix('torch.')}, but "
+                f"{MANIFEST} says {end - begin} elements of float32; do not trust it"
+            )
+        return part
 
     def _file(self, index: int) -> Any:
         if index not in self._open:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ijepa_scale.errors import CheckpointError
+from ijepa_scale.new_file import check_replaceable
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> Path:
@@ -24,6 +25,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> Path:
     def inside(folder: Path) -> None:
         write(folder / path.name)
         _open_up(folder)
+        check_replaceable(path)
         others = sorted(found for found in folder.iterdir() if found.name != path.name)
         for found in (*others, folder / path.name):
             os.replace(found, path.with_name(found.name))

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from ijepa_scale.evaluate.bar import Bar
 from ijepa_scale.evaluate.feature_files import check_format, write_features
 from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool, load, pooled
 from ijepa_scale.evaluate.image_sets import ImageSet
-from ijepa_scale.evaluate.parts import Loaded, Parts
+from ijepa_scale.evaluate.parts import Loaded, Parts, Skipped
+from ijepa_scale.new_file import check_replaceable
 from ijepa_scale.regular_file import read_regular
 from ijepa_scale.train import processes
 
@@ -57,12 +59,13 @@ class EmbedOptions:
 
 
 class Embedded(NamedTuple):
-    """The result: what was written, and the names of the images that were skipped with their reasons."""
+    """The result: what was written, and why images were skipped: a line for each, or for each shard."""
 
     path: Path
     rows: int
     width: int
     skipped: list[str]
+    num_skipped: int
 
 
 def embed_here(options: EmbedOptions, launch: Launch, device: torch.device) -> None:
@@ -73,7 +76,7 @@ def embed_here(options: EmbedOptions, launch: Launch, device: torch.device) -> N
     if launch.rank == 0:
         for line in result.skipped:
             terminal.report(line, "skipped")
-        terminal.say(f"{result.path}: {result.rows} x {result.width}, {len(result.skipped)} images skipped")
+        terminal.say(f"{result.path}: {result.rows} x {result.width}, {result.num_skipped} images skipped")
         sys.exit(terminal.USER_ERROR_CODE if result.skipped else 0)  # another process would end this one meanwhile
 
 
@@ -131,6 +134,7 @@ def _prepare(options: EmbedOptions, images: ImageSet, transform: ImageTransform,
             old = known if isinstance(known, dict) else {}
             changed = ", ".join(name for name in plan if old.get(name) != plan[name])
             return f"{folder} holds parts of other features ({changed} differs); remove it, or name another file"
+        check_replaceable(options.to)
         if options.to.exists() and known is None:
             if not options.overwrite:
                 return f"{options.to} exists; name another file, or add --overwrite"
@@ -146,11 +150,19 @@ def _prepare(options: EmbedOptions, images: ImageSet, transform: ImageTransform,
 
 def _finish(options: EmbedOptions, images: ImageSet, parts: Parts) -> Embedded:
     """Writes the result from all parts, and removes them."""
-    rows, width, skipped = 0, 0, [written(line) for line in images.problems]
+    rows, width, lost = 0, 0, Counter[str]()
+    skipped, num_skipped = [written(line) for line in images.problems], images.num_lost
     for part in parts.read():
         rows += len(part.ids)
         width = part.values[_FEATURES].shape[1] if part.values else width
-        skipped += [written(f"{images.name(number)}: {reason}") for number, reason in sorted(part.skipped.items())]
+        num_skipped += len(part.skipped)
+        lost.update(each.reason for each in part.skipped.values() if each.shard is not None)
+        skipped += [
+            written(f"{images.name(number)}: {each.reason}")
+            for number, each in sorted(part.skipped.items())
+            if each.shard is None
+        ]
+    skipped += [written(f"{count} images: {reason}") for reason, count in lost.items()]
     if rows == 0:
         parts.remove()
         raise DataError(f"none of {len(images)} images can be used; the first: {skipped[0]}")
@@ -164,7 +176,7 @@ def _finish(options: EmbedOptions, images: ImageSet, parts: Parts) -> Embedded:
         facts: dict[str, Any] = {"model": options.model, "which": options.which, "pool": options.pool}
         write_features(options.to, (rows, width), read, facts)
     parts.remove()
-    return Embedded(options.to, rows, width, skipped)
+    return Embedded(options.to, rows, width, skipped, num_skipped)
 
 
 class _Batches(Dataset[Loaded]):
@@ -180,5 +192,5 @@ class _Batches(Dataset[Loaded]):
                 pixels.append(self._transform.pixels(self._images.read(number)))
                 ids.append(number)
             except DataError as error:
-                skipped[number] = str(error)
+                skipped[number] = Skipped(str(error), getattr(error, "shard", None))
         return Loaded(self._transform(pixels), ids, skipped)

@@ -22,11 +22,14 @@ class ImageSet:
 
     Attributes:
         fingerprint: changes with the list of images, and with the path, size or time of any of their files.
-        problems: a line for each folder or sample that couldn't be listed.
+        problems: a line for each folder, shard or sample that couldn't be listed.
+        num_lost: images that these lines stand for; a folder counts as one.
     """
 
-    def __init__(self, source: SampleSource | None, files: Sequence[str], problems: Sequence[str]) -> None:
-        self._source, self._files, self.problems = source, files, list(problems)
+    def __init__(
+        self, source: SampleSource | None, files: Sequence[str], problems: Sequence[str], num_lost: int
+    ) -> None:
+        self._source, self._files, self.problems, self.num_lost = source, files, list(problems), num_lost
         self.fingerprint = digest_of_stats(files) if source is None else contents_of(source)
         if not len(self):
             raise DataError(self.problems[0] if self.problems else "no images to embed; name others")
@@ -48,11 +51,11 @@ class ImageSet:
                     f"{given[0]} and {given[1]}: shards and readers take one pattern; embed them one by one"
                 )
             source = build_source(reader or "shards", given[0])
-            problems = [f"{each.name}: {each.reason}" for each in source.problems().named]
-            return cls(source, (), problems)
+            found = source.problems()
+            return cls(source, (), [f"{each.name}: {each.reason}" for each in found.named], found.counts.total())
         listed = [line for path in given for line in (_lines(path) if path.endswith(".txt") else [path])]
-        found = ImageFiles(listed)
-        return cls(None, found.files, found.problems)
+        files = ImageFiles(listed)
+        return cls(None, files.files, files.problems, len(files.problems))
 
     def __len__(self) -> int:
         return len(self._files) if self._source is None else self._source.num_samples

@@ -10,7 +10,7 @@ import numpy as np
 from ijepa_scale.config.form import Exif
 from ijepa_scale.data.sources.fetch import scheme_of
 from ijepa_scale.data.sources.open import build_source, reader_of
-from ijepa_scale.data.sources.source import SampleSource, check_problems
+from ijepa_scale.data.sources.source import SampleSource, check_whole
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.class_lists import compare_classes
 from ijepa_scale.evaluate.stored_features import ImagesToEncode
@@ -61,7 +61,7 @@ class LabelledSet:
                 raise DataError(f"{prefix}{part} images: {path} is remote; copy it to a local folder first")
             kind = reader or reader_of(given.train)
             source = build_source(kind, path)
-            check_problems(source.problems(), source.num_samples, max_bad_fraction=0.0)
+            check_whole(source)
             name = f"{given.name}-{part}" if given.name else part
             found.append((kind, ImagesToEncode(name=name, source=source, exif=exif), path))
         names = [f"{prefix}the {part} images" for part in ("train", "test")]

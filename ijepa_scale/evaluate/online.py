@@ -9,7 +9,7 @@ from torch import Tensor
 from ijepa_scale.config.schema import KnnConfig
 from ijepa_scale.data.eval_reader import EvalReader, spread
 from ijepa_scale.data.sources.open import build_source
-from ijepa_scale.data.sources.source import SampleSource, check_problems
+from ijepa_scale.data.sources.source import SampleSource, check_whole
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.class_lists import compare_classes
@@ -41,7 +41,7 @@ class OnlineKnn:
             build_source(config.reader, pattern, members=images.members) for pattern in (config.train, config.test)
         )
         for source in (train, test):
-            check_problems(source.problems(), source.num_samples, 0.0)  # other images would give other accuracies
+            check_whole(source)
         compare_classes(("evaluate.train", train), ("evaluate.test", test), log=world.is_main)
         self._train = _Split("evaluate.train", train, config.max_train)
         self._test = _Split("evaluate.test", test, config.max_test)

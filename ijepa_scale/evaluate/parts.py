@@ -32,12 +32,19 @@ BATCHES = 8  # of one part; a killed process loses no more
 Compute = Callable[[Tensor], dict[str, Tensor]]  # pixels (n, C, h, w) on the device -> values (n, ...) by name
 
 
+class Skipped(NamedTuple):
+    """Why an image can't be used, and the shard that can't, if that is the reason."""
+
+    reason: str
+    shard: str | None = None
+
+
 class Loaded(NamedTuple):
     """A batch of images."""
 
     pixels: Tensor  # (n, C, h, w)
     ids: list[int]  # n numbers
-    skipped: dict[int, str]  # numbers of images that can't be used, and why
+    skipped: dict[int, Skipped]  # by the numbers of images that can't be used
 
 
 class Part(NamedTuple):
@@ -45,7 +52,7 @@ class Part(NamedTuple):
 
     values: dict[str, Tensor]  # (n, ...) by name; none if no image can be used
     ids: np.ndarray  # (n,) int64, numbers of the images
-    skipped: dict[int, str]  # numbers of images that can't be used, and why
+    skipped: dict[int, Skipped]  # by the numbers of images that can't be used
 
 
 class Parts:
@@ -134,6 +141,7 @@ class Parts:
             save_file({**joined, "ids": ids}, temporary, metadata={"skipped": json.dumps(skipped)})
 
 
-def _skipped_in(file: Any) -> dict[int, str]:
+def _skipped_in(file: Any) -> dict[int, Skipped]:
     """Returns the numbers of a part's images that can't be used, and why."""
-    return {int(number): str(why) for number, why in parse_json(file.metadata()["skipped"].encode()).items()}
+    found = parse_json(file.metadata()["skipped"].encode())
+    return {int(number): Skipped(str(reason), shard and str(shard)) for number, (reason, shard) in found.items()}

@@ -29,7 +29,7 @@ from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.array_file import opened, write_array
 from ijepa_scale.evaluate.features import check_images
 from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool
-from ijepa_scale.evaluate.parts import Loaded, Parts
+from ijepa_scale.evaluate.parts import Loaded, Parts, Skipped
 from ijepa_scale.models.layers import Block, LayerNorm
 from ijepa_scale.models.vit import VisionTransformer
 
@@ -160,7 +160,7 @@ class FeatureStore:
 
 def _join(parts: Parts, paths: dict[Pool, Path]) -> str | None:
     """Writes each pool's file from all parts, and removes these; returns what prevented it, if anything."""
-    skipped = [reason for part in parts.read() for reason in part.skipped.values()]
+    skipped = [each.reason for part in parts.read() for each in part.skipped.values()]
     if skipped:  # changed since they were tried
         parts.remove()
         return skipped[0]
@@ -211,5 +211,5 @@ class _Batches(Dataset[Loaded]):
     def __getitem__(self, numbers: list[int]) -> Loaded:
         batch = self._images[np.array(numbers)]
         if isinstance(batch, str):
-            return Loaded(torch.empty(0), [], {numbers[0]: batch})
+            return Loaded(torch.empty(0), [], {numbers[0]: Skipped(batch)})
         return Loaded(batch.images, numbers, {})

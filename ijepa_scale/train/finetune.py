@@ -26,7 +26,7 @@ from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.open import build_source
 from ijepa_scale.data.sources.scan import Members
-from ijepa_scale.data.sources.source import check_problems
+from ijepa_scale.data.sources.source import check_whole
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.engine.build import build_engine
 from ijepa_scale.engine.world import World
@@ -163,7 +163,7 @@ class FinetuneTask(Task):
             return None
         data, (mean, std) = self.config.data, self.config.augment.normalisation
         source = build_source(config.reader, config.data, members=Members(data.image_member, data.label_member))
-        check_problems(source.problems(), source.num_samples, 0.0)  # accuracy over fewer images would not be comparable
+        check_whole(source)
         assert not isinstance(self.source, StreamSource)
         compare_classes(("data.train", self.source), ("evaluate.data", source), log=self.world.is_main)
         return ClassifierCheck(

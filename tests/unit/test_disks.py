@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from ijepa_scale.checkpoint.whole import write_file
+from ijepa_scale.errors import CheckpointError
 from ijepa_scale.evaluate.array_file import opened, write_array
 from ijepa_scale.new_file import PatientFile, named, new_file
 from ijepa_scale.terminal import command, file_problem
@@ -178,3 +180,22 @@ def test_an_array_larger_than_the_disk_is_an_error_and_not_a_signal(tmp_path: Pa
         assert os.listdir(folder) == []
         write_array(folder / "a.npy", (4, 1024), (np.ones((1, 1024), np.float32) for _ in range(4)))
         assert opened(folder / "a.npy", 4).sum() == 4096  # type: ignore[union-attr]
+
+
+def test_only_files_are_replaced_and_links_are_followed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to-pipe").symlink_to("pipe")
+    for name in ("pipe", "to-pipe"):
+        with pytest.raises(OSError, match="a device or a pipe, which no file may replace"):
+            with new_file(tmp_path / name) as temporary:
+                temporary.write_text("x")
+        with pytest.raises(CheckpointError, match=f"{name} can't be written .*a device or a pipe, which no file may"):
+            write_file(tmp_path / name, lambda path: path.write_text("x"))
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there/file")
+    for text in ("first", "second"):
+        with new_file(tmp_path / "link") as temporary:
+            temporary.write_text(text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == text
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "there", "to-pipe"]

@@ -34,9 +34,10 @@ from ijepa_scale.data.sources.class_list import CLASSES, names_in
 from ijepa_scale.data.sources.file_list import ListSource
 from ijepa_scale.data.sources.labels import NO_LABEL, class_warnings
 from ijepa_scale.data.sources.listing import root_of
+from ijepa_scale.data.sources.lost_shards import problems_of, usable_shards
 from ijepa_scale.data.sources.open import reader_of, training_source
 from ijepa_scale.data.sources.scan import Members, Problems
-from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.data.sources.tar_index import ShardIndex, expand, index_tar
 from ijepa_scale.data.statistics import STATISTICS, statistics_path, write_statistics
@@ -257,7 +258,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    terminal.say(*describe_shards(_indexed(options)))
+    shards, rows, lost = usable_shards(expand(options.pattern), _members(options), options.pattern)
+    if not shards:
+        raise DataError(f"{options.pattern}: no shard can be used: {lost.summary()}")
+    _check_members(options, shards)
+    terminal.say(*describe_shards(shards, problems_of(shards, rows, lost)))
     return 0
 
 
@@ -298,6 +303,13 @@ def _indexed(options: argparse.Namespace, tell: Callable[[ShardIndex], None] | N
         found.append(index_tar(path, members))
         if tell is not None:
             tell(found[-1])
+    _check_members(options, found)
+    return found
+
+
+def _check_members(options: argparse.Namespace, found: list[ShardIndex]) -> None:
+    """Raises `DataError` if a member is chosen that no sample has."""
+    members = _members(options)
     for flag, chosen, has in (
         ("--image-member", members.image, any(len(index) for index in found)),
         ("--label-member", members.label, any((index.labels != NO_LABEL).any() for index in found)),
@@ -308,7 +320,6 @@ def _indexed(options: argparse.Namespace, tell: Callable[[ShardIndex], None] | N
                 problems.extend(index.problems)
             seen = problems.summary() or problems.passed_over()
             raise DataError(f"no sample has {flag} {chosen}{f' ({seen})' if seen else ''}; correct it or leave it out")
-    return found
 
 
 def _stats(options: argparse.Namespace) -> int:
@@ -323,6 +334,7 @@ def _stats(options: argparse.Namespace) -> int:
     if path is None or isinstance(source, StreamSource):
         raise DataError(f"{options.data} is remote, so nothing can be written next to it; measure a local copy")
     terminal.say(source.summary())
+    check_problems(source.problems(), source.num_samples, options.max_bad_fraction, limit="--max-bad-fraction")
     with _Progress(source.num_samples, "images") as progress:
         found = measure(
             source, pixels, workers=options.workers, max_bad_fraction=options.max_bad_fraction,

@@ -19,8 +19,8 @@ from ijepa_scale.data.statistics import STATISTICS, read_statistics
 _SHOWN = 5  # problems
 
 
-def describe_shards(shards: list[ShardIndex]) -> list[str]:
-    """Returns lines that describe counts, sizes, labels, classes and problems of indexed shards.
+def describe_shards(shards: list[ShardIndex], problems: Problems) -> list[str]:
+    """Returns lines that describe counts, sizes, labels and classes of usable shards, and the problems of the set.
 
     Raises:
         DataError: a file isn't a manifest or a list of classes though its name says so.
@@ -34,11 +34,12 @@ def describe_shards(shards: list[ShardIndex]) -> list[str]:
             f"{len(sizes)} of {_span(sizes)}, {format_bytes(sizes.mean())} on average" if len(sizes) else "none",
         ),
         *_label_rows(shards),
-        *(row for folder in sorted({shard.path.parent for shard in shards}) for row in _folder_rows(folder, shards)),
+        *(
+            row
+            for folder in sorted({shard.path.parent for shard in shards})
+            for row in _folder_rows(folder, shards, problems)
+        ),
     ]
-    problems = Problems()
-    for shard in shards:
-        problems.extend(shard.problems)
     counts = ", ".join(f"{count} x {kind}" for kind, count in problems.counts.most_common())
     rows.append(("not read", problems.passed_over() or "none"))
     rows.append(("problems", counts or "none"))
@@ -67,7 +68,7 @@ def _label_rows(shards: list[ShardIndex]) -> list[tuple[str, str]]:
     ]
 
 
-def _folder_rows(folder: Path, shards: list[ShardIndex]) -> list[tuple[str, str]]:
+def _folder_rows(folder: Path, shards: list[ShardIndex], problems: Problems) -> list[tuple[str, str]]:
     """Returns rows on the class names and manifest of one folder, and whether they match its shards."""
     here = {shard.path.name: shard for shard in shards if shard.path.parent == folder}
     classes, manifest = read_classes(folder), read_manifest(folder)
@@ -88,6 +89,8 @@ def _folder_rows(folder: Path, shards: list[ShardIndex]) -> list[tuple[str, str]
         for name, shard in here.items()
         if name not in manifest or (manifest[name].bytes, manifest[name].samples) != (shard.tar_bytes, len(shard))
     ]
+    unusable = {problem.name for problem in problems.named if problem.kind in ("changed shard", "empty shard")}
+    other += [name for name in manifest if str(folder / name) in unusable]
     fits = f"doesn't match {', '.join(sorted(other)[:_SHOWN])}" if other else "matches in sizes and counts"
     missing = [name for name in manifest if not (folder / name).exists()]
     rows.append(("manifest", f"{fits}; lists {len(missing)} missing shards" if missing else fits))

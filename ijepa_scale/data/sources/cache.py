@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ijepa_scale.data.sources.fetch import Retry, fetch, remote_size
+from ijepa_scale.data.sources.fetch import Retry, fetch, remote_size, shown
 from ijepa_scale.data.sources.private import is_private, make_private
 from ijepa_scale.errors import DataError
 
@@ -126,7 +126,8 @@ class FileCache:
         """Makes room for `size` bytes and reserves them."""
         if size > self.max_bytes:
             raise DataError(
-                f"{url} has {size / _GIB:.2f} GiB, the cache only {self.max_bytes / _GIB:.2f}; raise data.cache_gb"
+                f"{shown(url)} has {size / _GIB:.2f} GiB, the cache only {self.max_bytes / _GIB:.2f}; raise "
+                "data.cache_gb"
             )
         deadline = time.monotonic() + self._wait_s
         while True:
@@ -142,8 +143,8 @@ class FileCache:
                     return
             if time.monotonic() > deadline:
                 raise DataError(
-                    f"the cache {self.folder} of {self.max_bytes / _GIB:.2f} GiB is full of files in use, and {url} "
-                    f"needs {size / _GIB:.2f} GiB; raise data.cache_gb, or lower data.window_shards"
+                    f"the cache {self.folder} of {self.max_bytes / _GIB:.2f} GiB is full of files in use, and "
+                    f"{shown(url)} needs {size / _GIB:.2f} GiB; raise data.cache_gb, or lower data.window_shards"
                 )
             time.sleep(_POLL_S)
 

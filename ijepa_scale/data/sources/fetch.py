@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = {"https": "fsspec[http]", "http": "fsspec[http]", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 _ADDRESS = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
+_SECRETS = re.compile(r"""([a-zA-Z][\w+.-]*://)(?:[^\s/?#]*@)?([^\s?#'"<>]*)(?:[?#][^\s'"<>]*)?""")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _CHUNK = 1 << 20
 _TRY_AGAIN = {408, 425, 429}  # client errors that are retried, like all server errors
@@ -45,7 +46,7 @@ class Retry:
     first_pause_s: float = 1.0  # doubled after each attempt, up to `longest_pause_s`
     longest_pause_s: float = 30.0
     timeout_s: float = 60.0  # without receiving a byte
-    redirect_hosts: tuple[str, ...] = ()  # HOST or HOST:PORT, besides the address's own
+    redirect_hosts: tuple[str, ...] | None = ()  # HOST or HOST:PORT, besides the address's own; None: can't be set
 
 
 class NotThereError(DataError):
@@ -76,10 +77,10 @@ def check_address(url: str) -> None:
     """
     scheme = scheme_of(url)
     if scheme not in PACKAGES:
-        raise DataError(f"{url!r} has the scheme {scheme!r}; use a local path, or one of {', '.join(PACKAGES)}")
+        raise DataError(f"{shown(url)!r} has the scheme {scheme!r}; use a local path, or one of {', '.join(PACKAGES)}")
     host = urllib.parse.urlsplit(url).hostname
     if scheme == "http" and host not in _LOOPBACK:
-        raise DataError(f"{url!r} is unencrypted; use https, or copy the shards to a local folder")
+        raise DataError(f"{shown(url)!r} is unencrypted; use https, or copy the shards to a local folder")
 
 
 def remote_size(url: str, retry: Retry) -> int:
@@ -90,7 +91,7 @@ def remote_size(url: str, retry: Retry) -> int:
     """
     size = _persist(url, retry, lambda filesystem, path: filesystem.info(path)["size"])
     if not isinstance(size, int):
-        raise DataError(f"{url} has no size; serve it with a Content-Length, or copy it to a local folder")
+        raise DataError(f"{shown(url)} has no size; serve it with a Content-Length, or copy it to a local folder")
     return size
 
 
@@ -138,7 +139,9 @@ def fetch_resumable(
         info = filesystem.info(path)
         size, parts = info.get("size"), info.get("partial", True)
         if not isinstance(size, int) or not size or not parts:
-            raise DataError(f"{url} is sent without its size, or not in ranges; download it yourself and give the file")
+            raise DataError(
+                f"{shown(url)} is sent without its size, or not in ranges; download it yourself and give the file"
+            )
         this = {"url": url, "size": size, "version": info.get("ETag") or info.get("Last-Modified")}
         if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != this:
             to.unlink(missing_ok=True)
@@ -212,27 +215,27 @@ def _persist(
             error = raised.__cause__ or raised  # fsspec reports any failure to get a size as "not found"
             if isinstance(error, DataError):  # of `_checked_redirects`
                 raise error from None
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = shown(" ".join(str(error).split())) or type(error).__name__
             if isinstance(error, ImportError):
                 raise DataError(
-                    f"{url} needs {PACKAGES[str(scheme_of(url))]} ({reason}); install it with pip"
+                    f"{shown(url)} needs {PACKAGES[str(scheme_of(url))]} ({reason}); install it with pip"
                 ) from None
             if _permanent(error):
-                text = f"{url} can't be fetched ({reason}); check the address and the permissions"
+                text = f"{shown(url)} can't be fetched ({reason}); check the address and the permissions"
                 raise NotThereError(text) from None
             if (now := received()) > before:
                 attempt, before = 0, now
             if attempt + 1 >= retry.attempts:
                 kind = OtherContentError if isinstance(error, _WrongContent) else DataError
                 raise kind(
-                    f"{url} couldn't be fetched in {retry.attempts} attempts (last error: {reason}); "
+                    f"{shown(url)} couldn't be fetched in {retry.attempts} attempts (last error: {reason}); "
                     "check the server and the connection"
                 ) from None
             pause = min(retry.longest_pause_s, retry.first_pause_s * 2**attempt)
             # shorten the pause by up to half, keyed by the address, so that not all processes retry at once
             address = np.array([zlib.crc32(url.encode())])
             pause *= 0.5 + 0.5 * float(rng.uniform(0, "fetch", attempt, address, 1)[0, 0])
-            logger.warning("%s: %s; trying again in %.1f s", url, reason, pause)
+            logger.warning("%s: %s; trying again in %.1f s", shown(url), reason, pause)
             time.sleep(pause)
 
 
@@ -256,7 +259,7 @@ def _filesystem(url: str, retry: Retry) -> tuple[Any, str]:
 
 
 @functools.lru_cache  # the same one each time, since fsspec keeps a filesystem for each set of options
-def _checked_redirects(hosts: tuple[str, ...]) -> Any:
+def _checked_redirects(hosts: tuple[str, ...] | None) -> Any:
     """Returns what makes aiohttp refuse redirects from https to http, and to other servers than `hosts`, at each hop.
 
     aiohttp itself sends no credentials to another server.
@@ -272,28 +275,27 @@ def _checked_redirects(hosts: tuple[str, ...]) -> Any:
             server, port = target.host, target.port
         except ValueError:
             server = port = None
-        shown = f"{target.scheme}://{server}:{port}" if server else repr(given)
+        there = f"{target.scheme}://{server}:{port}" if server else repr(given)
         loopback = origin.scheme == "http" and server in _LOOPBACK
         if server is None or target.scheme != "https" and not (loopback and target.scheme == "http"):
             raise DataError(
-                f"{_shown(origin)} redirects to {shown}, which isn't https; check the address, or download the file "
+                f"{shown(origin)} redirects to {there}, which isn't https; check the address, or download the file "
                 "yourself"
             )
-        known = (server, port) == (origin.host, origin.port)
-        if not known and f"{server}:{port}" not in hosts and not (server in hosts and port == 443):
-            raise DataError(
-                f"{_shown(origin)} redirects to another server, {shown}; download the file yourself or, if you trust "
-                f"that server with shards, allow it: data.redirect_hosts=[{server}{'' if port == 443 else f':{port}'}]"
-            )
+        known = (server, port) == (origin.host, origin.port) or f"{server}:{port}" in (hosts or ())
+        if not known and not (server in (hosts or ()) and port == 443):
+            allow = f"data.redirect_hosts=[{server}{'' if port == 443 else f':{port}'}]"
+            trust = "" if hosts is None else f" or, if you trust that server with shards, allow it: {allow}"
+            raise DataError(f"{shown(origin)} redirects to another server, {there}; download the file yourself{trust}")
 
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(check)
     return trace
 
 
-def _shown(url: Any) -> str:
-    """Returns an address without user, password and query, which may be secret."""
-    return str(url.with_user(None).with_query(None).with_fragment(None))
+def shown(text: Any) -> str:
+    """Returns a text, its addresses without user, password, query and fragment, which may be secret."""
+    return _SECRETS.sub(r"\1\2", str(text))
 
 
 def _permanent(error: BaseException) -> bool:

@@ -56,4 +56,19 @@ def usable_shards(
     return found, expected.rows, lost
 
 
-__all__ = ["usable_shards"]
+def problems_of(shards: list[ShardIndex], rows: dict[Path, ShardRow], lost: Problems) -> Problems:
+    """Returns what of a set can't be used: in its usable shards, what `usable_shards` lost, and what cut ones lack."""
+    found = Problems()
+    found.extend(lost)
+    for shard in shards:
+        found.extend(shard.problems)
+        row = rows.get(shard.path)
+        if row is not None and "cut short" in shard.problems.counts:
+            lacking = row.samples - len(shard) - shard.problems.counts.total()
+            if lacking > 0:
+                reason = f"{MANIFEST} counts {row.samples} samples"
+                found.add("lost with the end of a shard", str(shard.path), reason, lacking)
+    return found
+
+
+__all__ = ["problems_of", "usable_shards"]

@@ -21,6 +21,7 @@ from ijepa_scale.data.sources.fetch import (
     check_address,
     fetch,
     remote_size,
+    shown,
 )
 from ijepa_scale.data.sources.hashes import HashedShards
 from ijepa_scale.data.sources.private import is_private, make_private
@@ -66,7 +67,7 @@ class RemoteShardSource(ShardSource):
         self._take(shards, [file.url.rpartition("/")[2] for file in self._remote])
         classes_url = f"{self._remote[0].url.rpartition('/')[0]}/{CLASSES}"
         content = _text(classes_url, cache)
-        self._name_classes(None if content is None else parse_classes(content, classes_url), classes_url)
+        self._name_classes(None if content is None else parse_classes(content, shown(classes_url)), shown(classes_url))
 
     def check_room(self, window_shards: int) -> None:
         """Checks that the cache can hold the current window and the next one.
@@ -85,7 +86,7 @@ class RemoteShardSource(ShardSource):
     def name(self, sample_id: int) -> str:
         """Returns the shard's address and the sample's key."""
         shard, row = self._locate(sample_id)
-        return f"{self._remote[shard].url}:{self._shards[shard].keys[row]}"
+        return f"{shown(self._remote[shard].url)}:{self._shards[shard].keys[row]}"
 
     def prepare(self, now: np.ndarray, soon: np.ndarray) -> None:
         """Starts to fetch the shards, and closes all others so that the cache may remove them."""
@@ -102,7 +103,7 @@ class RemoteShardSource(ShardSource):
         try:
             return self._opened(self._remote[shard])
         except (NotThereError, OtherContentError) as error:  # fetching it for each of its samples would take for ever
-            self._gone[shard] = ShardError(f"shard {error}", "changed shard", self._remote[shard].url)
+            self._gone[shard] = ShardError(f"shard {error}", "changed shard", self._title(shard))
             raise self._gone[shard] from None
 
     def _opened(self, file: RemoteFile) -> Handle:
@@ -116,7 +117,7 @@ class RemoteShardSource(ShardSource):
         if self._hashed.matches(path, handle.descriptor, identity, file.sha256):
             return handle
         handle.close()
-        logger.warning("%s: the copy in the cache differs from the manifest, so it is fetched again", file.url)
+        logger.warning("%s: the copy in the cache differs from the manifest, so it is fetched again", shown(file.url))
         self._cache.discard(file.url, status)
         handle = self._cache.open(file)
         status = os.fstat(handle.descriptor)
@@ -127,7 +128,7 @@ class RemoteShardSource(ShardSource):
         """Does nothing: an open file of the cache doesn't change."""
 
     def _title(self, shard: int) -> str:
-        return self._remote[shard].url
+        return shown(self._remote[shard].url)
 
 
 def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
@@ -144,8 +145,8 @@ def list_remote(pattern: str, cache: FileCache) -> list[RemoteFile]:
     if is_folder:
         names = [f"{folder}/{name}" for name in sorted(known) if junk(name) is None]
     if not names:
-        raise DataError(f"{folder}/{MANIFEST} names no shards; write it again with launch/shards.py")
-    return [RemoteFile(name, *known.get(name.rpartition("/")[2], (None, None))) for name in names]
+        raise DataError(f"{shown(folder)}/{MANIFEST} names no shards; write it again with launch/shards.py")
+    return [RemoteFile(name, *known.get(name.removeprefix(f"{folder}/"), (None, None))) for name in names]
 
 
 def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[int, str]]:
@@ -154,13 +155,16 @@ def _manifest(url: str, cache: FileCache, *, required: bool) -> dict[str, tuple[
     if content is None:
         if required:
             raise DataError(
-                f"{url} doesn't exist, but a remote folder needs it; add it, or name shards, like .../{{000..127}}.tar"
+                f"{shown(url)} doesn't exist, but a remote folder needs it; add it, or name shards, like "
+                ".../{000..127}.tar"
             )
         return {}
     try:
-        return {row.name: (row.bytes, row.sha256) for row in parse_manifest(content, counted=False)}
+        return {row.name: (row.bytes, row.sha256) for row in parse_manifest(content, remote=True)}
     except ValueError as error:
-        raise DataError(f"{url} isn't a manifest of shards ({error}); write it again with launch/shards.py") from None
+        raise DataError(
+            f"{shown(url)} isn't a manifest of shards ({error}); write it again with launch/shards.py"
+        ) from None
 
 
 def _text(url: str, cache: FileCache) -> bytes | None:
@@ -197,7 +201,7 @@ def remote_index(file: RemoteFile, cache: FileCache, members: Members | None = N
             )
             found = load_index(new, path, size, None)
         except DataError as error:
-            logger.info("%s: no index next to it (%s); reading the shard", file.url, error)
+            logger.info("%s: no index next to it (%s); reading the shard", shown(file.url), error)
         finally:
             new.unlink(missing_ok=True)
     if found is None:
@@ -230,6 +234,6 @@ def open_cache(folder: str | None, gigabytes: float, pattern: str, **options: An
     """
     if folder is None:
         raise DataError(
-            f"{pattern!r} is remote and data.cache is null; name a folder for fetched shards: data.cache=DIR"
+            f"{shown(pattern)!r} is remote and data.cache is null; name a folder for fetched shards: data.cache=DIR"
         )
     return FileCache(Path(folder), int(gigabytes * (1 << 30)), **options)

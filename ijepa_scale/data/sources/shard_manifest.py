@@ -26,39 +26,49 @@ class ShardRow:
     sha256: str
 
 
+_HEAD = {"version", "samples"}  # keys of a manifest besides its rows
+
+
 class _OtherFileError(ValueError):
-    """A file of this name that isn't about shards."""
+    """A file of this name that another program wrote."""
 
 
-def parse_manifest(content: bytes, *, counted: bool = True) -> list[ShardRow]:
-    """Returns the rows of a manifest; those that needn't be `counted` may lack "samples", which is then 0.
+def parse_manifest(content: bytes, *, remote: bool = False) -> list[ShardRow]:
+    """Returns the rows of a manifest. In one of a `remote` set "samples" may lack, which is then 0.
 
     Raises:
-        ValueError: it is no manifest, a name isn't one of a file next to it, or a value is of another kind, such as a
-            number in quotes.
+        ValueError: it is no manifest, a name isn't one of a file next to it or, in a `remote` set, below it, or a value
+            is of another kind, such as a number in quotes.
     """
     manifest = parse_json(content)
     rows = manifest.get("shards") if isinstance(manifest, dict) else None
     if not isinstance(rows, list):
         raise _OtherFileError('it has no list "shards"')
+    if not remote and not _HEAD <= manifest.keys() and not all(_is_full(row) for row in rows):
+        raise _OtherFileError('its list "shards" hasn\'t name, bytes, samples and sha256 of each')
     found: dict[str, ShardRow] = {}
     for number, row in enumerate(rows):
         values: dict[str, Any] = {}
         for one in dataclasses.fields(ShardRow):
             value = row.get(one.name) if isinstance(row, dict) else None
-            if value is None and one.name == "samples" and not counted:
+            if value is None and one.name == "samples" and remote:
                 value = 0
             if type(value).__name__ != one.type or (isinstance(value, int) and value < 0):
                 wanted = "a text" if one.type == "str" else "a whole number from 0"
                 raise ValueError(f'"{one.name}" of shard {number} is {value!r}, not {wanted}')
             values[one.name] = value
         name = values["name"]
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
+        parts = name.split("/") if remote else [name]
+        if any(part in ("", ".", "..") or "/" in part or "\0" in part for part in parts):
             raise ValueError(f'"name" of shard {number} is {name!r}, not the name of a file')
         if name in found:
             raise ValueError(f"shard {name!r} is in it twice")
         found[name] = ShardRow(**values)
     return list(found.values())
+
+
+def _is_full(row: Any) -> bool:
+    return isinstance(row, dict) and row.keys() >= {one.name for one in dataclasses.fields(ShardRow)}
 
 
 def read_manifest(folder: Path) -> dict[str, ShardRow] | None:
@@ -90,7 +100,7 @@ def expected_shards(paths: list[Path], pattern: str | Path | None = None) -> Exp
     `pattern` is the folder or the glob that has named them, and tells which other shards it means too.
 
     Raises:
-        DataError: a manifest can't be read or is damaged. A file of that name that isn't about shards is a doubt.
+        DataError: a manifest can't be read or is damaged. A file of that name by another program is a doubt.
     """
     found = Expected()
     whole = None if pattern is None else "*" if os.path.isdir(pattern) else os.path.basename(pattern)

@@ -56,24 +56,56 @@ class SampleSource(Protocol):
         """Returns a one-line description, for the log."""
 
 
-def check_problems(problems: Problems, num_samples: int, max_bad_fraction: float, *, log: bool = True) -> None:
+def check_whole(source: SampleSource) -> None:
+    """Logs what the listing of a set for evaluation passed over, and checks that it left nothing out.
+
+    Raises:
+        DataError: it did; results on other images can't be compared.
+    """
+    problems = source.problems()
+    _log_passed_over(problems)
+    if problems.counts:
+        raise DataError(
+            f"{_left_out(problems, source.num_samples)}; a set for evaluation must be whole, or results can't be "
+            "compared: fix the data, or name a set without them"
+        )
+
+
+def check_problems(
+    problems: Problems,
+    num_samples: int,
+    max_bad_fraction: float,
+    *,
+    limit: str = "data.max_bad_fraction",
+    log: bool = True,
+) -> None:
     """Logs what the listing of a set left out or passed over; if `log` is false, only checks it.
 
     Raises:
-        DataError: more than `max_bad_fraction` of the set was left out.
+        DataError: more than `max_bad_fraction` of the set was left out; names the setting `limit`.
     """
-    passed = problems.passed_over()
-    if log and passed:
-        logger.log(logging.WARNING if problems.unread else logging.INFO, "not read: %s", passed)
-    for doubt in problems.doubts if log else ():
-        logger.warning("%s", doubt)
+    if log:
+        _log_passed_over(problems)
     bad = problems.counts.total()
     if not bad:
         return
-    text = f"{bad} of {bad + num_samples} samples can't be used: {problems.summary()}"
+    text = _left_out(problems, num_samples)
     if bad > max_bad_fraction * (bad + num_samples):
-        raise DataError(f"{text}; over data.max_bad_fraction {max_bad_fraction:g}: fix the data or raise the limit")
+        raise DataError(f"{text}; over {limit} {max_bad_fraction:g}: fix the data or raise the limit")
     if log:
         logger.warning("%s", text)
     for problem in problems.named[1:] if log else ():
         logger.warning("left out: %s: %s", problem.name, problem.reason)
+
+
+def _log_passed_over(problems: Problems) -> None:
+    passed = problems.passed_over()
+    if passed:
+        logger.log(logging.WARNING if problems.unread else logging.INFO, "not read: %s", passed)
+    for doubt in problems.doubts:
+        logger.warning("%s", doubt)
+
+
+def _left_out(problems: Problems, num_samples: int) -> str:
+    bad = problems.counts.total()
+    return f"{bad} of {bad + num_samples} samples can't be used: {problems.summary()}"

@@ -115,6 +115,20 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         assert os.listdir(disk) == []
 
 
+def test_a_source_that_goes_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scattered(tmp_path / "old", [30], [[7]], 2)
+    trusted = Checkpoint.trusted
+
+    def gone(checkpoint: Checkpoint) -> Checkpoint:
+        next((tmp_path / "old").glob("*.safetensors")).unlink()
+        return trusted(checkpoint)
+
+    monkeypatch.setattr(Checkpoint, "trusted", gone)
+    with pytest.raises(CheckpointError, match=r"old/process-\d+.safetensors can't be read"):
+        consolidate(tmp_path / "old", tmp_path / "new")
+    assert os.listdir(tmp_path) == ["old"]
+
+
 BOUNDED = """
 import pathlib, re, sys, threading, time
 import torch

@@ -275,6 +275,50 @@ def test_a_forged_manifest_is_refused_before_memory_is_reserved(kind: str, tmp_p
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+def reheader(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes what a safetensors file says of its tensors."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    new = json.dumps(header).encode()
+    path.write_bytes(len(new).to_bytes(8, "little") + new + content[8 + size :])
+
+
+FORGED_FILES: dict[str, Callable[[Path], None]] = {
+    "another tensor": lambda path: reheader(path, lambda header: header.update({"b": header.pop("a")})),
+    "no safetensors": lambda path: path.write_bytes(b"\xff" * path.stat().st_size) and None,
+    "nearly nothing": lambda path: path.write_bytes(b"\0" * 30) and None,
+    "one element": lambda path: store.write_safetensors({"a": torch.ones(1), "pad": torch.ones(6)}, path),
+    "fewer elements": lambda path: store.write_safetensors({"a": torch.ones(4), "pad": torch.ones(6)}, path),
+    "two dimensions": lambda path: store.write_safetensors({"a": torch.ones(6, 1)}, path),
+    "no dimension": lambda path: store.write_safetensors({"a": torch.ones(()), "pad": torch.ones(6)}, path),
+    "another type": lambda path: store.write_safetensors({"a": torch.ones(6, dtype=torch.int64)}, path),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED_FILES)
+@pytest.mark.parametrize("name", ["a", "evil\n\x1b[2Jname"])
+def test_a_forged_file_is_one_line(kind: str, name: str, tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    path = tmp_path / "step-00000001"
+    FORGED_FILES[kind](path / NAME)
+    body = json.loads((path / "manifest.json").read_text())["body"]
+    content = (path / NAME).read_bytes()
+    body["files"][0] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    body["tensors"] = {name: body["tensors"]["a"]}
+    reseal(path, body)
+    with pytest.raises(CheckpointError) as caught:
+        store.whole(path, ALONE).full("")
+    assert str(caught.value).isprintable() and f"{path}" in str(caught.value)
+
+
+def test_a_manifest_of_something_else_is_no_damaged_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"name": "0.tar"}]}))
+    with pytest.raises(CheckpointError, match=r"isn't a checkpoint: its manifest.json is of something else; give a"):
+        store.Checkpoint(tmp_path)
+
+
 @given(data=st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda c: st.lists(c) | st.dictionaries(
     st.sampled_from(["format", "step", "files", "tensors", "extra", "a"]), c)))  # fmt: skip
 @settings(max_examples=200, deadline=None)

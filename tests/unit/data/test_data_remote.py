@@ -266,6 +266,23 @@ def test_equal_names_of_other_addresses_do_not_collide(tmp_path):
             handle.close()
 
 
+def test_a_manifest_may_name_shards_in_folders(shards, tmp_path):
+    (shards / "train").mkdir()
+    manifest = json.loads((shards / "manifest.json").read_text())
+    for row in manifest["shards"]:
+        (shards / row["name"]).rename(shards / "train" / row["name"])
+        row["name"] = f"train/{row['name']}"
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    with serving(FlakyServer(shards)) as address:
+        source = RemoteShardSource(address, a_cache(tmp_path / "c"))
+        assert source.num_samples == 60 and source.read(59)
+        assert [file.size for file in source._remote] == [row["bytes"] for row in manifest["shards"]]
+        manifest["shards"][0]["name"] = "train/../x.tar"
+        (shards / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match="'train/../x.tar', not the name of a file"):
+            RemoteShardSource(address, a_cache(tmp_path / "d"))
+
+
 def test_a_file_that_is_not_a_manifest_is_refused(shards, tmp_path):
     for text in ("text", "{}", json.dumps({"shards": [{"name": "x"}]})):
         (shards / "manifest.json").write_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import io
 import logging
 import os
@@ -20,11 +21,12 @@ import numpy as np
 import pytest
 import yarl
 
+from ijepa_scale.checkpoint.download import RETRY
 from ijepa_scale.config.data import DataConfig
 from ijepa_scale.data.shards.write import Sample, write_shards
 from ijepa_scale.data.sources.cache import FileCache, RemoteFile
-from ijepa_scale.data.sources.fetch import Retry, _checked_redirects, fetch, open_remote
-from ijepa_scale.data.sources.remote import RemoteShardSource
+from ijepa_scale.data.sources.fetch import Retry, _checked_redirects, fetch, open_remote, remote_size
+from ijepa_scale.data.sources.remote import RemoteShardSource, list_remote
 from ijepa_scale.data.sources.tar_index import index_path, index_tar
 from ijepa_scale.data.sources.tar_shards import ShardSource
 from ijepa_scale.errors import ConfigError, DataError
@@ -134,6 +136,35 @@ def test_where_https_may_lead(target, said):
     with pytest.raises(DataError, match=f"https://a.org/x redirects to .*{said}") as caught:
         asyncio.run(check(None, None, step))
     assert "u:p" not in str(caught.value) and "token" not in str(caught.value)
+
+
+@pytest.mark.parametrize("act", [
+    lambda url, to: fetch(url, to, size=None, sha256=None, retry=ONCE, largest=9),
+    lambda url, to: remote_size(url, ONCE),
+    lambda url, to: list_remote(url, FileCache(to, 1000, ONCE)),
+])  # fmt: skip
+@pytest.mark.parametrize("at", [
+    "http://u:secret@127.0.0.1:9/a.tar?X-Amz-Signature=secret", "ftp://u:secret@h/a.tar?k=secret",
+    "http://u:secret@example.org/a.tar?k=secret#secret",
+])  # fmt: skip
+def test_no_message_holds_what_may_be_secret(tmp_path, act, at, caplog):
+    with pytest.raises(DataError) as caught:
+        act(at, tmp_path / "a")
+    assert "secret" not in str(caught.value) + caplog.text and "/a.tar" in str(caught.value)
+
+
+def test_a_missing_file_is_named_without_secrets(tmp_path):
+    with redirecting(Redirecting("http://127.0.0.1/x?k=secret")) as here:
+        with pytest.raises(DataError) as caught:
+            fetched(f"http://u:secret@{here}/a.tar?k=secret", tmp_path, ONCE)
+    assert "secret" not in str(caught.value)
+
+
+def test_where_redirects_cannot_be_allowed_no_setting_is_named(tmp_path):
+    with redirecting(Redirecting()) as there, redirecting(Redirecting(f"http://{there}/x")) as here:
+        with pytest.raises(DataError, match=r"another server, http://.*; download the file yourself$"):
+            fetched(f"http://{here}/a.tar", tmp_path, dataclasses.replace(ONCE, redirect_hosts=None))
+    assert RETRY.redirect_hosts is None
 
 
 def test_servers_are_named_without_paths():

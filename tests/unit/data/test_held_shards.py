@@ -19,11 +19,12 @@ from ijepa_scale.data.shards.write import Sample, write_shards
 from ijepa_scale.data.sources import hashes
 from ijepa_scale.data.sources.hashes import HashedShards
 from ijepa_scale.data.sources.open import build_source, training_source
-from ijepa_scale.data.sources.source import check_problems
+from ijepa_scale.data.sources.source import check_problems, check_whole
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.data.sources.tar_index import index_path
 from ijepa_scale.data.sources.tar_shards import ShardSource
 from ijepa_scale.errors import DataError, ShardError
+from launch import shards as command
 from tests.unit.data.test_data_loader import crops, jpeg
 
 
@@ -86,6 +87,32 @@ def test_a_lost_shard_counts_as_the_samples_that_the_manifest_counts(shards, kin
     assert len({source.read(n) for n in range(source.num_samples)}) == 60 - samples
 
 
+@pytest.mark.parametrize("kind", ["missing shard", "empty shard"])
+def test_info_and_stats_count_what_is_lost(shards, kind, capsys):
+    folder, victim = shards[0].parent, shards[2]
+    samples = rows_of(shards)[victim.name]["samples"]
+    DAMAGE[kind](victim)
+    assert command.main(["info", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"problems          {samples} x {kind}\n" in out and str(victim) in out
+    assert f"images            {60 - samples} of " in out
+    arguments = ["stats", str(folder), "--workers", "0"]
+    assert command.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"{samples} of 60 samples can't be used: {samples} x {kind}" in said and "over --max-bad-fraction 0" in said
+    assert not (folder / "pixel_stats.json").exists()
+    assert command.main([*arguments, "--max-bad-fraction", "0.5"]) == 0
+    assert json.loads((folder / "pixel_stats.json").read_text())["images"] == 60 - samples
+
+
+def test_info_counts_what_a_cut_shard_has_lost(shards, capsys):
+    os.truncate(shards[3], shards[3].stat().st_size // 2)
+    assert command.main(["info", str(shards[0].parent)]) == 0
+    counts = opened(shards[0].parent).problems().counts
+    shown = ", ".join(f"{count} x {kind}" for kind, count in counts.most_common())
+    assert counts.total() > 1 and f"problems          {shown}\n" in capsys.readouterr().out
+
+
 def test_a_shard_that_the_pattern_does_not_mean_is_not_missed(shards):
     shards[-1].unlink()
     for pattern in (
@@ -127,9 +154,14 @@ def test_a_manifest_of_something_else_is_told_and_a_damaged_one_refused(shards, 
     path = shards[0].parent / "manifest.json"
     path.write_text('{"name": "my site"}')
     assert 'says nothing about shards (it has no list "shards")' in opened(path.parent).problems().doubts[0]
+    for rows in (["a.tar", "b.tar"], [{"name": "a.tar", "samples": 3}], [{"name": 7}], [None]):
+        path.write_text(json.dumps({"version": 1, "shards": rows}))
+        source = opened(path.parent)
+        assert source.num_samples == 60 and "hasn't name, bytes, samples and sha256" in source.problems().doubts[0]
     for text, said in (
         ("{", "Expecting"),
         ('{"shards": [{"name": "../x.tar", "bytes": 1, "samples": 1, "sha256": "0"}]}', "not the name of a file"),
+        ('{"version": 1, "samples": 9, "shards": [{"name": "x.tar"}]}', "is None, not a whole number"),
         ('{"shards": [{"name": "x.tar", "bytes": 1, "samples": -1, "sha256": "0"}]}', "not a whole number from 0"),
     ):
         path.write_text(text)
@@ -142,8 +174,11 @@ def test_a_manifest_of_something_else_is_told_and_a_damaged_one_refused(shards, 
 def test_evaluation_never_reads_a_part_of_a_set(shards):
     shards[1].unlink()
     source = build_source("shards", shards[0].parent)
-    with pytest.raises(DataError, match="x missing shard"):
-        check_problems(source.problems(), source.num_samples, 0.0)
+    with pytest.raises(
+        DataError, match="x missing shard.*; a set for evaluation must be whole, or .*: fix the data"
+    ) as said:
+        check_whole(source)
+    assert "limit" not in str(said.value) and "max_bad" not in str(said.value)
     whole = ShardSource(shards[2:])
     reader = iter(EvalReader(whole, (8, 8), ids=np.arange(whole.num_samples), batch_size=4))
     next(reader)

@@ -135,9 +135,9 @@ def test_a_run_refuses_what_was_not_measured_and_says_the_command_that_does(tmp_
         path.write_text(broken)
         with pytest.raises(DataError, match="pixel_stats.json isn't a file of pixel statistics .*; run `python"):
             found()
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="pixel_stats.json can't be written .*; make room"):
-        write_statistics(read_back, tmp_path / "file" / "pixel_stats.json")
+    (tmp_path / "nowhere").touch()
+    with pytest.raises(DataError, match="pixel_stats.json can't be written .File exists.; make room"):
+        write_statistics(read_back, tmp_path / "nowhere" / "pixel_stats.json")
     for reader, train in (("stream", str(tmp_path)), ("shards", "https://example.org/{0..9}.tar")):
         data = DataConfig(reader=reader, train=train, batch_size=1, cache="x")
         with pytest.raises(DataError, match=f"no measured ones can lie next to .* of reader {reader}; give 13 numbers"):

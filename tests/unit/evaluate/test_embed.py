@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -73,7 +74,7 @@ def test_the_rows_are_the_features_of_the_images_in_order(photos: Path, model: s
     expected = ijepa_scale.features(encoder, names, transform=transform, pool=pool)
     for name in ("a.npy", "a.safetensors", "a.parquet"):
         result = embed(options(photos, model, tmp_path / name, pool=pool), ALONE)
-        assert result[1:] == (COUNT, expected.shape[1], [])
+        assert result[1:] == (COUNT, expected.shape[1], [], 0)
     rows = torch.from_numpy(np.load(tmp_path / "a.npy"))
     torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
@@ -168,6 +169,25 @@ def test_shards_lists_and_readers(photos: Path, model: str, tmp_path: Path) -> N
         ImageSet.of([shard, str(photos)])
     with pytest.raises(DataError, match="list .*no.txt can't be read"):
         ImageSet.of([str(tmp_path / "no.txt")])
+
+
+def test_a_lost_shard_is_one_line_and_counts_as_its_images(
+    photos: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [path.read_bytes() for path in sorted(photos.rglob("*.png"))]
+    tars = write_shards(
+        [Sample(f"{n:03d}", each, 0) for n, each in enumerate(images)], tmp_path / "tars", shard_bytes=9000
+    )
+    rows = [row["samples"] for row in json.loads((tmp_path / "tars" / "manifest.json").read_text())["shards"]]
+    assert len(rows) > 2 and min(rows) > 1
+    tars[0].unlink()
+    listed = ImageSet.of([str(tmp_path / "tars")])
+    tars[1].write_bytes(b"changed")
+    monkeypatch.setattr(embedding.ImageSet, "of", lambda *_: listed)
+    result = embed(options(tmp_path / "tars", model, tmp_path / "a.npy"), ALONE)
+    assert (result.rows, result.num_skipped) == (sum(rows[2:]), rows[0] + rows[1])
+    assert len(result.skipped) == 2 and f"with {rows[0]} samples" in result.skipped[0]
+    assert result.skipped[1].startswith(f"{rows[1]} images: shard {tars[1]} has changed since it was indexed")
 
 
 def test_bad_files_are_skipped_and_named(model: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
