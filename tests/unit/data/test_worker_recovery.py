@@ -126,6 +126,15 @@ def test_a_stopped_worker_is_replaced(tmp_path, caplog):
     wait_until_gone(stopped)
 
 
+def test_it_works_without_descriptors_of_processes(tmp_path, monkeypatch):
+    """As on Linux before 5.3, with a Python that was built there, and where a container's rules forbid the call."""
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.delattr(signal, "pidfd_send_signal", raising=False)
+    compare_under_fire(tmp_path, 0, [signal.SIGKILL], kills=1)
+    set_recovery(Recovery(restarts=0))
+    assert digests(a_loader(a_source(tmp_path / "other"), workers=1))  # nothing is restarted without a reason
+
+
 def test_the_fork_server_may_be_killed(tmp_path, caplog):
     source = a_source(tmp_path)
     expected = digests(a_loader(source, stop_step=40))
