@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from ijepa_scale.data.work_signs import WorkSigns
+
 _LOOK_S = 1.0  # between looks; a worker that ends is seen at once
 _TOGETHER_S = 0.05  # in which workers end that end for one reason
 _NOTICE_S = 2.0  # in which an ended worker is surely seen
@@ -28,14 +30,15 @@ _NO_SERVER = 255  # exit code that `multiprocessing` assumes of a process whose 
 class WorkerWatch:
     """Watches the workers of a running iterator of torch's DataLoader.
 
-    `timeout_s`: how long `waiting` may last; 0 is for ever. A process that was stopped itself doesn't count that time.
+    `timeout_s`: how long `waiting` may last without a sign of work; 0 is for ever. A process that was stopped itself
+    doesn't count that time.
     """
 
-    def __init__(self, iterator: Any, timeout_s: float) -> None:
+    def __init__(self, iterator: Any, timeout_s: float, signs: WorkSigns) -> None:
         self._workers = list(iterator._workers)
         self._pinning = hasattr(iterator, "_pin_memory_thread")
         self._results = iterator._worker_result_queue
-        self._timeout_s = timeout_s
+        self._timeout_s, self._signs = timeout_s, signs
         self._processes = [found for worker in self._workers if (found := _process_of(worker.pid)) is not None]
         self._first: list[int] = []  # numbers of the workers that ended by themselves
         self._hang = ""
@@ -81,6 +84,11 @@ class WorkerWatch:
         return " and ".join(f"data worker {pid} {_how(code)}" for pid, code in codes.items())
 
     @property
+    def hung(self) -> bool:
+        """Whether the workers were ended because they gave nothing in time."""
+        return bool(self._hang)
+
+    @property
     def unkillable(self) -> list[int]:
         """The ids of processes that didn't end when they were killed."""
         return self._left
@@ -96,13 +104,14 @@ class WorkerWatch:
 
     def _watch(self) -> None:
         sentinels = {worker.sentinel: number for number, worker in enumerate(self._workers)}
-        waited, before = 0.0, time.monotonic()
+        waited, before, signs = 0.0, time.monotonic(), self._signs.total()
         while True:
             ready = connection.wait([*sentinels, self._reading], _LOOK_S)
             if self._reading in ready:
                 return
             now = time.monotonic()
-            waited = waited + min(now - before, 2 * _LOOK_S) if self._waiting else 0.0
+            work, signs = signs, self._signs.total()
+            waited = waited + min(now - before, 2 * _LOOK_S) if self._waiting and work == signs else 0.0
             before = now
             if ready:
                 time.sleep(_TOGETHER_S)

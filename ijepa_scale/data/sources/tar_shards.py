@@ -253,15 +253,18 @@ def _the_list(paths: list[Path]) -> list[str] | None:
 
 
 def _read_ahead(paths: list[Path], rows: dict[Path, ShardRow], hashed: HashedShards | None) -> None:
-    """Starts the reading of shards into the page cache, and compares those with rows with their manifest."""
+    """Starts the reading of shards into the page cache, and compares those with rows with their manifest.
+
+    A later read of a shard reports errors.
+    """
     for path in paths:
-        with _opened(path) as descriptor:
+        with contextlib.suppress(OSError), _opened(path) as descriptor:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
     begin = threading.get_native_id() % max(1, len(rows))  # workers start with different shards
     if hashed is None:
         return
     for path in [*rows][begin:] + [*rows][:begin]:
-        with _opened(path) as descriptor:
+        with contextlib.suppress(OSError), _opened(path) as descriptor:
             status = os.fstat(descriptor)
             if status.st_size == rows[path].bytes:
                 hashed.hash_ahead(path, descriptor, identity_of(status), rows[path].sha256)
@@ -269,13 +272,11 @@ def _read_ahead(paths: list[Path], rows: dict[Path, ShardRow], hashed: HashedSha
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """Yields the open file, if it can be opened; a later read of the shard reports errors."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _shard_fingerprint(shards: list[ShardIndex], names: list[str]) -> str:

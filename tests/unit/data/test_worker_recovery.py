@@ -19,19 +19,20 @@ import torch
 from torch.utils.data import Dataset
 
 from ijepa_scale.config.schema import AugmentConfig
+from ijepa_scale.data import workers as data_workers
 from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
+from ijepa_scale.data.work_signs import show_work
 from ijepa_scale.data.workers import Recovery, ordered_loader, set_recovery
 from ijepa_scale.errors import DataError
 from tests.unit.data.test_data_loader import a_loader, a_source, batches_of
 
 
 @pytest.fixture(autouse=True)
-def recovery():
+def recovery(monkeypatch):
+    monkeypatch.setattr(data_workers, "_process", data_workers._Process())
     set_recovery(Recovery(restarts=1000))
-    yield
-    set_recovery(Recovery())
 
 
 def workers():
@@ -169,6 +170,39 @@ def test_beyond_the_limit_there_is_one_line(restarts, said):
         delivered.extend(ordered_loader(Deadly(), range(8), workers=2, prefetch=2))
     assert "\n" not in str(caught.value) and delivered in ([], [0], [0, 1], [0, 1, 2])
     assert not workers()
+
+
+def test_outside_training_workers_may_take_any_time_and_no_setting_is_named(monkeypatch, caplog):
+    process = data_workers._Process()
+    monkeypatch.setattr(data_workers, "_process", process)
+    assert process.recovery.timeout_s == 0
+    with pytest.raises(DataError, match="after 3 restarts; lower the number of workers or give the job more") as caught:
+        list(ordered_loader(Deadly(), range(8), workers=1, prefetch=1))
+    said = [record.getMessage() for record in caplog.records]
+    assert "(3 of 3 times)" in said[-1]
+    assert not any("data." in text for text in [str(caught.value), *said])
+
+
+class Slow(Dataset):
+    """Takes 4 s for an item, and shows work if so wished."""
+
+    def __init__(self, shows):
+        self.shows = shows
+
+    def __getitem__(self, item):
+        for _ in range(40):
+            time.sleep(0.1)
+            if self.shows:
+                show_work()
+        return item
+
+
+def test_an_item_may_take_longer_than_the_timeout_while_work_is_shown(caplog):
+    set_recovery(Recovery(restarts=0, timeout_s=2.0))
+    assert list(ordered_loader(Slow(True), [7], workers=2, prefetch=1)) == [7]
+    assert not caplog.records
+    with pytest.raises(DataError, match=r"gave nothing for \d s .* or raise data.worker_timeout \(2 s\) if an item"):
+        list(ordered_loader(Slow(False), [7], workers=1, prefetch=1))
 
 
 def test_restarts_are_counted_over_all_loaders():
