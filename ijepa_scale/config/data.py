@@ -26,6 +26,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WITHOUT_MEMBERS = ("imagefolder", "list", "synthetic")  # readers whose samples are one image each
 
 Reader = Annotated[str, AfterValidator(_known_reader)]
+Verify = Literal["first_open", "size"]
 
 
 class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
@@ -58,9 +59,9 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     redirect_hosts: form.Hosts = Field(
         (), description="Servers, HOST or HOST:PORT, that https shards may be redirected to besides their own."
     )
-    verify: Literal["first_open", "size"] = Field(
+    verify: Verify = Field(
         "first_open",
-        description="What shards share with their manifest: SHA-256 when first opened, or size.",
+        description="What shards share with their manifest: SHA-256 when first opened, or size. Reader stream: size.",
     )
     stream_shuffle: form.Count = Field(1000, description="Reader stream: samples that a worker draws from.")
     allow_pipe: bool = Field(False, description="Reader stream: allow `pipe:` addresses, which run shell commands.")

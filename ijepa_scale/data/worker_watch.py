@@ -8,37 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any
+
+import psutil
+
+from ijepa_scale.data.work_signs import WorkSigns
 
 _LOOK_S = 1.0  # between looks; a worker that ends is seen at once
 _TOGETHER_S = 0.05  # in which workers end that end for one reason
 _NOTICE_S = 2.0  # in which an ended worker is surely seen
 _GO_S = 10.0  # in which a killed process is gone, unless a disk or network keeps it
+_BETWEEN_S = 0.005  # between looks at whether it is
 _NO_SERVER = 255  # exit code that `multiprocessing` assumes of a process whose fork server has gone
 
 
 class WorkerWatch:
     """Watches the workers of a running iterator of torch's DataLoader.
 
-    `timeout_s`: how long `waiting` may last; 0 is for ever. A process that was stopped itself doesn't count that time.
+    `timeout_s`: how long `waiting` may last without a sign of work; 0 is for ever. A process that was stopped itself
+    doesn't count that time.
     """
 
-    def __init__(self, iterator: Any, timeout_s: float) -> None:
+    def __init__(self, iterator: Any, timeout_s: float, signs: WorkSigns) -> None:
         self._workers = list(iterator._workers)
         self._pinning = hasattr(iterator, "_pin_memory_thread")
         self._results = iterator._worker_result_queue
-        self._timeout_s = timeout_s
-        self._descriptors: list[int | None] = [_descriptor_of(worker.pid) for worker in self._workers]
+        self._timeout_s, self._signs = timeout_s, signs
+        self._processes = [found for worker in self._workers if (found := _process_of(worker.pid)) is not None]
         self._first: list[int] = []  # numbers of the workers that ended by themselves
         self._hang = ""
-        self._left: list[int | None] = []  # process ids that can't be ended
+        self._left: list[int] = []  # process ids that can't be ended
         self._waiting = False
         self._ended = threading.Event()
         self._reading, self._writing = os.pipe()
@@ -80,32 +84,34 @@ class WorkerWatch:
         return " and ".join(f"data worker {pid} {_how(code)}" for pid, code in codes.items())
 
     @property
-    def unkillable(self) -> list[int | None]:
+    def hung(self) -> bool:
+        """Whether the workers were ended because they gave nothing in time."""
+        return bool(self._hang)
+
+    @property
+    def unkillable(self) -> list[int]:
         """The ids of processes that didn't end when they were killed."""
         return self._left
 
     def end(self) -> None:
         """Kills the workers that are left, and waits until they are gone."""
-        for descriptor in self._descriptors:
-            if descriptor is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        for worker, descriptor in zip(self._workers, self._descriptors, strict=True):
-            if descriptor is not None:
-                if not _readable(descriptor, _GO_S):
-                    self._left.append(worker.pid)
-                os.close(descriptor)
-        self._descriptors = [None] * len(self._workers)
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        deadline = time.monotonic() + _GO_S
+        self._left += [process.pid for process in self._processes if not _goes(process, deadline)]
+        self._processes = []
 
     def _watch(self) -> None:
         sentinels = {worker.sentinel: number for number, worker in enumerate(self._workers)}
-        waited, before = 0.0, time.monotonic()
+        waited, before, signs = 0.0, time.monotonic(), self._signs.total()
         while True:
             ready = connection.wait([*sentinels, self._reading], _LOOK_S)
             if self._reading in ready:
                 return
             now = time.monotonic()
-            waited = waited + min(now - before, 2 * _LOOK_S) if self._waiting else 0.0
+            work, signs = signs, self._signs.total()
+            waited = waited + min(now - before, 2 * _LOOK_S) if self._waiting and work == signs else 0.0
             before = now
             if ready:
                 time.sleep(_TOGETHER_S)
@@ -121,7 +127,7 @@ class WorkerWatch:
             return
 
     def _describe_hang(self, waited: float) -> str:
-        stopped = [str(worker.pid) for worker in self._workers if _state(worker.pid) == "T"]
+        stopped = [str(process.pid) for process in self._processes if _status(process) == psutil.STATUS_STOPPED]
         which = f"{', '.join(stopped)} stopped" if stopped else "all alive"
         pids = ", ".join(str(worker.pid) for worker in self._workers)
         return f"data workers {pids} gave nothing for {waited:.0f} s ({which})"
@@ -136,26 +142,28 @@ def _how(code: int | None) -> str:
     return f"was ended by {name}{memory}"
 
 
-def _descriptor_of(pid: int) -> int | None:
-    """Returns a descriptor of a process, which stays that of this one; None if it has gone."""
+def _process_of(pid: int) -> psutil.Process | None:
+    """Returns a process, which is never mistaken for a later one of the same number; None if it has gone."""
     try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
         return None
 
 
-def _readable(descriptor: int, seconds: float) -> bool:
-    """Returns whether the process with this descriptor ends within some seconds."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+def _goes(process: psutil.Process, deadline: float) -> bool:
+    """Returns whether a process that was killed ends before `deadline`, a time of `time.monotonic`."""
+    while _status(process) not in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_BETWEEN_S)
+    return True
 
 
-def _state(pid: int) -> str | None:
-    """Returns the letter of a process's state, such as T for stopped; None if it has gone."""
+def _status(process: psutil.Process) -> str | None:
+    """Returns psutil's name for what a process does; None if it has gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+        return process.status() if process.is_running() else None
+    except psutil.NoSuchProcess:
         return None
 
 

@@ -11,12 +11,14 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.forkserver import ensure_running
 from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ijepa_scale.data.work_signs import WorkSigns
 from ijepa_scale.data.worker_watch import WorkerWatch
 from ijepa_scale.errors import DataError
 from ijepa_scale.stopping import SIGNALS
@@ -33,17 +35,21 @@ class Recovery:
     """What happens to workers that end or hang; see `set_recovery`."""
 
     restarts: int = 3
-    timeout_s: float = 600.0  # without an item while one is waited for; 0: for ever
+    timeout_s: float = 0.0  # without an item, or a sign of work on it, while one is waited for; 0: for ever
 
 
 class _Process:
     recovery = Recovery()
+    is_set = False  # by the settings data.worker_restarts and data.worker_timeout, which commands without data lack
     num_restarts = 0
 
 
 def set_recovery(recovery: Recovery) -> None:
-    """Sets the recovery of all loaders of this process, which share the number of restarts, and counts from 0."""
-    _process.recovery, _process.num_restarts = recovery, 0
+    """Sets the recovery of all loaders of this process to that of the section `data`, and counts restarts from 0.
+
+    The loaders share that count. Without a call, workers may take any time, as for items that are whole shards.
+    """
+    _process.recovery, _process.is_set, _process.num_restarts = recovery, True, 0
 
 
 _process = _Process()
@@ -97,14 +103,15 @@ class OrderedLoader:
             DataError: workers ended or hung more often than they may be restarted.
         """
         if not self._workers:
-            yield from self._loader(self._items)
+            yield from self._loader(self._items, None)
             return
         items = _Undelivered(self._items)
         restarted = False
         while not items.all_delivered:
             try:
-                iterator = iter(self._loader(items.draw(), restarted))
-                watch = WorkerWatch(iterator, _process.recovery.timeout_s)
+                signs = WorkSigns(self._workers)
+                iterator = iter(self._loader(items.draw(), signs, restarted))
+                watch = WorkerWatch(iterator, _process.recovery.timeout_s, signs)
             except _LOST as error:  # the fork server has gone
                 self._count_restart(f"data workers couldn't be started ({error or type(error).__name__})", len(items))
                 restarted = True
@@ -132,19 +139,19 @@ class OrderedLoader:
                         f"data workers {', '.join(map(str, watch.unkillable))} can't be ended, as when a disk or a "
                         "network file system doesn't answer; check it, and start again"
                     )
-                self._count_restart(watch.reason(), len(items))
+                self._count_restart(watch.reason(), len(items), hung=watch.hung)
                 restarted = True
 
-    def _loader(self, items: Iterable[Any], restarted: bool = False) -> DataLoader[Any]:
+    def _loader(self, items: Iterable[Any], signs: WorkSigns | None, restarted: bool = False) -> DataLoader[Any]:
         options: dict[str, Any] = {}
-        if self._workers:
+        if signs is not None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["__main__", "ijepa_scale.data.loader"])
             _start_server()
             options = {
                 "multiprocessing_context": context,
                 "prefetch_factor": self._prefetch,
-                "worker_init_fn": _start_worker,
+                "worker_init_fn": partial(_start_worker, signs),
             }
         return DataLoader(
             self._dataset,
@@ -157,7 +164,7 @@ class OrderedLoader:
             **options,
         )
 
-    def _count_restart(self, reason: str, num_items: int) -> None:
+    def _count_restart(self, reason: str, num_items: int, *, hung: bool = False) -> None:
         """Logs a restart of the workers.
 
         Raises:
@@ -165,16 +172,23 @@ class OrderedLoader:
         """
         limit = _process.recovery.restarts
         _process.num_restarts += 1
+        fewer = f"lower the number of workers{' or data.prefetch' if _process.is_set else ''}"
         if _process.num_restarts > limit:
             before = f"after {limit} restarts" if limit else "and data.worker_restarts is 0"
-            raise DataError(
-                f"{reason}, {before}; lower the number of workers or data.prefetch or give the job more memory, "
-                "check that the data can be read, or raise data.worker_restarts; then start again"
-            )
+            remedies = ["check that the data can be read"]
+            if hung:
+                seconds = _process.recovery.timeout_s
+                remedies.append(f"raise data.worker_timeout ({seconds:g} s) if an item takes that long")
+            else:
+                remedies.insert(0, f"{fewer} or give the job more memory")
+            if _process.is_set:
+                remedies.append("raise data.worker_restarts")
+            raise DataError(f"{reason}, {before}; {', or '.join(remedies)}; then start again")
+        advice = "" if hung else f". If memory is short, {fewer}"
         logger.warning(
             "%s; starting the %d workers again (%d of %d times), which do the work that wasn't delivered, %d items, "
-            "again%s. If memory is short, lower data.workers or data.prefetch",
-            reason, self._workers, _process.num_restarts, limit, num_items, self._after_restart,
+            "again%s%s",
+            reason, self._workers, _process.num_restarts, limit, num_items, self._after_restart, advice,
         )  # fmt: skip
 
 
@@ -219,7 +233,8 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(signs: WorkSigns, worker: int) -> None:
+    signs.come_from(worker)
     torch.set_num_threads(1)
     log_to_terminal(logging.WARNING)  # else logging prints warnings itself, with names as they are
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

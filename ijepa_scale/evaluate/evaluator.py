@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from ijepa_scale.config import PretrainConfig
+from ijepa_scale.config.data import Verify
 from ijepa_scale.config.form import Exif
 from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.sources.scan import Members
@@ -24,6 +25,7 @@ class ImageSettings:
     exif: Exif = "ignore"
     pixels: PixelFormat = RGB8
     members: Members | None = None  # of shards
+    verify: Verify = "first_open"  # what shards share with their manifest
 
 
 class Evaluator(Protocol):
@@ -55,6 +57,7 @@ def image_settings(config: PretrainConfig) -> ImageSettings:
         exif=data.exif,
         pixels=PixelFormat(config.model.channels, data.pixels),
         members=Members(data.image_member, data.label_member),
+        verify=data.verify,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ijepa_scale.errors import ConfigError
-from ijepa_scale.new_file import named, new_file
+from ijepa_scale.new_file import new_file
 
 Rows = Callable[[], Iterator[tuple[np.ndarray, list[str]]]]  # (n, D) float32 and n names, from the first row on
 SUFFIXES = (".npy", ".safetensors", ".parquet")
@@ -44,7 +44,7 @@ def write_features(path: Path, shape: tuple[int, int], rows: Rows, facts: dict[s
         ConfigError: the file can't be written.
     """
     try:
-        with named(path), new_file(path) as temporary:
+        with new_file(path) as temporary:
             if path.suffix == ".parquet":
                 _write_parquet(temporary, shape[1], rows, facts)
                 return

@@ -38,7 +38,8 @@ class OnlineKnn:
     def __init__(self, config: KnnConfig, images: ImageSettings, world: World) -> None:
         self._config, self._images, self._world = config, images, world
         train, test = (
-            build_source(config.reader, pattern, members=images.members) for pattern in (config.train, config.test)
+            build_source(config.reader, pattern, members=images.members, verify=images.verify)
+            for pattern in (config.train, config.test)
         )
         for source in (train, test):
             check_whole(source)

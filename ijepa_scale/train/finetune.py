@@ -162,7 +162,8 @@ class FinetuneTask(Task):
         if config.data is None:
             return None
         data, (mean, std) = self.config.data, self.config.augment.normalisation
-        source = build_source(config.reader, config.data, members=Members(data.image_member, data.label_member))
+        members = Members(data.image_member, data.label_member)
+        source = build_source(config.reader, config.data, members=members, verify=data.verify)
         check_whole(source)
         assert not isinstance(self.source, StreamSource)
         compare_classes(("data.train", self.source), ("evaluate.data", source), log=self.world.is_main)

@@ -106,16 +106,16 @@ def block_figures(norms: Mapping[str, Tensor | float]) -> dict[str, float]:
 def _images_of(config: PretrainConfig, source: SampleSource | StreamSource) -> tuple[str, SampleSource] | None:
     """Returns the setting that names the images and their source."""
     health, evaluate = config.health, config.evaluate
-    members = image_settings(config).members
+    members, verify = image_settings(config).members, config.data.verify
     if health.data is not None:
         try:
-            images = build_source(health.reader, health.data, members=members)
+            images = build_source(health.reader, health.data, members=members, verify=verify)
             check_problems(images.problems(), images.num_samples, config.data.max_bad_fraction)
         except UserError as error:
             raise DataError(f"health.data can't be used: {error}") from None
         return "health.data", images
     if isinstance(evaluate, KnnConfig) and evaluate.every and evaluate.test is not None:
-        return "evaluate.test", build_source(evaluate.reader, evaluate.test, members=members)
+        return "evaluate.test", build_source(evaluate.reader, evaluate.test, members=members, verify=verify)
     if isinstance(source, StreamSource) or (config.data.train is not None and scheme_of(config.data.train) is not None):
         logger.warning(
             "health isn't measured: the images of data.train can't be read in any order on this machine; name a few "

@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-from ijepa_scale.config.data import WITHOUT_MEMBERS, DataConfig
+from ijepa_scale.config.data import WITHOUT_MEMBERS, DataConfig, Verify
 from ijepa_scale.config.pixels import RGB8, PixelFormat
 from ijepa_scale.data.formats import is_image, junk
 from ijepa_scale.data.order import SampleOrder
@@ -78,10 +78,11 @@ def build_source(
     num_samples: int = 1_281_167,
     image_size: tuple[int, int] = (256, 256),
     members: Members | None = None,
+    verify: Verify = "first_open",
 ) -> SampleSource:
     """Returns the samples that `reader` finds under `pattern`, for random access.
 
-    `num_samples` and `image_size` apply to synthetic images only, and `members` to shards.
+    `num_samples` and `image_size` apply to synthetic images only, `members` and `verify` to shards.
 
     Raises:
         ConfigError: the reader is unknown.
@@ -96,7 +97,7 @@ def build_source(
     members = Members() if members is None or reader in WITHOUT_MEMBERS else members
     data = section(
         reader=reader, train=train, batch_size=1, synthetic_samples=num_samples,
-        image_member=members.image, label_member=members.label,
+        image_member=members.image, label_member=members.label, verify=verify,
     )  # fmt: skip
     source = member(data, image_size)
     if isinstance(source, StreamSource):

@@ -7,7 +7,6 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -253,29 +252,21 @@ def _the_list(paths: list[Path]) -> list[str] | None:
 
 
 def _read_ahead(paths: list[Path], rows: dict[Path, ShardRow], hashed: HashedShards | None) -> None:
-    """Starts the reading of shards into the page cache, and compares those with rows with their manifest."""
+    """Starts the reading of shards into the page cache, and compares those with rows with their manifest.
+
+    A later read of a shard reports errors.
+    """
     for path in paths:
-        with _opened(path) as descriptor:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     begin = threading.get_native_id() % max(1, len(rows))  # workers start with different shards
     if hashed is None:
         return
     for path in [*rows][begin:] + [*rows][:begin]:
-        with _opened(path) as descriptor:
-            status = os.fstat(descriptor)
+        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
             if status.st_size == rows[path].bytes:
-                hashed.hash_ahead(path, descriptor, identity_of(status), rows[path].sha256)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """Yields the open file, if it can be opened; a later read of the shard reports errors."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+                hashed.hash_ahead(path, file.fileno(), identity_of(status), rows[path].sha256)
 
 
 def _shard_fingerprint(shards: list[ShardIndex], names: list[str]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.shards.write import Sample, write_shards
-from ijepa_scale.data.sources import hashes
+from ijepa_scale.data.sources import hashes, tar_shards
 from ijepa_scale.data.sources.hashes import HashedShards
 from ijepa_scale.data.sources.open import build_source, training_source
 from ijepa_scale.data.sources.source import check_problems, check_whole
@@ -243,6 +246,13 @@ def test_a_shard_rewritten_in_place_while_it_is_open_is_noticed(shards):
         source.read(1)
 
 
+def test_reading_ahead_leaves_errors_to_the_read(shards):
+    source = opened(shards[0].parent)
+    shards[0].unlink()
+    tar_shards._read_ahead(shards[:2], {path: source._rows[path] for path in shards[:2]}, source._hashed)
+    assert [path for path, _ in source._hashed._known] == [str(shards[1])]
+
+
 def test_only_sizes_are_compared_if_so_chosen(shards):
     flip(shards[0])
     assert opened(shards[0].parent, verify="size").read(0)
@@ -252,8 +262,8 @@ def test_only_sizes_are_compared_if_so_chosen(shards):
 
 def test_a_shard_is_hashed_once_per_run_and_machine(shards, monkeypatch):
     hashed = []
-    original = hashes._sha256_of
-    monkeypatch.setattr(hashes, "_sha256_of", lambda descriptor: (hashed.append(1), original(descriptor))[1])
+    original = HashedShards._hash
+    monkeypatch.setattr(HashedShards, "_hash", lambda *args, **kw: (hashed.append(1), original(*args, **kw))[1])
     sources = [opened(shards[0].parent) for _ in range(3)]  # as in three processes
     for source in sources:
         for sample in range(60):
@@ -270,14 +280,73 @@ def test_a_shard_is_hashed_once_per_run_and_machine(shards, monkeypatch):
     assert len(hashed) == len(shards) + 2
 
 
-def test_notes_that_others_could_write_are_not_used(shards, tmp_path, monkeypatch):
+@pytest.fixture
+def said(monkeypatch, caplog):
+    """Returns a function that returns what was logged about notes, as in a process of its own."""
+    monkeypatch.setattr(hashes, "_said", set())
+    return lambda: [text for record in caplog.records if "can't be noted" in (text := record.getMessage())]
+
+
+def test_notes_that_others_could_write_are_not_used(shards, tmp_path, said):
     flip(shards[0])
     folder = tmp_path / f"ijepa-scale-{os.geteuid()}" / "hashed"
     folder.mkdir(parents=True)
     os.chmod(folder, 0o777)
-    with pytest.raises(ShardError):
-        opened(shards[0].parent).read(0)
+    source = opened(shards[0].parent)
+    for sample in (0, 1, 59):
+        with contextlib.nullcontext() if sample == 59 else pytest.raises(ShardError):
+            source.read(sample)
     assert not list(folder.iterdir())
+    (line,) = said()
+    assert f"{folder} (others than this user can write to {folder}), so each process hashes every shard itself" in line
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_without_locks_each_process_hashes_and_says_so(shards, monkeypatch, said, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(hashes.fcntl, "flock", refuse)
+    flip(shards[0])
+    source = opened(shards[0].parent)
+    with pytest.raises(ShardError, match="differs from"):
+        source.read(0)
+    assert source.read(59)
+    source._hashed.accept(shards[1], (1,), "0")
+    (line,) = said()
+    assert f"({os.strerror(code)})" in line
+
+
+def test_an_interrupted_hash_leaves_no_result(shards, monkeypatch):
+    """What is noted of an earlier run doesn't look like that of this one, though the note was touched."""
+    opened(shards[0].parent).read(0)
+    later = opened(shards[0].parent)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(hashes, "show_work", interrupt)
+        later.read(0)
+    hashed = []
+    original = HashedShards._hash
+    monkeypatch.setattr(HashedShards, "_hash", lambda *args, **kw: (hashed.append(1), original(*args, **kw))[1])
+    later.read(0)
+    assert hashed == [1]
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_who_waits_for_a_hash_shows_work_while_it_goes_on(shards, monkeypatch):
+    hashed, shown = HashedShards(), []
+    monkeypatch.setattr(hashes, "show_work", lambda: shown.append(1))
+    note = hashed._open_note(shards[0])
+    hashed._wait(note)
+    assert not shown
+    touching = threading.Timer(hashes._LOOK_S / 2, os.utime, [note])
+    touching.start()
+    hashed._wait(note)
+    touching.join()
+    os.close(note)
+    assert shown == [1]
 
 
 def test_hashing_ahead_leaves_a_file_to_the_process_that_hashes_it(shards):

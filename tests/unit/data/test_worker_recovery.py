@@ -19,19 +19,20 @@ import torch
 from torch.utils.data import Dataset
 
 from ijepa_scale.config.schema import AugmentConfig
+from ijepa_scale.data import workers as data_workers
 from ijepa_scale.data.eval_reader import EvalReader
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
+from ijepa_scale.data.work_signs import show_work
 from ijepa_scale.data.workers import Recovery, ordered_loader, set_recovery
 from ijepa_scale.errors import DataError
 from tests.unit.data.test_data_loader import a_loader, a_source, batches_of
 
 
 @pytest.fixture(autouse=True)
-def recovery():
+def recovery(monkeypatch):
+    monkeypatch.setattr(data_workers, "_process", data_workers._Process())
     set_recovery(Recovery(restarts=1000))
-    yield
-    set_recovery(Recovery())
 
 
 def workers():
@@ -126,6 +127,15 @@ def test_a_stopped_worker_is_replaced(tmp_path, caplog):
     wait_until_gone(stopped)
 
 
+def test_it_works_without_descriptors_of_processes(tmp_path, monkeypatch):
+    """As on Linux before 5.3, with a Python that was built there, and where a container's rules forbid the call."""
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.delattr(signal, "pidfd_send_signal", raising=False)
+    compare_under_fire(tmp_path, 0, [signal.SIGKILL], kills=1)
+    set_recovery(Recovery(restarts=0))
+    assert digests(a_loader(a_source(tmp_path / "other"), workers=1))  # nothing is restarted without a reason
+
+
 def test_the_fork_server_may_be_killed(tmp_path, caplog):
     source = a_source(tmp_path)
     expected = digests(a_loader(source, stop_step=40))
@@ -160,6 +170,39 @@ def test_beyond_the_limit_there_is_one_line(restarts, said):
         delivered.extend(ordered_loader(Deadly(), range(8), workers=2, prefetch=2))
     assert "\n" not in str(caught.value) and delivered in ([], [0], [0, 1], [0, 1, 2])
     assert not workers()
+
+
+def test_outside_training_workers_may_take_any_time_and_no_setting_is_named(monkeypatch, caplog):
+    process = data_workers._Process()
+    monkeypatch.setattr(data_workers, "_process", process)
+    assert process.recovery.timeout_s == 0
+    with pytest.raises(DataError, match="after 3 restarts; lower the number of workers or give the job more") as caught:
+        list(ordered_loader(Deadly(), range(8), workers=1, prefetch=1))
+    said = [record.getMessage() for record in caplog.records]
+    assert "(3 of 3 times)" in said[-1]
+    assert not any("data." in text for text in [str(caught.value), *said])
+
+
+class Slow(Dataset):
+    """Takes 4 s for an item, and shows work if so wished."""
+
+    def __init__(self, shows):
+        self.shows = shows
+
+    def __getitem__(self, item):
+        for _ in range(40):
+            time.sleep(0.1)
+            if self.shows:
+                show_work()
+        return item
+
+
+def test_an_item_may_take_longer_than_the_timeout_while_work_is_shown(caplog):
+    set_recovery(Recovery(restarts=0, timeout_s=2.0))
+    assert list(ordered_loader(Slow(True), [7], workers=2, prefetch=1)) == [7]
+    assert not caplog.records
+    with pytest.raises(DataError, match=r"gave nothing for \d s .* or raise data.worker_timeout \(2 s\) if an item"):
+        list(ordered_loader(Slow(False), [7], workers=1, prefetch=1))
 
 
 def test_restarts_are_counted_over_all_loaders():

@@ -16,6 +16,7 @@ from ijepa_scale.checkpoint import store
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.data.decode import decode
+from ijepa_scale.data.sources import tar_shards
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, DataError
 from ijepa_scale.evaluate.predictions import ImageClassifier
@@ -137,3 +138,23 @@ def test_prediction_turns_photographs(tmp_path):
     halves.save(tmp_path / "lying.png")
     turned, upright, lying = (classifier.load(tmp_path / f"{name}.png") for name in ("turned", "upright", "lying"))
     assert torch.equal(turned, upright) and not torch.equal(turned, lying)
+
+
+@pytest.mark.parametrize("verify", ["size", "first_open"])
+def test_evaluation_sets_are_compared_as_training_sets_are(tmp_path, monkeypatch, verify):
+    made = []
+
+    class Counted(tar_shards.HashedShards):
+        def __init__(self):
+            super().__init__()
+            made.append(1)
+
+    monkeypatch.setattr(tar_shards, "HashedShards", Counted)
+    sets = [str(write(tmp_path / name, "012")) for name in ("a", "b", "c", "d")]
+    settings = (f"data.train={sets[0]}", f"data.verify={verify}")
+    measured = (f"evaluate.train={sets[1]}", f"evaluate.test={sets[2]}", "evaluate.every=4", "evaluate.batch_size=4")
+    healthy = (f"health.data={sets[3]}", "health.every=4", "health.images=8", "health.reader=shards")
+    pretrain(configured(tmp_path, PretrainConfig, *settings, *measured, *healthy), ALONE)
+    assert len(made) == (4 if verify == "first_open" else 0)
+    finetune(configured(tmp_path, FinetuneConfig, *settings, f"evaluate.data={sets[1]}", f"folder={tmp_path}/f"), ALONE)
+    assert len(made) == (6 if verify == "first_open" else 0)
