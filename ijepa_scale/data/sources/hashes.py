@@ -175,10 +175,10 @@ def _locked(note: int) -> bool:
 
 def _say_once(what: str) -> None:
     if what not in _said:
-        _said.add(what)
+        _said.append(what)
         logger.warning("%s", what)
 
 
-_said: set[str] = set()  # by this process
+_said: list[str] = []  # by this process
 
 __all__ = ["HashedShards", "Identity"]

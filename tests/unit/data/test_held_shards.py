@@ -283,7 +283,7 @@ def test_a_shard_is_hashed_once_per_run_and_machine(shards, monkeypatch):
 @pytest.fixture
 def said(monkeypatch, caplog):
     """Returns a function that returns what was logged about notes, as in a process of its own."""
-    monkeypatch.setattr(hashes, "_said", set())
+    monkeypatch.setattr(hashes, "_said", [])
     return lambda: [text for record in caplog.records if "can't be noted" in (text := record.getMessage())]
 
 
