@@ -48,6 +48,7 @@ class Soak:
         self.begin = time.monotonic()
         self.faults = ["SIGKILL", "SIGTERM", "SIGSTOP", "flipped bit"] + ([] if options.folder else ["full disk"])
         self._left: list[str] = []
+        self.due = 0.0  # when the next fault is
 
     def say(self, text: str) -> None:
         """Prints a line with the time since the start, and appends it to the log."""
@@ -88,15 +89,15 @@ class Soak:
 
     def repeat(self, name: str) -> None:
         """Trains to the end, disturbed."""
-        run, due, before = self.start(name), self._next(), 0
+        run, before = self.start(name), 0
         while (code := run.poll()) != 0:
             if code is not None:
                 self.say(f"torchrun ended with code {code}; started again")
                 run = self.start(name)
             step = newest_row(self.folder / name)
-            if time.monotonic() > due and step > before and len(processes_of(run)) == 2:  # it trains again
+            if time.monotonic() > self.due and step > before and len(processes_of(run)) == 2:  # it trains again
                 self.disturb(name, run)
-                due, before = self._next(), step
+                self.due, before = self._next(), step
             time.sleep(0.5)
         log = (self.folder.parent / f"{name}.log").read_text()
         counts = (f"{log.count(words)} {what}" for words, what in SEEN.items())
@@ -176,6 +177,7 @@ def main() -> int:
         soak.say(f"undisturbed: {options.steps} steps")
         expected, weights = losses(folder / "undisturbed"), final_hashes(folder / "undisturbed")
         began, number, same = time.monotonic(), 0, True
+        soak.due = began + options.every[0]
         while time.monotonic() < began + 60 * options.minutes:
             number += 1
             soak.repeat(f"disturbed-{number}")
