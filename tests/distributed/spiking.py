@@ -15,6 +15,7 @@ from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import UserError
+from ijepa_scale.metrics.own_time import SLOWEST
 from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.train.pretrain import PretrainTask, pretrain
 
@@ -92,7 +93,7 @@ def train(
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """Returns the rows without what the clock says."""
-    timed = ("data_wait_ms", "step_ms", "images_per_s", "mfu")
+    timed = ("data_wait_ms", "step_ms", "images_per_s", "mfu", *SLOWEST)
     return [{k: v for k, v in row.items() if k not in timed} for row in read_rows(folder / "metrics.jsonl")]
 
 
