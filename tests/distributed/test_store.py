@@ -149,7 +149,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_manifest_is_refused(text: str, tmp_path: Path) -> None:
     path = store.save(tmp_path, 1, pieces(1.0), world=ALONE, extra={}, keep=2)
     (path / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match="manifest.json is damaged; remove"):
+    with pytest.raises(CheckpointError, match="manifest.json is damaged; remove|isn.t a checkpoint"):
         store.Checkpoint(path)
 
 
