@@ -262,7 +262,9 @@ def test_a_cached_file_that_others_could_write_is_fetched_again(shards, tmp_path
 def test_a_damaged_copy_in_the_cache_is_fetched_again(shards, tmp_path, caplog):
     server = FlakyServer(shards[0].parent)
     with serving(server) as address:
-        expected = RemoteShardSource(address, FileCache(tmp_path / "c", 1 << 20, ONCE)).read(0)
+        first = RemoteShardSource(address, FileCache(tmp_path / "c", 1 << 20, ONCE))
+        expected = first.read(0)
+        first._close(0)  # who fetches it again waits for all that read it
         cached = next(path for path in (tmp_path / "c").glob("*.tar"))
         content = bytearray(cached.read_bytes())
         content[700] ^= 255
