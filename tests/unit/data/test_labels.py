@@ -10,7 +10,7 @@ import tarfile
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ijepa_scale.config.data import AugmentConfig, DataConfig
@@ -190,6 +190,7 @@ def source_of(folder):
 
 
 @given(data=st.data(), numbers=st.lists(st.integers(0, 30), min_size=1, max_size=6))
+@settings(deadline=None)
 def test_shards_give_the_numbers_that_they_spell(tmp_path_factory, data, numbers):
     folder = tmp_path_factory.mktemp("shards")
     texts = [data.draw(spellings(number)) for number in numbers]
