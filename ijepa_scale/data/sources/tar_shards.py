@@ -15,7 +15,7 @@ import numpy as np
 from ijepa_scale.data.sources.cache import Handle
 from ijepa_scale.data.sources.class_list import CLASSES, number_labels, read_classes
 from ijepa_scale.data.sources.hashes import HashedShards, Identity
-from ijepa_scale.data.sources.lost_shards import usable_shards
+from ijepa_scale.data.sources.lost_shards import problems_of, usable_shards
 from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.shard_manifest import MANIFEST, ShardRow
 from ijepa_scale.data.sources.tar_index import ShardIndex
@@ -138,17 +138,7 @@ class ShardSource:
 
     def problems(self) -> Problems:
         """Returns what can't be used, including the samples that shards lack according to their manifest."""
-        found = Problems()
-        found.extend(self._lost)
-        for shard in self._shards:
-            found.extend(shard.problems)
-            row = self._rows.get(shard.path)
-            if row is not None and "cut short" in shard.problems.counts:
-                lost = row.samples - len(shard) - shard.problems.counts.total()
-                if lost > 0:
-                    reason = f"{MANIFEST} counts {row.samples} samples"
-                    found.add("lost with the end of a shard", str(shard.path), reason, lost)
-        return found
+        return problems_of(self._shards, self._rows, self._lost)
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """Returns the shard of a sample and its row in the shard's index."""
