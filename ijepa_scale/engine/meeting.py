@@ -12,6 +12,8 @@ import uuid
 
 from torch.distributed import PrefixStore, Store
 
+from ijepa_scale.errors import ConfigError
+
 _LOOK_S = 0.01
 
 
@@ -22,7 +24,7 @@ def fresh(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> St
     answers with the prefix, and goes on once all have said that they know it, since a hello may be an earlier start's.
 
     Raises:
-        TimeoutError: a process doesn't come.
+        ConfigError: a process doesn't come in time.
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank:
@@ -49,5 +51,5 @@ def _wait(store: Store, key: str, deadline: float, who: str) -> None:
 
 def _pause(deadline: float, who: str) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError(f"waited in vain for {who} to start")
+        raise ConfigError(f"waited in vain for {who} to start; see what the launcher and those processes have printed")
     time.sleep(_LOOK_S)
