@@ -6,7 +6,7 @@ Must not depend on engines or process groups: the caller passes a function that 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -144,6 +144,31 @@ class Meters:
         self._counts.clear()
         self._reset_timers()
         return found
+
+    def state(self, gather: Reduce) -> dict[str, list[list[float]]]:
+        """Returns the sums since the last flush: for each name (sum, count, whether it is on the device) by process.
+
+        Empty, without communication, right after a flush. Otherwise transfers once, and `gather` returns the vectors of
+        all processes, which must all have added the same names.
+        """
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        figures = [
+            torch.as_tensor(value, dtype=torch.float64, device=self._device)
+            for name in names
+            for value in (self._sums[name], self._counts[name], float(isinstance(self._sums[name], Tensor)))
+        ]
+        by_process = gather(torch.stack(figures)).tolist()  # host sync: once per save
+        return {name: [each[3 * i : 3 * i + 3] for each in by_process] for i, name in enumerate(names)}
+
+    def load_state(self, state: Mapping[str, Sequence[Sequence[float]]], rank: int, size: int) -> None:
+        """Takes over this process's sums from `state`. Of another number of processes, each takes their mean."""
+        for name, by_process in state.items():
+            same = by_process[rank : rank + 1] if len(by_process) == size else by_process
+            total, count, on_device = (sum(figures) / len(same) for figures in zip(*same, strict=True))
+            self._sums[name] = torch.tensor(total, dtype=torch.float32, device=self._device) if on_device else total
+            self._counts[name] = round(count)
 
     def _mean(self, name: str) -> Tensor:
         """Returns the mean of `name` so far, a float64 scalar on the device."""

@@ -103,6 +103,7 @@ class Loop:
         self.task.origin = checkpoint.extra.get("init")
         self._evaluation_due = not checkpoint.extra.get("evaluated_here", True)  # version 0.1.0 evaluated first
         self.task.load_state(checkpoint.extra)
+        self.task.meters.load_state(checkpoint.extra.get("open_row", {}), self.world.rank, self.world.size)
         self.saver.continues(checkpoint)
         logger.info("resumed from %s: the next step is %d", path, self.start)
         if isinstance(self.task.source, StreamSource):

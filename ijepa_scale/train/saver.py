@@ -38,6 +38,7 @@ class Saver:
         self._newest: Path | None = None  # what this run has written or continued last
         self._name, self._step = "", -1  # the folder that the last save is written into, and its step
         self._last: Path | None = None  # what the last save has written
+        self._open_row: dict[str, list[list[float]]] = {}  # the meters' sums, where it is between two rows
 
     def continues(self, checkpoint: store.Checkpoint) -> None:
         """Call with the checkpoint that the run goes on from."""
@@ -86,6 +87,7 @@ class Saver:
         self.settle()
         check_replicas(task.engine.pieces(working=True), task.world)
         options = {"keep": keep} if keep else {"keep": self._config.keep, "keep_every": self._config.keep_every}
+        self._open_row = task.meters.state(task.world.gather)
         extra = copy.deepcopy(self._extra(evaluated=evaluated))
         into, pieces = self._folder / name, task.engine.pieces()
         self._name, self._step, self._last = name, done, None
@@ -198,6 +200,7 @@ class Saver:
             "init": task.origin,
             "evaluated_here": evaluated,
             "spikes": task.spikes.state(),
+            "open_row": self._open_row,
             "steps_before": task.steps_before - task.spikes.skipped,
             **task.state(),
         }
