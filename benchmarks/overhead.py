@@ -31,7 +31,8 @@ from ijepa_scale.data.batch import Batch
 from ijepa_scale.engine.finite import FiniteWatch
 from ijepa_scale.engine.replicas import check_replicas
 from ijepa_scale.engine.spikes import SpikeJudge
-from ijepa_scale.engine.world import World, start_world, stop_world
+from ijepa_scale.engine.start import start_world, stop_world
+from ijepa_scale.engine.world import World
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.train.watchdog import Watchdog
 

@@ -31,7 +31,8 @@ from benchmarks.scaling import engine_settings
 from benchmarks.synthetic import Ours, alone, configured, images_for, start
 from ijepa_kernels.fp8_linear import Fp8UnavailableError
 from ijepa_scale import rng
-from ijepa_scale.engine.world import World, start_world
+from ijepa_scale.engine.start import start_world
+from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.models.jepa import JEPA

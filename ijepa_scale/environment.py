@@ -1,7 +1,6 @@
-"""The only module that reads and writes environment variables. Must not import the rest of the package but errors.
+"""The only module that reads and writes environment variables. Imports `errors` and `launchers`, nothing else of ours.
 
-Turns the variables that `torchrun`, `deepspeed` or Slurm's `srun` set into a `Launch`, and writes a `Launch` back as
-the variables that `torch.distributed` and DeepSpeed read.
+Writes a `Launch` as the variables that `torch.distributed` and DeepSpeed read.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.launchers import Launch, detect
 
 _WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS is deterministic
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes. Source: NAME_MAX and PATH_MAX of Linux's limits.h
@@ -27,104 +26,14 @@ _TEMPLATE = re.compile(r"\{\{.*?\}\}")
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """The rank of this process among the processes of the run, and how they were launched."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    address: str | None = None  # of rank 0; None if this is the only process
-    port: int | None = None
-    launcher: str = "python"  # python | torchrun or deepspeed | srun
-
-
-def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Returns this process's rank and world: from torchrun's or DeepSpeed's variables, else from Slurm's.
-
-    Without either, the process is the only one.
+def detect_launch(environment: Mapping[str, str] | None = None, *, starts_others: bool = False) -> Launch:
+    """Returns this process's rank and world, as `launchers.detect` reads them.
 
     Raises:
-        ConfigError: a launcher's variables are incomplete or don't fit together.
+        ConfigError: a launcher's variables are incomplete or don't fit together; or a Slurm job has several tasks, but
+            this process is none of them.
     """
-    env = os.environ if environment is None else environment
-    try:
-        launch = _detect(env)
-    except ValueError as error:  # raised by int()
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"a launcher's variable isn't an integer ({error}); check RANK, WORLD_SIZE and SLURM_*"
-        ) from error
-    if not 0 <= launch.rank < launch.world_size:
-        raise ConfigError(f"rank {launch.rank} is outside the {launch.world_size} processes; check the launcher")
-    return launch
-
-
-def _detect(env: Mapping[str, str]) -> Launch:
-    if "RANK" in env or "WORLD_SIZE" in env:
-        missing = [
-            name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env
-        ]
-        if missing:
-            raise ConfigError(
-                f"RANK or WORLD_SIZE is set but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; "
-                "start with torchrun or deepspeed, or unset RANK and WORLD_SIZE to run one process"
-            )
-        world_size = int(env["WORLD_SIZE"])
-        return Launch(
-            rank=int(env["RANK"]),
-            world_size=world_size,
-            local_rank=int(env["LOCAL_RANK"]),
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world_size))),
-            address=env["MASTER_ADDR"],
-            port=int(env["MASTER_PORT"]),
-            launcher="torchrun or deepspeed",
-        )
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and env.get("SLURM_STEP_ID") is not None:
-        return _from_slurm(env)
-    return Launch()
-
-
-def _from_slurm(env: Mapping[str, str]) -> Launch:
-    """Returns the rank and world that srun set for this task.
-
-    Source: the srun manual, "Output environment variables".
-    """
-    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))
-    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
-    job = int(env.get("SLURM_JOB_ID", "0"))
-    return Launch(
-        rank=int(env["SLURM_PROCID"]),
-        world_size=int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])),
-        local_rank=int(env.get("SLURM_LOCALID", "0")),
-        local_world_size=_tasks_on_node(tasks, int(env.get("SLURM_NODEID", "0"))),
-        address=env.get("MASTER_ADDR") or first_host(nodes),
-        # the same for each task without communication, but different for jobs that share a node
-        port=int(env.get("MASTER_PORT") or 20_000 + (job * 31 + int(env.get("SLURM_STEP_ID", "0"))) % 20_000),
-        launcher="srun",
-    )
-
-
-def _tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Returns the number of tasks on one node from Slurm's notation, e.g. '8(x2),4'."""
-    counts: list[int] = []
-    for part in tasks_per_node.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if match is None:
-            raise ConfigError(f"SLURM_TASKS_PER_NODE is {tasks_per_node!r}; expected a form like 8(x2),4")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts[min(node, len(counts) - 1)]
-
-
-def first_host(nodelist: str) -> str:
-    """Returns the first host of a Slurm node list such as 'gpu[003-007,011],login1'."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
-    if match is None:
-        raise ConfigError(f"SLURM_JOB_NODELIST is {nodelist!r}; expected a form like gpu[003-007]; set MASTER_ADDR")
-    prefix, numbers, suffix = match[1], match[2], match[3] or ""
-    return prefix if numbers is None else prefix + re.split(r"[-,]", numbers)[0] + suffix
+    return detect(os.environ if environment is None else environment, os.getppid(), starts_others=starts_others)
 
 
 def export(launch: Launch) -> None:
@@ -358,6 +267,11 @@ def threads() -> int | None:
 def job() -> str | None:
     """Returns the number of the Slurm job that this process is part of, if it is."""
     return os.environ.get("SLURM_JOB_ID")
+
+
+def export_interface(name: str) -> None:
+    """Tells gloo which network interface to use, unless the user has. Call it before the process group is made."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def free_port() -> int:

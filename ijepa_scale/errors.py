@@ -10,6 +10,8 @@ from __future__ import annotations
 class UserError(ValueError):
     """A mistake in the input that the user can fix."""
 
+    is_told = False  # whether another process of the run tells it
+
 
 class ConfigError(UserError):
     """A configuration that can't be run as written. Its arguments are the problems, each a line of the message.

@@ -43,6 +43,10 @@ class Parser(argparse.ArgumentParser):
         report(re.sub(r"^argument (\S+): is ", r"\1 is ", message) + f" ({self.prog} --help explains the flags)")
         sys.exit(USER_ERROR_CODE)
 
+    def add_local_rank(self) -> None:
+        """Accepts the flag that deepspeed and torch.distributed.launch add; its value is in the environment too."""
+        self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
     def add_plugins(self) -> None:
         """Adds `--plugin`."""
         self.add_argument(

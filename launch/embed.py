@@ -41,8 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
     add("--processes", type=terminal.at_least_1, help="number of processes to start on this host")
     parser.add_plugins()
+    parser.add_local_rank()
     flags = vars(parser.parse_args(arguments))
-    started, _ = {name: flags.pop(name) for name in ("devices", "processes")}, flags.pop("plugin")
+    started, _ = {name: flags.pop(name) for name in ("devices", "processes")}, [flags.pop(name) for name in ("plugin", "local_rank")]
     processes.run(embed_here, EmbedOptions(**flags | {"to": Path(flags["to"])}), EngineConfig(), **started)
     return 0
 

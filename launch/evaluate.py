@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a mistake that the user can fix."""
     parser = terminal.Parser(description=__doc__)
     add_flags(parser)
+    parser.add_local_rank()
     flags = parser.parse_args(arguments)
     evaluate = evaluate_dense if {*flags.protocol} & {*DENSE_PROTOCOLS} else evaluate_encoder
     here = partial(evaluate_here, evaluate)

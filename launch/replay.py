@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--processes", type=terminal.at_least_1, help="number of processes to start on this host")
     parser.add_argument("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
     parser.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE", help="such as engine.device=cpu")
-    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    parser.add_local_rank()
     flags = parser.parse_args()
     with processes.user_errors(0):
         started = flags.processes or len(flags.devices or ()) or environment.detect_launch().world_size

@@ -235,6 +235,9 @@ class EngineConfig(Section, at="engine"):
     reshard_after_forward: bool = Field(
         False, description="fsdp2: free context and predictor weights between forward and backward."
     )
+    start_timeout: form.Seconds = Field(
+        300.0, gt=0, description="End a start in which a process hasn't come within so long."
+    )
     hang_timeout: form.Seconds = Field(
         600.0, lt=1800, description="End a run in which no step ends for so long; 0: never."
     )

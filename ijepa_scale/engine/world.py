@@ -14,7 +14,7 @@ from torch import Tensor
 from ijepa_scale import environment
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.gpus import gpu_in_machine, why_unusable
-from ijepa_scale.engine.meeting import fresh
+from ijepa_scale.engine.meeting import Member
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 
@@ -33,6 +33,9 @@ class World:
     local_size: int
     device: torch.device
     group: Any = None  # torch's process group; None is the one of the training
+    store: Any = None  # torch's store, of which no other start uses this part; None in a run of one process
+    members: tuple[Member, ...] = ()  # the processes, in rank order
+    launcher: str = "python"
 
     @property
     def is_main(self) -> bool:
@@ -136,33 +139,3 @@ def _cpu_without_gpu(launch: Launch) -> str:
     if launch.rank == 0:
         logger.warning("engine.device is auto and %s hides %s: this run uses the CPU", hidden, gpu)
     return "cpu"
-
-
-def start_world(launch: Launch, device: torch.device, *, alone: bool = False) -> World:
-    """Creates the process group, unless a single process is `alone` and needs no collectives, and returns the world.
-
-    Communicates: waits until all processes have joined.
-    """
-    if not (alone and launch.world_size == 1) and not dist.is_initialized():
-        # DeepSpeed reads the device index from LOCAL_RANK
-        environment.export(launch if device.index is None else replace(launch, local_rank=device.index))
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if launch.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            store = fresh(store, rank, size, TIMEOUT)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(
-        rank=launch.rank,
-        size=launch.world_size,
-        local_rank=launch.local_rank,
-        local_size=launch.local_world_size,
-        device=device,
-    )
-
-
-def stop_world() -> None:
-    """Destroys the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

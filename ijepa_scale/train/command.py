@@ -15,6 +15,7 @@ from ijepa_scale.config import read_config, to_yaml
 from ijepa_scale.config.manual import help_text
 from ijepa_scale.environment import Launch
 from ijepa_scale.train import processes
+from ijepa_scale.train.facts import facts_of
 from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.own_images import choose_settings
@@ -54,7 +55,13 @@ def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, 
     for line in getattr(config, "chosen_by_recipe", ()):
         logger.info("chosen: %s", line)
     config = with_strategy(with_init(config), launch, device)
-    with processes.world_of(launch, device, alone=config.engine.strategy == "plain") as world:
+    with processes.world_of(
+        launch,
+        device,
+        alone=config.engine.strategy == "plain",
+        timeout_s=config.engine.start_timeout,
+        facts=facts_of(config),
+    ) as world:
         if getattr(config, "chosen_by_recipe", ()):
             config = world.broadcast_object(config)  # hosts may differ, and process 0 decides
         result = run_task(kind, config, world)
@@ -64,8 +71,8 @@ def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, 
 
 def _choose(flags: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the recipe of a configuration chooses for the processes of this run."""
-    launch = environment.detect_launch()
     count = len(flags.devices) if flags.devices else flags.processes
+    launch = environment.detect_launch(starts_others=count is not None)
     if count is not None:
         launch = Launch(world_size=count, local_world_size=count)
     engine = given.get("engine")
@@ -86,7 +93,7 @@ def _parse(description: str) -> argparse.Namespace:
     parser.add_argument("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")
     parser.add_argument("--processes", type=int, help="number of processes to start on this host")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_local_rank()
     parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. optimizer.lr=1e-3 data.workers=8")
     flags = parser.parse_intermixed_args()
     if flags.config is None and flags.help_config is None:

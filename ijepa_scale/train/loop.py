@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ijepa_scale import stopping
+from ijepa_scale import environment, stopping
 from ijepa_scale.checkpoint import store
 from ijepa_scale.config import to_yaml
 from ijepa_scale.data.batch import Batch
@@ -33,6 +33,7 @@ from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
 from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.provenance import provenance
 from ijepa_scale.stopping import Stopped
+from ijepa_scale.train.facts import check_alike
 from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.resuming import check_continues, find_checkpoint
 from ijepa_scale.train.run_folder import held
@@ -60,6 +61,7 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
         if resume is not None and config.model.init is not None:
             logger.info("model.init=%s isn't read again: the run goes on from %s", config.model.init, resume.path)
         task = kind(config, world, starting=resume is None)
+        check_alike(task, world)
         loop = Loop(task, resume)
         task.prepare_evaluation()
         with stopping.listening(), loop.watchdog.watching():
@@ -93,7 +95,16 @@ class Loop:
     def _provenance(self) -> dict[str, Any]:
         device = self.world.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        return provenance(device=name, processes=self.world.size)
+        hosts = [
+            {"name": member.host, "address": member.address, "process": member.rank, "pid": member.pid}
+            for member in self.world.members
+        ]
+        return {
+            **provenance(device=name, processes=self.world.size),
+            "launcher": self.world.launcher,
+            "job": environment.job(),
+            "members": hosts,
+        }
 
     def _resume(self, checkpoint: store.Checkpoint) -> None:
         path = checkpoint.path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ import torch.multiprocessing as multiprocessing
 
 from ijepa_scale import environment, stopping, terminal
 from ijepa_scale.config import EngineConfig
-from ijepa_scale.engine.world import World, choose_device, start_world, stop_world
+from ijepa_scale.engine.start import START_TIMEOUT_S, start_world, stop_world, tells_first
+from ijepa_scale.engine.world import World, choose_device
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError, ReplicaError, SaveError, UserError
+from ijepa_scale.provenance import code_facts
 from ijepa_scale.registry import PLUGINS, load_plugin
 from ijepa_scale.stopping import Stopped
 
@@ -28,10 +30,10 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
     `devices` starts one child process per device, and `processes` the given number. Without both, this process was
     started by torchrun, deepspeed or srun, or is the only one. `main` must be importable by name.
     """
+    count = len(devices) if devices else processes
     with user_errors(0):
-        launch = environment.detect_launch()
+        launch = environment.detect_launch(starts_others=count is not None)
     with user_errors(launch.rank):
-        count = len(devices) if devices else processes
         if count is None:
             _set_threads(launch)
             if launch.launcher != "python":
@@ -88,9 +90,26 @@ def _set_threads(launch: Launch) -> None:
 
 
 @contextlib.contextmanager
-def world_of(launch: Launch, device: torch.device, *, alone: bool) -> Iterator[World]:
-    """Yields the world and stops it at the end. Not after an error, since others may wait in a collective."""
-    yield start_world(launch, device, alone=alone)
+def world_of(
+    launch: Launch,
+    device: torch.device,
+    *,
+    alone: bool,
+    timeout_s: float = START_TIMEOUT_S,
+    facts: Mapping[str, str] | None = None,
+) -> Iterator[World]:
+    """Yields the world and stops it at the end. Not after an error, since others may wait in a collective.
+
+    `timeout_s` and `facts` are those of `start_world`.
+    An error of the user that several processes raise is told by the first.
+    """
+    facts = {**code_facts(), **(facts or {})} if launch.world_size > 1 else None
+    world = start_world(launch, device, alone=alone, timeout_s=timeout_s, facts=facts)
+    try:
+        yield world
+    except UserError as error:
+        error.is_told = not tells_first(world, error)
+        raise
     stop_world()
 
 
@@ -112,14 +131,18 @@ def user_errors(rank: int) -> Iterator[None]:
         if rank == 0:
             terminal.report(stopped, "stopped")
         sys.exit(terminal.RESUBMIT_CODE)
-    except (SaveError, ReplicaError) as error:
-        terminal.report(error, f"error (process {rank})")
-        sys.exit(terminal.UNSAVED_CODE if isinstance(error, SaveError) else terminal.FAULT_CODE)
     except UserError as error:
-        terminal.report(error, f"error (process {rank})")
-        sys.exit(terminal.USER_ERROR_CODE)
+        if not error.is_told:
+            terminal.report(error, f"error (process {rank})")
+        sys.exit(_code_of(error))
     except OSError as error:
         if (problem := terminal.file_problem(error)) is None:
             raise
         terminal.report(f"{problem}; what was saved before is whole", f"error (process {rank})")
         sys.exit(terminal.USER_ERROR_CODE)
+
+
+def _code_of(error: UserError) -> int:
+    if isinstance(error, SaveError):
+        return terminal.UNSAVED_CODE
+    return terminal.FAULT_CODE if isinstance(error, ReplicaError) else terminal.USER_ERROR_CODE

@@ -9,8 +9,10 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ijepa_scale import environment
 from ijepa_scale.engine.world import World
@@ -20,6 +22,7 @@ from ijepa_scale.new_file import named
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # exists while a run uses the folder; holds its process and host
+_SHOWS_S = 60.0  # that a network file system may take to show a new file. Source: acdirmax of nfs(5)
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -38,6 +41,7 @@ def held(folder: Path, world: World) -> Iterator[None]:
     problem = world.broadcast_object(problem)  # type: ignore[assignment]
     if problem is not None:
         raise ConfigError(problem)
+    _check_shared(folder, world)
     try:
         with named(folder):
             yield
@@ -48,6 +52,35 @@ def held(folder: Path, world: World) -> Iterator[None]:
                 if is_new:
                     folder.rmdir()  # of a run that failed before it wrote anything; it fails where something is inside
             os.close(descriptor)
+
+
+def _check_shared(folder: Path, world: World) -> None:
+    """Checks that all processes see the lock that process 0 has just written. Communicates.
+
+    Raises:
+        ConfigError: some don't, so the folder is another one for them; raised on every process.
+    """
+    if world.size == 1:
+        return
+    own = (folder / LOCK).read_text() if world.is_main else None
+    expected, deadline = world.broadcast_object(own), time.monotonic() + _SHOWS_S
+    while not (sees := _reads(folder / LOCK) == expected) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found: list[Any] = world.gather_objects((sees, str(folder)))
+    blind = [member for member, (saw, _) in zip(world.members, found, strict=True) if not saw]
+    if blind:
+        first, more = blind[0], f" and {len(blind) - 1} more" if len(blind) > 1 else ""
+        raise ConfigError(
+            f"{first}{more} can't see in folder {found[first.rank][1]} what process 0 on {world.members[0].host} has "
+            f"written into {found[0][1]}; set folder to one that all hosts share"
+        )
+
+
+def _reads(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
 
 
 def _take(folder: Path) -> tuple[int | None, str | None]:

@@ -23,7 +23,8 @@ from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.sources.open import training_order, training_source
 from ijepa_scale.data.sources.source import SampleSource, check_problems
 from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
-from ijepa_scale.engine.world import World, choose_device, start_world
+from ijepa_scale.engine.start import start_world
+from ijepa_scale.engine.world import World, choose_device
 from ijepa_scale.masks.draw import Lengths
 from ijepa_scale.objectives.protocol import build_objective
 from ijepa_scale.planning.flops import mask_flops

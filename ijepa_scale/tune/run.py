@@ -86,7 +86,7 @@ def tune(path: str, overrides: Sequence[str], options: Options, say: Callable[[s
     Raises:
         ConfigError: the configuration can't be run on this machine, or no candidate ran.
     """
-    launch = environment.detect_launch()
+    launch = environment.detect_launch(starts_others=True)
     if launch.world_size > 1:
         raise ConfigError(
             f"tuning starts its own processes, but {launch.launcher} has started {launch.world_size}; "

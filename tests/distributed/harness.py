@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ijepa_scale import environment
-from ijepa_scale.engine.world import World, start_world, stop_world
+from ijepa_scale.engine.start import start_world, stop_world
+from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
 
 TIMEOUT_S = 240

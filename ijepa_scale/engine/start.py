@@ -1,0 +1,167 @@
+"""Starts the processes of a run in named stages, each of which ends in time and says who and what is wrong.
+
+detect (`launchers`), connect, meet, agree, and then PyTorch's process group on the store in which they have met.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
+
+from ijepa_scale import environment
+from ijepa_scale.engine.agreement import agree
+from ijepa_scale.engine.connect import connect
+from ijepa_scale.engine.meeting import Member, ends, linger, meet, refuse
+from ijepa_scale.engine.world import TIMEOUT, World
+from ijepa_scale.errors import ConfigError
+from ijepa_scale.launchers import Launch
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 300.0
+
+
+def start_world(
+    launch: Launch,
+    device: torch.device,
+    *,
+    alone: bool = False,
+    timeout_s: float = START_TIMEOUT_S,
+    facts: Mapping[str, str] | None = None,
+) -> World:
+    """Creates the process group, unless a single process is `alone` and needs no collectives, and returns the world.
+
+    Communicates: waits until all processes have joined. `facts` are what all must have alike, by name.
+
+    Raises:
+        ConfigError: the processes don't find one another within `timeout_s`, two use the same GPU, or their facts
+            differ.
+    """
+    store, members = None, [Member.own(launch.rank, launch.world_size)]
+    if not (alone and launch.world_size == 1) and not dist.is_initialized():
+        # DeepSpeed reads the device index from LOCAL_RANK
+        environment.export(launch if device.index is None else replace(launch, local_rank=device.index))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if launch.world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            deadline = time.monotonic() + timeout_s
+            whole, address = connect(launch, deadline)
+            own = Member.own(launch.rank, launch.world_size, address, _gpu(device))
+            try:
+                store, members = meet(whole, own, deadline)
+                _agree(store, members, own, {"the kind of device": device.type, **(facts or {})}, deadline)
+                _choose_interface(own, members)
+                whole.set_timeout(TIMEOUT)
+                group = PrefixStore("group", store)
+                dist.init_process_group(backend, store=group, rank=own.rank, world_size=own.size, timeout=TIMEOUT)
+            except dist.DistError as error:
+                said = str(error).partition("\n")[0]
+                raise ConfigError(
+                    f"{own} has lost the others while they started ({said}); see what they have printed"
+                ) from error
+    return World(
+        rank=launch.rank,
+        size=launch.world_size,
+        local_rank=launch.local_rank,
+        local_size=launch.local_world_size,
+        device=device,
+        store=store,
+        members=tuple(members),
+        launcher=launch.launcher,
+    )
+
+
+def stop_world() -> None:
+    """Destroys the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def tells_first(world: World, error: BaseException) -> bool:
+    """Returns whether this process is the one to tell an error that others may have too. Process 0 waits for them.
+
+    So the error is told once, and the store is served until all have asked.
+    """
+    if world.store is None:
+        return True
+    try:
+        first = world.store.add(f"told/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1
+        ends(world.store)
+        linger(world.store, world.members[world.rank], world.size)
+    except dist.DistError:  # the store has ended, with process 0 or the launcher
+        return True
+    return first
+
+
+def _agree(store: Store, members: Sequence[Member], own: Member, facts: Mapping[str, str], deadline: float) -> None:
+    try:
+        if own.rank == 0 and (problem := _shared_gpu(members)):
+            refuse(store, problem)
+        agree(store, members, own.rank, facts, deadline)
+    except ConfigError:
+        linger(store, own, own.size)
+        raise
+
+
+def _gpu(device: torch.device) -> str | None:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def _shared_gpu(members: Sequence[Member]) -> str | None:
+    """Returns what is wrong if two processes use the same GPU."""
+    users: dict[tuple[str, str], Member] = {}
+    for member in members:
+        if member.gpu is not None:
+            other = users.setdefault((member.host, member.gpu), member)
+            if other is not member:
+                return (
+                    f"{other} and {member} both use GPU {member.gpu}; give each process its own: set LOCAL_RANK to its "
+                    "number on its host, or let the launcher start at most as many processes as there are GPUs"
+                )
+    return None
+
+
+def _choose_interface(own: Member, members: Sequence[Member]) -> None:
+    """Names the network interface to gloo, where it would choose loopback though there are several hosts.
+
+    gloo takes the interface of the address that the host's own name stands for, which Debian makes 127.0.1.1.
+    """
+    away = [member for member in members if member.host != own.host]
+    if not away or not _name_is_loopback(own.host):
+        return
+    address = own.address
+    if address is None or address.startswith("127.") or address == "::1":  # it is on the host of process 0
+        target = next(member.address for member in away if member.address is not None)
+        address = _way_to(target)
+    for name, found in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address.removeprefix("::ffff:") for each in found):
+            logger.info("gloo uses the network interface %s: %s is loopback on this host", name, own.host)
+            environment.export_interface(name)
+            return
+
+
+def _name_is_loopback(host: str) -> bool:
+    """Returns whether this host takes its own name for loopback, or doesn't know it."""
+    try:
+        found = {str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return True
+    return any(address.startswith("127.") or address == "::1" for address in found)
+
+
+def _way_to(address: str) -> str:
+    """Returns this host's address on the way to another. Sends nothing."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as way:
+        way.connect((address, 9))
+        return str(way.getsockname()[0])
