@@ -25,18 +25,18 @@ from pathlib import Path
 from ijepa_scale.environment import free_port
 from tests.unit.installed import ROOT, copy_checkout
 
-PAIRS = ("3.10:2.11", "3.11:2.11", "3.12:2.11", "3.13:2.11", "3.11:2.12", "3.11:2.13", "3.11:2.14",
-         "3.10:2.15", "3.11:2.15", "3.12:2.15", "3.13:2.15")  # fmt: skip
-TESTS = (
-    "test_schedules.py",
-    "test_rng.py",
-    "test_commands.py",
-    "test_shipped.py",
-    "masks",
-    "models",
-    "kernels",
-    "optim",
+PAIRS = (
+    "3.10:2.11",
+    "3.11:2.11",
+    "3.12:2.11",
+    "3.13:2.11",
+    "3.12:2.12",
+    "3.11:2.13",
+    "3.12:2.14",
+    "3.10:2.15",
+    "3.13:2.15",
 )
+TESTS = ("test_schedules.py", "test_rng.py", "test_shipped.py", "masks", "models", "kernels/test_attention.py")
 TEST_PACKAGES = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-learn>=1.4", "transformers>=4.47")
 SETTINGS = (
     "--config", "configs/demo.yaml", "engine.device=cpu", "data.reader=synthetic", "data.train=null", "logging.every=1",

@@ -25,6 +25,16 @@ def copy_checkout(to: Path) -> Path:
     return to
 
 
+def build(kind: str, tree: Path, to: Path) -> Path:
+    """Builds as pip does, with the setuptools that is installed; returns the file."""
+    to.mkdir(exist_ok=True)
+    code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(to)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "would be ignored" not in done.stderr  # setuptools has found a folder that setup.py doesn't name
+    return to / done.stdout.splitlines()[-1]
+
+
 def environment_with(wheel: Path, folder: Path) -> Path:
     """Makes a virtual environment with the wheel, without a network; returns its Python.
 
@@ -50,4 +60,5 @@ def run_in(folder: Path, *command: str | Path, code: int = 0, **variables: str) 
 
 def _outside(**variables: str) -> dict[str, str]:
     variables = {"OMP_NUM_THREADS": "1", **variables}
-    return {name: value for name, value in child_environment(**variables).items() if name != "PYTHONPATH"}
+    inherited = {name: value for name, value in child_environment().items() if name != "PYTHONPATH"}
+    return inherited | variables

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -12,21 +11,11 @@ from pathlib import Path
 import pytest
 
 from ijepa_scale.environment import child_environment
-from tests.unit.installed import ROOT, copy_checkout, environment_with, run_in
+from tests.unit.installed import ROOT, build, copy_checkout, environment_with, run_in
 
 NAMES = {"kernels": "ijepa_kernels", "ijepa_scale": "ijepa_scale"}  # of folders in the wheel; the others are data
 SHIPPED = ("ijepa_scale", "kernels", "launch", "configs", "ds_configs")
 SUFFIXES = (".py", ".yaml", ".json", ".jinja")
-
-
-def build(kind: str, tree: Path, to: Path) -> Path:
-    """Builds as pip does, with the setuptools that is installed; returns the file."""
-    to.mkdir(exist_ok=True)
-    code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(to)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "would be ignored" not in done.stderr  # setuptools has found a folder that setup.py doesn't name
-    return to / done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
