@@ -36,7 +36,14 @@ PAIRS = (
     "3.10:2.15",
     "3.13:2.15",
 )
-TESTS = ("test_schedules.py", "test_rng.py", "test_shipped.py", "masks", "models", "kernels/test_attention.py")
+TESTS = (
+    "test_schedules.py",
+    "test_rng.py",
+    "masks",
+    "models",
+    "kernels/test_attention.py",
+    "kernels/test_attention_varlen.py",
+)
 TEST_PACKAGES = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-learn>=1.4", "transformers>=4.47")
 SETTINGS = (
     "--config", "configs/demo.yaml", "engine.device=cpu", "data.reader=synthetic", "data.train=null", "logging.every=1",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ijepa_scale.environment import free_port
+from ijepa_scale.environment import child_environment, free_port
 from tests.unit.installed import ROOT, build, copy_checkout, environment_with, run_in
 from tests.versions import LARGEST_DIFFERENCE, RUNS, SETTINGS, losses
 
@@ -20,7 +20,14 @@ def test_a_wheel_trains_in_a_clean_environment_as_the_checkout_does(tmp_path: Pa
     there.mkdir()
     accelerator = {"DS_ACCELERATOR": "cpu"}
     script = ROOT / "launch" / "pretrain.py"
-    run_in(there, sys.executable, script, *SETTINGS, "folder=checkout", PYTHONPATH=f"{ROOT}:{ROOT / '.path'}")
+    run_in(
+        there,
+        sys.executable,
+        script,
+        *SETTINGS,
+        "folder=checkout",
+        PYTHONPATH=child_environment().get("PYTHONPATH", ""),
+    )
     expected = losses(there / "checkout")
     assert len(expected) == 4
 
