@@ -9,18 +9,18 @@ TORCH := torch==2.11.0 torchvision==0.26.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 CHECKED := ijepa_scale kernels launch benchmarks tests setup.py
 
-.PHONY: help install demo docs test test-all lint clean
+.PHONY: help install demo docs test test-all test-versions lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## Make .venv and install the package into it (PYTHON=python3.12 picks another Python)
 
 # Install torch and torchvision first, because DeepSpeed's setup imports torch. DS_BUILD_OPS=0 builds no DeepSpeed ops.
 $(STAMP): setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 12))' 2>/dev/null \
-		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not installed); Python 3.10 to 3.12 is needed: make $(or $(firstword $(MAKECMDGOALS)),install) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13))' 2>/dev/null \
+		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not installed); Python 3.10 to 3.13 is needed: make $(or $(firstword $(MAKECMDGOALS)),install) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ SHORT ?= -m "not long"
 test: lint ## Check style and types, then run the tests
 	$(PYTEST) $(SHORT) -n 2 --dist loadfile tests/unit tests/lowering $(wildcard tests/parity)
 	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed tests/golden)
+
+test-versions: $(STAMP) ## Try the wheel under Python 3.10 to 3.13 and PyTorch 2.11 to 2.15 (an hour, 30 GB, a network)
+	$(BIN)/python -m tests.versions $(if $(PAIRS),--pairs $(PAIRS))
 
 test-all: ## Check style and types, then run all tests, long forms too
 	$(MAKE) test SHORT=

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale import environment
+from ijepa_scale import environment, shipped
 from ijepa_scale.registry import PLUGINS
 
 _PACKAGES = ("ijepa_scale", "torch", "torchvision", "deepspeed", "numpy", "simplejpeg", "webdataset")
@@ -24,7 +24,8 @@ def provenance(*, device: str | None, processes: int) -> dict[str, Any]:
     return {
         "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
-        "revision": environment.git_revision(str(Path(__file__).parent)),
+        # an installed copy may lie in a virtual environment in somebody else's repository
+        "revision": None if shipped.is_installed() else environment.git_revision(str(Path(__file__).parent)),
         "device": device or platform.processor() or "cpu",
         "processes": processes,
         "plugins": list(PLUGINS),

@@ -19,6 +19,7 @@ from ijepa_scale.environment import expand_path
 from ijepa_scale.errors import ConfigError, UserError
 from ijepa_scale.escapes import bounded, one_line
 from ijepa_scale.registry import load_plugin
+from ijepa_scale.shipped import as_called
 
 USER_ERROR_CODE, INTERRUPTED_CODE = 2, 130
 FAULT_CODE, HANG_CODE = 70, 71  # EX_SOFTWARE and EX_OSERR of sysexits.h
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, description: str | None = None, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(description=description, **options)
+        super().__init__(description=as_called(description or ""), **options)
 
     def error(self, message: str) -> NoReturn:
         """Prints a mistake in the flags, and exits with code 2."""
@@ -144,7 +145,7 @@ def file_problem(error: OSError) -> str | None:
 def say(*lines: object) -> None:
     """Prints each on a line of its own on standard output; names in them can't break it."""
     for line in lines:
-        print(one_line(str(line)), flush=True)
+        print(one_line(as_called(str(line))), flush=True)
 
 
 def report(error: object, kind: str = "error") -> None:
@@ -154,7 +155,7 @@ def report(error: object, kind: str = "error") -> None:
     """
     lines = error.problems if isinstance(error, ConfigError) else [str(error)]
     print(
-        (f"{kind}: " if kind else "") + "\n".join(bounded(one_line(line)) for line in lines),
+        (f"{kind}: " if kind else "") + "\n".join(bounded(one_line(as_called(line))) for line in lines),
         file=sys.stderr,
         flush=True,
     )
@@ -174,7 +175,7 @@ class _Lines(logging.Formatter):
         """Returns the line of a record."""
         if isinstance(record.args, tuple) and record.args and record.msg != "%s":
             record.message = str(record.msg) % tuple(map(_shown, record.args))
-        record.message = "\n".join(map(one_line, record.message.split("\n")))
+        record.message = "\n".join(map(one_line, as_called(record.message).split("\n")))
         return super().formatMessage(record)
 
 

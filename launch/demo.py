@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from ijepa_scale import environment, terminal
+from ijepa_scale import environment, shipped, terminal
 from ijepa_scale.data.shards.fashion_mnist import fetch, write_fashion_mnist_shards
 from ijepa_scale.evaluate.summary import summarize
 from ijepa_scale.visualize.curves import draw_runs, read_runs
 
-ROOT, CPU_PROCESSES = Path(__file__).parents[1], 2
+CPU_PROCESSES = 2
 BATCH = 64  # the batch of configs/demo.yaml, which the number of processes must divide
 
 
@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     processes = max(n for n in range(1, gpus + 1) if BATCH % n == 0) if gpus else CPU_PROCESSES
     variables = {} if gpus else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = [
-        str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={processes}",
-        f"--master_port={environment.free_port()}", str(ROOT / "launch" / "pretrain.py"),
-        "--config", str(ROOT / "configs" / "demo.yaml"), f"folder={environment.written_path(folder)}",
-        "engine.strategy=deepspeed", f"engine.ds_config={ROOT / 'ds_configs' / 'zero3.json'}",
+        sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}",
+        f"--master_port={environment.free_port()}", f"{shipped.folder('launch')}/pretrain.py",
+        "--config", f"{shipped.folder('configs')}/demo.yaml", f"folder={environment.written_path(folder)}",
+        "engine.strategy=deepspeed", f"engine.ds_config={shipped.folder('ds_configs')}/zero3.json",
         *([] if gpus else ["engine.device=cpu"]), *options.overrides,
     ]  # fmt: skip
     terminal.say("$ " + " ".join(command))

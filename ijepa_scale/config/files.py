@@ -25,6 +25,7 @@ from ijepa_scale.config.yaml_text import flat, nest, parse_yaml, write_yaml
 from ijepa_scale.environment import expand_path
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.regular_file import read_regular
+from ijepa_scale.shipped import elsewhere, find
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def read_config(
     reading = partial(
         translate, finetuning=kind is FinetuneConfig, num_processes=num_processes, needs_paths=needs_paths
     )
-    layers = list(_files(Path(path), (), notes, reading))
+    layers = list(_files(str(path), Path(), (), notes, reading))
     below: Mapping[str, Any] = reduce(lambda low, high: _laid(low, high), (content for _, content in layers), {})
     layers.append(("command line", nest(_parse_overrides(overrides, kind, below))))
     for origin, content in layers:
@@ -118,9 +119,19 @@ def known_keys(config: Section | type[Section]) -> list[str]:
 
 
 def _files(
-    path: Path, below: tuple[Path, ...], notes: list[str], reading: Callable[..., tuple[dict[str, Any], list[str]]]
+    named: str,
+    beside: Path,
+    below: tuple[Path, ...],
+    notes: list[str],
+    reading: Callable[..., tuple[dict[str, Any], list[str]]],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields what a file holds with its name, its bases first. `below` led here; `reading` translates."""
+    """Yields what a file holds with its name, its bases first.
+
+    `named` is relative to the folder `beside`, or names a file of the package. `below` led here; `reading` translates.
+    """
+    path = find(named, beside)
+    if path != beside / named:
+        notes.append(f"{named} is the package's, {path}")
     resolved = path.resolve()
     if resolved in below:
         circle = " -> ".join(str(p.name) for p in (*below[below.index(resolved) :], resolved))
@@ -129,6 +140,7 @@ def _files(
         content = parse_yaml(_text_in(read_regular(path), path), str(path))
     except FileNotFoundError:
         asked = f" (the base of {below[-1]})" if below else ""
+        asked += elsewhere(named, beside)
         raise ConfigError(f"{path}: no such configuration file{asked}; configs/ holds ready ones") from None
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror}); name a YAML file") from None
@@ -144,10 +156,10 @@ def _files(
     if base is not None:
         over = (*below, resolved)
         try:
-            lower = path.parent / expand_path(base)
+            lower = expand_path(base)
         except ConfigError as error:
             raise ConfigError(f"{path}: base is {base!r}; {error}") from None
-        yield from _files(lower, over, notes, reading)
+        yield from _files(lower, path.parent, over, notes, reading)
     yield str(path), content
 
 

@@ -19,6 +19,7 @@ from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.nearest import nearest
 from ijepa_scale.regular_file import read_regular
+from ijepa_scale.shipped import elsewhere, find
 
 # Other keys that a file may hold. They change what is printed or measured, not what is trained.
 DIAGNOSTICS = ("comms_logger", "dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
@@ -141,9 +142,9 @@ def compose(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = parse_json(read_regular(path))
+        content = parse_json(read_regular(find(path)))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such DeepSpeed file; use one of ds_configs/") from None
+        raise ConfigError(f"{path}: no such DeepSpeed file{elsewhere(path)}; use one of ds_configs/") from None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: not readable as JSON ({why}); fix it, or copy one of ds_configs/") from None

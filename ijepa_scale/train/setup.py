@@ -28,6 +28,7 @@ from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.host_memory import host_bytes
 from ijepa_scale.planning.strategy import resolve_engine
+from ijepa_scale.shipped import find
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
@@ -54,6 +55,8 @@ def with_strategy(config: Config, launch: Launch, device: torch.device) -> Confi
         optimizer_states=optimizer.state_names,
     )
     logger.info("engine.strategy is %s: %s", engine.strategy, reason)
+    if engine.ds_config is not None and (found := find(engine.ds_config)) != Path(engine.ds_config):
+        logger.info("%s is the package's, %s", engine.ds_config, found)
     return config.replace(engine=choose_compile(engine, device))
 
 

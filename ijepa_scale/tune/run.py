@@ -14,6 +14,7 @@ from ijepa_scale import environment
 from ijepa_scale.config import PretrainConfig, read_config
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.registry import PLUGINS
+from ijepa_scale.shipped import folder as shipped_folder
 from ijepa_scale.train.initial import with_init
 from ijepa_scale.tune import worst
 from ijepa_scale.tune.children import Children, Outcome
@@ -27,7 +28,6 @@ from ijepa_scale.tune.search import SKIPPABLE, Budget, Search
 from ijepa_scale.tune.space import Candidate, Space
 
 FILE = "tuned.yaml"
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 STAGES = (*SKIPPABLE, "workers")  # the stages that --skip accepts
 _START_S = 120.0  # time limit for a child to describe the machine, and for a loader to deliver its first batch
 _LOADER_S = 5.0  # time for measuring a loader
@@ -113,7 +113,7 @@ class _Tuning:
         machine = self._machine(config)
         size = config.data.batch_size or (config.data.batch_size_per_process or 1) * machine.processes
         lengths = worst.longest(options.worst, config.masks, config.model.grid, batch_size=size, seed=config.seed)
-        self.space = Space(config, machine, lengths, _relative(DS_CONFIGS))
+        self.space = Space(config, machine, lengths, _relative(shipped_folder("ds_configs")))
         say(head_text(self.space))
         budget = Budget(
             seconds=60 * options.minutes,

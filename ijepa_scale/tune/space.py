@@ -14,6 +14,7 @@ from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.footprint import footprint
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.planning.strategy import resolve_compile, resolve_engine
+from ijepa_scale.shipped import find
 from ijepa_scale.train.setup import global_batch
 from ijepa_scale.tune.machine import Machine
 from ijepa_scale.tune.worst import Lengths, worst_tokens
@@ -74,7 +75,7 @@ def stage_of(engine: EngineConfig) -> int:
 def _zero_section(engine: EngineConfig) -> dict[str, Any]:
     """Returns `zero_optimization` of the DeepSpeed file, unchecked, because checking it would import deepspeed."""
     try:
-        section = parse_json(Path(engine.ds_config or "").read_bytes())["zero_optimization"]
+        section = parse_json(find(engine.ds_config or "").read_bytes())["zero_optimization"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return section if isinstance(section, dict) else {}

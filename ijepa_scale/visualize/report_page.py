@@ -23,6 +23,7 @@ from ijepa_scale import __version__
 from ijepa_scale.errors import ConfigError, UserError
 from ijepa_scale.metrics.sinks import BLOCK_NORM, HEALTH
 from ijepa_scale.new_file import new_file
+from ijepa_scale.shipped import as_called
 from ijepa_scale.visualize.block_gradients import BlockNormMap, block_norms, block_svg, common_scale
 from ijepa_scale.visualize.curves import RUN_COLORS, curve_svg, title_of, usual_fields
 from ijepa_scale.visualize.report_runs import (
@@ -88,7 +89,7 @@ def write_report(folders: Sequence[str], to: Path, options: ReportOptions) -> Pa
         raise ConfigError(f"{to} exists; name another file with --to, or add --overwrite")
     runs = read_folders(folders, options.evaluations)
     galleries = [_gallery(run, options.images) for run in runs] if options.pictures else []
-    text = render(runs, galleries)
+    text = as_called(render(runs, galleries))
     with new_file(to) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return to

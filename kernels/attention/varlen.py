@@ -1,8 +1,8 @@
 """PyTorch's variable-length flash attention, wrapped in one function because its signature changes between releases.
 
 2.10: varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, return_aux), without a scale.
-2.11: (the same first seven, *, return_aux, scale, window_size). 2.12 adds keywords for grouped queries and paged keys.
-Source: `torch/nn/attention/varlen.py` of the three releases.
+2.11: (the same first seven, *, return_aux, scale, window_size). 2.12 adds keywords for grouped queries and paged keys,
+and 2.15 takes cuDNN's kernel first where that can run. Source: `torch/nn/attention/varlen.py` of the releases.
 """
 
 from __future__ import annotations
