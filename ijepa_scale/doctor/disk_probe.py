@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import glob
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _CHUNK = 4 << 20  # bytes
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".npy", ".dcm")
@@ -107,7 +108,7 @@ def _files(path: str) -> Iterator[str]:
     """Yields files of the data, at most `_MOST_NAMES`, without sorting."""
     if path.endswith(".txt") and os.path.isfile(path):
         with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-            for line, _ in zip(lines, range(_MOST_NAMES)):
+            for line in itertools.islice(lines, _MOST_NAMES):
                 name = os.path.join(os.path.dirname(path), line.rstrip("\n").split(",")[0])
                 if os.path.isfile(name):
                     yield name
@@ -181,7 +182,13 @@ def _filesystem(folder: str) -> str:
     return found
 
 
-_DOES = {"write": write, "read": read, "leave": leave, "look": look, "remove": remove}
+_DOES: dict[str, Callable[..., dict[str, object]]] = {
+    "write": write,
+    "read": read,
+    "leave": leave,
+    "look": look,
+    "remove": remove,
+}
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])

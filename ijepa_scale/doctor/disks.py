@@ -16,7 +16,7 @@ from typing import Any
 
 from ijepa_scale.doctor.finding import Finding, NoAnswer, size_text
 
-PROBE = Path(__file__).with_name("disk_probe.py")
+PROBE = Path(__file__).parent / "disk_probe.py"
 LIMIT_S = 20.0  # of each question
 SPEED_S = 4.0  # of each measurement
 SLOW = 20e6  # bytes per second: a tenth of a hard disk; a checkpoint of 10 GB would take 8 minutes
@@ -64,7 +64,8 @@ def run_folder(folder: str, checkpoint_bytes: float | None) -> Iterator[Finding]
         problems.append((f"it has room for {found['free_files']} more files", "delete files, or use another disk"))
     save = ""
     if checkpoint_bytes:
-        save = f"; a checkpoint of {size_text(checkpoint_bytes)} takes {checkpoint_bytes / found['write_bytes_per_s']:.0f} s"
+        save_s = checkpoint_bytes / found["write_bytes_per_s"]
+        save = f"; a checkpoint of {size_text(checkpoint_bytes)} takes {save_s:.2g} s"
     yield Finding(
         check="run folder",
         found=f"{found['folder']} ({found['filesystem']}): writes {size_text(found['write_bytes_per_s'])}/s, reads "

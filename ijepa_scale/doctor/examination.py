@@ -7,10 +7,9 @@ import os
 import socket
 import sys
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -121,7 +120,7 @@ def _host(patient: _Patient) -> None:
     options, config, count = patient.options, patient.options.config, patient.launch.local_world_size
     engine = None if config is None else config.engine
     needs_ops = isinstance(config, PretrainConfig) and getattr(config.optimizer, "impl", None) == "deepspeed"
-    quick = {
+    quick: dict[str, Callable[[], Iterable[Finding]]] = {
         "versions": software.versions,
         "driver": software.driver,
         "GPUs": software.usable_gpus,
@@ -153,7 +152,7 @@ def _host(patient: _Patient) -> None:
 
 def _data(patient: _Patient) -> list[bytes]:
     """Checks the data's folder, and returns its first images."""
-    path, images = patient.options.data, []
+    path, images = patient.options.data, list[bytes]()
     if path is None or scheme_of(path) is not None or path.startswith("pipe:"):
         said = "no data named; --data or --config does" if path is None else f"{path} isn't on a disk"
         patient.add([Finding(check="data", found=said, verdict="not checked")])

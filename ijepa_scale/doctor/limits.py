@@ -104,7 +104,7 @@ def _quota(root: Path) -> float | None:
     Source: the Linux kernel's documentation, admin-guide/cgroup-v2, "cpu.max".
     """
     names = [line.rpartition(":")[2] for line in system_file(root / "proc/self/cgroup").splitlines()]
-    folders = {Path(parent) for name in ("/", *names) for parent in (name, *Path(name).parents)}
+    folders = {parent for name in map(Path, ("/", *names)) for parent in (name, *name.parents)}
     found = []
     for folder in folders:
         words = system_file(root / "sys/fs/cgroup" / folder.relative_to("/") / "cpu.max").split()

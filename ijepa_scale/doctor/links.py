@@ -64,7 +64,7 @@ def chosen_pairs(hosts: list[str], most: int = MOST_PAIRS) -> list[tuple[int, in
     if len(pairs) <= most:
         return pairs
     firsts = [rank for rank in range(count) if hosts[rank] not in hosts[:rank]]
-    ring = [tuple(sorted((rank, (rank + 1) % count))) for rank in range(count)]
+    ring = [(rank, rank + 1) for rank in range(count - 1)] + [(0, count - 1)]
     wanted = sorted({*ring, *itertools.combinations(firsts, 2)})
     return [wanted[index * len(wanted) // most] for index in range(most)] if len(wanted) > most else wanted
 
@@ -87,7 +87,7 @@ class Links:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._world = replace(world, device=torch.device("cpu"), group=self._group)
         self.stage = "naming hosts"
-        self._hosts = hosts_of([tuple(each) for each in self._world.gather_objects((host, world.local_rank))])  # type: ignore[arg-type, misc, call-overload]
+        self._hosts = hosts_of([tuple(each) for each in self._world.gather_objects((host, world.local_rank))])  # type: ignore[arg-type, misc]
 
     def measure(self) -> list[Finding]:
         """Returns the findings, on process 0; nothing on the others.

@@ -35,7 +35,7 @@ def versions() -> Iterator[Finding]:
     python = platform.python_version()
     told = [f"Python {python}", *(f"{name} {_version(name) or 'missing'}" for name in _TOLD)]
     problems = list(_unmet(PACKAGE)) + list(_unmet("torchvision"))
-    wanted = metadata.metadata(PACKAGE).get("Requires-Python") if _version(PACKAGE) else None
+    wanted = metadata.distribution(PACKAGE).metadata["Requires-Python"] if _version(PACKAGE) else None
     if wanted and Version(python) not in SpecifierSet(wanted):
         problems.insert(0, f"{PACKAGE} needs Python {wanted}, and this is {python}")
     yield Finding(
@@ -87,7 +87,7 @@ def driver(root: Path = Path("/")) -> Iterator[Finding]:
         return
     found, major = match[0].strip(), int(built.partition(".")[0])
     oldest = _OLDEST_DRIVER.get(major)
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
     wrong = oldest is not None and int(match[1]) < oldest
     yield Finding(
         check="driver",
