@@ -65,7 +65,11 @@ class Board:
         self._await(f"heard/{name}", _LEAVE_S, absent)
 
     def hear(self, name: str, seconds: float) -> str | None:
-        """Returns what process 0 tells; None if it doesn't in time."""
+        """Returns what process 0 tells; None if it doesn't in time.
+
+        Raises:
+            RuntimeError: process 0 has ended.
+        """
         deadline = time.monotonic() + seconds
         while not self._store.check([name]):
             if time.monotonic() > deadline:

@@ -51,7 +51,7 @@ def made_image() -> bytes:
     return file.getvalue()
 
 
-def decoding_rate(crops: Crops, images: Sequence[bytes], seconds: float = SECONDS) -> float:
+def decoding_rate(crops: Crops, images: Sequence[bytes], seconds: float) -> float:
     """Returns the crops per second of CPU time that one core cuts from these images, which it decodes again and again.
 
     Raises:
@@ -93,7 +93,7 @@ def decoding(
             yield Finding(check="decoding", found="no image of the data to decode", verdict="not checked")
             return
     try:
-        rate = decoding_rate(crops, images)
+        rate = decoding_rate(crops, images, SECONDS)
     except SampleError as error:
         remedy = "set model.channels and data.pixels to what the images have, or fix the data"
         yield Finding(check="decoding", found=str(error), verdict="wrong", remedy=remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import uuid
@@ -21,7 +22,7 @@ from ijepa_scale.doctor.board import Board
 from ijepa_scale.doctor.decoding import Config, decoding, needed_rate
 from ijepa_scale.doctor.finding import Finding, NoAnswer, checked, within
 from ijepa_scale.doctor.gpu_health import gpu_health
-from ijepa_scale.doctor.links import Links
+from ijepa_scale.doctor.links import WAIT_S, Links
 from ijepa_scale.doctor.table import PROCESS, table, table_json, wrong_of
 from ijepa_scale.engine.world import World, start_world, stop_world
 from ijepa_scale.environment import Launch
@@ -35,6 +36,7 @@ MEET_S, LINKS_S = 120.0, 180.0
 SEEN_S = 5.0  # until another host's file must be seen
 _AFTER_S = 5.0  # for findings, once a process is known to hang
 LOCAL_S = 120.0  # until each process must have finished its own checks
+_ABSENT = re.compile(r"Ranks ([\d, ]+) failed to pass")  # what `monitored_barrier` says
 _HUNG = "see what the other processes print; check that the hosts reach each other (firewall, interface, address)"
 _BROKEN = "report it with the command"
 
@@ -81,9 +83,15 @@ def examine_here(options: Options, launch: Launch, device: torch.device) -> None
     world = _meet(patient) if launch.world_size > 1 else None
     if launch.rank == 0 or patient.first:
         _host(patient)
-    if world is not None:
-        _together(patient, *world)
-    code = _told(patient, None if world is None else world[1])
+    try:
+        if world is not None:
+            _together(patient, *world)
+        code = _told(patient, None if world is None else world[1])
+    except RuntimeError as error:  # of the store
+        if not launch.rank:
+            raise
+        code, patient.hung = WRONG_CODE, True
+        terminal.report(f"process 0 has ended: {_first_line(error)}", f"wrong (process {launch.rank})")
     sys.stdout.flush()
     if patient.hung:
         os._exit(code)  # threads that wait for what doesn't answer can't be ended
@@ -108,9 +116,7 @@ def _meet(patient: _Patient) -> tuple[World, Board] | None:
         return within(MEET_S, meet)
     except (NoAnswer, RuntimeError, OSError, ConfigError) as error:
         patient.hung = True
-        said = (
-            f"{launch.world_size} processes don't meet at {launch.address}:{launch.port}: {str(error).splitlines()[0]}"
-        )
+        said = f"{launch.world_size} processes don't meet at {launch.address}:{launch.port}: {_first_line(error)}"
         patient.add([Finding(check="meeting", found=said, verdict="wrong", remedy=_HUNG)], f"{PROCESS}{launch.rank}")
         return None
 
@@ -204,8 +210,14 @@ def _together(patient: _Patient, world: World, board: Board) -> None:
         patient.hung = True
         if world.is_main:  # the others wait for the same process, and know less
             stage = links[0].stage if links else "connecting"
-            said = f"{stage}: {str(error).strip().splitlines()[0]}"
+            absent = _ABSENT.search(str(error))
+            answer = f"processes {absent[1]} don't answer within {WAIT_S:g} s" if absent else _first_line(error)
+            said = f"{stage}: {answer}"
             patient.add([Finding(check="links", found=said, verdict="wrong", remedy=_HUNG)], "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _same_folder(patient: _Patient, board: Board) -> list[Finding]:

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -87,7 +87,7 @@ class Links:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._world = replace(world, device=torch.device("cpu"), group=self._group)
         self.stage = "naming hosts"
-        self._hosts = hosts_of([tuple(each) for each in self._world.gather_objects((host, world.local_rank))])  # type: ignore[arg-type, misc]
+        self._hosts = hosts_of(cast(list[tuple[str, int]], self._world.gather_objects((host, world.local_rank))))
 
     def measure(self) -> list[Finding]:
         """Returns the findings, on process 0; nothing on the others.
@@ -146,7 +146,7 @@ class Links:
                 if self._world.rank in (first, second):
                     mine.append(self._pair(first, second, device, group))
             gathered = self._world.gather_objects([each for each in mine if each is not None])
-            pairs = [pair for part in gathered for pair in part]  # type: ignore[attr-defined]
+            pairs = [pair for part in cast(list[list[Pair]], gathered) for pair in part]
             if pairs:
                 yield from pair_findings(name, pairs, len(self._hosts))
 
