@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from ijepa_scale import terminal
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.config.schema import RunConfig
@@ -45,4 +47,7 @@ def options_of(flags: argparse.Namespace) -> tuple[Options, EngineConfig, list[s
     folder = flags.folder or (config.folder if isinstance(config, RunConfig) else "runs")
     data = flags.data or (config.data.train if config is not None and config.data.reader != "synthetic" else None)
     options = Options(folder=folder, data=data, config=config, need=flags.need, json=flags.json)
-    return options, config.engine if config is not None else EngineConfig(), devices
+    engine = config.engine if config is not None else EngineConfig()
+    if devices is None and not torch.cuda.is_available():
+        engine = engine.replace(device="cpu")  # a GPU that can't be used is a line of the table, and ends nothing
+    return options, engine, devices

@@ -224,14 +224,18 @@ def _same_folder(patient: _Patient, board: Board) -> list[Finding]:
     """Returns whether this process sees a file that process 0 makes in the run's folder, or what is above it."""
     if patient.launch.rank == 0:
         name = f".doctor-{uuid.uuid4().hex}"
-        near = disks.ask("leave", disks.LIMIT_S, folder=patient.options.folder, name=name)["folder"]
+        try:
+            near = disks.ask("leave", disks.LIMIT_S, folder=patient.options.folder, name=name)["folder"]
+        except (OSError, NoAnswer):
+            board.tell("file", "null")
+            raise
         patient.left = (near, name)
         board.tell("file", json.dumps(patient.left))
         return []
     told = board.hear("file", LOCAL_S)
-    if told is None:
+    if told is None or (place := json.loads(told)) is None:
         return []  # process 0 says what is wrong with the folder
-    near, name = json.loads(told)
+    near, name = place
     if disks.ask("look", SEEN_S + disks.LIMIT_S, folder=near, name=name, seconds=SEEN_S)["seen"]:
         return [Finding(check="same folder", found=f"{near} is the one of process 0")]
     remedy = "put the run on a file system that all hosts mount at the same place, and name it with folder="

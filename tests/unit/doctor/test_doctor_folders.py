@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ijepa_scale.doctor import decoding, disk_probe, disks, limits
+from ijepa_scale import environment
+from ijepa_scale.doctor import decoding, disk_probe, disks, limits, software
 from ijepa_scale.doctor.finding import Finding, NoAnswer, checked
 from ijepa_scale.doctor.links import Pair, chosen_pairs, hosts_of, pair_findings
 from ijepa_scale.doctor.table import merged, table, table_json, wrong_of
+from ijepa_scale.engine import world
 from launch.doctor import main
 
 
@@ -216,6 +219,14 @@ def test_the_command_ends_with_0_1_or_2(
     with pytest.raises(SystemExit) as ended:
         main([*flags, "--need", "1e9"])
     assert ended.value.code == 1 and "remedy       decoding: set data.workers=" in capsys.readouterr().out
+    for module in (software, world):
+        monkeypatch.setattr(module, "gpu_in_machine", lambda: "an NVIDIA GPU (/dev/nvidia0)")
+        monkeypatch.setattr(module, "why_unusable", lambda: "it is too old; update the driver")
+    monkeypatch.setattr(environment, "hidden_gpus", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        main([*flags, "--need", "1"])
+    assert ended.value.code == 1 and "remedy       GPUs: update the driver" in capsys.readouterr().out
     for wrong, said in (
         (["--config", str(tmp_path / "none.yaml")], "none.yaml"),
         (["data.workers=3"], "data.workers=3 changes a configuration, and none is named; give --config"),
