@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ WRONG_CODE = 1
 QUICK_S = 30.0  # of a check that should take none
 MEET_S, LINKS_S = 120.0, 180.0
 SEEN_S = 5.0  # until another host's file must be seen
+_LEAVE_S = 1.0  # for the other processes to end
+_ALL_ANSWER = "all answer"
 _AFTER_S = 5.0  # for findings, once a process is known to hang
 LOCAL_S = 120.0  # until each process must have finished its own checks
 _ABSENT = re.compile(r"Ranks ([\d, ]+) failed to pass")  # what `monitored_barrier` says
@@ -78,7 +81,10 @@ class _Patient:
 
 
 def examine_here(options: Options, launch: Launch, device: torch.device) -> None:
-    """Examines this process and its links; process 0 prints the table. Exits with 1 if something is wrong."""
+    """Examines this process and its links; process 0 prints the table, and exits with 1 if something is wrong.
+
+    It does so when the others have ended, with 0, since launchers end by force what runs when a process fails.
+    """
     patient = _Patient(options, launch, device, [])
     world = _meet(patient) if launch.world_size > 1 else None
     if launch.rank == 0 or patient.first:
@@ -93,11 +99,13 @@ def examine_here(options: Options, launch: Launch, device: torch.device) -> None
         code, patient.hung = WRONG_CODE, True
         terminal.report(f"process 0 has ended: {_first_line(error)}", f"wrong (process {launch.rank})")
     sys.stdout.flush()
-    if patient.hung:
-        os._exit(code)  # threads that wait for what doesn't answer can't be ended
-    if world is not None:
+    if not patient.hung and world is not None:
         world[0].barrier()
         stop_world()
+    if code and launch.world_size > 1 and not launch.rank:
+        time.sleep(_LEAVE_S)
+    if patient.hung:
+        os._exit(code)  # threads that wait for what doesn't answer can't be ended
     if code:
         sys.exit(code)
 
@@ -244,7 +252,7 @@ def _same_folder(patient: _Patient, board: Board) -> list[Finding]:
 
 
 def _told(patient: _Patient, board: Board | None) -> int:
-    """Prints the table on process 0 and returns the exit code, the same on all processes that it reaches."""
+    """Prints the table on process 0 and returns the exit code: that of process 0 counts."""
     launch, absent = patient.launch, list[int]()
     if launch.rank:
         if board is None:
@@ -252,9 +260,8 @@ def _told(patient: _Patient, board: Board | None) -> int:
             return WRONG_CODE
         board.post(patient.findings, hung=patient.hung)
         verdict = board.hear("verdict", LINKS_S + LOCAL_S)
-        code, hung = (WRONG_CODE, True) if verdict is None else json.loads(verdict)
-        patient.hung |= hung
-        return int(code)
+        patient.hung |= verdict != _ALL_ANSWER
+        return WRONG_CODE if verdict is None else 0
     if board is not None:
         others, absent, hung = board.collect(_AFTER_S if patient.hung else LOCAL_S)
         patient.hung |= hung
@@ -267,7 +274,7 @@ def _told(patient: _Patient, board: Board | None) -> int:
         patient.add(checked("same folder", lambda: _remove(near, name), remedy="remove it"))
     code = _report(patient)
     if board is not None:
-        board.tell_last("verdict", json.dumps([code, patient.hung]), absent)
+        board.tell_last("verdict", "" if patient.hung else _ALL_ANSWER, absent)
     return code
 
 

@@ -78,7 +78,7 @@ def _rows(found: Sweep) -> Iterator[str]:
                 each for network in networks for each in found.at(nodes, network) if each.strategy == point.strategy
             ]
             marks = "*" if point.fits and point.images_per_s == fastest else ""
-            marks += " <- configured" if point.configured else ""
+            marks += "<-" if point.configured else ""
             yield _row(point, dict.fromkeys(networks) | {each.network: each for each in same}, marks)
 
 
@@ -96,7 +96,8 @@ def _assumed(found: Sweep) -> Iterator[str]:
     plan = next(iter(found.plans.values()))
     yield (
         f"efficiency images/s of a GPU, relative to those of {_nodes(base.nodes)} under {base.strategy} "
-        f"({base.images_per_s / base.num_gpus:.0f} images/s per GPU); * marks the fastest that fits"
+        f"({base.images_per_s / base.num_gpus:.0f} images/s per GPU); * marks the fastest that "
+        "fits, and <- what the configuration would run"
     )
     if assumed.measured is not None:
         yield f"computing  as measured: {assumed.measured.text()}; other sizes on the line through them"
@@ -107,7 +108,8 @@ def _assumed(found: Sweep) -> Iterator[str]:
     yield (
         f"assumed    {assumed.overlap:.0%} of the communication that can run during computation is hidden by it and "
         f"slows nothing; collectives reach {LINK_SHARE:.0%} of a link; a ring that crosses nodes uses the adapters of "
-        "all its processes there; latency, stragglers, loading, evaluation and checkpoints take no time"
+        "all its processes there; latency, the waits of ZeRO-3's host, stragglers, loading, evaluation and checkpoints "
+        "take no time"
     )
     yield (
         f"           GPU-hours are those of the whole run, {plan.steps} steps on {_nodes(plan.cluster.num_nodes)} "

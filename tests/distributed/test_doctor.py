@@ -127,4 +127,4 @@ def test_processes_that_it_starts_end_with_its_verdict(tmp_path: Path) -> None:
         [*command, "--need", "1e9"], env=clean_environment(), capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 1 and "remedy       decoding: set data.workers=" in done.stdout, done.stderr
-    assert "process 1 on" in done.stdout and not done.stderr and not list(tmp_path.iterdir())
+    assert "process 1 on" in done.stdout and not list(tmp_path.iterdir())

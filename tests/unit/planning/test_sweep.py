@@ -178,11 +178,11 @@ def test_what_fits_nowhere_is_refused_with_numbers() -> None:
 def test_text_states_assumptions_and_json_has_every_point(config: PretrainConfig) -> None:
     found = sweep(config, H100, [1, 4], Assumptions(overlap=0.7, mfu=0.4), gpus_per_node=8)
     text = sweep_text(found)
-    assert max(map(len, text.splitlines())) <= WIDTH + 20  # marks at the end of rows
+    assert max(map(len, text.splitlines())) <= WIDTH
     flat = " ".join(text.split())
     for said in (
         "networks of 100, 200, 400 Gb/s per GPU", "70% of the communication", "collectives reach 80% of a link",
-        "at 40% of the peak (from --mfu)", "<- configured", "relative to those of 1 node under",
+        "at 40% of the peak (from --mfu)", "<- what the configuration would run", "relative to those of 1 node under",
     ):  # fmt: skip
         assert said in flat, said
     rows = [line for line in text.splitlines() if line[:5].strip() in ("1", "4")]
