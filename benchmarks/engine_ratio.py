@@ -1,7 +1,7 @@
 """Question: how do the speeds of ZeRO-3, FSDP2 and DDP on the same work relate?
 
-python -m benchmarks.engine_ratio [--rounds 7] [--steps 6] [--processes 2] [--device cuda] [--to FILE]
-    [section.key=value ...]
+python -m benchmarks.engine_ratio [--rounds 7] [--steps 6] [--processes 2] [--device cuda]
+    [--engines fsdp2 zero3] [--to FILE] [section.key=value ...]
 
 In each round each engine trains the same model on the same images and masks, in processes of its own; engines take
 turns, in reverse order every second round. The first round warms up. The table has the 20th, 50th and 80th percentile
@@ -55,9 +55,9 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ValueError: the losses of two engines differ, so that their work isn't the same.
     """
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ("ddp", *options.engines)}
     for turn in range(options.rounds + 1):
-        for name in list(ENGINES) if turn % 2 == 0 else reversed(ENGINES):
+        for name in list(rounds) if turn % 2 == 0 else reversed(rounds):
             found = measure(name, options)
             if turn:
                 rounds[name].append(found)
@@ -74,6 +74,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "cores": os.cpu_count(),
                 "batch_per_process": options.batch,
                 "precision": "bf16" if options.device == "cuda" else "fp32",
+                "overrides": options.overrides,
                 "rounds": options.rounds,
                 "steps": options.steps,
                 "unit": "times DDP's speed",
@@ -126,6 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.set_defaults(model="vit_tiny", image_size=64, patch_size=8, batch=4)
+    parser.add_argument(
+        "--engines", nargs="+", choices=list(ENGINES)[1:], default=list(ENGINES)[1:], help="besides ddp"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a round, after three others")

@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks import engine_ratio
 
-OPTIONS = argparse.Namespace(rounds=3, steps=2, processes=2, batch=4, device="cpu")
+OPTIONS = argparse.Namespace(
+    rounds=3, steps=2, processes=2, batch=4, device="cpu", engines=list(engine_ratio.ENGINES)[1:], overrides=[]
+)
 
 
 def test_ratios_pair_the_rounds_and_skip_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
