@@ -94,7 +94,7 @@ def test_values_that_the_tables_give_are_those_of_the_blocks() -> None:
 
 
 def rows_of_sweep() -> list[list[str]]:
-    table = PAGE.partition("### What it says")[2].partition("\n\nSo with")[0]
+    table = PAGE.partition("### What it says")[2].partition("\n\n![")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:3] != "|--"]
 
 
