@@ -19,7 +19,7 @@ from ijepa_scale.data.decode import PixelRules
 from ijepa_scale.data.parts import Crops
 from ijepa_scale.doctor.finding import Finding
 from ijepa_scale.errors import SampleError
-from ijepa_scale.planning.devices import Cluster, devices
+from ijepa_scale.planning.devices import Cluster, device_with_title
 from ijepa_scale.planning.finetune_plan import plan_run
 from ijepa_scale.train.setup import encoder_of, pixels_of
 from ijepa_scale.tune.loader_workers import HEADROOM
@@ -74,8 +74,7 @@ def needed_rate(config: Config | None, device: torch.device, processes: int, loc
     """
     if config is None or device.type != "cuda":
         return None
-    title = torch.cuda.get_device_name(device)
-    kind = next((each for each in devices().values() if each.title == title), None)
+    kind = device_with_title(torch.cuda.get_device_name(device))
     if kind is None:
         return None
     plan = plan_run(config, Cluster(kind, processes, local))

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from ijepa_scale.doctor.finding import Finding, size_text
 from ijepa_scale.engine.world import World
+from ijepa_scale.planning.devices import device_with_title
 
 WAIT_S = 30.0  # for another process, once both measure
 BUDGET_S = 30.0  # of all pairs together
 MOST_PAIRS = 28  # all pairs of 8 processes
 MOST_SKEW_S = 1.0  # between hosts: files' times and logs are then in another order than what happened
 SLOW_NETWORK = 100e6  # bytes per second between hosts: less than gigabit Ethernet
+LEAST_OF_LINK = 0.3  # of the data sheet's bandwidth, that a large all-reduce inside a host must reach
 OUTLIER = 1 / 3  # of the median: what a healthy pair doesn't reach on a busy machine either
 _PINGS, _PAIR_BYTES, _MORE_S = 20, (1 << 20, 16 << 20), 0.2
 _REDUCED = {
@@ -202,12 +204,26 @@ class Links:
             speeds[count] = 2 * (size - 1) / size * count / seconds
             if seconds > _REDUCE_S:
                 break
-        yield Finding(
-            check=f"all-reduce, {name}",
-            found=", ".join(f"{size_text(count)} at {size_text(speed)}/s" for count, speed in speeds.items())
-            + f" on the bus of {size} processes",
-            values={"bus_bytes_per_s": {str(count): speed for count, speed in speeds.items()}},
-        )
+        kind = device_with_title(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        link = kind.link_bandwidth if kind is not None and len(set(self._hosts)) == 1 else None
+        yield reduce_finding(name, speeds, size, link)
+
+
+def reduce_finding(backend: str, speeds: dict[int, float], processes: int, link: float | None) -> Finding:
+    """Returns the line about the bus bandwidth by size; wrong if the best is far below the GPUs' `link`, if known."""
+    best = max(speeds.values())
+    wrong = link is not None and best < LEAST_OF_LINK * link
+    of_link = f"; the GPUs' links have {size_text(link)}/s" if link is not None else ""
+    return Finding(
+        check=f"all-reduce, {backend}",
+        found=", ".join(f"{size_text(count)} at {size_text(speed)}/s" for count, speed in speeds.items())
+        + f" on the bus of {processes} processes{of_link}",
+        verdict="wrong" if wrong else "ok",
+        remedy="see whether the links are up and used: nvidia-smi nvlink --status, nvidia-smi topo -m, NCCL_DEBUG=INFO"
+        if wrong
+        else "",
+        values={"bus_bytes_per_s": {str(count): speed for count, speed in speeds.items()}},
+    )
 
 
 def _skew(host: str, round_trip: float, offset: float) -> Finding:
@@ -258,4 +274,4 @@ def pair_findings(backend: str, pairs: list[Pair], processes: int) -> Iterator[F
         )
 
 
-__all__ = ["Links", "Pair", "chosen_pairs", "hosts_of", "pair_findings"]
+__all__ = ["Links", "Pair", "chosen_pairs", "hosts_of", "pair_findings", "reduce_finding"]

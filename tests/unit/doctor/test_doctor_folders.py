@@ -17,9 +17,10 @@ from PIL import Image
 from ijepa_scale import environment
 from ijepa_scale.doctor import decoding, disk_probe, disks, limits, software
 from ijepa_scale.doctor.finding import Finding, NoAnswer, checked
-from ijepa_scale.doctor.links import Pair, chosen_pairs, hosts_of, pair_findings
+from ijepa_scale.doctor.links import Pair, chosen_pairs, hosts_of, pair_findings, reduce_finding
 from ijepa_scale.doctor.table import merged, table, table_json, wrong_of
 from ijepa_scale.engine import world
+from ijepa_scale.planning.devices import device_with_title, devices
 from launch.doctor import main
 
 
@@ -176,6 +177,16 @@ def test_a_slow_pair_or_network_is_named(speeds: list[float], slow: float) -> No
     assert finding.verdict == "wrong" and "far slower than the others: 3-7 at" in finding.found
     inside, between = pair_findings("gloo", [pair(0, 1, slow, apart=False), pair(0, 2, slow, apart=True)], 3)
     assert inside.verdict == "ok" and "slower than gigabit Ethernet" in between.found and between.verdict == "wrong"
+
+
+@settings(max_examples=40, deadline=None)
+@given(best=st.floats(1e8, 6e11), name=st.sampled_from(sorted(devices())))
+def test_an_all_reduce_far_below_the_links_is_wrong(best: float, name: str) -> None:
+    device = devices()[name]
+    assert device_with_title(device.title) == device and device_with_title("none") is None
+    found = reduce_finding("NCCL", {4000: best / 9, 10**8: best}, 8, device.link_bandwidth)
+    assert (found.verdict == "wrong") == (best < 0.3 * device.link_bandwidth) == bool(found.remedy)
+    assert reduce_finding("gloo", {4000: best}, 8, None).verdict == "ok"
 
 
 def test_equal_findings_are_one_line_and_wrong_ones_have_their_remedy() -> None:
