@@ -94,11 +94,7 @@ def export_compile_cache(folder: str | None) -> Path:
     Raises:
         ConfigError: the folder can't be made, or others can write to it.
     """
-    own = _user_cache() / "compile"
-    found = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    if found and found == _inductor_default():
-        found = ""
-    chosen = Path(folder or found or own).expanduser().resolve()
+    chosen = compile_cache_folder(folder)
     try:
         for missing in reversed([path for path in (chosen, *chosen.parents) if not path.exists()]):
             missing.mkdir(exist_ok=True, mode=0o700)  # one by one: parents=True would ignore `mode` for the parents
@@ -119,6 +115,15 @@ def export_compile_cache(folder: str | None) -> Path:
     if folder is not None or "TRITON_CACHE_DIR" not in os.environ:
         os.environ["TRITON_CACHE_DIR"] = str(chosen / "triton")
     return chosen
+
+
+def compile_cache_folder(folder: str | None) -> Path:
+    """Returns the folder that `export_compile_cache` would set, without making it."""
+    own = _user_cache() / "compile"
+    found = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if found and found == _inductor_default():
+        found = ""
+    return Path(folder or found or own).expanduser().resolve()
 
 
 def cache_folder() -> Path:

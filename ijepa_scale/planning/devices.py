@@ -124,6 +124,11 @@ def devices() -> dict[str, Device]:
     return {name: Device(name, title, *(1e9 * each for each in figures)) for name, title, *figures in _GIGABYTES}
 
 
+def device_with_title(title: str) -> Device | None:
+    """Returns the known GPU that `torch.cuda.get_device_name` calls `title`; None if there is none."""
+    return next((device for device in devices().values() if device.title == title), None)
+
+
 def find_device(name: str) -> Device:
     """Returns the GPU called `name`; ignores case, spaces, `nvidia`, `sxm` and a correct memory size.
 

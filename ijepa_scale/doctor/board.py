@@ -1,0 +1,92 @@
+"""Where processes leave their findings for process 0, and get its verdict: a store, which needs no collective.
+
+So process 0 has the findings of all others when one of them hangs, and says which one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from dataclasses import asdict
+
+import torch.distributed as dist
+
+from ijepa_scale.doctor.finding import Finding
+from ijepa_scale.engine.world import World
+
+_LOOK_S, _LEAVE_S = 0.05, 5.0
+
+
+class Board:
+    """The findings of all processes. Communicates when it is made."""
+
+    def __init__(self, world: World, address: str | None) -> None:
+        self._rank, self._size = world.rank, world.size
+        timeout = datetime.timedelta(seconds=30)
+        if world.is_main:
+            self._store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        port = world.broadcast_object(self._store.port if world.is_main else None)
+        if not world.is_main:
+            assert isinstance(port, int)
+            self._store = dist.TCPStore(address or "127.0.0.1", port, is_master=False, timeout=timeout)
+
+    def post(self, findings: list[Finding], *, hung: bool) -> None:
+        """Leaves this process's findings, and whether something in it waits for ever."""
+        content = {"findings": [asdict(each) for each in findings], "hung": hung}
+        self._store.set(f"findings/{self._rank}", json.dumps(content))
+
+    def collect(self, seconds: float) -> tuple[list[Finding], list[int], bool]:
+        """Returns the findings of all other processes, those that leave none in time, and whether one hangs."""
+        missing = self._await("findings", seconds)
+        found = [
+            json.loads(self._store.get(f"findings/{rank}")) for rank in range(1, self._size) if rank not in missing
+        ]
+        findings = [Finding(**each) for content in found for each in content["findings"]]
+        return findings, missing, bool(missing) or any(content["hung"] for content in found)
+
+    def assemble(self, seconds: float) -> list[int]:
+        """Returns the processes that haven't called this in time, the same on all that have."""
+        if self._rank:
+            self._store.set(f"here/{self._rank}", "")
+            told = self.hear("missing", 2 * seconds)
+            return [0] if told is None else list(json.loads(told))
+        missing = self._await("here", seconds)
+        self.tell("missing", json.dumps(missing))
+        return missing
+
+    def tell(self, name: str, value: str) -> None:
+        """Lets all other processes know something."""
+        self._store.set(name, value)
+
+    def tell_last(self, name: str, value: str, absent: list[int]) -> None:
+        """Does the same, and waits until those that aren't `absent` have heard it: the store ends with process 0."""
+        self.tell(name, value)
+        self._await(f"heard/{name}", _LEAVE_S, absent)
+
+    def hear(self, name: str, seconds: float) -> str | None:
+        """Returns what process 0 tells; None if it doesn't in time.
+
+        Raises:
+            RuntimeError: process 0 has ended.
+        """
+        deadline = time.monotonic() + seconds
+        while not self._store.check([name]):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_LOOK_S)
+        value = str(self._store.get(name).decode())
+        self._store.set(f"heard/{name}/{self._rank}", "")
+        return value
+
+    def _await(self, what: str, seconds: float, absent: list[int] | None = None) -> list[int]:
+        """Returns the processes, without those that are absent, that leave no such note in time."""
+        missing, deadline = set(range(1, self._size)) - set(absent or ()), time.monotonic() + seconds
+        while True:
+            missing = {rank for rank in missing if not self._store.check([f"{what}/{rank}"])}
+            if not missing or time.monotonic() > deadline:
+                return sorted(missing)
+            time.sleep(_LOOK_S)
+
+
+__all__ = ["Board"]
