@@ -19,7 +19,7 @@ from ijepa_scale.errors import ConfigError, ReplicaError, SaveError, UserError
 from ijepa_scale.registry import PLUGINS, load_plugin
 from ijepa_scale.stopping import Stopped
 
-Main = Callable[[Any, Launch, torch.device], None]
+Main = Callable[[Any, Launch, torch.device], object]
 
 
 def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | None, processes: int | None) -> None:
