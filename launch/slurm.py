@@ -5,9 +5,7 @@ python launch/slurm.py finetune --config C.yaml --gpus-per-node 8 --dry-run     
 python launch/slurm.py pretrain --config C.yaml --array lr=1e-3,5e-4 --sbatch account=A data.workers=8
 python launch/slurm.py evaluate --gpus-per-node 8 runs/mine --data TRAIN VAL
 python launch/slurm.py --fname C.yaml --folder logs --partition P --nodes 2 --tasks-per-node 8 --time 1000
-python launch/slurm.py status RUN
-python launch/slurm.py logs RUN
-python launch/slurm.py cancel RUN
+python launch/slurm.py status RUN                                                       # or logs, or cancel
 """
 
 from __future__ import annotations
@@ -26,18 +24,17 @@ SUBMITTED = ("pretrain", "finetune", "evaluate")
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 after a mistake that the user can fix, or that of the tasks when a job ends."""
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] and words[0].startswith("--") and words[0] != "--help":
+    if words and words[0].startswith("--") and words[0] != "--help":
         words = ["pretrain", *words]  # as the published code's main_distributed.py is called
-    if words[:1] and words[0] in SUBMITTED:
+    if words and words[0] in SUBMITTED:
         from ijepa_scale.cluster.request import request_of  # imports torch, which `ended` needn't wait for
 
         request = request_of(words[0], words[1:], Path(__file__).resolve().parent)
         if request.dry_run:
             print(request.file.text(), end="")
-            return 0
-        job = jobs.submit(request)
-        for member in request.file.members:
-            terminal.say(f"job {job}: {member.folder}; see it with `slurm.py status|logs|cancel {member.folder}`")
+        else:
+            job, runs = jobs.submit(request), [member.folder for member in request.file.members]
+            terminal.say(*(f"job {job}: {run}; see `launch/slurm.py status|logs|cancel {run}`" for run in runs))
         return 0
     parser = terminal.Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="what", required=True, parser_class=terminal.Parser, metavar="pretrain|...")

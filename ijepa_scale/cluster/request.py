@@ -6,9 +6,10 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ijepa_scale import environment, terminal
 from ijepa_scale.cluster.job_file import JobFile, Member, checked
@@ -46,7 +47,9 @@ def request_of(kind: str, arguments: list[str], scripts: Path) -> Request:
         ConfigError: the configuration, or a run of the sweep, can't be run as asked for.
     """
     parser = terminal.Parser(
-        prog=f"slurm.py {kind}", description="Submits a run as a job of Slurm.", allow_abbrev=False
+        prog=f"slurm.py {kind}",
+        description=f"Submits a job of Slurm that runs launch/{kind}.py, whose own arguments can be given too.",
+        allow_abbrev=False,
     )
     _add_flags(parser)
     if kind == "evaluate":
@@ -92,20 +95,37 @@ def _time(text: str) -> str:
 
 def _runs(kind: str, flags: argparse.Namespace) -> tuple[int, list[Member]]:
     """Returns the number of workers of a process, and the runs that a command line asks for."""
-    words = ["--config", flags.config, *(word for name in flags.plugin for word in ("--plugin", name))]
-    config = read_config(flags.config, flags.overrides, kind=KINDS[kind], choose=lambda _: {}).config
+    plugins = (word for name in flags.plugin for word in ("--plugin", name))
+    words = ("--config", environment.written_path(flags.config), *plugins)
     tasks = flags.nodes * _tasks(flags)
-    global_batch(config, tasks)
+    config = _checked_run(kind, flags.config, flags.overrides, tasks)
     if not flags.array:
         return config.data.workers, [Member(folder=_absolute(config.folder), arguments=(*words, *flags.overrides))]
     members = []
     for name, settings in _points(kind, flags.array):
-        folder = Path(config.folder) / name
-        overrides = [*flags.overrides, *settings, f"folder={environment.written_path(folder)}"]
-        member = read_config(flags.config, overrides, kind=KINDS[kind], choose=lambda _: {}).config
-        global_batch(member, tasks)
+        folder = environment.written_path(Path(config.folder) / name)
+        overrides = [*flags.overrides, *settings, f"folder={folder}"]
+        member = _checked_run(kind, flags.config, overrides, tasks)
         members.append(Member(folder=_absolute(member.folder), arguments=(*words, *overrides)))
     return config.data.workers, members
+
+
+def _checked_run(kind: str, path: str, overrides: Sequence[str], tasks: int) -> Any:
+    """Returns a run's configuration; what a recipe chooses by the machine has its default in it.
+
+    Raises:
+        ConfigError: it can't be read, or the batch can't be divided over the tasks.
+    """
+    chosen: list[dict[str, Any]] = []
+
+    def choose(_: Mapping[str, Any]) -> dict[str, Any]:
+        chosen.append({})
+        return chosen[-1]
+
+    config = read_config(path, overrides, kind=KINDS[kind], choose=choose).config
+    if not chosen:
+        global_batch(config, tasks)
+    return config
 
 
 def _points(kind: str, arrays: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ijepa_scale import environment, stopping
 from ijepa_scale.config import read_config
 from ijepa_scale.engine.world import choose_device
+from ijepa_scale.errors import ConfigError
 from ijepa_scale.stopping import Stopped
 from ijepa_scale.train import processes
 from ijepa_scale.train.command import _choose, train_here
@@ -38,6 +39,8 @@ def run(
         UserError: a problem that the user can fix.
         ijepa_scale.stopping.Stopped: the run was asked to stop, by a signal, and has saved its state.
     """
+    if kind not in _TASKS:
+        raise ConfigError(f"kind is {kind!r}; give {' or '.join(_TASKS)}")
     requeue = signal.getsignal(signal.SIGUSR2)
     launch = environment.detect_launch()
     task = _TASKS[kind]

@@ -133,7 +133,7 @@ def test_two_tasks_on_two_nodes(
     assert endings(tmp_path / "run") == [(0, f"step-{STEPS:08d}")] and repeated(tmp_path / "run") == 0
     hosts = [line.rpartition(" on ")[2] for line in command("logs", "run").splitlines() if " begins: " in line]
     assert sorted(hosts) == [f"slurma, job {job}", f"slurmb, job {job}"]
-    assert f"job {job}: COMPLETED on slurm[a-b]" in command("status", "run")
+    assert f"job {job}: COMPLETED on slurma,slurmb" in command("status", "run")
 
 
 def test_a_requeued_job(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
@@ -204,12 +204,11 @@ def test_a_cancelled_job(slurm: Slurm, command: Callable[..., str], data: Path, 
 def test_an_array_trains_in_named_folders(
     slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path
 ) -> None:
-    default = json.loads(json.dumps(losses(whole)))
-    job = submit(command, data, tmp_path, "--array", "seed=0,1", "--tasks-per-node", "1", "--nodes", "2")
+    job = submit(command, data, tmp_path, "--array", "seed=0,1")
     for number in range(2):
         assert slurm.wait(f"{job}_{number}", "COMPLETED", "FAILED", timeout=240)["JobState"] == "COMPLETED"
     first, second = tmp_path / "run" / "seed-0", tmp_path / "run" / "seed-1"
-    assert default and losses(first) == losses(whole) and losses(second) != losses(whole)
+    assert losses(first) == losses(whole) and losses(second) != losses(whole)
     lines = command("status", "run").splitlines()
     assert [line.split(": ")[1] for line in lines] == [f"job {job}_0", f"job {job}_1"]
 
@@ -230,7 +229,7 @@ def test_submitit(
     pytest.importorskip("submitit")
     folder = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", data, folder)
-    (tmp_path / "submit.py").write_text("import slow\n" + SUBMIT)
+    (tmp_path / "submit.py").write_text(SUBMIT)
     job = command(str(config), *OVERRIDES, script=str(tmp_path / "submit.py")).split()[-1]
     if signalled:
         wait_for_step(10, folder)
