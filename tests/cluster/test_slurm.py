@@ -149,6 +149,8 @@ def test_the_time_limit(slurm: Slurm, command: Callable[..., str], data: Path, w
     job = submit(command, data, tmp_path, "--time", "5", "--notice", "60")
     wait_for_step(20, tmp_path / "run")
     slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=1")
+    slurm.wait(job, "PENDING")
+    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=5")
     check_resumed(slurm, job, tmp_path / "run", whole)
     assert "SIGUSR1; saved" in (tmp_path / "run" / "logs" / "process-00000.log").read_text()
 

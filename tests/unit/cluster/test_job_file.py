@@ -69,11 +69,8 @@ def test_each_task_of_an_array_has_its_own_words(stubs: Path, runs: list[list[st
     text = job_file(*members).text()
     for number, words in enumerate(runs):
         srun, ended = heard(text, stubs, str(number), code=number)
-        assert srun[5:] == ["python", "pretrain.py", *words] and ended[1:] == [
-            "--code",
-            str(number),
-            f"/runs/a {number}",
-        ]
+        assert srun[5:] == ["python", "pretrain.py", *words]
+        assert ended[1:] == ["--code", str(number), f"/runs/a {number}"]
     for task in (None, str(len(runs))):
         assert heard(text, stubs, task) == [["2", "error: submit this file as a job array\n"]]
 

@@ -71,7 +71,8 @@ def test_a_signal_reaches_its_handler_once_the_state_is_saved(
 
 def test_it_is_pickled_by_name_and_importing_the_package_imports_no_torch() -> None:
     assert pickle.loads(pickle.dumps(ijepa_scale.run)) is ijepa_scale.run
-    code = "import sys, ijepa_scale, ijepa_scale.cluster.jobs, ijepa_scale.train.process_log; print('torch' in sys.modules)"
+    light = "import sys, ijepa_scale, ijepa_scale.cluster.jobs, ijepa_scale.train.process_log"
+    code = f"{light}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
 
