@@ -112,7 +112,10 @@ def merged(folder: Path) -> Iterator[str]:
     runs = [folder] if (folder / FOLDER).is_dir() else sorted(path.parent for path in folder.glob(f"*/{FOLDER}"))
     found = {run: [path for path in (run / FOLDER).iterdir() if _NAME.fullmatch(path.name)] for run in runs}
     if not any(found.values()):
-        raise UserError(f"{folder} has no {FOLDER}/process-*.log; name the folder of a run that has begun")
+        raise UserError(
+            f"{folder} has no {FOLDER}/process-*.log; name the folder of a run that has begun, or see what a job printed "
+            f"in {folder}/{FOLDER}"
+        )
     for run, paths in found.items():
         if len(found) > 1:
             yield f"{run}:"
