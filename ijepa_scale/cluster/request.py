@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,14 +144,14 @@ def _points(kind: str, arrays: Sequence[str]) -> Iterator[tuple[str, tuple[str, 
         axes.append([(short, keys[-1], value) for value in split])
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"--array names {', '.join(twice)} twice; give all of its values at once")
+    if math.prod(map(len, axes)) > _LONGEST_ARRAY:
+        raise ConfigError(f"--array asks for more than {_LONGEST_ARRAY} runs; submit it in parts")
     names: set[str] = set()
     for point in itertools.product(*axes):
         name = "_".join(f"{short}-{_NAME.sub('-', value)}" for short, _, value in point)
         if name in names:
             raise ConfigError(f"--array asks for two runs named {name}; give values that differ in letters or digits")
         names.add(name)
-        if len(names) > _LONGEST_ARRAY:
-            raise ConfigError(f"--array asks for more than {_LONGEST_ARRAY} runs; submit it in parts")
         yield name, tuple(f"{key}={value}" for _, key, value in point)
 
 
@@ -217,7 +218,6 @@ def _tasks(flags: argparse.Namespace) -> int:
 def _passed(text: str) -> tuple[str, str | None]:
     """Returns an option of sbatch's that is passed through."""
     name, equals, value = text.partition("=")
-    name = name.removeprefix("--")
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise ConfigError(f"--sbatch is {text!r}; write a long option of sbatch's, such as --sbatch account=physics")
     if name in _OWN:

@@ -113,8 +113,8 @@ def merged(folder: Path) -> Iterator[str]:
     found = {run: [path for path in (run / FOLDER).iterdir() if _NAME.fullmatch(path.name)] for run in runs}
     if not any(found.values()):
         raise UserError(
-            f"{folder} has no {FOLDER}/process-*.log; name the folder of a run that has begun, or see what a job printed "
-            f"in {folder}/{FOLDER}"
+            f"{folder} has no {FOLDER}/process-*.log; name the folder of a run that has begun, or see what its job "
+            f"printed in {folder}/{FOLDER}"
         )
     for run, paths in found.items():
         if len(found) > 1:

@@ -237,7 +237,8 @@ def test_an_array_trains_in_named_folders(
 SUBMIT = """
 import sys, submitit, ijepa_scale
 executor = submitit.AutoExecutor(folder="submitit", cluster="slurm")
-executor.update_parameters(nodes=2, tasks_per_node=1, cpus_per_task=1, timeout_min=10, slurm_partition="debug")
+executor.update_parameters(nodes=2, tasks_per_node=1, cpus_per_task=1, timeout_min=10)
+executor.update_parameters(slurm_partition="debug", slurm_additional_parameters={"requeue": True})
 print(executor.submit(ijepa_scale.run, sys.argv[1], sys.argv[2:]).job_id)
 """
 

@@ -69,7 +69,7 @@ def test_the_published_runs_on_their_published_nodes(name: str, capsys: pytest.C
 
 
 def test_what_is_passed_through(capsys: pytest.CaptureFixture[str]) -> None:
-    extra = ("account=physics", "qos=long", "exclusive", "--constraint=a100|h100", "mem=0", "comment=a b")
+    extra = ("account=physics", "qos=long", "exclusive", "constraint=a100|h100", "mem=0", "comment=a b")
     flags = [word for text in extra for word in ("--sbatch", text)]
     text = dry_run(
         capsys, "pretrain", "--config", H14, *flags, "--dependency", "afterok:12", "data.workers=3", "--notice", "300",
@@ -117,7 +117,7 @@ def test_values_are_split_at_outer_commas(values: list[str]) -> None:
             ["pretrain", "--config", H14, "--nodes", "3", "--gpus-per-node", "8"],
             "batch 2048 is not divisible by 24 pro",
         ),
-        (["pretrain", "--config", H14, "--time", "soon"], "--time: is 'soon'; give minutes, or days-hours"),
+        (["pretrain", "--config", H14, "--time", "soon"], "--time is 'soon'; give minutes, or days-hours"),
         (["pretrain", "--config", H14, "--node", "2"], "unrecognized arguments: --node"),
         (["pretrain", "--config", H14, "--sbatch", "nodes=2"], "--sbatch names nodes, which this command sets"),
         (["pretrain", "--config", H14, "--sbatch", "a b"], "--sbatch is 'a b'; write a long option"),
