@@ -47,7 +47,11 @@ test: lint ## Check style and types, then run the tests
 	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed tests/golden)
 	$(if $(SHORT),,$(PYTEST) tests/cluster)
 
-test-all: ## Check style and types, then run all tests, long forms too
+CLUSTER := slurm-wlm munge iproute2 openssh-server pdsh openmpi-bin
+
+test-all: ## Check style and types, then run all tests, long forms too (installs CLUSTER as root on Debian)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(CLUSTER) >/dev/null 2>&1; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(CLUSTER); fi
 	$(MAKE) test SHORT=
 
 clean: ## Delete caches (not .venv, runs or datasets)

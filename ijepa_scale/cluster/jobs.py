@@ -1,4 +1,4 @@
-"""Submits jobs, asks Slurm about them, and decides how one goes on when its tasks have ended. Trains nothing.
+"""Submits jobs, asks Slurm about them, and decides how one goes on when its tasks have ended. Imports no torch.
 
 Each run folder has a record of its jobs: who was submitted when, and how each start ended.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ijepa_scale import environment, terminal
-from ijepa_scale.checkpoint import folder as checkpoints
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import UserError
 
@@ -57,8 +56,7 @@ def ended(folder: Path, code: int, *, retries: int) -> str:
     job = environment.job()
     if job is None:
         raise UserError("`slurm.py ended` is for the file of a job, and no SLURM_JOB_ID is set; submit one instead")
-    newest = checkpoints.newest(folder / "checkpoints")
-    reached = None if newest is None else newest.name
+    reached = _reached(folder)
     faults = _faults(folder, reached)
     _note(folder, event="ended", job=job, code=code, checkpoint=reached)
     if code in _FINAL:
@@ -88,8 +86,8 @@ def status(folder: Path) -> Iterator[str]:
         else:
             where = f" on {nodes} for {elapsed}" if nodes else f" ({reason})"
             line = f"job {number}: {state}{where}, restarted {restarts} times"
-        newest = checkpoints.newest(run / "checkpoints")
-        yield f"{run}: {line}; {'no checkpoint yet' if newest is None else f'newest checkpoint {newest.name}'}"
+        reached = _reached(run)
+        yield f"{run}: {line}; {'no checkpoint yet' if reached is None else f'newest checkpoint {reached}'}"
 
 
 def cancel(folder: Path) -> Iterator[str]:
@@ -127,6 +125,12 @@ def _faults(folder: Path, reached: str | None) -> int:
             break
         count += 1
     return count
+
+
+def _reached(folder: Path) -> str | None:
+    """Returns the name of a run's newest checkpoint, by its folder alone: what knows checkpoints imports torch."""
+    found = [path.parent.name for path in folder.glob("checkpoints/step-*/manifest.json")]
+    return max(found, key=lambda name: int(name.removeprefix("step-")), default=None)
 
 
 def _record(folder: Path) -> list[dict[str, Any]]:

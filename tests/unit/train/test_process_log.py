@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterator
@@ -28,14 +29,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.fixture
-def bare_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Yields with a root logger as a new process has it."""
+@contextlib.contextmanager
+def new_terminal(level: int, form: str = "%(message)s") -> Iterator[None]:
+    """Logs to the terminal as a new process does, without pytest's handlers."""
     root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", [])
-    before = root.level
-    yield
-    root.setLevel(before)
+    handlers, before = root.handlers, root.level
+    root.handlers = []
+    terminal.log_to_terminal(level, form)
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(before)
 
 
 def lines(folder: Path, rank: int = 0) -> list[str]:
@@ -44,10 +49,9 @@ def lines(folder: Path, rank: int = 0) -> list[str]:
     return [re.sub(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", "", line) for line in text.splitlines()]
 
 
-def test_a_log_has_what_the_terminal_has_not(folder: Path, bare_root: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_has_what_the_terminal_has_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of other processes than the first, the terminal shows warnings only."""
-    terminal.log_to_terminal(logging.WARNING, "%(message)s")
-    with process_log(folder, 3, 16):
+    with new_terminal(logging.WARNING), process_log(folder, 3, 16):
         logger.info("read %s", "a\nb")
         logger.warning("beware")
         logger.debug("not this")
@@ -70,10 +74,9 @@ def test_a_run_that_goes_on_appends_each_line_once(folder: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["lines", "bar", "none"])
 def test_progress_is_in_the_log_and_once_on_the_terminal(
-    mode: str, folder: Path, bare_root: None, capsys: pytest.CaptureFixture[str]
+    mode: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    terminal.log_to_terminal()
-    with process_log(folder, 0, 1):
+    with new_terminal(logging.INFO), process_log(folder, 0, 1):
         progress = Progress(20, mode=mode)
         progress.show({"step": 5, "loss": 0.5})
         progress.note("step 5  top-1 50%")
