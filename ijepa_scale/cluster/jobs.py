@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ RECORD, FILE = Path("slurm", "jobs.jsonl"), Path("slurm", "job.sh")  # in a run 
 # no further start would change these: done, a mistake, no space for the state, Ctrl-C
 _FINAL = (0, terminal.USER_ERROR_CODE, terminal.UNSAVED_CODE, terminal.INTERRUPTED_CODE)
 _TIMEOUT_S = 60
+_STEP = re.compile(r"step-\d{8,18}", re.ASCII)
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -130,7 +132,7 @@ def _faults(folder: Path, reached: str | None) -> int:
 def _reached(folder: Path) -> str | None:
     """Returns the name of a run's newest checkpoint, by its folder alone: what knows checkpoints imports torch."""
     found = [path.parent.name for path in folder.glob("checkpoints/step-*/manifest.json")]
-    return max(found, key=lambda name: int(name.removeprefix("step-")), default=None)
+    return max(filter(_STEP.fullmatch, found), key=lambda name: int(name.removeprefix("step-")), default=None)
 
 
 def _record(folder: Path) -> list[dict[str, Any]]:

@@ -118,6 +118,7 @@ class Slurm:
         while (job := self.job(number))["JobState"] not in states:
             assert time.monotonic() < deadline, job
             if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+                time.sleep(3)  # else Slurm starts it with the credential that it has just revoked
                 self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
             time.sleep(0.3)
         return job
