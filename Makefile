@@ -44,8 +44,7 @@ SHORT ?= -m "not long"
 
 test: lint ## Check style and types, then run the tests
 	$(PYTEST) $(SHORT) -n 2 --dist loadfile tests/unit tests/lowering $(wildcard tests/parity)
-	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed tests/golden)
-	$(if $(SHORT),,$(PYTEST) tests/cluster)
+	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed $(wildcard tests/cluster) tests/golden)
 
 CLUSTER := slurm-wlm munge iproute2 openssh-server pdsh openmpi-bin
 
