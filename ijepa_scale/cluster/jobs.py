@@ -76,14 +76,13 @@ def status(folder: Path) -> Iterator[str]:
     """Yields lines about the runs in a folder: what Slurm says of the newest job of each, and how far it is.
 
     Raises:
-        UserError: no run in the folder was submitted, or Slurm doesn't answer.
+        UserError: no run in the folder was a job, or Slurm doesn't answer.
     """
-    for run in _runs(folder):
-        submitted, last = _submitted(run), _record(run)[-1]
-        number = submitted["job"]
+    for run, number in _jobs(folder):
         state, nodes, elapsed, reason, restarts = _state(number)
         if state == "UNKNOWN":
-            ending = f"; its tasks last ended with code {last['code']}" if last["event"] == "ended" else ""
+            last = next(reversed(_record(run)), {})
+            ending = f"; its tasks last ended with code {last['code']}" if "code" in last else ""
             line = f"job {number}: Slurm no longer knows it{ending}"
         else:
             where = f" on {nodes} for {elapsed}" if nodes else f" ({reason})"
@@ -96,27 +95,33 @@ def cancel(folder: Path) -> Iterator[str]:
     """Cancels the newest job of each run in a folder, which saves its state, and yields what was done.
 
     Raises:
-        UserError: no run in the folder was submitted, or Slurm refuses.
+        UserError: no run in the folder was a job, or Slurm refuses.
     """
-    for run in _runs(folder):
-        number = _submitted(run)["job"]
+    for run, number in _jobs(folder):
         _slurm("scancel", number)
         yield f"{run}: job {number} cancelled; a running one saves its state, which the next submission goes on from"
 
 
-def _runs(folder: Path) -> list[Path]:
-    """Returns the folder if it is a run's, or else the runs of a sweep in it."""
-    found = [folder] if (folder / RECORD).exists() else sorted(path.parents[1] for path in folder.glob(f"*/{RECORD}"))
-    if not found:
-        raise UserError(f"{folder} holds no run that launch/slurm.py has submitted; name a run folder, or a sweep's")
-    return found
+def _jobs(folder: Path) -> list[tuple[Path, str]]:
+    """Returns the folder with its newest job if it is a run's, or else the runs of a sweep in it with theirs."""
+    found = [(run, _job(run)) for run in (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))]
+    jobs = [(run, job) for run, job in found if job is not None]
+    if not jobs:
+        raise UserError(f"{folder} holds no run that was a job of Slurm; name a run folder, or a sweep's")
+    return jobs[:1] if jobs[0][0] == folder else jobs
 
 
-def _submitted(run: Path) -> dict[str, Any]:
-    found = [event for event in _record(run) if event["event"] == "submitted"]
-    if not found:
-        raise UserError(f"{run / RECORD} tells of no submission; submit the run with launch/slurm.py")
-    return found[-1]
+def _job(run: Path) -> str | None:
+    """Returns the number of a run's newest job: as it was submitted here, or else as the run says where it ran."""
+    submitted = [event["job"] for event in _record(run) if event["event"] == "submitted"]
+    if submitted:
+        return submitted[-1]
+    try:
+        return parse_json((run / "run.json").read_bytes()).get("job")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{run / 'run.json'} isn't JSON ({error}); remove it") from None
 
 
 def _faults(folder: Path, reached: str | None) -> int:

@@ -171,8 +171,8 @@ def test_faults_without_progress_end_the_job(
     ("words", "text"),
     [
         (["ended", "--code", "75", "."], "no SLURM_JOB_ID is set; submit one instead"),
-        (["status", "."], "holds no run that launch/slurm.py has submitted; name a run folder, or a sweep's"),
-        (["cancel", "."], "holds no run that launch/slurm.py has submitted; name a run folder, or a sweep's"),
+        (["status", "."], "holds no run that was a job of Slurm; name a run folder, or a sweep's"),
+        (["cancel", "."], "holds no run that was a job of Slurm; name a run folder, or a sweep's"),
         (["logs", "."], "has no logs/process-*.log; name the folder of a run that has begun"),
     ],
 )
@@ -201,6 +201,14 @@ def test_a_broken_record_is_named(stubs: Stubs, tmp_path: Path) -> None:
     (tmp_path / jobs.RECORD).write_text("{\n")
     with pytest.raises(UserError, match=r"jobs\.jsonl has a line that isn't JSON .*; remove the line"):
         list(jobs.status(tmp_path))
-    (tmp_path / jobs.RECORD).write_text("")
-    with pytest.raises(UserError, match="tells of no submission; submit the run with"):
-        list(jobs.status(tmp_path))
+
+
+def test_a_run_that_others_have_submitted(stubs: Stubs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its run.json tells the job, as under submitit."""
+    (tmp_path / "run.json").write_text('{"job": "21"}')
+    stubs.state("RUNNING")
+    assert slurm.main(["status", str(tmp_path)]) == slurm.main(["cancel", str(tmp_path)]) == 0
+    assert "job 21: RUNNING on a[1-2]" in capsys.readouterr().out and stubs.said() == ["scancel 21"]
+    (tmp_path / "run.json").write_text("{")
+    assert slurm.main(["status", str(tmp_path)]) == 2
+    assert "run.json isn't JSON" in capsys.readouterr().err
