@@ -62,7 +62,8 @@ def process_log(folder: Path, rank: int, size: int) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-        handler.close()
+        with contextlib.suppress(OSError):  # what can't be written was told
+            handler.close()
 
 
 class _ProcessLog(logging.FileHandler):
