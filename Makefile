@@ -44,12 +44,16 @@ SHORT ?= -m "not long"
 
 test: lint ## Check style and types, then run the tests
 	$(PYTEST) $(SHORT) -n 2 --dist loadfile tests/unit tests/lowering $(wildcard tests/parity)
-	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed tests/golden)
+	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed $(wildcard tests/cluster) tests/golden)
 
 test-versions: $(STAMP) ## Try the wheel under Python 3.10 to 3.13 and PyTorch 2.11 to 2.15 (an hour, 30 GB, a network)
 	$(BIN)/python -m tests.versions $(if $(PAIRS),--pairs $(PAIRS))
 
-test-all: ## Check style and types, then run all tests, long forms too
+CLUSTER := slurm-wlm munge iproute2 openssh-server pdsh openmpi-bin
+
+test-all: ## Check style and types, then run all tests, long forms too (installs CLUSTER as root on Debian)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(CLUSTER) >/dev/null 2>&1; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(CLUSTER); fi
 	$(MAKE) test SHORT=
 
 clean: ## Delete caches (not .venv, runs or datasets)

@@ -19,7 +19,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SAME_S = 2.0  # a terminal and a launcher both pass a signal on: within this time it is one
 _ORPHAN_S = 8.0  # seconds that a process has to stop after its launcher has ended
 _LOOK_S = 1.0  # between looks at the launcher
@@ -32,6 +32,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: the state is saved
 class _Process:
     reason: str | None = None
     at = 0.0  # time.monotonic(), of the reason
+    last: int | None = None  # signal that asked the newest run to stop, known after its end too
     launchers: tuple[int, ...] = ()  # the processes that started this one, nearest first, if they are to be watched
 
 
@@ -76,6 +77,11 @@ def reason() -> str | None:
     return _process.reason
 
 
+def last_signal() -> int | None:
+    """Returns the signal that asked the newest run of this process to stop, also once it has ended; None without."""
+    return _process.last
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Notes signals instead of ending the process. A second one, after 2 s, ends it at once.
@@ -86,7 +92,7 @@ def listening() -> Iterator[None]:
         logger.warning("not in the main thread, so signals end this run without a save")
         yield
         return
-    _process.reason = None
+    _process.reason, _process.last = None, None
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     done = threading.Event()
@@ -148,6 +154,8 @@ def _note(number: int) -> None:
     name = signal.Signals(number).name
     if _process.reason is not None and time.monotonic() - _process.at > _SAME_S:
         _end_at_once(f"a second signal, {name}", 128 + number)
+    if _process.reason is None:
+        _process.last = number
     _ask(name)
 
 

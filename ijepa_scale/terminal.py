@@ -162,13 +162,18 @@ def report(error: object, kind: str = "error") -> None:
 
 
 def log_to_terminal(level: int = logging.INFO, form: str = "%(message)s") -> None:
-    """Prints log records on standard error; names in them can't break a line."""
+    """Prints log records from `level` on on standard error, but for those that are printed already.
+
+    Names in them can't break a line.
+    """
     handler = logging.StreamHandler()
-    handler.setFormatter(_Lines(form))
+    handler.setLevel(level)
+    handler.addFilter(lambda record: not getattr(record, "printed", False))
+    handler.setFormatter(LineFormatter(form))
     logging.basicConfig(level=level, handlers=[handler])
 
 
-class _Lines(logging.Formatter):
+class LineFormatter(logging.Formatter):
     """Escapes the values of a record. A record that is one value whole, like a report, may have several lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
@@ -239,7 +244,7 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
 
 
 __all__ = [
-    "FAULT_CODE", "HANG_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE", "Parser",
-    "above_0", "at_least_0", "at_least_1", "command", "existing_path", "file_problem", "log_to_terminal", "path",
-    "printing", "report", "say",
+    "FAULT_CODE", "HANG_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE",
+    "LineFormatter", "Parser", "above_0", "at_least_0", "at_least_1", "command", "existing_path", "file_problem",
+    "log_to_terminal", "path", "printing", "report", "say",
 ]  # fmt: skip

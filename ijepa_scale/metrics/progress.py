@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
@@ -10,6 +11,12 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from ijepa_scale.metrics.own_time import slow_process
+
+logger = logging.getLogger(__name__)
+
+
+def _log(text: str) -> None:
+    logger.info("%s", text, extra={"printed": True})
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -65,17 +72,22 @@ class Progress:
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Shows a row whose `step` counts the steps done."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(describe(row), refresh=False)
-        elif self._mode == "lines":
-            done = row["step"]
-            line = f"step {done:>{len(str(self._total))}}/{self._total}  {describe(row)}"
-            if row.get("step_ms") is not None:
-                line += f"  eta {duration((self._total - done) * row['step_ms'] / 1e3)}"
+        if self._mode == "none":
+            return
+        done = row["step"]
+        line = f"step {done:>{len(str(self._total))}}/{self._total}  {describe(row)}"
+        if row.get("step_ms") is not None:
+            line += f"  eta {duration((self._total - done) * row['step_ms'] / 1e3)}"
+        if self._bar is None:
             self.note(line)
+        else:
+            self._bar.set_postfix_str(describe(row), refresh=False)
+            _log(line)
 
     def note(self, text: str) -> None:
-        """Shows a line of text, above the bar if there is one."""
+        """Shows a line of text, above the bar if there is one, and logs it for files."""
+        if self._mode != "none":
+            _log(text)
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         elif self._mode != "none":

@@ -20,7 +20,7 @@ from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.own_images import choose_settings
 from ijepa_scale.train.setup import with_strategy
-from ijepa_scale.train.task import Task
+from ijepa_scale.train.task import Result, Task
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ def _launch(flags: argparse.Namespace, kind: type[Task]) -> None:
     processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
 
 
-def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, device: torch.device) -> None:
-    """Trains in this process, of the run, and prints the result if it is the main process."""
+def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, device: torch.device) -> Result:
+    """Trains in this process, of the run, and returns the result, which the main process prints."""
     level = logging.INFO if launch.rank == 0 else logging.WARNING
     terminal.log_to_terminal(level, f"[{launch.rank}] %(name)s: %(message)s")
     for note in notes:  # what was renamed, or left out of a published file
@@ -67,6 +67,7 @@ def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, 
         result = run_task(kind, config, world)
         if world.is_main:
             terminal.say(result.text(), *(f"  {command}" for command in result.next_commands()))
+    return result
 
 
 def _choose(flags: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:

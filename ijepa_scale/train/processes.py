@@ -21,7 +21,7 @@ from ijepa_scale.provenance import code_facts
 from ijepa_scale.registry import PLUGINS, load_plugin
 from ijepa_scale.stopping import Stopped
 
-Main = Callable[[Any, Launch, torch.device], None]
+Main = Callable[[Any, Launch, torch.device], object]
 
 
 def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | None, processes: int | None) -> None:

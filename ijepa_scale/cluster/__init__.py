@@ -1,0 +1,1 @@
+"""Runs as Slurm's jobs: submitted, started again, watched and ended."""
