@@ -33,6 +33,7 @@ class World:
     local_size: int
     device: torch.device
     group: Any = None  # torch's process group; None is the one of the training
+    store: dist.Store | None = None  # that this start alone uses; None where another program made the process group
 
     @property
     def is_main(self) -> bool:
@@ -143,12 +144,14 @@ def start_world(launch: Launch, device: torch.device, *, alone: bool = False) ->
 
     Communicates: waits until all processes have joined.
     """
+    store: dist.Store | None = None
     if not (alone and launch.world_size == 1) and not dist.is_initialized():
         # DeepSpeed reads the device index from LOCAL_RANK
         environment.export(launch if device.index is None else replace(launch, local_rank=device.index))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if launch.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
             store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
             store = fresh(store, rank, size, TIMEOUT)
@@ -159,6 +162,7 @@ def start_world(launch: Launch, device: torch.device, *, alone: bool = False) ->
         local_rank=launch.local_rank,
         local_size=launch.local_world_size,
         device=device,
+        store=store,
     )
 
 

@@ -34,6 +34,7 @@ from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.provenance import provenance
 from ijepa_scale.stopping import Stopped
 from ijepa_scale.train.initial import with_init
+from ijepa_scale.train.link_watch import LinkWatch
 from ijepa_scale.train.resuming import check_continues, find_checkpoint
 from ijepa_scale.train.run_folder import held
 from ijepa_scale.train.saver import Saver
@@ -54,7 +55,7 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
         UserError: a problem that the user can fix. Saved data is never lost.
     """
     set_recovery(Recovery(config.data.worker_restarts, config.data.worker_timeout))
-    with held(Path(config.folder), world):
+    with LinkWatch(world, config.engine.link_timeout).watching(), held(Path(config.folder), world):
         resume = find_checkpoint(config, world)
         config = with_init(config)
         if resume is not None and config.model.init is not None:

@@ -15,7 +15,7 @@ from ijepa_scale import environment, stopping, terminal
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.world import World, choose_device, start_world, stop_world
 from ijepa_scale.environment import Launch
-from ijepa_scale.errors import ConfigError, ReplicaError, SaveError, UserError
+from ijepa_scale.errors import ConfigError, UserError
 from ijepa_scale.registry import PLUGINS, load_plugin
 from ijepa_scale.stopping import Stopped
 
@@ -112,12 +112,9 @@ def user_errors(rank: int) -> Iterator[None]:
         if rank == 0:
             terminal.report(stopped, "stopped")
         sys.exit(terminal.RESUBMIT_CODE)
-    except (SaveError, ReplicaError) as error:
-        terminal.report(error, f"error (process {rank})")
-        sys.exit(terminal.UNSAVED_CODE if isinstance(error, SaveError) else terminal.FAULT_CODE)
     except UserError as error:
         terminal.report(error, f"error (process {rank})")
-        sys.exit(terminal.USER_ERROR_CODE)
+        sys.exit(terminal.code_of(error))
     except OSError as error:
         if (problem := terminal.file_problem(error)) is None:
             raise
