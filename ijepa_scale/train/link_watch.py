@@ -158,7 +158,7 @@ class LinkWatch:
         before = time.monotonic()
         while not self._done.wait(tick_s):
             now = time.monotonic()
-            self._clock += min(now - before, tick_s + 1)
+            self._clock += min(now - before, self._interval_s)
             before = now
             if self._finding is None:
                 self._find()
