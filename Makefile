@@ -44,7 +44,7 @@ SHORT ?= -m "not long"
 
 test: lint ## Check style and types, then run the tests
 	$(PYTEST) $(SHORT) -n 2 --dist loadfile tests/unit tests/lowering $(wildcard tests/parity)
-	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed tests/golden)
+	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed $(wildcard tests/cluster) tests/golden)
 
 test-all: ## Check style and types, then run all tests, long forms too
 	$(MAKE) test SHORT=

@@ -81,11 +81,10 @@ class Host:
 
     def processes(self) -> list[psutil.Process]:
         """Returns the processes that run there."""
-        listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
         found = []
-        for number in listed.stdout.split():
+        for number in _numbers(self.namespace):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found.append(psutil.Process(int(number)))
+                found.append(psutil.Process(number))
         return found
 
     def trainers(self, config: Path) -> list[psutil.Process]:
