@@ -130,9 +130,8 @@ class LinkWatch:
         for count in itertools.count(1):
             last, word = self._done.is_set(), self._word
             try:
-                store = (
-                    store or cast(Any, self._world.store).clone()
-                )  # with a connection of its own, since it may block
+                if store is None:  # a connection of its own, since calls may block it
+                    store = cast(Any, self._world.store).clone()
                 store.set(_KEY.format(self._world.rank), word._replace(beat=count).packed())
                 ranks = self._listens_to()
                 for rank, text in zip(ranks, store.multi_get([_KEY.format(rank) for rank in ranks]), strict=True):

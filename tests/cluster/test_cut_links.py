@@ -49,7 +49,7 @@ def test_a_cut_link_is_named_at_both_ends(
 
 
 def test_a_host_that_comes_and_goes_changes_no_number(
-    hosts: TwoHosts, data: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hosts: TwoHosts, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1 host, then 2, then 1: the batch is that of all processes, so each row is that of one process."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
