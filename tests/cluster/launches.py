@@ -63,7 +63,7 @@ def deepspeed(hosts: TwoHosts, folder: Path, *, ssh: bool) -> list[tuple[str, ..
 def mpirun(first: Host, *, on: tuple[Host, ...] = ()) -> tuple[str, ...]:
     """Returns Open MPI's command for two processes on one host, or one on each of two."""
     where = ("--host", ",".join(f"{host.name}:1" for host in on)) if on else ("--oversubscribe",)
-    passed = ("-x", "OMP_NUM_THREADS", "-x", "PYTHONPATH") if on else ()
+    passed = ("-x", f"MASTER_ADDR={first.name}", "-x", "OMP_NUM_THREADS", "-x", "PYTHONPATH") if on else ()
     return (*first.prefix, "mpirun", "--allow-run-as-root", "-n", "2", *where, *passed, sys.executable)
 
 
