@@ -30,7 +30,7 @@ from tests.distributed.commands import final_hashes, losses, start, write_config
 FULL_S = 20  # seconds that the disk is full
 SETTINGS = (
     "logging.every=10", "logging.progress=none", "checkpoint.every=50", "checkpoint.max_failures=1000",
-    "evaluate.every=500", "health.every=500", "engine.hang_timeout=15",
+    "evaluate.every=500", "health.every=500", "engine.hang_timeout=15", "engine.link_timeout=60",
 )  # fmt: skip
 SEEN = {
     "resumed from": "times resumed", "can't be written (": "saves failed", "is set aside": "checkpoints set aside",

@@ -12,11 +12,12 @@ import os
 import re
 import select
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from ijepa_scale.environment import expand_path
-from ijepa_scale.errors import ConfigError, UserError
+from ijepa_scale.errors import ConfigError, ReplicaError, SaveError, UserError
 from ijepa_scale.escapes import bounded, one_line
 from ijepa_scale.registry import load_plugin
 from ijepa_scale.shipped import as_called
@@ -142,6 +143,24 @@ def file_problem(error: OSError) -> str | None:
     return f"{error.filename or 'a file'} {what} ({error.strerror}); {remedy}"
 
 
+def code_of(error: BaseException) -> int:
+    """Returns the code that a process ends with after this error."""
+    if isinstance(error, SaveError):
+        return UNSAVED_CODE
+    if isinstance(error, ReplicaError):
+        return FAULT_CODE
+    if isinstance(error, UserError) or (isinstance(error, OSError) and file_problem(error) is not None):
+        return USER_ERROR_CODE
+    return 1  # as Python does after a traceback
+
+
+def at_most(seconds: float, work: Callable[[], None]) -> None:
+    """Runs `work` in a thread, and leaves it behind if it takes too long: what reads standard error may hang."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
 def say(*lines: object) -> None:
     """Prints each on a line of its own on standard output; names in them can't break it."""
     for line in lines:
@@ -245,6 +264,6 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
 
 __all__ = [
     "FAULT_CODE", "HANG_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE",
-    "LineFormatter", "Parser", "above_0", "at_least_0", "at_least_1", "command", "existing_path", "file_problem",
+    "LineFormatter", "Parser", "above_0", "at_least_0", "at_least_1", "at_most", "code_of", "command", "existing_path", "file_problem",
     "log_to_terminal", "path", "printing", "report", "say",
 ]  # fmt: skip

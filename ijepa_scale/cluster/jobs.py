@@ -81,7 +81,7 @@ def status(folder: Path) -> Iterator[str]:
     for run, number in _jobs(folder):
         state, nodes, elapsed, reason, restarts = _state(number)
         if state == "UNKNOWN":
-            last = next(reversed(_record(run)), {})
+            last: dict[str, Any] = next(reversed(_record(run)), {})
             ending = f"; its tasks last ended with code {last['code']}" if "code" in last else ""
             line = f"job {number}: Slurm no longer knows it{ending}"
         else:

@@ -241,6 +241,9 @@ class EngineConfig(Section, at="engine"):
     hang_timeout: form.Seconds = Field(
         600.0, lt=1800, description="End a run in which no step ends for so long; 0: never."
     )
+    link_timeout: form.Seconds = Field(
+        20.0, lt=1800, description="End a run of which a process, or its host, isn't heard for so long; 0: never."
+    )
 
     def _problems(self) -> Iterator[str]:
         strategy, precision = self.strategy, self.precision

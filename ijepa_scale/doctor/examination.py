@@ -25,7 +25,8 @@ from ijepa_scale.doctor.finding import Finding, NoAnswer, checked, within
 from ijepa_scale.doctor.gpu_health import gpu_health
 from ijepa_scale.doctor.links import WAIT_S, Links
 from ijepa_scale.doctor.table import PROCESS, table, table_json, wrong_of
-from ijepa_scale.engine.world import World, start_world, stop_world
+from ijepa_scale.engine.start import start_world, stop_world
+from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.new_file import new_file

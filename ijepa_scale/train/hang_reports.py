@@ -126,25 +126,26 @@ def blame(reports: Mapping[int, Report], identities: Sequence[Identity]) -> str:
     """Returns in words which process holds up the others, of those that `identities` counts."""
     silent = [rank for rank in range(len(identities)) if rank not in reports]
     if silent:
-        return f"no answer from {_named(silent, identities)}; {identities[silent[0]].state()}"
+        return f"no answer from {named(silent, identities)}; {identities[silent[0]].state()}"
     # the data of a step comes before the step
     places = {rank: (report.step, report.phase != DATA) for rank, report in reports.items()}
     behind = [rank for rank, place in places.items() if place == min(places.values())]
     first = reports[behind[0]]
     if first.phase == DATA:
-        found = f"waiting for the data of step {first.step}: {_named(behind, identities)}"
+        found = f"waiting for the data of step {first.step}: {named(behind, identities)}"
         return found + "".join(_odd(rank, reports[rank], several=len(behind) > 1) for rank in behind[:_SHOWN])
     if len(behind) < len(reports):
-        return f"still in step {first.step}, which the others have done: {_named(behind, identities)}"
+        return f"still in step {first.step}, which the others have done: {named(behind, identities)}"
     busy = [rank for rank in behind if not reports[rank].waits]
     if busy and len(busy) < len(behind):
-        return f"at work in step {first.step}, where the others wait: {_named(busy, identities)}"
+        return f"at work in step {first.step}, where the others wait: {named(busy, identities)}"
     if len(identities) == 1:
-        return f"in step {first.step}: {_named(behind, identities)}"
+        return f"in step {first.step}: {named(behind, identities)}"
     return f"all processes are in step {first.step}, and wait for one another or for their devices"
 
 
-def _named(ranks: Sequence[int], identities: Sequence[Identity]) -> str:
+def named(ranks: Sequence[int], identities: Sequence[Identity]) -> str:
+    """Returns processes with their pids and hosts, the first eight of many."""
     shown = (f"process {rank} ({identities[rank].pid} on {identities[rank].host})" for rank in ranks[:_SHOWN])
     return ", ".join(shown) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
 

@@ -35,6 +35,7 @@ from ijepa_scale.provenance import provenance
 from ijepa_scale.stopping import Stopped
 from ijepa_scale.train.facts import check_alike
 from ijepa_scale.train.initial import with_init
+from ijepa_scale.train.link_watch import LinkWatch
 from ijepa_scale.train.process_log import process_log
 from ijepa_scale.train.resuming import check_continues, find_checkpoint
 from ijepa_scale.train.run_folder import held
@@ -56,8 +57,8 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
         UserError: a problem that the user can fix. Saved data is never lost.
     """
     set_recovery(Recovery(config.data.worker_restarts, config.data.worker_timeout))
-    folder = Path(config.folder)
-    with held(folder, world), process_log(folder, world.rank, world.size):
+    folder, links = Path(config.folder), LinkWatch(world, config.engine.link_timeout)
+    with links.watching(), held(folder, world), process_log(folder, world.rank, world.size):
         resume = find_checkpoint(config, world)
         config = with_init(config)
         if resume is not None and config.model.init is not None:

@@ -16,7 +16,7 @@ from ijepa_scale.config import EngineConfig
 from ijepa_scale.engine.start import START_TIMEOUT_S, start_world, stop_world, tells_first
 from ijepa_scale.engine.world import World, choose_device
 from ijepa_scale.environment import Launch
-from ijepa_scale.errors import ConfigError, ReplicaError, SaveError, UserError
+from ijepa_scale.errors import ConfigError, UserError
 from ijepa_scale.provenance import code_facts
 from ijepa_scale.registry import PLUGINS, load_plugin
 from ijepa_scale.stopping import Stopped
@@ -134,15 +134,9 @@ def user_errors(rank: int) -> Iterator[None]:
     except UserError as error:
         if not error.is_told:
             terminal.report(error, f"error (process {rank})")
-        sys.exit(_code_of(error))
+        sys.exit(terminal.code_of(error))
     except OSError as error:
         if (problem := terminal.file_problem(error)) is None:
             raise
         terminal.report(f"{problem}; what was saved before is whole", f"error (process {rank})")
         sys.exit(terminal.USER_ERROR_CODE)
-
-
-def _code_of(error: UserError) -> int:
-    if isinstance(error, SaveError):
-        return terminal.UNSAVED_CODE
-    return terminal.FAULT_CODE if isinstance(error, ReplicaError) else terminal.USER_ERROR_CODE

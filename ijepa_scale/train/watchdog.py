@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -167,17 +167,10 @@ class Watchdog:
             f"{self._stacks}; start the same command again to go on from the last checkpoint"
         )
         if why:
-            _at_most(_SAYING_S, lambda: terminal.report(line, f"error (process {self._world.rank})"))
-        _at_most(_SAYING_S, hang_reports.end_stopped_helpers)
+            terminal.at_most(_SAYING_S, lambda: terminal.report(line, f"error (process {self._world.rank})"))
+        terminal.at_most(_SAYING_S, hang_reports.end_stopped_helpers)
         os._exit(terminal.HANG_CODE)
 
 
 def _doing(beat: Beat) -> str:
     return f"waiting for the data of step {beat.step}" if beat.phase == DATA else f"in step {beat.step}"
-
-
-def _at_most(seconds: float, work: Callable[[], None]) -> None:
-    """Runs `work`, and leaves it behind if it takes too long."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)

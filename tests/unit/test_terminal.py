@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from ijepa_scale import terminal
 from ijepa_scale.environment import child_environment
-from ijepa_scale.errors import ConfigError, DataError
+from ijepa_scale.errors import ConfigError, DataError, ReplicaError, SaveError
 from ijepa_scale.escapes import bounded, one_line
 from ijepa_scale.metrics.sinks import TensorBoardSink
 from launch import demo, export, plan, predict, tune
@@ -165,3 +166,14 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, script: str) -> Non
 def test_tensorboard_refuses_a_name_that_it_cannot_write(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="whose name isn't UTF-8; set another folder, or logging.tensorboard=false"):
         TensorBoardSink(tmp_path / "r\udce9")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2), (SaveError("x"), 74), (ReplicaError("x"), 70), (OSError(errno.ENOSPC, "x", "y"), 2),
+        (OSError(errno.ECONNRESET, "x"), 1), (KeyError("x"), 1),
+    ],
+)  # fmt: skip
+def test_each_error_has_its_code(error: Exception, code: int) -> None:
+    assert terminal.code_of(error) == code
