@@ -264,6 +264,6 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
 
 __all__ = [
     "FAULT_CODE", "HANG_CODE", "INTERRUPTED_CODE", "RESUBMIT_CODE", "UNSAVED_CODE", "USER_ERROR_CODE",
-    "LineFormatter", "Parser", "above_0", "at_least_0", "at_least_1", "at_most", "code_of", "command", "existing_path", "file_problem",
-    "log_to_terminal", "path", "printing", "report", "say",
+    "LineFormatter", "Parser", "above_0", "at_least_0", "at_least_1", "at_most", "code_of", "command",
+    "existing_path", "file_problem", "log_to_terminal", "path", "printing", "report", "say",
 ]  # fmt: skip

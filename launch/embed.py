@@ -43,10 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_plugins()
     parser.add_local_rank()
     flags = vars(parser.parse_args(arguments))
-    started, _ = (
-        {name: flags.pop(name) for name in ("devices", "processes")},
-        [flags.pop(name) for name in ("plugin", "local_rank")],
-    )
+    started = {name: flags.pop(name) for name in ("devices", "processes")}
+    del flags["plugin"], flags["local_rank"]
     processes.run(embed_here, EmbedOptions(**flags | {"to": Path(flags["to"])}), EngineConfig(), **started)
     return 0
 
