@@ -5,12 +5,13 @@ So process 0 has the findings of all others when one of them hangs, and says whi
 
 from __future__ import annotations
 
-import datetime
 import json
 import time
 from dataclasses import asdict
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore
 
 from ijepa_scale.doctor.finding import Finding
 from ijepa_scale.engine.world import World
@@ -19,17 +20,12 @@ _LOOK_S, _LEAVE_S = 0.05, 5.0
 
 
 class Board:
-    """The findings of all processes. Communicates when it is made."""
+    """The findings of all processes."""
 
-    def __init__(self, world: World, address: str | None) -> None:
+    def __init__(self, world: World) -> None:
         self._rank, self._size = world.rank, world.size
-        timeout = datetime.timedelta(seconds=30)
-        if world.is_main:
-            self._store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        port = world.broadcast_object(self._store.port if world.is_main else None)
-        if not world.is_main:
-            assert isinstance(port, int)
-            self._store = dist.TCPStore(address or "127.0.0.1", port, is_master=False, timeout=timeout)
+        # a connection of its own, since a collective that hangs may hold the other
+        self._store: Any = PrefixStore("doctor", dist.HashStore() if world.store is None else world.store.clone())
 
     def post(self, findings: list[Finding], *, hung: bool) -> None:
         """Leaves this process's findings, and whether something in it waits for ever."""

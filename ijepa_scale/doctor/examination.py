@@ -119,7 +119,7 @@ def _meet(patient: _Patient) -> tuple[World, Board] | None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         world = start_world(launch, device)
-        return world, Board(world, launch.address)
+        return world, Board(world)
 
     try:
         return within(MEET_S, meet)

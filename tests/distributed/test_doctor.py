@@ -44,7 +44,7 @@ def test_links_and_clocks_are_measured_and_a_late_clock_is_wrong() -> None:
 
 def hanging(world: World, folder: str) -> list:
     """Returns what process 0 says of a process 1 that doesn't come to the links, and then of one that tells nothing."""
-    board = Board(world, "127.0.0.1")
+    board = Board(world)
     launch = Launch(rank=world.rank, world_size=2, address="127.0.0.1")
     options = Options(folder=folder, data=None, config=None, need=None, json=None)
     patient = examination._Patient(options, launch, torch.device("cpu"), [])
@@ -76,7 +76,7 @@ def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
 
 def looking(world: World, folder: str, shadow: str | None) -> list[tuple[str, str]]:
     """Returns what each process says of the run's folder; process 1 sees `shadow` in its place."""
-    board, ask = Board(world, "127.0.0.1"), disks.ask
+    board, ask = Board(world), disks.ask
     if shadow is not None and world.rank:
         disks.ask = lambda what, limit, **arguments: ask(what, limit, **arguments | {"folder": shadow})
     examination.SEEN_S = 0.3
