@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from ijepa_scale import terminal
-from ijepa_scale.doctor.command_line import add_flags, options_of
+from ijepa_scale.doctor.doctor_flags import add_flags, options_of
 from ijepa_scale.doctor.examination import examine_here
 from ijepa_scale.train import processes
 

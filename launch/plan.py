@@ -14,8 +14,8 @@ import sys
 from typing import Any
 
 from ijepa_scale import terminal
-from ijepa_scale.planning.command_line import add_flags, request_of
 from ijepa_scale.planning.finetune_plan import plan_run
+from ijepa_scale.planning.plan_flags import add_flags, request_of
 from ijepa_scale.planning.plan_text import plan_json, plan_text
 from ijepa_scale.planning.sweep import sweep
 from ijepa_scale.planning.sweep_text import draw_sweep, sweep_json, sweep_text

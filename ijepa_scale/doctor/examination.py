@@ -46,7 +46,7 @@ _BROKEN = "report it with the command"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class DoctorOptions:
     """What to check."""
 
     folder: str  # of the run
@@ -60,7 +60,7 @@ class Options:
 class _Patient:
     """One process under examination."""
 
-    options: Options
+    options: DoctorOptions
     launch: Launch
     device: torch.device
     findings: list[Finding]
@@ -81,7 +81,7 @@ class _Patient:
         self.findings += [replace(each, where=each.where or place) for each in found]
 
 
-def examine_here(options: Options, launch: Launch, device: torch.device) -> None:
+def examine_here(options: DoctorOptions, launch: Launch, device: torch.device) -> None:
     """Examines this process and its links; process 0 prints the table, and exits with 1 if something is wrong.
 
     It does so when the others have ended, with 0, since launchers end by force what runs when a process fails.
@@ -295,4 +295,4 @@ def _report(patient: _Patient) -> int:
     return WRONG_CODE if wrong_of(patient.findings) else 0
 
 
-__all__ = ["Options", "WRONG_CODE", "examine_here"]
+__all__ = ["DoctorOptions", "WRONG_CODE", "examine_here"]

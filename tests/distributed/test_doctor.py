@@ -14,7 +14,7 @@ import torch
 
 from ijepa_scale.doctor import disks, examination
 from ijepa_scale.doctor.board import Board
-from ijepa_scale.doctor.examination import Options
+from ijepa_scale.doctor.examination import DoctorOptions
 from ijepa_scale.doctor.links import Links
 from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
@@ -46,7 +46,7 @@ def hanging(world: World, folder: str) -> list:
     """Returns what process 0 says of a process 1 that doesn't come to the links, and then of one that tells nothing."""
     board = Board(world)
     launch = Launch(rank=world.rank, world_size=2, address="127.0.0.1")
-    options = Options(folder=folder, data=None, config=None, need=None, json=None)
+    options = DoctorOptions(folder=folder, data=None, config=None, need=None, json=None)
     patient = examination._Patient(options, launch, torch.device("cpu"), [])
     links = Links(world, host="a", wait_s=1.0)
     if world.rank:
@@ -80,7 +80,7 @@ def looking(world: World, folder: str, shadow: str | None) -> list[tuple[str, st
     if shadow is not None and world.rank:
         disks.ask = lambda what, limit, **arguments: ask(what, limit, **arguments | {"folder": shadow})
     examination.SEEN_S = 0.3
-    options = Options(folder=folder, data=None, config=None, need=None, json=None)
+    options = DoctorOptions(folder=folder, data=None, config=None, need=None, json=None)
     patient = examination._Patient(options, Launch(rank=world.rank, world_size=2), torch.device("cpu"), [])
     found = examination._same_folder(patient, board)
     if world.is_main:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
 from benchmarks import engine_ratio
+from benchmarks.common import read_rows
 
+ROOT = Path(__file__).parents[3]
 OPTIONS = argparse.Namespace(
     rounds=3, steps=2, processes=2, batch=4, device="cpu", engines=list(engine_ratio.ENGINES)[1:], overrides=[]
 )
@@ -42,3 +45,13 @@ def test_engines_with_other_losses_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine_ratio, "measure", measure)
     with pytest.raises(ValueError, match=r"the losses of zero3 and ddp differ by 1.0e-02: they don't do the same work"):
         engine_ratio.compare(OPTIONS)
+
+
+def test_the_page_has_the_figures_of_the_rows() -> None:
+    rows = read_rows(ROOT / "benchmarks" / "results" / "engine_ratio-2026-11-26-cpu.jsonl")
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert {row["engine"] for row in rows} == set(engine_ratio.ENGINES)
+    for row in rows:
+        for clock in ("cpu_speed", "wall_speed"):
+            cell = " - ".join(f"{value:.2f}" for value in row[clock].values())
+            assert row["engine"] == "ddp" or cell in page, (row["engine"], cell)

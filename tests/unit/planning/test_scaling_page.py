@@ -30,7 +30,8 @@ CLUSTERS = {  # heading -> what it is for
     SLOW: (H14, Cluster(find_device("a100-80gb"), 16, network_bandwidth=12.5e9 / 8)),
     SMALL: (G16, Cluster(find_device("rtx-4090"), 8)),
 }
-SECTIONS = dict(re.findall(r"^### (.*)\n((?:(?!^##).*\n)*)", PAGE, flags=re.MULTILINE))
+SETTINGS = PAGE.partition("## Which settings")[2]
+SECTIONS = dict(re.findall(r"^### (.*)\n((?:(?!^##).*\n)*)", SETTINGS, flags=re.MULTILINE))
 
 
 def block(heading: str, kind: str) -> Any:

@@ -10,7 +10,7 @@ from ijepa_scale import terminal
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.config.schema import RunConfig
 from ijepa_scale.doctor.decoding import Config
-from ijepa_scale.doctor.examination import Options
+from ijepa_scale.doctor.examination import DoctorOptions
 from ijepa_scale.planning.reading import read_planned
 
 
@@ -29,7 +29,7 @@ def add_flags(parser: terminal.Parser) -> None:
     add("overrides", nargs="*", help="dotted settings, e.g. data.workers=8")
 
 
-def options_of(flags: argparse.Namespace) -> tuple[Options, EngineConfig, list[str] | None]:
+def options_of(flags: argparse.Namespace) -> tuple[DoctorOptions, EngineConfig, list[str] | None]:
     """Returns what to check, the engine's settings, and the devices to start processes on.
 
     Raises:
@@ -46,7 +46,7 @@ def options_of(flags: argparse.Namespace) -> tuple[Options, EngineConfig, list[s
         terminal.Parser().error(f"{overrides[0]} changes a configuration, and none is named; give --config")
     folder = flags.folder or (config.folder if isinstance(config, RunConfig) else "runs")
     data = flags.data or (config.data.train if config is not None and config.data.reader != "synthetic" else None)
-    options = Options(folder=folder, data=data, config=config, need=flags.need, json=flags.json)
+    options = DoctorOptions(folder=folder, data=data, config=config, need=flags.need, json=flags.json)
     engine = config.engine if config is not None else EngineConfig()
     if devices is None and not torch.cuda.is_available():
         engine = engine.replace(device="cpu")  # a GPU that can't be used is a line of the table, and ends nothing
