@@ -46,7 +46,7 @@ test: lint ## Check style and types, then run the tests
 	$(PYTEST) $(SHORT) -n 2 --dist loadfile tests/unit tests/lowering $(wildcard tests/parity)
 	$(if $(wildcard tests/distributed),$(PYTEST) $(SHORT) -n 2 tests/distributed $(wildcard tests/cluster) tests/golden)
 
-test-versions: $(STAMP) ## Try the wheel under Python 3.10 to 3.13 and PyTorch 2.11 to 2.15 (an hour, 30 GB, a network)
+test-versions: $(STAMP) ## Try the wheel under Python 3.10 to 3.13 and PyTorch 2.11 to 2.15 (about an hour; needs a network)
 	$(BIN)/python -m tests.versions $(if $(PAIRS),--pairs $(PAIRS))
 
 CLUSTER := slurm-wlm munge iproute2 openssh-server pdsh openmpi-bin
