@@ -140,7 +140,8 @@ class LinkWatch:
                 self._told = word
             except RuntimeError:  # a broken connection
                 store = None
-            if last:
+            # one that has left need not be heard any more, and the store may end with process 0
+            if last or (self._told.state == _LEFT and not self._world.is_main):
                 return
             self._wake.wait(self._interval_s if word.state == _ALIVE else self._interval_s / _BEATS)
             self._wake.clear()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ijepa_scale import environment
 from tests.cluster.hosts import Host, TwoHosts
 from tests.distributed.commands import ROOT, finish, losses, start, write_config
 
@@ -69,7 +70,7 @@ def mpirun(first: Host, *, on: tuple[Host, ...] = ()) -> tuple[str, ...]:
 
 def begin(launches: list[tuple[str, ...]], files: list[Path], *arguments: str) -> list[subprocess.Popen]:
     """Starts a run on every host that has a command of its own."""
-    python = f"{ROOT}:{files[0].parent}"
+    python = f"{files[0].parent}:{environment.child_environment().get('PYTHONPATH', ROOT)}"
     return [
         start(c, *arguments, launcher=launch, PYTHONPATH=python) for launch, c in zip(launches, files, strict=False)
     ]

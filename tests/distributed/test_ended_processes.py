@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.commands import ZERO3, start, write_config, write_data
+from ijepa_scale import environment
+from tests.distributed.commands import ROOT, ZERO3, start, write_config, write_data
 from tests.distributed.test_hanging import QUICK, trainers
 from tests.distributed.test_launch import DEEPSPEED, TORCHRUN
 from tests.distributed.test_stopping import wait_for_step, wait_until_gone
@@ -46,7 +47,8 @@ def test_an_error_of_one_process_is_told_once(launch: str, rank: int, kind: str,
     (tmp_path / "failing.py").write_text(FAILING.format(rank=rank, error=error))
     config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
     begun = ("--plugin", "failing", *QUICK, *arguments)
-    process = start(config, *begun, launcher=launcher, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
+    python = f"{tmp_path}:{environment.child_environment().get('PYTHONPATH', ROOT)}"
+    process = start(config, *begun, launcher=launcher, PYTHONPATH=python)
     process.wait(timeout=60)
     log = config.with_suffix(".log").read_text()
     assert process.returncode == code if launch == "processes" else process.returncode != 0
