@@ -80,6 +80,7 @@ def test_a_host_that_comes_and_goes_changes_no_number(
     wait_for(lambda: max(losses(steps)) >= left + 5, started[:1], files[:1])
     started[0].wait(timeout=120)
     assert started[0].returncode == 0, log.read_text()[-3000:]
+    (tmp_path / "alone").mkdir()
     alone = configs(tmp_path / "alone", data)[:1]
     whole = train([(*hosts.a.prefix, "python")], alone, *QUICK, *longer)
     assert max(whole) == 80 and difference(losses(steps), whole) < 1e-6
