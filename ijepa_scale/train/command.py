@@ -36,7 +36,7 @@ def _launch(flags: argparse.Namespace, kind: type[Task]) -> None:
         if flags.help_config is not None:
             print(help_text(kind.config_kind, flags.help_config))
             return
-        choose = partial(_choose, flags)
+        choose = partial(choose_for_processes, flags)
         loaded = read_config(flags.config, flags.overrides, kind=kind.config_kind, choose=choose)
     if flags.print_config:
         terminal.say(*(f"# {note}" for note in loaded.notes))
@@ -70,7 +70,7 @@ def train_here(kind: type[Task], notes: list[str], config: Any, launch: Launch, 
     return result
 
 
-def _choose(flags: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
+def choose_for_processes(flags: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the recipe of a configuration chooses for the processes of this run."""
     count = len(flags.devices) if flags.devices else flags.processes
     launch = environment.detect_launch(starts_others=count is not None)

@@ -15,7 +15,7 @@ from ijepa_scale.engine.world import choose_device
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.stopping import Stopped
 from ijepa_scale.train import processes
-from ijepa_scale.train.command import _choose, train_here
+from ijepa_scale.train.command import choose_for_processes, train_here
 from ijepa_scale.train.finetune import FinetuneTask
 from ijepa_scale.train.pretrain import PretrainTask
 from ijepa_scale.train.task import Result, Task
@@ -45,8 +45,8 @@ def run(
     launch = environment.detect_launch()
     task = _TASKS[kind]
     flags = argparse.Namespace(devices=None, processes=None)
-    loaded = read_config(config, overrides, kind=task.config_kind, choose=partial(_choose, flags))
-    processes._set_threads(launch)
+    loaded = read_config(config, overrides, kind=task.config_kind, choose=partial(choose_for_processes, flags))
+    processes.set_threads(launch)
     try:
         return train_here(task, loaded.notes, loaded.config, launch, choose_device(loaded.config.engine, launch))
     except Stopped:

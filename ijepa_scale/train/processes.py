@@ -35,7 +35,7 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
         launch = environment.detect_launch(starts_others=count is not None)
     with user_errors(launch.rank):
         if count is None:
-            _set_threads(launch)
+            set_threads(launch)
             if launch.launcher != "python":
                 stopping.watch_launcher()
             main(options, launch, choose_device(engine, launch))
@@ -79,11 +79,11 @@ def _child(
         launch = Launch(
             rank=rank, world_size=count, local_rank=rank, local_world_size=count, address="127.0.0.1", port=port
         )
-        _set_threads(launch)
+        set_threads(launch)
         main(options, launch, choose_device(engine, launch, devices[rank]))
 
 
-def _set_threads(launch: Launch) -> None:
+def set_threads(launch: Launch) -> None:
     """Gives each process its share of the cores, since PyTorch would use all cores in each."""
     if launch.local_world_size > 1 and environment.threads() is None:
         torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
