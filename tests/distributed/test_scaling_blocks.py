@@ -13,7 +13,10 @@ from tests.distributed.training import curve
 from tests.unit.planning.test_scaling_page import CLUSTERS, block
 
 
-@pytest.mark.parametrize("heading", list(CLUSTERS)[1:])  # the first is ds_configs/zero1.json
+@pytest.mark.parametrize(  # the first is ds_configs/zero1.json
+    "heading",
+    [pytest.param(name, marks=pytest.mark.long if place else ()) for place, name in enumerate(list(CLUSTERS)[1:])],
+)
 def test_fp32_training_equals_one_process(heading: str, tmp_path: Path) -> None:
     file = tmp_path / "ds_config.json"
     file.write_text(json.dumps(block(heading, "json")))
