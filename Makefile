@@ -36,7 +36,7 @@ docs: $(STAMP) ## Write docs/configuration.md and configs/schema/ from the setti
 	$(BIN)/python -m ijepa_scale.config.manual
 	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null \
 		|| { echo "the site needs the extra docs: $(BIN)/python -m pip install -e '.[docs]' --no-build-isolation" >&2; exit 2; }
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check $(CHECKED)

@@ -72,4 +72,5 @@ def test_links_out_of_the_site_become_text() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     page = "[`optim/lars.py`](../ijepa_scale/optim/lars.py), [protocol](../a/b.py#L3), [data](data.md), ![x](x.png)"
-    assert module.on_page_markdown(page) == "`ijepa_scale/optim/lars.py`, protocol (`a/b.py`), [data](data.md), ![x](x.png)"
+    expected = "`ijepa_scale/optim/lars.py`, protocol (`a/b.py`), [data](data.md), ![x](x.png)"
+    assert module.on_page_markdown(page) == expected
