@@ -56,9 +56,7 @@ def read(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.usefixtures("stops")
-def test_a_command_is_taken(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_is_taken(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         read(COMMANDS[name], monkeypatch)
     except SystemExit:
