@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := torch==2.11.0 torchvision==0.26.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-CHECKED := ijepa_scale kernels launch benchmarks tests setup.py
+CHECKED := ijepa_scale kernels launch benchmarks tests setup.py docs/.site
 
 .PHONY: help install demo docs test test-all lint clean
 .DEFAULT_GOAL := help
