@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := torch==2.11.0 torchvision==0.26.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-CHECKED := ijepa_scale kernels launch benchmarks tests setup.py
+CHECKED := ijepa_scale kernels launch benchmarks tests setup.py docs/.site
 
 .PHONY: help install demo docs test test-all test-versions lint clean
 .DEFAULT_GOAL := help
@@ -32,8 +32,11 @@ $(STAMP): setup.py pyproject.toml
 demo: $(STAMP) ## Pretrain on Fashion-MNIST with ZeRO-3 on 2 CPU processes, or on your GPUs (FASHION_MNIST=folder)
 	$(BIN)/python launch/demo.py $(if $(FASHION_MNIST),--fashion-mnist '$(FASHION_MNIST)')
 
-docs: $(STAMP) ## Write docs/configuration.md and configs/schema/ from the settings' declarations
+docs: $(STAMP) ## Write docs/configuration.md and configs/schema/ from the settings, and build the site into site/
 	$(BIN)/python -m ijepa_scale.config.manual
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null \
+		|| { echo "the site needs the extra docs: $(BIN)/python -m pip install -e '.[docs]' --no-build-isolation" >&2; exit 2; }
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check $(CHECKED)
@@ -57,5 +60,5 @@ test-all: ## Check style and types, then run all tests, long forms too (installs
 	$(MAKE) test SHORT=
 
 clean: ## Delete caches (not .venv, runs or datasets)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find ijepa_scale kernels launch benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

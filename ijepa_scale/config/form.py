@@ -108,7 +108,7 @@ def _words(hint: Any) -> str:
     if origin is not tuple:
         return _WORDS[origin or hint]
     if args[-1] is Ellipsis:
-        return f"a list of {', '.join(_literals(hint))}"
+        return f"a list of {', '.join(_literals(hint)) or 'texts'}"
     bounds = _bounds([mark for _, marks in _apart(args[0]) for mark in marks])
     return f"{len(args)} numbers{f', each {bounds}' if bounds else ''}"
 
