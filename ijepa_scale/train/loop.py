@@ -154,15 +154,14 @@ class Loop:
             )
         if self.world.is_main:
             self._describe()
+        mode = self.config.logging.progress if self.world.is_main else "none"
         with self._closing_saver(), open_sinks(
             self.folder,
             rank=self.world.rank,
             logging=self.config.logging,
             drop_from=self.start + 1 if self.resumed else 0,
             run=self.config.values(),
-        ) as sinks:  # fmt: skip
-            mode = self.config.logging.progress if self.world.is_main else "none"
-            progress = Progress(last, mode=mode, first_step=self.start)
+        ) as sinks, Progress(last, mode=mode, first_step=self.start) as progress:  # fmt: skip
             if self.resumed is None and task.evaluates(task.first_step):
                 self._evaluate(task.first_step, sinks, progress)
             if self._evaluation_due and task.evaluates(self.start):
@@ -183,7 +182,6 @@ class Loop:
             if self.start < last:
                 with self.watchdog.paused("saving"):
                     self.saver.finish(last, pause=True)
-            progress.close()
         self._check_bad(loader)
         task.finish(self.folder)
 
