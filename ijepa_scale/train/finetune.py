@@ -254,7 +254,8 @@ class FinetuneTask(Task):
         if self.world.is_main:
             best = newest(folder / "best")
             export_safetensors(best or folder, folder / EXPORT)
-            write_report(folder, self.accuracy, self._evaluated_step, self.config.model.num_classes, self.classes)
+            if self.accuracy is not None:
+                write_report(folder, self.accuracy, self._evaluated_step, self.config.model.num_classes, self.classes)
 
     @override
     def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> FinetuneResult:

@@ -195,7 +195,7 @@ def test_whoever_needs_labels_says_that_there_are_none(tmp_path):
     (tmp_path / "flat" / "1.jpg").write_bytes(encoded(1))
     flat = ImageFolderSource(tmp_path / "flat")
     text = (
-        r"data: 1 of 1 images have no label .* it was read as 1 images without labels in folder .*/flat; give class fol"
+        r"data: 1 of 1 images have no label .* it was read as 1 image without labels in folder .*/flat; give class fol"
     )
     for log in (True, False):
         for pair in ((("train", labelled), ("data", flat)), (("data", flat), ("test", labelled))):
