@@ -15,7 +15,6 @@ from pathlib import Path
 from ijepa_scale import terminal
 from ijepa_scale.checkpoint.consolidate import consolidate
 from ijepa_scale.checkpoint.inspect import checkpoints_of, differences, listed, remove
-from ijepa_scale.plurals import counted
 
 
 @terminal.command
@@ -52,9 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in listed(checkpoints_of(Path(flags.run)), hashed=flags.what == "verify"):
         damaged += line.problem is not None
         state = "damaged: " + line.problem if line.problem else "whole" if flags.what == "verify" else "complete"
-        terminal.say(
-            f"{line.path}  {line.bytes / 1e6:10.1f} MB  {counted(line.files, 'file')}  {line.written}  {state}"
-        )
+        terminal.say(f"{line.path}  {line.bytes / 1e6:10.1f} MB  {line.files} files  {line.written}  {state}")
     return terminal.USER_ERROR_CODE if damaged else 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,6 @@ from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.preflight import Preflight
 from ijepa_scale.train.setup import global_batch, normalised, open_training_source, pixels_of
 from ijepa_scale.train.task import Evaluation, Result, Task
-
-logger = logging.getLogger(__name__)
 
 EXPORT = "model.safetensors"
 _PRETRAINING = (
@@ -149,10 +146,9 @@ class FinetuneTask(Task):
         return {**super().identity(), "labels": self._labels}
 
     def _start(self, module: Classifier, init: str) -> LoadReport:
-        """Loads the weights of `model.init`, and reports them."""
+        """Loads the weights of `model.init`; what was loaded stands in preflight.txt and so in the log."""
         source, model = open_source(init), self.config.model
         report = fit(module, source.encoder(model.weights), keep_head=model.keep_head, classes=self.classes)
-        logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report.text())
         if self.world.is_main:
             self.origin = {"source": init, "sha256": source.digest()}
         return report

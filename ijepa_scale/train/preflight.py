@@ -125,7 +125,8 @@ class Preflight:
         lines = self.lines(world, loaded, first_loss)
         (folder / FILE).write_text("\n".join(lines) + "\n")
         for line in lines:
-            logger.log(logging.WARNING if "<- far" in line else logging.INFO, "%s", line)
+            doubtful = "<- far" in line or (line.startswith("weights") and loaded is not None and loaded.notes)
+            logger.log(logging.WARNING if doubtful else logging.INFO, "%s", line)
 
     def draw(self, folder: Path, images: Tensor, targets: Tensor, classes: list[str] | None) -> None:
         """Draws a few images as the model gets them, with their labels. Synchronises. Called once per run."""

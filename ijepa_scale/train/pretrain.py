@@ -150,8 +150,9 @@ class PretrainTask(Task):
         assert self.config.model.init is not None
         source = open_source(self.config.model.init)
         report = start_from(source, module, target)
-        logger.log(logging.WARNING if report.predictor is None or report.notes else logging.INFO, "%s", report.text())
         if self.world.is_main:
+            doubts = report.predictor is None or report.notes
+            logger.log(logging.WARNING if doubts else logging.INFO, "%s", report.text())
             state = self.config.model.init_state
             self.origin = {"source": self.config.model.init, "sha256": source.digest(), "state": state}
         return source

@@ -232,10 +232,9 @@ def _make(options: argparse.Namespace) -> int:
     kinds = ", ".join(f"{count} x {kind}" for kind, count in made.left_out.most_common())
     size = format_bytes(sum(row.bytes for row in made.shards))
     skipped = Problems(skipped=source.problems().skipped).passed_over()
-    terminal.say(
-        f"{counted(made.num_samples, 'image')} in {counted(len(made.shards), 'shard')}, {size}, in "
-        f"{options.to}; left out: {kinds or 'none'}" + (f"; skipped: {skipped}" if skipped else "")
-    )
+    counts = f"{counted(made.num_samples, 'image')} in {counted(len(made.shards), 'shard')}, {size}"
+    passed = f"; skipped: {skipped}" if skipped else ""
+    terminal.say(f"{counts}, in {options.to}; left out: {kinds or 'none'}{passed}")
     return 0
 
 
@@ -345,9 +344,8 @@ def _stats(options: argparse.Namespace) -> int:
     write_statistics(found, path)
     for name, values in (("mean", found.mean), ("std", found.std)):
         terminal.say(f"{name:<5} {', '.join(f'{value:.6g}' for value in values)}")
-    terminal.say(
-        f"{path}: {counted(found.images, 'image')} with {pixels}; augment.mean=null augment.std=null takes them"
-    )
+    counts = counted(found.images, "image")
+    terminal.say(f"{path}: {counts} with {pixels}; augment.mean=null augment.std=null takes them")
     return 0
 
 
