@@ -42,11 +42,13 @@ class SampleOrder:
         self.num_samples = int(self.shard_sizes.sum())
         self.batch_size, self.seed, self.window_shards = batch_size, seed, window_shards
         if batch_size < 1 or window_shards < 1:
-            raise DataError(f"batch {batch_size} and window of {window_shards} shards: give at least 1 of each")
+            shards = counted(window_shards, "shard")
+            raise DataError(f"batch {batch_size} and window of {shards}: give at least 1 of each")
         if self.num_samples < batch_size:
+            fitting = 1 << max(0, self.num_samples.bit_length() - 1)  # a power of two, which most runs can divide
             raise DataError(
-                f"the set has {counted(self.num_samples, 'sample')}, fewer than one batch of {batch_size}; "
-                "give a smaller data.batch_size or more shards"
+                f"the set has {counted(self.num_samples, 'image')}, fewer than one batch of {batch_size}; set "
+                f"data.batch_size={fitting}, or give more images"
             )
         self._first_ids = np.cumsum(self.shard_sizes) - self.shard_sizes
         self._pass: _Pass | None = None

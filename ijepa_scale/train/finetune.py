@@ -67,6 +67,14 @@ class FinetuneResult(Result):
         top = "" if self.top1 is None else f", top-1 {self.top1:.2%}, top-5 {self.top5 or 0:.2%}"
         return top + ("" if self.best_top1 is None else f" (best top-1 {self.best_top1:.2%})")
 
+    @override
+    def next_commands(self) -> list[str]:
+        return [
+            *super().next_commands(),
+            f"python launch/predict.py IMAGES --model {self.run}",
+            f"python launch/export.py {self.run} --to classifier.pt2",
+        ]
+
 
 def finetune(config: FinetuneConfig, world: World) -> FinetuneResult:
     """Finetunes as `config` says, starting from the newest checkpoint if there is one, and returns the result.

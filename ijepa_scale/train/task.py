@@ -7,6 +7,7 @@ in `command`: loader, last step, identity, and everything from the command line 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,9 +59,14 @@ class Result:
         loss = "no steps were left" if self.loss is None else f"loss {self.loss:.4f}"
         return f"done: {counted(self.steps, 'step')}, {loss}{self.figures()}; {self.checkpoint}"
 
+    @property
+    def run(self) -> str:
+        """The run's folder, as a word of a command."""
+        return shlex.quote(str(self.checkpoint.parents[1]))
+
     def next_commands(self) -> list[str]:
         """Returns the commands that a user may want next."""
-        return []
+        return [f"python launch/report.py {self.run} --to report.html"]
 
 
 class Task:

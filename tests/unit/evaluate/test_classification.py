@@ -97,7 +97,9 @@ def test_top5_differs_from_top1_with_more_classes(folder):
 def test_labels_outside_the_classes_are_refused(folder):
     source = ImageFolderSource(folder)
     assert check_labels(source, 5, "data.train").tolist() == source.labels().tolist()
-    with pytest.raises(DataError, match=r"data.train: 7 of 25 images have no label from 0 to 3 .*class4/0.png with la"):
+    with pytest.raises(
+        DataError, match="7 of 25 images have no label from 0 to 3 .*class4/0.png.*; set model.num_classes=5,"
+    ):
         check_labels(source, 4, "data.train")
     source.labels = lambda: np.array([0, -1, 2])
     with pytest.raises(DataError, match="data.train: 1 of 3 images .* with no label.; fix the labels"):
