@@ -31,8 +31,8 @@ def test_the_curves_have_a_title_each_that_fits(kind: str, tmp_path: Path, monke
     plots = [axes for axes in figure.axes if axes.axison]
     titles = [axes.get_title(loc="left") for axes in plots]
     assert len(plots) == len(set(ROWS[kind][0])) - 1 and len(set(titles)) == len(titles)
-    renderer = figure.canvas.get_renderer()
-    boxes = [axes._left_title.get_window_extent(renderer) for axes in plots]
+    figure.draw_without_rendering()
+    boxes = [axes._left_title.get_window_extent() for axes in plots]
     assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
 
 
