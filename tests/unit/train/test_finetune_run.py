@@ -84,6 +84,9 @@ def finished(data, tmp_path_factory):
 def test_a_run_learns_colours_and_writes_its_results(finished):
     folder, result = finished
     assert result.steps == 60 and result.top1 == result.best_top1 == 1.0
+    commands = [line.split()[1] for line in result.next_commands()]
+    assert commands == ["launch/report.py", "launch/predict.py", "launch/export.py"]
+    assert all(str(folder) in line.split() for line in result.next_commands())
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "best", "checkpoints", "classes.csv", "config.yaml", "confusion.png", "curves.png", "first_batch.png",
