@@ -66,7 +66,10 @@ class _AboveBars:
 
 @contextlib.contextmanager
 def _logging_above_bars() -> Iterator[None]:
-    """Lets what is logged to the terminal appear above the bars, and not at the end of their lines."""
+    """Lets what is logged to the terminal appear above the bars, and not at the end of their lines.
+
+    `tqdm.contrib.logging` makes handlers without the filters of those that it replaces, so lines would appear twice.
+    """
     console = (sys.stdout, sys.stderr)
     handlers = [
         handler
