@@ -43,7 +43,7 @@ def features(suffix: str) -> Callable[[Path], None]:
 
 
 def shards(path: Path) -> None:
-    write_shards([Sample("a", b"image", 0)], path.parent / "shards")
+    write_shards([Sample("a", b"\xff\xd8\xff", 0)], path.parent / "shards")
     (tar,) = (path.parent / "shards").glob("*.tar")
     index_path(tar).unlink(missing_ok=True)
     index_tar(tar)
