@@ -89,8 +89,7 @@ def evaluate_dense(request: EvaluationRequest, world: World) -> DenseResults | N
         ]
         for at in range(0, len(splits), 2)
     ]
-    of_depth = f"depths from {found.lowest:g} to {found.highest:g}"
-    what = counted(train.num_classes, "class") if kind == "masks" else of_depth
+    what = f"{train.num_classes} classes" if kind == "masks" else f"depths from {found.lowest:g} to {found.highest:g}"
     facts = {
         "encoder": f"{request.source} ({request.which})",
         "architecture": f"{name_of(encoder)}, patches of {encoder.patch_size}",
