@@ -37,7 +37,16 @@ def test_before_the_demo_its_configurations_name_it(
     check_made(load_config(path, kind=kind))
 
 
-def test_other_files_are_left_to_their_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data.train=mine", "evaluate.every=0"),
+        ("data.train=mine", "evaluate.train=mine", "evaluate.test=nowhere"),
+        ("data.reader=synthetic", "data.train=null", "evaluate.every=0"),
+    ],
+)
+def test_other_files_and_what_is_not_read_are_left_alone(
+    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    check_made(load_config(CONFIGS / "demo.yaml", ["data.train=mine", "evaluate.every=0", "evaluate.train=null",
-                                                   "evaluate.test=null"]))  # fmt: skip
+    check_made(load_config(CONFIGS / "demo.yaml", overrides))
