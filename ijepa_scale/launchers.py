@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.plurals import counted
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below Linux's ports for outgoing connections, which begin at 32768
 _NUMBERED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -47,10 +48,13 @@ def detect(env: Mapping[str, str], parent: int, *, starts_others: bool = False) 
             f"a launcher's variable isn't an integer ({error}); check RANK, WORLD_SIZE and SLURM_*"
         ) from error
     if not 0 <= launch.rank < launch.world_size:
-        raise ConfigError(f"rank {launch.rank} is outside the {launch.world_size} processes; check the launcher")
+        raise ConfigError(
+            f"rank {launch.rank} is outside the {counted(launch.world_size, 'process')}; check the launcher"
+        )
     if not 0 <= launch.local_rank < launch.local_world_size:
         raise ConfigError(
-            f"local rank {launch.local_rank} is outside the {launch.local_world_size} processes of this host; check "
+            f"local rank {launch.local_rank} is outside the "
+            f"{counted(launch.local_world_size, 'process')} of this host; check "
             "LOCAL_RANK and LOCAL_WORLD_SIZE"
         )
     return launch
@@ -128,7 +132,8 @@ def _of_mpi(
         return Launch(launcher="mpirun")
     if local[1] < size and not env.get("MASTER_ADDR"):
         raise ConfigError(
-            f"mpirun started {size} processes on several hosts but MASTER_ADDR isn't set; give it the host of process "
+            f"mpirun started {counted(size, 'process')} on several hosts but MASTER_ADDR isn't set; "
+            f"give it the host of process "
             "0, e.g. mpirun -x MASTER_ADDR=node1"
         )
     return Launch(

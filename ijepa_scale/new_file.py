@@ -19,7 +19,9 @@ _CODE = re.compile(r"\(os error (\d+)\)")  # how safetensors passes on the error
 def new_file(path: str | Path) -> Iterator[Path]:
     """Makes the folder, yields a temporary path in it for the caller to write, and renames that to `path` at the end.
 
-    After an error nothing is left. What a link leads to is replaced, and the link stays.
+    The file gets the permissions that the user's umask gives to new files, also from writers that leave it to its
+    owner alone, as safetensors does. After an error nothing is left. What a link leads to is replaced, and the link
+    stays.
 
     Raises:
         OSError: it can't be written, or something other than a file is there; names the file.
@@ -31,12 +33,27 @@ def new_file(path: str | Path) -> Iterator[Path]:
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield temporary
+            with _usual_mode(temporary):
+                yield temporary
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+@contextlib.contextmanager
+def _usual_mode(path: Path) -> Iterator[None]:
+    """Makes an empty file, which the caller replaces or fills, and gives what is there then the mode that it had.
+
+    That is what the umask and the folder's access list give to a new file: reading the umask would change it for all
+    threads.
+    """
+    path.unlink(missing_ok=True)  # of a run that was killed
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode & 0o777
+    yield
+    path.chmod(mode)
 
 
 def check_replaceable(path: Path) -> None:

@@ -16,7 +16,6 @@ import torch
 from ijepa_scale import environment, shipped, terminal
 from ijepa_scale.data.shards.fashion_mnist import fetch, write_fashion_mnist_shards
 from ijepa_scale.evaluate.summary import summarize
-from ijepa_scale.visualize.curves import draw_runs, read_runs
 
 CPU_PROCESSES = 2
 BATCH = 64  # the batch of configs/demo.yaml, which the number of processes must divide
@@ -48,7 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
     if code := subprocess.run(command, env=environment.child_environment(**variables), check=False).returncode:
         terminal.report(f"the training ended with exit code {code}; see its message above")
         return max(code, 1)
-    draw_runs(read_runs([str(folder)]), folder / "curves.png")
     terminal.say("", *summarize(folder).lines())
     terminal.say(f"on        {processes} {'GPUs' if gpus else 'CPU processes'}, DeepSpeed ZeRO-3")
     terminal.say(f"pictures  {folder / 'curves.png'}, {folder / 'masks.png'}")

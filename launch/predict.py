@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         lines = (f"  {guess.probability:6.1%}  {written(guess.name)}" for guess in guesses)
         terminal.say(written(path), *lines)
     if skipped:
-        terminal.report(f"skipped {skipped} images or folders; replace or drop those named above")
+        what = "image or folder" if skipped == 1 else "images or folders"
+        terminal.report(f"skipped {skipped} {what}; replace or drop those named above")
     return 2 if skipped else 0
 
 

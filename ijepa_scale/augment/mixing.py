@@ -15,6 +15,7 @@ from ijepa_scale import rng
 from ijepa_scale.augment.pipeline import to_device
 from ijepa_scale.config.finetune_run import FinetuneAugmentConfig
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.plurals import counted
 
 _MIX, _SWITCH, _TOP, _LEFT, _DRAWS = range(5)
 
@@ -27,7 +28,8 @@ def check_pairs(num_images: int, config: FinetuneAugmentConfig) -> None:
     """
     if num_images % 2 and (config.mixup or config.cutmix):
         raise ConfigError(
-            f"a micro-batch has {num_images} images, but mixup and cutmix mix pairs; give an even number of images per "
+            f"a micro-batch has {counted(num_images, 'image')}, but mixup and cutmix mix pairs; "
+            f"give an even number of images per "
             "process and accumulation step, or set augment.mixup=0 and augment.cutmix=0"
         )
 

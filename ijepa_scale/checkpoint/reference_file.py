@@ -17,6 +17,7 @@ from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.pos_embed import positions
 from ijepa_scale.new_file import PatientFile
 from ijepa_scale.optim.adamw import AdamW
+from ijepa_scale.plurals import counted
 from ijepa_scale.schedules import Schedule
 
 # The state of an unused gradient scaler: the published code loads one even though it trains in bf16.
@@ -46,14 +47,15 @@ def export_published(checkpoint: Checkpoint, path: str | Path, *, steps_per_epoc
     epoch, inside = divmod(checkpoint.step, steps_per_epoch)
     if inside:
         raise CheckpointError(
-            f"{checkpoint.path} is {inside} steps into epoch {epoch + 1} of {steps_per_epoch} steps; the published "
+            f"{checkpoint.path} is {counted(inside, 'step')} into epoch {epoch + 1} of "
+            f"{steps_per_epoch} steps; the published "
             f"code resumes only at full epochs: give, for example, a checkpoint of step "
             f"{max(1, epoch) * steps_per_epoch}"
         )
     batch, rest = divmod(int(checkpoint.extra["identity"]["batch size of all processes"]), processes)
     if rest:
         raise CheckpointError(
-            f"batch {batch * processes + rest} is not divisible by {processes} processes; give a divisor"
+            f"batch {batch * processes + rest} is not divisible by {counted(processes, 'process')}; give a divisor"
         )
     hyper = _schedule(config, steps_per_epoch)(max(0, checkpoint.step - 1))
     model = ModelConfig(**config["model"])

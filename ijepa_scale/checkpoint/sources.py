@@ -32,6 +32,7 @@ from ijepa_scale.config.architectures import resolve
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.pos_embed import positions
+from ijepa_scale.plurals import counted
 
 WHICH_KEY = "ijepa_scale.weights"  # in a safetensors file's metadata: target or context
 CLASSES_KEY = "ijepa_scale.classes"  # in the same metadata: a JSON list of class names
@@ -287,7 +288,8 @@ def _check_published(path: Path, known: PublishedFile) -> None:
     depth = len([name for name in tensors if name.startswith("blocks.") and name.endswith(".norm1.weight")])
     if (width, depth, patch) != (known.width, known.depth, known.patch_size):
         raise CheckpointError(
-            f"{path} holds an encoder of width {width} with {depth} blocks and {patch}-pixel patches instead of "
+            f"{path} holds an encoder of width {width} with {counted(depth, 'block')} and "
+            f"{patch}-pixel patches instead of "
             f"{known.width}, {known.depth} and {known.patch_size}; try again later, or download it yourself"
         )
 

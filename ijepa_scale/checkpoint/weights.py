@@ -22,6 +22,7 @@ from ijepa_scale.errors import CheckpointError
 from ijepa_scale.models.classifier import Classifier
 from ijepa_scale.models.layers import LayerNorm
 from ijepa_scale.models.vit import VisionTransformer
+from ijepa_scale.plurals import counted
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,9 @@ def _size_problems(found: dict[str, Tensor], weights: Weights, encoder: VisionTr
             problems.append(f"its width is {len(patches)}, the model's {encoder.width}; set model.name or model.width")
     depth = depth_of(found)
     if depth != len(encoder.blocks):
-        problems.append(f"it has {depth} blocks, the model {len(encoder.blocks)}; set model.name or model.depth")
+        problems.append(
+            f"it has {counted(depth, 'block')}, the model {len(encoder.blocks)}; set model.name or model.depth"
+        )
     first_block: Any = encoder.blocks[0]
     heads = first_block.attn.heads
     if weights.facts.heads not in (None, heads):
@@ -210,7 +213,8 @@ def _shape_problems(own: dict[str, Tensor], found: dict[str, Tensor], loaded: li
             continue  # another number of classes is reported once, for head.weight
         if name == "head.weight" and theirs[1:] == ours[1:]:
             problems.append(
-                f"its head has {theirs[0]} classes, the model's {ours[0]}; set model.num_classes={theirs[0]}, or "
+                f"its head has {counted(theirs[0], 'class')}, the model's {ours[0]}; set "
+                f"model.num_classes={theirs[0]}, or "
                 "model.keep_head=false for a new head"
             )
         else:

@@ -1,4 +1,7 @@
-"""Names that settings had earlier, in files and in what checkpoints store. Mappings in, mappings out."""
+"""Names that settings had earlier, or have in the other kind of run, in files and in what checkpoints store.
+
+Mappings in, mappings out.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,23 @@ _NAMES: dict[type, dict[str, str]] = {
     FinetuneConfig: {f"model.{name}": f"model.encoder.{name}" for name in EncoderConfig.model_fields}
 }
 
+# Of settings that pretraining has too: its names for them are read as well, without a note.
+_ALSO: dict[type, dict[str, str]] = {
+    FinetuneConfig: {
+        "schedule.epochs": "optimizer.epochs",
+        "schedule.warmup_epochs": "optimizer.warmup_epochs",
+        "schedule.stop_after": "stop_after",
+        "evaluate.test": "evaluate.data",
+    }
+}
+
 
 def renamed(content: Mapping[str, Any], kind: type, notes: list[str]) -> dict[str, Any]:
-    """Returns the settings under today's names, and adds a note about each that had another."""
-    names, found = _NAMES.get(kind, {}), flat(content)
+    """Returns the settings under today's names, and adds a note about each that had an earlier one."""
+    earlier, also, found = _NAMES.get(kind, {}), _ALSO.get(kind, {}), flat(content)
+    names = earlier | also
     moved = {key: names[key] for key in found if key in names and names[key] not in found}
-    notes += [f"{key} is called {name} now" for key, name in moved.items()]
+    notes += [f"{key} is called {name} now" for key, name in moved.items() if key in earlier]
     return nest({moved.get(key, key): value for key, value in found.items()})
 
 

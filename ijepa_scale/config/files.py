@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=Section)
 
+_OTHER: dict[type, type[Section]] = {PretrainConfig: FinetuneConfig, FinetuneConfig: PretrainConfig}
+_SCRIPT: dict[type, str] = {PretrainConfig: "launch/pretrain.py", FinetuneConfig: "launch/finetune.py"}
+_TASK: dict[type, str] = {PretrainConfig: "pretraining", FinetuneConfig: "finetuning"}
+
 Choose = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
@@ -93,8 +97,44 @@ def read_config(
             values = _followed(values, choose, kind)
         return Loaded(kind(**values), notes)
     except ConfigError as error:
-        lines = sorted((_placed(line, origins) for line in error.problems), key=itemgetter(0))
+        alien = _of_other_kind(kind, layers, path)
+        lines = sorted((_placed(_explained(line, alien, kind), origins) for line in error.problems), key=itemgetter(0))
         raise ConfigError(*(line for _, line in lines)) from None
+
+
+def _of_other_kind(kind: type[Section], layers: Sequence[tuple[str, dict[str, Any]]], path: str | Path) -> set[str]:
+    """Returns the settings that only the other kind of run knows.
+
+    Raises:
+        ConfigError: there are some, and none that only this kind knows.
+    """
+    values: Mapping[str, Any] = reduce(lambda low, high: _laid(low, high), (content for _, content in layers), {})
+    if kind not in _OTHER:
+        return set()
+    ours, theirs = _known_of(values, kind), _known_of(values, _OTHER[kind])
+    alien = [key for key in flat(values) if key in theirs - ours]
+    if alien and not ours - theirs:
+        other = _OTHER[kind]
+        found = f"{alien[0]} and {len(alien) - 1} more are" if len(alien) > 1 else f"{alien[0]} is"
+        kinds = "settings" if len(alien) > 1 else "a setting"
+        raise ConfigError(
+            f"{path}: {found} {kinds} of {_TASK[other]}; start it with {_SCRIPT[other]}, or name another file"
+        ) from None
+    return set(alien)
+
+
+def _explained(line: str, alien: set[str], kind: type[Section]) -> str:
+    """Returns a complaint, or a better one about a setting that only the other kind of run knows."""
+    key = line.partition(":")[0]
+    if key not in alien:
+        return line
+    return f"{key}: only {_TASK[_OTHER[kind]]} has this setting; remove it"
+
+
+def _known_of(values: Mapping[str, Any], kind: type[Section]) -> set[str]:
+    """Returns the dotted names among the settings that a kind of run knows, by today's names or earlier ones."""
+    known = {key for key, _ in settings(kind, renamed(values, kind, []))}
+    return {key for key, value in flat(values).items() if known & flat(renamed(nest({key: value}), kind, [])).keys()}
 
 
 def _followed(values: dict[str, Any], choose: Choose | None, kind: type[Section]) -> dict[str, Any]:

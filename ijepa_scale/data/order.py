@@ -14,6 +14,7 @@ import numpy as np
 
 from ijepa_scale import rng
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 
 _WINDOWS_KEPT = 3  # a batch may span windows, and the next batch starts in the last of them
 
@@ -41,11 +42,13 @@ class SampleOrder:
         self.num_samples = int(self.shard_sizes.sum())
         self.batch_size, self.seed, self.window_shards = batch_size, seed, window_shards
         if batch_size < 1 or window_shards < 1:
-            raise DataError(f"batch {batch_size} and window of {window_shards} shards: give at least 1 of each")
+            shards = counted(window_shards, "shard")
+            raise DataError(f"batch {batch_size} and window of {shards}: give at least 1 of each")
         if self.num_samples < batch_size:
+            fitting = 1 << max(0, self.num_samples.bit_length() - 1)  # a power of two, which most runs can divide
             raise DataError(
-                f"the set has {self.num_samples} samples, fewer than one batch of {batch_size}; "
-                "give a smaller data.batch_size or more shards"
+                f"the set has {counted(self.num_samples, 'image')}, fewer than one batch of {batch_size}; set "
+                f"data.batch_size={fitting}, or give more images"
             )
         self._first_ids = np.cumsum(self.shard_sizes) - self.shard_sizes
         self._pass: _Pass | None = None
@@ -97,7 +100,7 @@ class SampleOrder:
         """Returns the consecutive slice of global batch `step` that process `rank` of `world` takes."""
         size = self.part_size(world)
         if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} is not among {world} processes; give 0 to {world - 1}")
+            raise ValueError(f"rank {rank} is not among {counted(world, 'process')}; give 0 to {world - 1}")
         return self.batch(step)[rank * size : (rank + 1) * size]
 
     def part_size(self, world: int) -> int:
@@ -143,5 +146,5 @@ def part_size(batch_size: int, world: int) -> int:
     """
     if batch_size % world:
         near = max(1, round(batch_size / world)) * world
-        raise DataError(f"batch {batch_size} is not divisible by {world} processes; try {near}")
+        raise DataError(f"batch {batch_size} is not divisible by {counted(world, 'process')}; try {near}")
     return batch_size // world

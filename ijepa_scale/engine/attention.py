@@ -44,7 +44,6 @@ def use_attention(config: EngineConfig, module: nn.Module, target: nn.Module | N
     """
     dtype, device = _dtype(config), world.device
     names: dict[str, str] = {}
-    said = []
     try:
         activate(config.attention, device)
         for network, shape in _networks(module, target):
@@ -53,7 +52,6 @@ def use_attention(config: EngineConfig, module: nn.Module, target: nn.Module | N
                 if isinstance(part, Attention):
                     part.kernel = kernel
             names[shape.role] = backend_for(shape, dtype, device, kernel)
-            said.append(f"{names[shape.role]} for {shape}")
             if device.type == "cuda" and kernel == "math" and world.is_main:
                 logger.warning(
                     "attention of %s stores all scores: engine.attention is math, or no fused kernel runs here", shape
@@ -61,11 +59,14 @@ def use_attention(config: EngineConfig, module: nn.Module, target: nn.Module | N
     except ValueError as error:
         raise ConfigError(f"engine.{error}; {_REMEDY}") from error
     if world.is_main:
-        packed = packed_backend(dtype, device)
-        logger.info(
-            "engine.attention %s on %s: %s; packed sequences: %s", config.attention, device, ", ".join(said), packed
-        )
+        logger.info("%s: %s", config.attention, _by_kernel(names))
     return names
+
+
+def _by_kernel(names: dict[str, str]) -> str:
+    """Returns the roles of each kernel as text that, with the logger's name, fits a line of 100 characters."""
+    roles = {kernel: [role for role, own in names.items() if own == kernel] for kernel in names.values()}
+    return ", ".join(f"{kernel} ({', '.join(each)})" for kernel, each in roles.items())
 
 
 def require_packed(config: EngineConfig, module: nn.Module, world: World) -> None:
@@ -83,6 +84,8 @@ def require_packed(config: EngineConfig, module: nn.Module, world: World) -> Non
                     f"engine.attention is {config.attention} and masks.context is packed, but {problem}; "
                     "set masks.context=truncate, or engine.attention=auto"
                 )
+    if world.is_main:
+        logger.info("packed sequences: %s", packed_backend(_dtype(config), world.device))
 
 
 def head_shapes(module: nn.Module, target: nn.Module | None) -> Iterator[HeadShape]:

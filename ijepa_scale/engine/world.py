@@ -17,6 +17,7 @@ from ijepa_scale.engine.gpus import gpu_in_machine, why_unusable
 from ijepa_scale.engine.meeting import Member
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.plurals import counted
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ def choose_device(config: EngineConfig, launch: Launch, device: str | None = Non
             raise ConfigError(f"process {launch.rank} needs {chosen} but {why_unusable()}, or set engine.device=cpu")
         if (chosen.index or 0) >= count:
             raise ConfigError(
-                f"process {launch.rank} needs {chosen} but this host has {count} GPUs; start at most {count} processes "
+                f"process {launch.rank} needs {chosen} but this host has {counted(count, 'GPU')}; "
+                f"start at most {counted(count, 'process')} "
                 "per host, or set engine.device=cpu"
             )
         environment.export_allocator()

@@ -116,9 +116,11 @@ def check_labels(source: SampleSource, num_classes: int, name: str) -> np.ndarra
     if len(wrong):
         first = int(wrong[0])
         found = "no label" if labels[first] < 0 else f"label {labels[first]}"
+        more = labels.max() + 1
+        remedy = "fix the labels" if more <= num_classes else f"set model.num_classes={more}, or fix the labels"
         raise DataError(
             f"{name}: {len(wrong)} of {len(labels)} images have no label from 0 to {num_classes - 1} (the first is "
-            f"{source.name(first)} with {found}); fix the labels, or set model.num_classes"
+            f"{source.name(first)} with {found}); {remedy}"
         )
     return labels
 

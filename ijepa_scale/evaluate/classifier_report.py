@@ -11,12 +11,12 @@ from ijepa_scale.data.class_names import shortened, written
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.classification import Accuracy
-from ijepa_scale.metrics.classifier_plots import draw_confusion, draw_training
+from ijepa_scale.metrics.classifier_plots import draw_confusion
 from ijepa_scale.metrics.confusion import Confusion
-from ijepa_scale.metrics.sinks import JSONL_NAME
+from ijepa_scale.plurals import counted
 
 RESULTS, TABLE = "results.json", "classes.csv"
-CONFUSION, CURVES = "confusion.png", "curves.png"
+CONFUSION = "confusion.png"
 
 
 def class_names(source: SampleSource, num_classes: int) -> list[str] | None:
@@ -29,7 +29,7 @@ def class_names(source: SampleSource, num_classes: int) -> list[str] | None:
     if names is not None and len(names) != num_classes:
         shown = ", ".join(map(shortened, names[:3]))
         raise DataError(
-            f"the data names {len(names)} classes ({shown}, ...) but model.num_classes is {num_classes}; "
+            f"the data names {counted(len(names), 'class')} ({shown}, ...) but model.num_classes is {num_classes}; "
             f"set model.num_classes={len(names)}"
         )
     return names
@@ -55,13 +55,8 @@ def class_table(confusion: Confusion, classes: list[str] | None) -> list[dict[st
     ]
 
 
-def write_report(
-    folder: Path, accuracy: Accuracy | None, step: int, num_classes: int, classes: list[str] | None
-) -> None:
-    """Writes curves.png, and for an evaluation after `step` steps results.json, classes.csv and confusion.png."""
-    draw_training(folder / JSONL_NAME, folder / CURVES)
-    if accuracy is None:
-        return
+def write_report(folder: Path, accuracy: Accuracy, step: int, num_classes: int, classes: list[str] | None) -> None:
+    """Writes results.json, classes.csv and confusion.png of an evaluation after `step` steps."""
     confusion = accuracy.confusion(num_classes)
     figures = {
         "step": step,

@@ -33,6 +33,7 @@ from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool, load, 
 from ijepa_scale.evaluate.image_sets import ImageSet
 from ijepa_scale.evaluate.parts import Loaded, Parts, Skipped
 from ijepa_scale.new_file import check_replaceable
+from ijepa_scale.plurals import counted
 from ijepa_scale.regular_file import read_regular
 from ijepa_scale.train import processes
 
@@ -76,7 +77,7 @@ def embed_here(options: EmbedOptions, launch: Launch, device: torch.device) -> N
     if launch.rank == 0:
         for line in result.skipped:
             terminal.report(line, "skipped")
-        terminal.say(f"{result.path}: {result.rows} x {result.width}, {result.num_skipped} images skipped")
+        terminal.say(f"{result.path}: {result.rows} x {result.width}, {counted(result.num_skipped, 'image')} skipped")
         sys.exit(terminal.USER_ERROR_CODE if result.skipped else 0)  # another process would end this one meanwhile
 
 
@@ -162,7 +163,7 @@ def _finish(options: EmbedOptions, images: ImageSet, parts: Parts) -> Embedded:
             for number, each in sorted(part.skipped.items())
             if each.shard is None
         ]
-    skipped += [written(f"{count} images: {reason}") for reason, count in lost.items()]
+    skipped += [written(f"{counted(count, 'image')}: {reason}") for reason, count in lost.items()]
     if rows == 0:
         parts.remove()
         raise DataError(f"none of {len(images)} images can be used; the first: {skipped[0]}")

@@ -25,6 +25,7 @@ from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.errors import ConfigError, DataError, SampleError
 from ijepa_scale.models.layers import Block
 from ijepa_scale.models.vit import VisionTransformer
+from ijepa_scale.plurals import counted
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,9 @@ def check_pool(encoder: VisionTransformer, pool: str) -> None:
     if pool not in POOLS:
         raise ConfigError(f"pool is {pool!r}; choose one of {', '.join(POOLS)}")
     if pool == "last4" and len(encoder.blocks) < 4:
-        raise ConfigError(f"pool is last4 but the encoder has {len(encoder.blocks)} blocks; choose mean or tokens")
+        raise ConfigError(
+            f"pool is last4 but the encoder has {counted(len(encoder.blocks), 'block')}; choose mean or tokens"
+        )
 
 
 @torch.no_grad()

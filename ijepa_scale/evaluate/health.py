@@ -28,6 +28,7 @@ from ijepa_scale.masks.types import target_index
 from ijepa_scale.objectives.protocol import Objective
 from ijepa_scale.objectives.targets import normalise_targets
 from ijepa_scale.planning.flops import encoder_forward_flops, forward_flops, mask_flops
+from ijepa_scale.plurals import counted
 
 logger = logging.getLogger(__name__)
 
@@ -201,4 +202,6 @@ def _read(source: SampleSource, name: str, most: int, images: ImageSettings, wor
             shown = "; ".join(list(every.values())[:_NAMED])
             logger.warning("health leaves out %d of %d images of %s: %s", len(every), len(ids), name, shown)
         ids = ids[~np.isin(ids, list(every))]
-    raise DataError(f"{name}: {len(ids)} images can be used; health needs at least {_FEWEST}, or set health.every=0")
+    raise DataError(
+        f"{name}: {counted(len(ids), 'image')} can be used; health needs at least {_FEWEST}, or set health.every=0"
+    )

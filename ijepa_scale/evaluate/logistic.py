@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ijepa_scale import rng
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,9 @@ def few_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     for label in np.unique(labels).tolist():
         mine = np.flatnonzero(labels == label)
         if len(mine) < shots:
-            raise DataError(f"class {label} has {len(mine)} images, fewer than {shots} shots; use at most {len(mine)}")
+            raise DataError(
+                f"class {label} has {counted(len(mine), 'image')}, fewer than {shots} shots; use at most {len(mine)}"
+            )
         rows.append(mine[rng.permutation(len(mine), seed, "few-shots", label)[:shots]])
     return np.sort(np.concatenate(rows))
 

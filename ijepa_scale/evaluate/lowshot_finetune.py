@@ -27,6 +27,7 @@ from ijepa_scale.evaluate.labelled_sets import LabelledSet
 from ijepa_scale.evaluate.logistic import few_shots, share_of
 from ijepa_scale.evaluate.protocols import FINETUNED, Score
 from ijepa_scale.new_file import new_file
+from ijepa_scale.plurals import counted
 from ijepa_scale.regular_file import read_regular
 from ijepa_scale.train.finetune import finetune
 from ijepa_scale.train.initial import with_init
@@ -120,7 +121,7 @@ def lowshot_finetune(data: LabelledSet, request: FinetuneRequest, world: World, 
             config = lowshot_config(data, request, path, count, seed=seed, processes=world.size)
             found.append(_accuracy(config, data, request, world, trained=trained))
         note = "" if count >= _BATCH * _STEPS else "batches below the published 512"
-        setting = f"{count} images, {request.seeds} seeds, {request.epochs} epochs"
+        setting = f"{counted(count, 'image')}, {counted(request.seeds, 'seed')}, {counted(request.epochs, 'epoch')}"
         scores.append(
             Score(
                 protocol=f"{name}{FINETUNED}",

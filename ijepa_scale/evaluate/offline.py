@@ -32,6 +32,7 @@ from ijepa_scale.evaluate.results import JSON, Results, published_figures
 from ijepa_scale.evaluate.stored_features import FeatureStore
 from ijepa_scale.models.init import initialise
 from ijepa_scale.models.vit import VisionTransformer
+from ijepa_scale.plurals import counted
 from ijepa_scale.train import processes
 
 logger = logging.getLogger(__name__)
@@ -132,8 +133,8 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
         "encoder": f"{request.source} ({request.which})",
         "architecture": f"{name_of(encoder)}, patches of {encoder.patch_size}",
         "images": repr(transform),
-        "train": f"{request.train}: {len(main.train.labels)} images, {main.num_classes} classes",
-        "test": f"{request.test}: {len(main.test.labels)} images",
+        "train": f"{request.train}: {counted(len(main.train.labels), 'image')}, {counted(main.num_classes, 'class')}",
+        "test": f"{request.test}: {counted(len(main.test.labels), 'image')}",
         "seed": request.seed,
     }
     facts |= {f"transfer {each.name}": f"{each.train.path} and {each.test.path}" for each in sets[1:]}

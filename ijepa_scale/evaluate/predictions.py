@@ -21,6 +21,7 @@ from ijepa_scale.data.sources.listing import images_below
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.errors import CheckpointError, ConfigError, DataError, SampleError
 from ijepa_scale.models.classifier import Classifier, build_classifier
+from ijepa_scale.plurals import counted
 
 
 @dataclass(frozen=True)
@@ -125,5 +126,7 @@ def _usable(device: torch.device | str) -> torch.device:
         raise ConfigError(f"device {device!r} is unknown; give cpu, cuda or cuda:N") from error
     count = torch.cuda.device_count()
     if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and (chosen.index or 0) >= count):
-        raise ConfigError(f"device {chosen} can't be used: this host has {count} GPUs; give cpu, or cuda:N below that")
+        raise ConfigError(
+            f"device {chosen} can't be used: this host has {counted(count, 'GPU')}; give cpu, or cuda:N below that"
+        )
     return chosen

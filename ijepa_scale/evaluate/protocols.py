@@ -16,6 +16,7 @@ from ijepa_scale.evaluate.intervals import accuracy_interval
 from ijepa_scale.evaluate.knn import knn_sweep
 from ijepa_scale.evaluate.linear_probe import LARGER_RATES, ProbeRecipe, fit_probes, sweep
 from ijepa_scale.evaluate.logistic import few_shots, logistic_regression, share_of
+from ijepa_scale.plurals import counted
 
 NEIGHBORS, TEMPERATURES = (5, 10, 20, 50, 100, 200), (0.03, 0.07, 0.2)
 USUAL = (20, 0.07)  # of kNN, stated next to the best of the sweep. Source: arXiv 2104.14294, section 4
@@ -156,7 +157,7 @@ def _few(
         rows = draw(seed)
         result = logistic_regression(features[rows], train.labels[rows], tested, seed=seed, device=options.device)
         found.append(float((result.predicted == test.labels).mean()))
-    setting = f"{len(rows)} images, {options.seeds} draws"
+    setting = f"{counted(len(rows), 'image')}, {counted(options.seeds, 'draw')}"
     return Score(
         protocol=name, setting=setting, accuracy=float(np.mean(found)), low=min(found), high=max(found), note=note
     )

@@ -10,6 +10,7 @@ from typing import Any
 from ijepa_scale.errors import DataError
 from ijepa_scale.metrics.sinks import JSONL_NAME
 from ijepa_scale.metrics.stored_rows import read_rows
+from ijepa_scale.plurals import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Summary:
 
     def lines(self) -> list[str]:
         """Returns the summary as lines of text."""
-        lines = [f"loss      {self.first_loss:.4f} -> {self.last_loss:.4f} after {self.steps} steps"]
+        lines = [f"loss      {self.first_loss:.4f} -> {self.last_loss:.4f} after {counted(self.steps, 'step')}"]
         if self.knn is not None and self.knn_untrained is not None:
             gain = 100 * (self.knn - self.knn_untrained)
             lines.append(
@@ -45,7 +46,9 @@ def summarize(folder: str | Path) -> Summary:
     rows = read_rows(path)
     trained = [row for row in rows if row.get("loss") is not None]
     if not trained:
-        raise DataError(f"{path} holds {len(rows)} rows and no loss; train at least logging.every steps first")
+        raise DataError(
+            f"{path} holds {counted(len(rows), 'row')} and no loss; train at least logging.every steps first"
+        )
     return Summary(
         steps=trained[-1]["step"],
         first_loss=trained[0]["loss"],

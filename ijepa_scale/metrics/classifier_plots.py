@@ -8,10 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from ijepa_scale.data.class_names import shortened
-from ijepa_scale.errors import DataError
 from ijepa_scale.metrics.confusion import Confusion
-from ijepa_scale.metrics.plots import BLUE, GREY, ORANGE, draw_line, new_figure, save_figure
-from ijepa_scale.metrics.stored_rows import read_rows
+from ijepa_scale.metrics.plots import new_figure, save_figure
 
 _SHOWN_CLASSES = 30  # there is no room for the names of more
 _SHOWN_SHARE = 0.02  # smallest share of a soft label that is shown with an image
@@ -40,28 +38,6 @@ def draw_labelled(images: Tensor, targets: Tensor, classes: list[str] | None, pa
         axis.set_title(label_text(target, classes), fontsize=8, parse_math=False)
     for axis in axes:
         axis.axis("off")
-    return save_figure(figure, path)
-
-
-def draw_training(metrics: Path, path: Path) -> Path:
-    """Draws loss, accuracy and learning rate over the steps; returns the path of the PNG.
-
-    Raises:
-        DataError: `metrics` has no row with a loss.
-    """
-    rows = read_rows(metrics)
-    if not any(row.get("loss") is not None for row in rows):
-        raise DataError(f"{metrics} has {len(rows)} rows but no loss; train at least logging.every steps first")
-    figure = new_figure(width=11.0, height=3.2)
-    loss, accuracy, rate = figure.subplots(1, 3)
-    draw_line(loss, rows, "loss", BLUE, title="Loss: training (mixed, smoothed labels) and held-out")
-    draw_line(loss, rows, "eval_loss", ORANGE, title="Loss: training (blue), held-out (orange)")
-    percent = [row | {"top1": 100 * row["top1"], "top5": 100 * row["top5"]} for row in rows if "top1" in row]
-    draw_line(accuracy, percent, "top5", GREY, title="")
-    draw_line(accuracy, percent, "top1", ORANGE, title="Held-out accuracy, %: top-1 (orange), top-5 (grey)")
-    draw_line(rate, rows, "lr", GREY, title="Learning rate of the head")
-    for axes in (loss, accuracy, rate):
-        axes.set_xlabel("Step")
     return save_figure(figure, path)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -46,24 +48,71 @@ def duration(seconds: float) -> str:
     return f"{whole.days}d {clock}" if whole.days else clock
 
 
-class Progress:
-    """Shows the progress of a run.
+class _AboveBars:
+    """A stream that writes each text above the bars of the terminal, of which it is another way in."""
 
-    `mode` is auto (a bar if `stream` is a terminal, else lines), bar, lines or none. Call `advance` at each step and
-    `show` with each row. The remaining time is estimated from the row's step time.
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text of whole lines."""
+        with tqdm.external_write_mode(file=self._stream):
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        self._stream.flush()
+
+
+@contextlib.contextmanager
+def _logging_above_bars() -> Iterator[None]:
+    """Lets what is logged to the terminal appear above the bars, and not at the end of their lines.
+
+    `tqdm.contrib.logging` makes handlers without the filters of those that it replaces, so lines would appear twice.
+    """
+    console = (sys.stdout, sys.stderr)
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream in console
+    ]
+    streams = [handler.setStream(_AboveBars(handler.stream)) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, stream in zip(handlers, streams, strict=True):
+            handler.setStream(stream)
+
+
+def _has_room(stream: TextIO) -> bool:
+    """Returns whether a stream is a terminal of at least one row and column: a bar on another can't be seen."""
+    try:
+        return stream.isatty() and 0 not in os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):  # no terminal after all, or none that is a file
+        return False
+
+
+class Progress:
+    """Shows the progress of a run. A context: at its end, the bar ends.
+
+    `mode` is auto (a bar if `stream` is a terminal that has a size, else lines), bar, lines or none. Call `advance` at
+    each step and `show` with each row. The remaining time is estimated from the row's step time.
     """
 
     def __init__(self, total_steps: int, *, mode: str = "auto", first_step: int = 0, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
         self._total = total_steps
         if mode == "auto":
-            mode = "bar" if self._stream.isatty() else "lines"
+            mode = "bar" if _has_room(self._stream) else "lines"
         self._mode = mode
         self._bar = None
+        self._ends = contextlib.ExitStack()
         if mode == "bar":
             self._bar = tqdm(
                 total=total_steps, initial=first_step, unit="step", file=self._stream, dynamic_ncols=True, leave=True
             )
+            self._ends.callback(self._bar.close)
+            self._ends.enter_context(_logging_above_bars())
 
     def advance(self) -> None:
         """Counts one step."""
@@ -93,7 +142,8 @@ class Progress:
         elif self._mode != "none":
             print(text, file=self._stream, flush=True)
 
-    def close(self) -> None:
-        """Ends the bar."""
-        if self._bar is not None:
-            self._bar.close()
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.close()

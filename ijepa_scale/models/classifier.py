@@ -20,6 +20,7 @@ from ijepa_scale.models.init import initialise, initialise_head
 from ijepa_scale.models.layers import LayerNorm, Linear
 from ijepa_scale.models.registry import build_encoder
 from ijepa_scale.models.vit import VisionTransformer
+from ijepa_scale.plurals import counted
 
 
 class Classifier(nn.Module):
@@ -105,7 +106,8 @@ def build_classifier(
         raise ConfigError(f"model.frozen_blocks is {config.frozen_blocks} of {depth} blocks; give at most {depth}")
     if config.num_layers > depth:
         raise ConfigError(
-            f"model.representation is {config.representation} but there are {depth} blocks; choose last, or more blocks"
+            f"model.representation is {config.representation} but there are "
+            f"{counted(depth, 'block')}; choose last, or more blocks"
         )
     with torch.device("meta"):  # so that constructors don't draw from the global generator
         classifier = Classifier(encoder, config)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.nearest import nearest
 from ijepa_scale.planning.hardware import peak_flops
+from ijepa_scale.plurals import counted
 
 GPUS_PER_NODE = 8
 
@@ -55,13 +56,13 @@ class Cluster:
             object.__setattr__(self, "network_bandwidth", self.device.network_bandwidth)
         for name, value in (("--gpus", self.num_gpus), ("--gpus-per-node", self.gpus_per_node)):
             if value < 1:
-                problems.append(f"{name} is {value} GPUs; give at least 1")
+                problems.append(f"{name} is {counted(value, 'GPU')}; give at least 1")
         if not self.network_bandwidth > 0:
             problems.append(f"--network is {self.network_bandwidth / 1e9:g} GB/s; give a number above 0, such as 50")
         if not problems and self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
             whole = self.num_gpus // self.gpus_per_node * self.gpus_per_node
             problems.append(
-                f"{self.num_gpus} GPUs don't fill nodes of {self.gpus_per_node}; take {whole} or "
+                f"{counted(self.num_gpus, 'GPU')} don't fill nodes of {self.gpus_per_node}; take {whole} or "
                 f"{whole + self.gpus_per_node}, or give --gpus-per-node"
             )
         if problems:

@@ -249,6 +249,10 @@ def _planned(
     )
     need = functools.partial(classifier_footprint, config, spread, checkpointing)
     needed = need(micro_batch)
+    moved = transfers_of(counts.trained, 0, spread)
+    timed = functools.partial(
+        time_of, moved, cluster, spread, flops=flops, micro_batch=micro_batch, checkpointing=checkpointing
+    )
     return PlannedStrategy(
         spread=spread,
         footprint=needed,
@@ -257,15 +261,8 @@ def _planned(
             lambda size: need(size).fits(cluster.device), max(1, batch_size // spread.world)
         ),
         mfu=reached,
-        time=time_of(
-            transfers_of(counts.trained, 0, spread),
-            cluster,
-            spread,
-            flops=flops,
-            micro_batch=micro_batch,
-            checkpointing=checkpointing,
-            mfu=sum(reached) / 2,
-        ),
+        time=timed(mfu=sum(reached) / 2),
+        range_s=(timed(mfu=reached[1]).step_s, timed(mfu=reached[0]).step_s),
     )
 
 

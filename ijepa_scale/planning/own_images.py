@@ -18,6 +18,7 @@ from ijepa_scale.planning.devices import Device
 from ijepa_scale.planning.footprint import largest_micro_batch
 from ijepa_scale.planning.spread import Spread
 from ijepa_scale.planning.strategy import choose_strategy
+from ijepa_scale.plurals import counted
 
 # Size and learning rate of the published runs' batch, which the paper's appendix A.1 states
 PUBLISHED_BATCH, PUBLISHED_LR = 2048, 1e-3
@@ -31,6 +32,7 @@ _STEPS = {"cpu": (100, 1_000, 3_000), "cuda": (300, 20_000, 300_000)}  # epochs,
 _LARGEST_BATCH = {"cpu": 64, "cuda": PUBLISHED_BATCH}
 _FEWEST_AT_ONCE = 16  # images on a GPU, for its products to be worth their start
 _SHORT_RUN = 5_000  # steps
+_STEPS_OF_AN_EPOCH = 10  # that a batch leaves, if there are as many images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ class _Rules:
             yield Choice("model.name", "vit_tiny", "the smallest, since a CPU trains it")
             return
         name = next((name for most, name in _MODELS if facts.images < most), "vit_huge")
-        why = f"{facts.images:,} images: the paper trains vit_huge on 1.28 and 14 million, fewer suffice for less"
+        why = f"{self._images}: the paper trains vit_huge on 1.28 and 14 million, fewer suffice for less"
         names = list(ARCHITECTURES)
         while name != names[0] and self._at_once(self.model(name=name), _FEWEST_AT_ONCE) < _FEWEST_AT_ONCE:
             name = names[names.index(name) - 1]
@@ -155,14 +157,19 @@ class _Rules:
         if self._has("data.batch_size", "data.batch_size_per_process"):
             return
         facts, most = self.facts, _LARGEST_BATCH[self.facts.device]
-        wanted = min(most, 1 << max(0, (facts.images // 10).bit_length() - 1))
+        wanted = min(most, 1 << max(0, (facts.images // _STEPS_OF_AN_EPOCH).bit_length() - 1))
         batch = max(1, wanted // facts.processes) * facts.processes
         why = (
-            f"the published one, for {facts.images:,} images" if wanted == PUBLISHED_BATCH
+            f"the published one, for {self._images}" if wanted == PUBLISHED_BATCH
             else f"the most that is chosen on a {self._machine}" if wanted == most
-            else f"a power of two of which an epoch of {facts.images:,} images has ten or more"
+            else f"the least, for only {self._images}" if facts.images < _STEPS_OF_AN_EPOCH
+            else f"a power of two of which an epoch of {self._images} has ten or more"
         )  # fmt: skip
         yield Choice("data.batch_size", batch, why + self._for_processes)
+
+    @property
+    def _images(self) -> str:
+        return counted(self.facts.images, "image", ",")
 
     @property
     def batch(self) -> int:
@@ -224,7 +231,7 @@ class _Rules:
         if not self._has("schedule.epochs"):
             steps = min(most, max(fewest, usual * per_epoch))
             limit = {fewest: " at least", most: " at most"}.get(steps, "")
-            why = f"{steps:,} steps{limit} on a {self._machine}; {usual} epochs are {usual * per_epoch:,}"
+            why = f"{counted(steps, 'step', ',')}{limit} on a {self._machine}; {usual} epochs are {usual * per_epoch:,}"
             yield Choice("schedule.epochs", math.ceil(1e4 * steps / per_epoch) / 1e4, why)
         if not self._has("schedule.warmup_epochs"):
             warmup = min(40.0, 0.1 * float(self.values["schedule.epochs"]))

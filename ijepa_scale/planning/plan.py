@@ -6,6 +6,7 @@ Everything is computed from formulas; nothing is measured. `plan_text` formats t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.planning.step_time import StepTime, step_time
 from ijepa_scale.planning.strategy import resolve_compile, resolve_engine
 from ijepa_scale.planning.tokens import Tokens, draw_masks
+from ijepa_scale.plurals import counted
 
 CHECKPOINTING = ("none", "selective", "full")
 FP32_MFU = 0.5  # share of the bf16 peak, an assumption: no peak is known for fp32
@@ -39,6 +41,7 @@ class PlannedStrategy:
     largest_micro_batch: int  # images per GPU at once; 0 if not even one fits
     mfu: Range  # share of the peak that is reached while computing, lowest and highest; equal if it was given
     time: StepTime  # at the middle of `mfu`
+    range_s: Range  # of a step, at the highest and the lowest of `mfu`
 
 
 Needs = Callable[[Spread, str, int, bool], Footprint]  # by strategy, checkpointing, images at once, graphs
@@ -151,7 +154,8 @@ def batches(config: PretrainConfig | FinetuneConfig, num_gpus: int) -> tuple[int
     if batch % unit:
         near = max(unit, batch // unit * unit)
         raise ConfigError(
-            f"batch {batch} is not divisible by {num_gpus} GPUs x accumulation {config.engine.accumulation}; "
+            f"batch {batch} is not divisible by {counted(num_gpus, 'GPU')} x accumulation "
+            f"{config.engine.accumulation}; "
             f"try data.batch_size={near}"
         )
     return batch, batch // unit
@@ -181,7 +185,7 @@ def resolved(
         )
     if cluster.num_gpus % engine.replicas:
         raise ConfigError(
-            f"{cluster.num_gpus} GPUs don't split into engine.replicas {engine.replicas}; choose a divisor"
+            f"{counted(cluster.num_gpus, 'GPU')} don't split into engine.replicas {engine.replicas}; choose a divisor"
         )
     return resolve_compile(engine, device="cuda")[0], reason
 
@@ -276,6 +280,9 @@ def _planned(
         )
     )
     needed = footprint(config.model, largest, spread, checkpointing=checkpointing, cuda_graphs=graphs)
+    timed = functools.partial(
+        step_time, config.model, cluster, spread, flops=flops, micro_batch=mean.images, checkpointing=checkpointing
+    )
     return PlannedStrategy(
         spread=spread,
         footprint=needed,
@@ -290,15 +297,8 @@ def _planned(
             cuda_graphs=graphs,
         ),
         mfu=reached,
-        time=step_time(
-            config.model,
-            cluster,
-            spread,
-            flops=flops,
-            micro_batch=mean.images,
-            checkpointing=checkpointing,
-            mfu=sum(reached) / 2,
-        ),
+        time=timed(mfu=sum(reached) / 2),
+        range_s=(timed(mfu=reached[1]).step_s, timed(mfu=reached[0]).step_s),
     )
 
 

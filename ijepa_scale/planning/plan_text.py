@@ -9,9 +9,11 @@ from typing import Any
 
 from ijepa_scale.config.schema import PretrainConfig
 from ijepa_scale.planning.communication import LINK_SHARE
+from ijepa_scale.planning.cost import cost_lines, gpu_hours
 from ijepa_scale.planning.footprint import USABLE_SHARE, usable_bytes
 from ijepa_scale.planning.plan import Plan, PlannedStrategy
 from ijepa_scale.planning.tokens import STEPS
+from ijepa_scale.plurals import counted
 
 WIDTH = 110
 
@@ -44,6 +46,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         **values,
         "days": plan.days,
+        "gpu_hours": gpu_hours(plan, plan.chosen.time.step_s),
+        "gpu_hours_range": [gpu_hours(plan, step_s) for step_s in plan.chosen.range_s],
         "chosen": _strategy_values(plan.chosen),
         "candidates": [_strategy_values(each) for each in plan.strategies],
     }
@@ -73,7 +77,7 @@ def _gb(value: float) -> str:
 def _head(plan: Plan) -> Iterator[str]:
     config, device, cluster = plan.config, plan.cluster.device, plan.cluster
     model = config.model if isinstance(config, PretrainConfig) else config.model.encoder
-    nodes = f" in {cluster.num_nodes} nodes" if cluster.num_nodes > 1 else ""
+    nodes = f" in {counted(cluster.num_nodes, 'node')}" if cluster.num_nodes > 1 else ""
     height, width = model.image_size
     trained = f"{plan.parameters.trainable / 1e6:.1f} M trained"
     if isinstance(config, PretrainConfig):
@@ -82,7 +86,7 @@ def _head(plan: Plan) -> Iterator[str]:
             f"{plan.parameters.predictor / 1e6:.1f}), target {plan.parameters.target / 1e6:.1f} M"
         )
     else:
-        frozen = f", first {config.model.frozen_blocks} blocks frozen" if config.model.frozen_blocks else ""
+        frozen = f", first {counted(config.model.frozen_blocks, 'block')} frozen" if config.model.frozen_blocks else ""
         averaged = "" if config.optimizer.ema is None else ", averaged weights kept"
         parts = f"classifier of {config.model.num_classes} classes, {trained}{frozen}{averaged}"
     yield f"model      {model.name}/{model.patch_size} at {height}x{width}: {parts}"
@@ -92,7 +96,8 @@ def _head(plan: Plan) -> Iterator[str]:
         + (_network(plan) if cluster.num_nodes > 1 else "")
     )
     yield (
-        f"batch      {plan.batch_size} images = {cluster.num_gpus} GPUs x accumulation {config.engine.accumulation} x "
+        f"batch      {counted(plan.batch_size, 'image')} = {counted(cluster.num_gpus, 'GPU')} x "
+        f"accumulation {config.engine.accumulation} x "
         f"{plan.micro_batch}"
     )
     yield from _flops(plan)
@@ -183,7 +188,7 @@ def _wire(plan: Plan) -> Iterator[str]:
         hidden = "can't overlap" if each.behind == "nothing" else f"hidden behind the {each.behind}"
         yield (
             f"           {each.purpose:<26}{_gb(each.bytes):>7} GB{1e3 * each.seconds(plan.cluster):>8.1f} ms, "
-            f"among {each.processes} GPUs, {hidden}"
+            f"among {counted(each.processes, 'GPU')}, {hidden}"
         )
 
 
@@ -194,9 +199,10 @@ def _time(plan: Plan) -> Iterator[str]:
         f"{1e3 * time.step_s:.0f} ms per step, computing at {_mfu(plan)}"
     )
     yield (
-        f"           {plan.steps} steps = {plan.steps * plan.batch_size / plan.num_images:.4g} epochs of "
+        f"           {counted(plan.steps, 'step')} = {plan.steps * plan.batch_size / plan.num_images:.4g} epochs of "
         f"{plan.num_images:,} images ({plan.images_source}): {plan.days:.2f} days"
     )
+    yield from cost_lines(plan)
     if plan.config.engine.precision == "fp32":
         yield "           engine.precision is fp32, for which no peak is known, so a step takes longer than this"
     yield (

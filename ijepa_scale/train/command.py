@@ -15,6 +15,7 @@ from ijepa_scale.config import read_config, to_yaml
 from ijepa_scale.config.manual import help_text
 from ijepa_scale.environment import Launch
 from ijepa_scale.train import processes
+from ijepa_scale.train.demo_files import check_made
 from ijepa_scale.train.facts import facts_of
 from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.loop import run_task
@@ -42,6 +43,8 @@ def _launch(flags: argparse.Namespace, kind: type[Task]) -> None:
         terminal.say(*(f"# {note}" for note in loaded.notes))
         print(to_yaml(loaded.config))
         return
+    with processes.user_errors(0):
+        check_made(loaded.config)
     main = partial(train_here, kind, loaded.notes)
     processes.run(main, loaded.config, loaded.config.engine, devices=flags.devices, processes=flags.processes)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,6 @@ from ijepa_scale.train.preflight import Preflight
 from ijepa_scale.train.setup import global_batch, normalised, open_training_source, pixels_of
 from ijepa_scale.train.task import Evaluation, Result, Task
 
-logger = logging.getLogger(__name__)
-
 EXPORT = "model.safetensors"
 _PRETRAINING = (
     "momentum",
@@ -69,6 +66,14 @@ class FinetuneResult(Result):
     def figures(self) -> str:
         top = "" if self.top1 is None else f", top-1 {self.top1:.2%}, top-5 {self.top5 or 0:.2%}"
         return top + ("" if self.best_top1 is None else f" (best top-1 {self.best_top1:.2%})")
+
+    @override
+    def next_commands(self) -> list[str]:
+        return [
+            *super().next_commands(),
+            f"python launch/predict.py IMAGES --model {self.run}",
+            f"python launch/export.py {self.run} --to classifier.pt2",
+        ]
 
 
 def finetune(config: FinetuneConfig, world: World) -> FinetuneResult:
@@ -149,10 +154,9 @@ class FinetuneTask(Task):
         return {**super().identity(), "labels": self._labels}
 
     def _start(self, module: Classifier, init: str) -> LoadReport:
-        """Loads the weights of `model.init`, and reports them."""
+        """Loads the weights of `model.init`; what was loaded stands in preflight.txt and so in the log."""
         source, model = open_source(init), self.config.model
         report = fit(module, source.encoder(model.weights), keep_head=model.keep_head, classes=self.classes)
-        logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report.text())
         if self.world.is_main:
             self.origin = {"source": init, "sha256": source.digest()}
         return report
@@ -254,7 +258,8 @@ class FinetuneTask(Task):
         if self.world.is_main:
             best = newest(folder / "best")
             export_safetensors(best or folder, folder / EXPORT)
-            write_report(folder, self.accuracy, self._evaluated_step, self.config.model.num_classes, self.classes)
+            if self.accuracy is not None:
+                write_report(folder, self.accuracy, self._evaluated_step, self.config.model.num_classes, self.classes)
 
     @override
     def result(self, *, steps: int, loss: float | None, checkpoint: Path) -> FinetuneResult:

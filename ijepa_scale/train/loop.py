@@ -31,6 +31,7 @@ from ijepa_scale.metrics.progress import Progress
 from ijepa_scale.metrics.row import Row
 from ijepa_scale.metrics.sinks import JSONL_NAME, Sinks, open_sinks
 from ijepa_scale.metrics.stored_rows import read_rows
+from ijepa_scale.plurals import counted
 from ijepa_scale.provenance import provenance
 from ijepa_scale.stopping import Stopped
 from ijepa_scale.train.facts import check_alike
@@ -38,6 +39,7 @@ from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.link_watch import LinkWatch
 from ijepa_scale.train.process_log import process_log
 from ijepa_scale.train.resuming import check_continues, find_checkpoint
+from ijepa_scale.train.run_curves import draw_curves
 from ijepa_scale.train.run_folder import held
 from ijepa_scale.train.saver import Saver
 from ijepa_scale.train.setup import check_host_memory, pixels_of
@@ -154,15 +156,14 @@ class Loop:
             )
         if self.world.is_main:
             self._describe()
+        mode = self.config.logging.progress if self.world.is_main else "none"
         with self._closing_saver(), open_sinks(
             self.folder,
             rank=self.world.rank,
             logging=self.config.logging,
             drop_from=self.start + 1 if self.resumed else 0,
             run=self.config.values(),
-        ) as sinks:  # fmt: skip
-            mode = self.config.logging.progress if self.world.is_main else "none"
-            progress = Progress(last, mode=mode, first_step=self.start)
+        ) as sinks, Progress(last, mode=mode, first_step=self.start) as progress:  # fmt: skip
             if self.resumed is None and task.evaluates(task.first_step):
                 self._evaluate(task.first_step, sinks, progress)
             if self._evaluation_due and task.evaluates(self.start):
@@ -183,9 +184,10 @@ class Loop:
             if self.start < last:
                 with self.watchdog.paused("saving"):
                     self.saver.finish(last, pause=True)
-            progress.close()
         self._check_bad(loader)
         task.finish(self.folder)
+        if self.world.is_main:
+            draw_curves(self.folder)
 
     @contextmanager
     def _closing_saver(self) -> Iterator[None]:
@@ -337,9 +339,10 @@ class Loop:
         (self.folder / "config.yaml").write_text(to_yaml(self.config))
         self._describe_run()
         logger.info(
-            "%s: %s, batch %d, %d steps of which %d are done; %s in %s on %d x %s",
-            self.folder, self.task.source.summary(), self.task.batch_size, self.task.last_step, self.start,
-            self.config.engine.strategy, self.config.engine.precision, self.world.size, self.world.device.type,
+            "%s: %s, batch %d, %s, %d of them done; %s in %s on %d x %s",
+            self.folder, self.task.source.summary(), self.task.batch_size, counted(self.task.last_step, "step"),
+            self.start, self.config.engine.strategy, self.config.engine.precision, self.world.size,
+            self.world.device.type,
         )  # fmt: skip
 
     def _describe_run(self, **measured: float | None) -> None:

@@ -17,6 +17,7 @@ from ijepa_scale.evaluate.classification import chance_loss
 from ijepa_scale.metrics.classifier_plots import draw_labelled
 from ijepa_scale.planning.memory import spread_states
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
+from ijepa_scale.plurals import counted
 from ijepa_scale.schedules import FinetuneSchedule
 from ijepa_scale.train.picture import viewable
 from ijepa_scale.train.setup import pixels_of
@@ -54,7 +55,9 @@ class Preflight:
         ]
         self._num_parameters = sum(parameter.numel() for parameter in module.parameters())
         counts = np.bincount(labels, minlength=config.model.num_classes)
-        self._images = f"{len(labels)} images, {counts.min()} to {counts.max()} in each of {len(counts)} classes"
+        self._images = (
+            f"{counted(len(labels), 'image')}, {counts.min()} to {counts.max()} in each of {len(counts)} classes"
+        )
 
     def lines(self, world: World, loaded: LoadReport | None, first_loss: float) -> list[str]:
         """Returns the report. `first_loss`, in nats, is the mean over the first micro-batch of all processes."""
@@ -68,8 +71,10 @@ class Preflight:
         kept = self._num_parameters - trained + (0 if rate.ema is None else self._num_parameters)
         return [
             f"data      {self._images}",
-            f"batch     {self._batch_size} = {world.size} processes x accumulation {accumulation} x {each} images",
-            f"rate      peak {schedule.lr:.3g}{origin}; {schedule.total_steps} steps, warm-up over the first "
+            f"batch     {self._batch_size} = {counted(world.size, 'process')} x accumulation "
+            f"{accumulation} x {counted(each, 'image')}",
+            f"rate      peak {schedule.lr:.3g}{origin}; {counted(schedule.total_steps, 'step')}, "
+            f"warm-up over the first "
             f"{schedule.warmup_epochs * schedule.steps_per_epoch:.0f}, then to {schedule.min_lr:g}",
             f"weights   {loaded.text() if loaded else 'random (model.init is null)'}",
             f"loss      {first_loss:.4f} at the first batch, chance is {chance:.4f}"
@@ -120,7 +125,8 @@ class Preflight:
         lines = self.lines(world, loaded, first_loss)
         (folder / FILE).write_text("\n".join(lines) + "\n")
         for line in lines:
-            logger.log(logging.WARNING if "<- far" in line else logging.INFO, "%s", line)
+            doubtful = "<- far" in line or (line.startswith("weights") and loaded is not None and loaded.notes)
+            logger.log(logging.WARNING if doubtful else logging.INFO, "%s", line)
 
     def draw(self, folder: Path, images: Tensor, targets: Tensor, classes: list[str] | None) -> None:
         """Draws a few images as the model gets them, with their labels. Synchronises. Called once per run."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,12 +66,12 @@ class PretrainResult(Result):
 
     @override
     def next_commands(self) -> list[str]:
-        run = shlex.quote(str(self.checkpoint.parents[1]))
         return [
-            f"python launch/embed.py IMAGES --model {run} --to features.npy",
-            f"python launch/finetune.py --config configs/finetune/base.yaml model.init={run} model.num_classes=N "
+            *super().next_commands(),
+            f"python launch/embed.py IMAGES --model {self.run} --to features.npy",
+            f"python launch/finetune.py --config configs/finetune/base.yaml model.init={self.run} model.num_classes=N "
             f"data.train=TRAIN evaluate.data=VAL data.batch_size=64{self.finetuning}",
-            f"python launch/export.py {run} --to encoder.safetensors",
+            f"python launch/export.py {self.run} --to encoder.safetensors",
         ]
 
 
@@ -150,8 +149,9 @@ class PretrainTask(Task):
         assert self.config.model.init is not None
         source = open_source(self.config.model.init)
         report = start_from(source, module, target)
-        logger.log(logging.WARNING if report.predictor is None or report.notes else logging.INFO, "%s", report.text())
         if self.world.is_main:
+            doubts = report.predictor is None or report.notes
+            logger.log(logging.WARNING if doubts else logging.INFO, "%s", report.text())
             state = self.config.model.init_state
             self.origin = {"source": self.config.model.init, "sha256": source.digest(), "state": state}
         return source

@@ -32,6 +32,7 @@ from ijepa_scale.masks import Wanted
 from ijepa_scale.metrics.plots import draw_masks
 from ijepa_scale.metrics.sinks import JSONL_NAME
 from ijepa_scale.metrics.stored_rows import read_rows
+from ijepa_scale.plurals import counted
 from ijepa_scale.train import processes
 from ijepa_scale.train.picture import with_masks
 from ijepa_scale.train.pretrain import PretrainTask
@@ -87,11 +88,12 @@ class Replayed:
 
     def lines(self) -> Iterator[str]:
         """Yields lines for a person."""
-        yield f"step {self.step}, epoch {self.epoch}: {len(self.samples)} images"
-        yield f"weights after {self.weights_step} steps, from {self.weights}"
+        yield f"step {self.step}, epoch {self.epoch}: {counted(len(self.samples), 'image')}"
+        yield f"weights after {counted(self.weights_step, 'step')}, from {self.weights}"
         if self.weights_step != self.step:
             yield (
-                f"  the run had taken {self.step - self.weights_step} steps more; --exact takes them again, and gives "
+                f"  the run had taken {counted(self.step - self.weights_step, 'step')} more; "
+                f"--exact takes them again, and gives "
                 "the very weights of the step"
             )
         yield f"loss {self.loss:.6g}, gradient norm {self.grad_norm:.6g}{self._compared()}"

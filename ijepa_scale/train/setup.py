@@ -28,6 +28,7 @@ from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.host_memory import host_bytes
 from ijepa_scale.planning.strategy import resolve_engine
+from ijepa_scale.plurals import counted
 from ijepa_scale.shipped import find
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
@@ -102,7 +103,8 @@ def global_batch(config: PretrainConfig | FinetuneConfig, processes: int) -> int
     if batch % unit:
         near = max(unit, batch // unit * unit)
         raise ConfigError(
-            f"batch {batch} is not divisible by {processes} processes x accumulation {accumulation}; try {near}"
+            f"batch {batch} is not divisible by {counted(processes, 'process')} x accumulation "
+            f"{accumulation}; try {near}"
         )
     return batch
 

@@ -7,6 +7,7 @@ in `command`: loader, last step, identity, and everything from the command line 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.metrics.meters import Meters
 from ijepa_scale.metrics.row import Row, training_row
 from ijepa_scale.planning.hardware import peak_flops
+from ijepa_scale.plurals import counted
 from ijepa_scale.schedules import Hyper
 from ijepa_scale.train.initial import STARTING
 from ijepa_scale.train.setup import encoder_of, pixels_of
@@ -55,11 +57,16 @@ class Result:
     def text(self) -> str:
         """Returns one line for a person."""
         loss = "no steps were left" if self.loss is None else f"loss {self.loss:.4f}"
-        return f"done: {self.steps} steps, {loss}{self.figures()}; {self.checkpoint}"
+        return f"done: {counted(self.steps, 'step')}, {loss}{self.figures()}; {self.checkpoint}"
+
+    @property
+    def run(self) -> str:
+        """The run's folder, as a word of a command."""
+        return shlex.quote(str(self.checkpoint.parents[1]))
 
     def next_commands(self) -> list[str]:
         """Returns the commands that a user may want next."""
-        return []
+        return [f"python launch/report.py {self.run} --to report.html"]
 
 
 class Task:

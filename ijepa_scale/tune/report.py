@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ijepa_scale.plurals import counted
 from ijepa_scale.tune.loader_workers import HEADROOM, Workers
 from ijepa_scale.tune.ranking import Measurement, ranked
 from ijepa_scale.tune.search import Found
@@ -22,7 +23,7 @@ def head_text(space: Space) -> str:
     return "\n".join(
         (
             f"machine    {space.machine.text()}",
-            f"batch      {space.batch_size} images, {space.share} of each process, as configured",
+            f"batch      {counted(space.batch_size, 'image')}, {space.share} of each process, as configured",
             f"strategy   {space.engine.strategy}: {space.reason}",
             f"worst step contexts of {worst.context} and targets of {worst.target} of {patches} patches, all at once",
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from ijepa_scale.config import EngineConfig
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.plurals import counted
 from ijepa_scale.tune.children import Outcome
 from ijepa_scale.tune.ranking import Measurement, is_faster, ranked, winner
 from ijepa_scale.tune.space import CHECKPOINTING, Candidate, Space
@@ -96,7 +97,9 @@ class Search:
             best: Measurement | None = None
             sizes = [size for size in self._space.micro_batches() if size > largest]
             if not sizes:
-                self._leave_out(f"checkpointing {mode}", f"{largest} images, all of a step, fit at once with less")
+                self._leave_out(
+                    f"checkpointing {mode}", f"{counted(largest, 'image')}, all of a step, fit at once with less"
+                )
             for size in sizes:
                 candidate = self._space.candidate(engine, size, checkpointing=mode)
                 found, kind = self._measure(candidate)

@@ -14,6 +14,7 @@ from ijepa_scale.errors import ConfigError
 from ijepa_scale.planning.footprint import footprint
 from ijepa_scale.planning.spread import Spread, ZeroBuckets
 from ijepa_scale.planning.strategy import resolve_compile, resolve_engine
+from ijepa_scale.plurals import counted
 from ijepa_scale.shipped import find
 from ijepa_scale.train.setup import global_batch
 from ijepa_scale.tune.machine import Machine
@@ -50,7 +51,8 @@ class Candidate:
         engine = self.engine
         compiled = "compiled" if engine.compile else "eager"
         return (
-            f"{self.spread}, {self.micro_batch} images x {engine.accumulation}, checkpointing {engine.checkpointing}, "
+            f"{self.spread}, {counted(self.micro_batch, 'image')} x {engine.accumulation}, "
+            f"checkpointing {engine.checkpointing}, "
             f"{compiled}, attention {engine.attention}"
         )
 

@@ -73,7 +73,7 @@ def test_srun_variables_start_the_same(data: Path, expected: dict, tmp_path: Pat
 BAD = {
     "batch": (
         ("data.batch_size=9", "engine.accumulation=2"),
-        "batch 9 is not divisible by 1 processes x accumulation 2",
+        "batch 9 is not divisible by 1 process x accumulation 2",
     ),
     "masks": (("masks.min_keep=60",), "min_keep"),
     "device": (("--devices", "gpu:0"), "device 'gpu:0' is unknown; give cpu, cuda or cuda:N"),

@@ -33,6 +33,7 @@ from ijepa_scale.data.sources.listing import (
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 
 
 class ArchiveImages:
@@ -128,7 +129,7 @@ class ArchiveImages:
         of = f", folder {self._chosen}, the only one of the splits there that is read" if self._chosen else ""
         if self.classes is None:
             return describe_unlabelled(self.num_samples, self._loose, str(self._path)) + of
-        return f"{self.num_samples} images in {len(self.classes)} classes of {self._path}{of}"
+        return f"{counted(self.num_samples, 'image')} in {counted(len(self.classes), 'class')} of {self._path}{of}"
 
     def problems(self) -> Problems:
         """Returns the members that can't be used."""

@@ -43,6 +43,7 @@ from ijepa_scale.data.sources.tar_index import ShardIndex, expand, index_tar
 from ijepa_scale.data.statistics import STATISTICS, statistics_path, write_statistics
 from ijepa_scale.errors import DataError
 from ijepa_scale.escapes import one_line
+from ijepa_scale.plurals import counted
 from ijepa_scale.registry import SOURCES
 
 READERS = ("imagefolder", "list", "csv", "tar", "zip", "parquet")
@@ -226,15 +227,14 @@ def _make(options: argparse.Namespace) -> int:
     with _Progress(source.num_samples, "images") as progress:
         made = make_shards(
             source, options.to, plan=plan, workers=options.workers, max_bad_fraction=options.max_bad_fraction,
-            progress=lambda done, shards, bad: progress.show(done, f"{shards} shards, {bad} left out"),
+            progress=lambda done, shards, bad: progress.show(done, f"{counted(shards, 'shard')}, {bad} left out"),
         )  # fmt: skip
     kinds = ", ".join(f"{count} x {kind}" for kind, count in made.left_out.most_common())
     size = format_bytes(sum(row.bytes for row in made.shards))
     skipped = Problems(skipped=source.problems().skipped).passed_over()
-    terminal.say(
-        f"{made.num_samples} images in {len(made.shards)} shards, {size}, in {options.to}; left out: {kinds or 'none'}"
-        + (f"; skipped: {skipped}" if skipped else "")
-    )
+    counts = f"{counted(made.num_samples, 'image')} in {counted(len(made.shards), 'shard')}, {size}"
+    passed = f"; skipped: {skipped}" if skipped else ""
+    terminal.say(f"{counts}, in {options.to}; left out: {kinds or 'none'}{passed}")
     return 0
 
 
@@ -251,9 +251,10 @@ def _verify(options: argparse.Namespace) -> int:
                 progress.note(f"bad: {fault}")
             faults, samples = faults + len(verdict.faults), samples + verdict.num_samples
             hashed = hashed and verdict.hashed
-            progress.show(max(0, number), f"{samples} images, {faults} faults")
+            progress.show(max(0, number), f"{counted(samples, 'image')}, {counted(faults, 'fault')}")
     checked = "hashes and images" if hashed else "images (hashes unchecked: no manifest.json)"
-    terminal.say(f"{len(paths)} shards, {samples} images: {f'{faults} faults' if faults else f'{checked} are good'}")
+    result = counted(faults, "fault") if faults else f"{checked} are good"
+    terminal.say(f"{counted(len(paths), 'shard')}, {counted(samples, 'image')}: {result}")
     return 2 if faults else 0
 
 
@@ -269,7 +270,7 @@ def _info(options: argparse.Namespace) -> int:
 def _index(options: argparse.Namespace) -> int:
     def tell(index: ShardIndex) -> None:
         found = index.problems.summary()
-        terminal.say(f"{index.path}: {len(index)} samples{f'; left out: {found}' if found else ''}")
+        terminal.say(f"{index.path}: {counted(len(index), 'sample')}{f'; left out: {found}' if found else ''}")
 
     _indexed(options, tell)
     return 0
@@ -287,7 +288,7 @@ def _classes(options: argparse.Namespace) -> int:
     for line in class_warnings(names, "the list"):
         terminal.report(line, "warning")
     write_classes(folders[0], names)
-    terminal.say(f"{path}: {len(names)} classes, {names[0]!r} to {names[-1]!r}")
+    terminal.say(f"{path}: {counted(len(names), 'class')}, {names[0]!r} to {names[-1]!r}")
     return 0
 
 
@@ -343,7 +344,8 @@ def _stats(options: argparse.Namespace) -> int:
     write_statistics(found, path)
     for name, values in (("mean", found.mean), ("std", found.std)):
         terminal.say(f"{name:<5} {', '.join(f'{value:.6g}' for value in values)}")
-    terminal.say(f"{path}: {found.images} images with {pixels}; augment.mean=null augment.std=null takes them")
+    counts = counted(found.images, "image")
+    terminal.say(f"{path}: {counts} with {pixels}; augment.mean=null augment.std=null takes them")
     return 0
 
 

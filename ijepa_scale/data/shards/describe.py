@@ -15,6 +15,7 @@ from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.shard_manifest import read_manifest
 from ijepa_scale.data.sources.tar_index import ShardIndex
 from ijepa_scale.data.statistics import STATISTICS, read_statistics
+from ijepa_scale.plurals import counted
 
 _SHOWN = 5  # problems
 
@@ -53,7 +54,7 @@ def _label_rows(shards: list[ShardIndex]) -> list[tuple[str, str]]:
         for label, count in zip(*np.unique(shard.labels, return_counts=True), strict=True):
             images[shard.texts[TEXT_LABEL - label] if label <= TEXT_LABEL else int(label)] += int(count)
     unlabelled = images.pop(NO_LABEL, 0)
-    without = f"; {unlabelled} images without" if unlabelled else ""
+    without = f"; {counted(unlabelled, 'image')} without" if unlabelled else ""
     names = sorted(label for label in images if isinstance(label, str))
     numbers = [label for label in images if isinstance(label, int)]
     found = [f"{len(numbers)}, from {min(numbers)} to {max(numbers)}"] if numbers else []
@@ -80,7 +81,9 @@ def _folder_rows(folder: Path, shards: list[ShardIndex], problems: Problems) -> 
         rows += [("", line) for line in class_warnings(classes, "the list")]
     if (folder / STATISTICS).is_file():
         found = read_statistics(folder / STATISTICS)
-        rows.append(("pixels", f"{found.channels} of {found.dtype}, measured on {found.images} images: {STATISTICS}"))
+        rows.append(
+            ("pixels", f"{found.channels} of {found.dtype}, measured on {counted(found.images, 'image')}: {STATISTICS}")
+        )
     if manifest is None:
         rows.append(("manifest", "unfinished: run make again" if (folder / JOURNAL).exists() else "none"))
         return rows

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 
 # name -> splits, the default first; the constructors in _BY_TRAIN take train=bool, the others split=str
 _BOTH = ("train", "test")
@@ -66,7 +67,7 @@ class TorchvisionImages:
 
     def summary(self) -> str:
         """Returns the number of images and the data set's name, for the log."""
-        return f"{self.num_samples} images of {self._title}"
+        return f"{counted(self.num_samples, 'image')} of {self._title}"
 
     def problems(self) -> Problems:
         """Returns no problems."""

@@ -22,6 +22,7 @@ from ijepa_scale.data.sources.read_file import check_size
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import expand
 from ijepa_scale.errors import DataError, SampleError
+from ijepa_scale.plurals import counted
 
 MAX_GROUP_BYTES = 2 << 30  # of the images of a row group, uncompressed
 _WINDOW_BYTES = 128 << 20  # of the row groups that each reading process keeps
@@ -140,7 +141,10 @@ class ParquetImages:
         first = self._files[0]
         column = first.image.removesuffix(".bytes")
         labels = f"labels from {first.label}" if first.label else f"no labels (columns {', '.join(first.columns)})"
-        return f"{self.num_samples} images in {len(self._files)} Parquet files, images from {column}, {labels}"
+        return (
+            f"{counted(self.num_samples, 'image')} in "
+            f"{counted(len(self._files), 'Parquet file')}, images from {column}, {labels}"
+        )
 
     def problems(self) -> Problems:
         """Returns no problems: a bad image is only found when it is read."""

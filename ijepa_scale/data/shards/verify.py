@@ -21,6 +21,7 @@ from ijepa_scale.data.sources.shard_manifest import MANIFEST, read_manifest
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_path, load_index, scan_index
 from ijepa_scale.data.workers import ordered_loader
 from ijepa_scale.errors import DataError, SampleError
+from ijepa_scale.plurals import counted
 
 _PREFETCH = 2
 
@@ -100,7 +101,7 @@ def _against_manifest(path: Path, row: ShardRow | None, *, num_samples: int) -> 
     if digest != row.sha256:
         return [f"{path}: SHA-256 {digest[:12]}... instead of {row.sha256[:12]}...; copy or make it again"]
     if num_samples != row.samples:
-        return [f"{path}: {num_samples} samples, {MANIFEST} says {row.samples}; make the set again"]
+        return [f"{path}: {counted(num_samples, 'sample')}, {MANIFEST} says {row.samples}; make the set again"]
     return []
 
 

@@ -20,6 +20,7 @@ from ijepa_scale.data.sources.tar_index import index_tar, is_tar
 from ijepa_scale.data.tiff_decode import TIFF_MAGIC
 from ijepa_scale.errors import DataError
 from ijepa_scale.new_file import flush
+from ijepa_scale.plurals import counted
 
 PART = ".part"  # suffix of a file that isn't complete yet
 _MANIFEST_VERSION = 1
@@ -134,7 +135,7 @@ def write_manifest(
         index = index_tar(folder / row.name)
         if len(index) != row.samples or index.problems.counts:
             raise DataError(
-                f"{folder / row.name} reads as {len(index)} samples, but {row.samples} were written "
+                f"{folder / row.name} reads as {counted(len(index), 'sample')}, but {row.samples} were written "
                 f"({index.problems.summary() or 'no problems'}); check the disk and write into an empty folder"
             )
     if classes is not None:

@@ -117,7 +117,7 @@ class FileCache:
         self._reserve(part, size, file.url)
         try:
             fetch(file.url, new, size=size, sha256=file.sha256, retry=self.retry, largest=size)
-            os.chmod(new, 0o644)  # the umask may let the group write
+            os.chmod(new, os.stat(new).st_mode & 0o644)  # the umask may let the group write
             os.replace(new, path)
         finally:
             part.unlink(missing_ok=True)

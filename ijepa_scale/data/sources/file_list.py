@@ -17,6 +17,7 @@ from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 from ijepa_scale.regular_file import check_regular
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class ListSource:
 
     def summary(self) -> str:
         """Returns the number of images, whether they have labels, and the list's path, for the log."""
-        return f"{self.num_samples} images{'' if self._labelled else ' without labels'} in {self._list}"
+        return f"{counted(self.num_samples, 'image')}{'' if self._labelled else ' without labels'} in {self._list}"
 
     def problems(self) -> Problems:
         """Returns no problems: a bad file is only found when it is read."""

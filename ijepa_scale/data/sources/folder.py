@@ -31,6 +31,7 @@ from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 
 
 class ImageFolderSource:
@@ -144,7 +145,7 @@ class ImageFolderSource:
         if self.classes is None:
             return describe_unlabelled(self.num_samples, self._loose, f"folder {self.root}") + split
         of = f" of {self.root}{split}" if split else ""
-        return f"{self.num_samples} images in {len(self.classes)} class folders{of}"
+        return f"{counted(self.num_samples, 'image')} in {counted(len(self.classes), 'class folder')}{of}"
 
     def problems(self) -> Problems:
         """Returns the images that are in no class folder, and what was passed over."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from ijepa_scale.data.formats import is_archive, is_data_image, is_image, junk
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _LIKE_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing)[-_ ]?(\d+|set|split|data|images?)?")
@@ -96,7 +97,7 @@ def doubt_classes(place: str, loose: int, inside: int, give: Callable[[str], str
 def describe_unlabelled(num_samples: int, loose: int, place: str) -> str:
     """Returns what a root was read as, for the log."""
     where = "" if loose in (0, num_samples) else f"; {loose} of them in no folder"
-    return f"{num_samples} images without labels in {place}{where}"
+    return f"{counted(num_samples, 'image')} without labels in {place}{where}"
 
 
 def no_images(folder: str, problems: Problems, give: Callable[[str], str]) -> DataError:

@@ -8,6 +8,7 @@ from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.shard_manifest import MANIFEST, ShardRow, expected_shards
 from ijepa_scale.data.sources.tar_index import ShardIndex, index_tar
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 
 _REMEDY = "copy it again, or make the set again"
 
@@ -27,7 +28,7 @@ def usable_shards(
     expected = expected_shards(paths, pattern)
     lost = Problems(doubts=expected.doubts)
     for path, named in expected.missing:
-        reason = f"{MANIFEST} names it, with {named.samples} samples; {_REMEDY}"
+        reason = f"{MANIFEST} names it, with {counted(named.samples, 'sample')}; {_REMEDY}"
         lost.add("missing shard", str(path), reason, named.samples)
     found: list[ShardIndex] = []
     unknown: list[Path] = []
@@ -38,7 +39,12 @@ def usable_shards(
         except DataError as error:
             if row is None:
                 raise
-            lost.add("unreadable shard", str(path), f"{error}; {MANIFEST} counts {row.samples} samples", row.samples)
+            lost.add(
+                "unreadable shard",
+                str(path),
+                f"{error}; {MANIFEST} counts {counted(row.samples, 'sample')}",
+                row.samples,
+            )
             continue
         if index.tar_bytes == 0 and row is None:
             unknown.append(path)
@@ -66,7 +72,7 @@ def problems_of(shards: list[ShardIndex], rows: dict[Path, ShardRow], lost: Prob
         if row is not None and "cut short" in shard.problems.counts:
             lacking = row.samples - len(shard) - shard.problems.counts.total()
             if lacking > 0:
-                reason = f"{MANIFEST} counts {row.samples} samples"
+                reason = f"{MANIFEST} counts {counted(row.samples, 'sample')}"
                 found.add("lost with the end of a shard", str(shard.path), reason, lacking)
     return found
 

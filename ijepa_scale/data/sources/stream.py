@@ -37,6 +37,7 @@ from ijepa_scale.data.sources.scan import (
 from ijepa_scale.data.sources.shard_manifest import MANIFEST, Expected, expected_shards
 from ijepa_scale.data.sources.tar_index import braces, expand
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 
 _PIPE = "pipe:"
 _BLOCK = 512  # bytes in a tar header
@@ -163,7 +164,8 @@ class StreamSource:
         readers = world * max(1, workers)
         if len(self.urls) < readers:
             raise DataError(
-                f"data.reader stream: {len(self.urls)} shards for {world} processes x {max(1, workers)} workers; each "
+                f"data.reader stream: {counted(len(self.urls), 'shard')} for {world} processes x "
+                f"{max(1, workers)} workers; each "
                 "worker needs a shard of its own: lower data.workers, write more shards, or use data.reader=shards"
             )
 

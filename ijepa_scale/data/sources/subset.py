@@ -13,6 +13,7 @@ import numpy as np
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.source import SampleSource
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 from ijepa_scale.regular_file import read_regular
 
 _IN_TAR = re.compile(r"\.tar:")  # a sample's name is its tar's path, a colon and its key
@@ -64,7 +65,7 @@ class SubsetSource:
 
     def summary(self) -> str:
         """Returns the number of images and what they are from, for the log."""
-        return f"{self.num_samples} images that {self._path} names of {self._whole.summary()}"
+        return f"{counted(self.num_samples, 'image')} that {self._path} names of {self._whole.summary()}"
 
 
 def write_subset(whole: SampleSource, ids: np.ndarray, path: Path) -> None:

@@ -6,14 +6,15 @@ The index also counts, by kind, what can't be used. Knows nothing of decoding or
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import json
 import logging
 import os
 import re
+import secrets
 import stat
-import tempfile
 import zipfile
 import zlib
 from array import array
@@ -286,12 +287,11 @@ def load_index(kept: Path, path: Path, tar_bytes: int, tar_mtime_ns: int | None)
 
 def save_index(index: ShardIndex, target: Path) -> None:
     """Writes the index atomically; if the folder isn't writable, only logs that."""
-    temporary = None
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")  # others may write the same index now
     try:
         if not target.parent.stat().st_mode & 0o222:  # read-only on purpose; root could write anyway
             raise PermissionError(errno.EACCES, "the folder is read-only")
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = file.name
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
             np.savez(
                 file,
                 stamp=np.array([INDEX_VERSION, index.tar_bytes, index.tar_mtime_ns or 0], dtype=np.int64),
@@ -303,12 +303,11 @@ def save_index(index: ShardIndex, target: Path) -> None:
                 problems=np.frombuffer(index.problems.dumps(), dtype=np.uint8),
                 texts=np.frombuffer(json.dumps(index.texts).encode(), dtype=np.uint8),
             )
-        os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except OSError as error:
         logger.warning("index %s can't be stored (%s); every process scans the tar itself", target, error.strerror)
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 __all__ = [

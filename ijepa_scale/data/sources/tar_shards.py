@@ -20,6 +20,7 @@ from ijepa_scale.data.sources.scan import Members, Problems
 from ijepa_scale.data.sources.shard_manifest import MANIFEST, ShardRow
 from ijepa_scale.data.sources.tar_index import ShardIndex
 from ijepa_scale.errors import DataError, ShardError
+from ijepa_scale.plurals import counted
 
 _OPEN_FILES = 64
 
@@ -134,7 +135,7 @@ class ShardSource:
 
     def summary(self) -> str:
         """Returns the number of images and shards, for the log."""
-        return f"{self.num_samples} images in {len(self.shard_sizes)} shards"
+        return f"{counted(self.num_samples, 'image')} in {counted(len(self.shard_sizes), 'shard')}"
 
     def problems(self) -> Problems:
         """Returns what can't be used, including the samples that shards lack according to their manifest."""

@@ -28,6 +28,7 @@ from ijepa_scale.evaluate.offline import (
     untrained_like,
 )
 from ijepa_scale.evaluate.stored_features import FeatureStore, ImagesToEncode
+from ijepa_scale.plurals import counted
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ def evaluate_dense(request: EvaluationRequest, world: World) -> DenseResults | N
         "architecture": f"{name_of(encoder)}, patches of {encoder.patch_size}",
         "images": f"whole, resized to {whole.image_size[0]} x {whole.image_size[1]} pixels, {encoder.grid[0]} x "
         f"{encoder.grid[1]} patches; figures at the size of each {'mask' if kind == 'masks' else 'depth map'}",
-        "train": f"{request.train}: {train.num_samples} images, {what}",
-        "test": f"{request.test}: {test.num_samples} images",
+        "train": f"{request.train}: {counted(train.num_samples, 'image')}, {what}",
+        "test": f"{request.test}: {counted(test.num_samples, 'image')}",
         "seed": request.seed,
     }
     return DenseResults(
@@ -137,7 +138,8 @@ def _checked(train: MapFolder, test: MapFolder, request: EvaluationRequest, worl
             train.num_classes = train.num_classes or 1 + max(found[0].classes or [0])
             if not 2 <= train.num_classes <= IGNORED:
                 raise DataError(
-                    f"{train.path} has {train.num_classes} classes; give masks of 2 to {IGNORED}, or the number with "
+                    f"{train.path} has {counted(train.num_classes, 'class')}; give masks of 2 to "
+                    f"{IGNORED}, or the number with "
                     "--classes"
                 )
             test.num_classes = train.num_classes

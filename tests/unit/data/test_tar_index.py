@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ijepa_scale.data.sources import tar_index
 from ijepa_scale.data.sources.scan import scan_tar
-from ijepa_scale.data.sources.tar_index import Names, expand, index_path, index_tar
+from ijepa_scale.data.sources.tar_index import Names, expand, index_path, index_tar, save_index, scan_index
 from ijepa_scale.errors import DataError
 
 IMAGE = b"\xff\xd8\xff" + bytes(range(200))
@@ -224,9 +224,14 @@ def test_a_folder_that_cannot_be_written_costs_a_scan_only(tmp_path, monkeypatch
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ijepa_scale.data.sources.tar_index.tempfile.NamedTemporaryFile", refuse)
+    for writes in ("os.open", "np.savez"):  # when the file is made, and when it is written
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"ijepa_scale.data.sources.tar_index.{writes}", refuse)
+            save_index(scan_index(path, path.stat()), index_path(path))
+        assert "can't be stored (Permission denied)" in caplog.text
+        assert [found.name for found in tmp_path.iterdir()] == ["a.tar"]
     assert len(index_tar(path)) == 1
-    assert "can't be stored (Permission denied)" in caplog.text
 
 
 def test_a_folder_marked_read_only_is_left_alone(tmp_path, caplog):

@@ -7,6 +7,8 @@ from typing import get_args
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ijepa_kernels.attention import SequenceLayout
 from ijepa_kernels.attention.backend import BACKENDS
@@ -53,10 +55,24 @@ def test_the_kernels_are_set_returned_and_logged(networks, caplog, name, kernel)
     with caplog.at_level(logging.INFO):
         found = use_attention(EngineConfig(attention=name, precision="fp32"), *networks, WORLD)
     assert found == dict.fromkeys(("target", "context", "predictor"), kernel)
-    assert f"engine.attention {name} on cpu: {kernel} for target (3 heads of head_dim 16" in caplog.text
-    assert f"{kernel} for predictor (3 heads of head_dim 8" in caplog.text
-    assert "packed sequences: one dense call for each run of equal lengths" in caplog.text
+    assert caplog.messages == [f"{name}: {kernel} (target, context, predictor)"]
     assert {kernels_of(network) for network in networks} == {(None if name == "auto" else name,)}
+
+
+@given(st.tuples(*[st.sampled_from(BACKENDS[1:])] * 3), st.sampled_from(BACKENDS))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_line_on_kernels_fits_100_characters(networks, caplog, kernels, name):
+    """Whichever kernels the networks get, and with the prefix of the terminal."""
+    caplog.clear()
+    roles = ("target", "context", "predictor")
+    with caplog.at_level(logging.INFO), pytest.MonkeyPatch.context() as patch:
+        for found in ("activate", "choose_backend"):
+            patch.setattr(engine_attention, found, lambda *_: "flash")
+        patch.setattr(engine_attention, "backend_for", lambda shape, *_: kernels[roles.index(shape.role)])
+        use_attention(EngineConfig(attention=name, precision="fp32"), *networks, WORLD)
+    (record,) = caplog.records
+    assert len(f"[0] {record.name}: {record.getMessage()}") <= 100
+    assert all(kernel in record.getMessage() for kernel in kernels)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -96,11 +112,13 @@ def test_an_unavailable_kernel_is_refused(networks):
         use_attention(EngineConfig(attention="cudnn"), *networks, WORLD)
 
 
-def test_packed_contexts_need_a_kernel_too(networks):
+def test_packed_contexts_need_a_kernel_too(networks, caplog):
     module, _ = networks
     checkpoint_blocks(module, "full")  # as the engine does
     config = EngineConfig(attention="math")
-    require_packed(config, module, WORLD)
+    with caplog.at_level(logging.INFO):
+        require_packed(config, module, WORLD)
+    assert "packed sequences: one dense call for each run of equal lengths" in caplog.text
     for part in module.predictor.modules():
         if isinstance(part, Attention):
             part.kernel = "cudnn"

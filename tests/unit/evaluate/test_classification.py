@@ -19,7 +19,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.classification import Accuracy, ClassifierCheck, check_labels
 from ijepa_scale.evaluate.classifier_report import class_names, class_table, write_report
-from ijepa_scale.metrics.classifier_plots import draw_training, label_text
+from ijepa_scale.metrics.classifier_plots import label_text
 from ijepa_scale.metrics.confusion import Confusion
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -97,7 +97,9 @@ def test_top5_differs_from_top1_with_more_classes(folder):
 def test_labels_outside_the_classes_are_refused(folder):
     source = ImageFolderSource(folder)
     assert check_labels(source, 5, "data.train").tolist() == source.labels().tolist()
-    with pytest.raises(DataError, match=r"data.train: 7 of 25 images have no label from 0 to 3 .*class4/0.png with la"):
+    with pytest.raises(
+        DataError, match="7 of 25 images have no label from 0 to 3 .*class4/0.png.*; set model.num_classes=5,"
+    ):
         check_labels(source, 4, "data.train")
     source.labels = lambda: np.array([0, -1, 2])
     with pytest.raises(DataError, match="data.train: 1 of 3 images .* with no label.; fix the labels"):
@@ -120,8 +122,6 @@ def test_class_names_must_be_as_many_as_classes(folder):
 def test_the_report_holds_figures_table_and_pictures(tmp_path):
     labels, predictions = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2])
     accuracy = Accuracy(top1=4 / 6, top5=1.0, loss=0.5, labels=labels, predictions=predictions)
-    rows = [{"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 1, "top1": 0.5, "top5": 0.9, "eval_loss": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_report(tmp_path, accuracy, 9, 3, ["a", "b", "c"])
     figures = json.loads((tmp_path / "results.json").read_text())
     assert figures == {"step": 9, "images": 6, "top1": 4 / 6, "top5": 1.0, "loss": 0.5}
@@ -129,11 +129,8 @@ def test_the_report_holds_figures_table_and_pictures(tmp_path):
     assert [row["class"] for row in table] == ["a", "b", "c"]
     assert float(table[0]["recall"]) == pytest.approx(2 / 3) and table[0]["most often taken for"] == "b"
     assert float(table[2]["precision"]) == 0.5 and table[2]["most often taken for"] == ""
-    for name in ("confusion.png", "curves.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert picture.size[0] > 300
-    with pytest.raises(DataError, match="has 0 rows but no loss"):
-        draw_training(tmp_path / "none.jsonl", tmp_path / "x.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert picture.size[0] > 300
 
 
 def test_a_class_without_images_has_no_recall():

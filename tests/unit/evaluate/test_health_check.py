@@ -37,6 +37,6 @@ def test_by_default_it_takes_less_than_a_hundredth_of_the_published_run() -> Non
 
 def test_one_image_cannot_be_compared() -> None:
     with pytest.raises(
-        DataError, match="data.train: 1 images can be used; health needs at least 2, or set health.every=0"
+        DataError, match="data.train: 1 image can be used; health needs at least 2, or set health.every=0"
     ):
         check("demo.yaml", 1)

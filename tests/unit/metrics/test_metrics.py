@@ -247,20 +247,18 @@ ROW = {"step": 120, "loss": 0.34123, "lr": 9.1e-4, "images_per_s": 1234.4, "data
 
 def test_progress_prints_lines_where_there_is_no_terminal():
     stream = io.StringIO()
-    progress = Progress(800, stream=stream)
-    progress.advance()
-    progress.show(ROW)
-    progress.close()
+    with Progress(800, stream=stream) as progress:
+        progress.advance()
+        progress.show(ROW)
     assert stream.getvalue() == "step 120/800  loss 0.3412  lr 9.1e-04  1234 img/s  wait 1%  eta 00:03:12\n"
 
 
 def test_progress_bar_and_silence():
     stream = io.StringIO()
-    progress = Progress(800, mode="bar", first_step=119, stream=stream)
-    progress.advance()
-    progress.show(ROW)
-    progress.note("saved")
-    progress.close()
+    with Progress(800, mode="bar", first_step=119, stream=stream) as progress:
+        progress.advance()
+        progress.show(ROW)
+        progress.note("saved")
     assert "120/800" in stream.getvalue() and "loss 0.3412" in stream.getvalue() and "saved\n" in stream.getvalue()
     stream = io.StringIO()
     progress = Progress(800, mode="none", stream=stream)

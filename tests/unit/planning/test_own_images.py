@@ -105,3 +105,18 @@ def test_a_small_gpu_gets_a_smaller_model_and_more_micro_batches():
 def test_what_cant_be_used_is_refused():
     with pytest.raises(ConfigError, match="model.name"):
         choose(LAPTOP, {"model": {"name": "vit_bse"}})
+
+
+@pytest.mark.parametrize(
+    ("images", "why"),
+    [
+        (1, "the least, for only 1 image"),
+        (9, "the least, for only 9 images"),
+        (10, "a power of two of which an epoch of 10 images has ten or more"),
+        (500_000, "the most that is chosen on a CPU"),
+    ],
+)
+def test_the_reason_for_the_batch_fits_small_sets(images: int, why: str) -> None:
+    (choice,) = [c for c in choose(dataclasses.replace(LAPTOP, images=images), {"data": {"train": "x"}})
+                 if c.key == "data.batch_size"]  # fmt: skip
+    assert choice.reason == why and choice.value <= images

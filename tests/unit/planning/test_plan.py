@@ -366,3 +366,32 @@ def test_a_deepspeed_file_sets_stage_and_buckets(capsys: pytest.CaptureFixture[s
     assert "zero2" in plan_text(found) and plan_json(found)["chosen"]["spread"]["zero"]["offload_optimizer"]
     sent = {each.spread.label: each.spread.communication for each in found.strategies}
     assert sent["ddp"] == sent["fsdp2"] == "fp32" and sent["zero1"] == sent["zero3"] == "bf16"
+
+
+COSTS = {  # configuration -> overrides, whether the paper states its cost
+    "in1k_vith14_ep300": ((), True),
+    "in1k_vith14_ep300, shorter": (("schedule.epochs=100",), False),
+    "in1k_vitl16_ep600": ((), False),
+    "in22k_vith14_ep66": ((), False),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_cost_is_a_range_of_gpu_hours_next_to_the_published_one(name: str) -> None:
+    overrides, is_published = COSTS[name]
+    found = plan(published(name.partition(",")[0], *overrides), Cluster(A100, 16))
+    text = plan_text(found).replace("\n" + 11 * " ", " ")
+    middle = found.days * 24 * 16
+    fast, slow = (found.steps * step_s * 16 / 3600 for step_s in found.chosen.range_s)
+    assert fast < middle < slow
+    assert f"cost       {middle:,.0f} GPU-hours ({fast:,.0f} to {slow:,.0f} over that range of the peak)" in text
+    said = "published: under 72 hours on 16 A100s, so below 1,152 GPU-hours (arXiv 2301.08243, abstract)"
+    assert (said in text) == is_published
+    values = plan_json(found)
+    assert values["gpu_hours"] == pytest.approx(middle) and values["gpu_hours_range"] == pytest.approx([fast, slow])
+
+
+def test_with_a_given_share_of_the_peak_the_cost_is_one_number() -> None:
+    found = plan(published(), Cluster(A100, 16), mfu=0.4)
+    assert found.chosen.range_s == (found.chosen.time.step_s,) * 2
+    assert f"cost       {found.days * 24 * 16:,.0f} GPU-hours\n" in plan_text(found)

@@ -84,6 +84,9 @@ def finished(data, tmp_path_factory):
 def test_a_run_learns_colours_and_writes_its_results(finished):
     folder, result = finished
     assert result.steps == 60 and result.top1 == result.best_top1 == 1.0
+    commands = [line.split()[1] for line in result.next_commands()]
+    assert commands == ["launch/report.py", "launch/predict.py", "launch/export.py"]
+    assert all(str(folder) in line.split() for line in result.next_commands())
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "best", "checkpoints", "classes.csv", "config.yaml", "confusion.png", "curves.png", "first_batch.png",
@@ -103,7 +106,7 @@ def test_a_run_learns_colours_and_writes_its_results(finished):
 def test_the_preflight_reports_batch_rates_groups_and_first_loss(finished):
     text = (finished[0] / "preflight.txt").read_text()
     assert "36 images, 12 to 12 in each of 3 classes" in text
-    assert "6 = 1 processes x accumulation 1 x 6 images" in text
+    assert "6 = 1 process x accumulation 1 x 6 images" in text
     assert "peak 0.003; 60 steps, warm-up over the first 6, then to 1e-06" in text
     assert "random (model.init is null)" in text
     assert "1.0986 at the first batch, chance is 1.0986" in text and "far from chance" not in text
@@ -287,7 +290,7 @@ def test_the_preflight_counts_frozen_and_averaged_weights(data, tmp_path):
         (
             ("data.batch_size=5", "engine.accumulation=2"),
             UserError,
-            "batch 5 is not divisible by 1 processes x accumul",
+            "batch 5 is not divisible by 1 process x accumul",
         ),
         (("data.batch_size=100",), DataError, "fewer than one batch of 100"),
         (("stop_after=0",), ConfigError, "the run has 0 steps; give more epochs or a larger stop_after"),

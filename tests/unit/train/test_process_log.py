@@ -77,10 +77,9 @@ def test_progress_is_in_the_log_and_once_on_the_terminal(
     mode: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with new_terminal(logging.INFO), process_log(folder, 0, 1):
-        progress = Progress(20, mode=mode)
-        progress.show({"step": 5, "loss": 0.5})
-        progress.note("step 5  top-1 50%")
-        progress.close()
+        with Progress(20, mode=mode) as progress:
+            progress.show({"step": 5, "loss": 0.5})
+            progress.note("step 5  top-1 50%")
     found = [line for line in lines(folder) if "metrics.progress" in line]
     wanted = ["step  5/20  loss 0.5000", "step 5  top-1 50%"]
     assert [line.partition("progress: ")[2] for line in found] == ([] if mode == "none" else wanted)

@@ -78,7 +78,7 @@ def test_the_samples_are_those_of_the_step(tmp_path: Path, data: Path, monkeypat
     assert [sample.sample_id for sample in found.samples] == taken[9]
     assert all(sample.name.endswith(f":{sample.sample_id:03d}") for sample in found.samples)
     assert (found.weights_step, found.weights) == (8, f"{run}/checkpoints/step-00000008")
-    assert "the run had taken 1 steps more; --exact takes them again" in text(found)
+    assert "the run had taken 1 step more; --exact takes them again" in text(found)
     row = rows(run)[9]
     assert found.loss == pytest.approx(row["loss"], rel=0.1) and found.loss != row["loss"]
     assert found.worst == sorted(found.samples, key=lambda sample: -sample.loss)[:6]

@@ -78,6 +78,14 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_ends_with_its_curves_and_the_next_commands(first: Path) -> None:
+    assert (first / "curves.png").stat().st_size > 10_000
+    result = pretrain(load_config(first / "config.yaml"), ALONE)  # no steps are left
+    commands = [line.split()[1] for line in result.next_commands()]
+    assert commands == [f"launch/{name}.py" for name in ("report", "embed", "finetune", "export")]
+    assert all(str(first) in line for line in result.next_commands())
+
+
 def test_a_run_starts_from_a_run_and_resumes_without_it(
     first: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -95,7 +95,6 @@ def test_classes_of_finetuning_are_shown(tmp_path_factory, images, name) -> None
     accuracy = Accuracy(labels=labels, predictions=guesses, top1=0.5, top5=1.0, loss=0.25)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier_report, "draw_confusion", lambda *_: None)
-        patch.setattr(classifier_report, "draw_training", lambda *_: None)
         classifier_report.write_report(folder, accuracy, 7, 3, [f"{name}{n}" for n in range(3)])
     found = read_classes(folder)
     assert found is not None and found.facts == {

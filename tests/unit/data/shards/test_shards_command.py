@@ -90,7 +90,7 @@ def test_make_from_a_tar_with_options(command, tmp_path, capsys):
     )
     assert command([*arguments, "--max-bad-fraction", "0.2"]) == 0
     out = capsys.readouterr().out
-    assert "7 images in 3 classes of" in out and "6 images in 1 shards" in out and "left out: 1 x not decodable" in out
+    assert "7 images in 3 classes of" in out and "6 images in 1 shard" in out and "left out: 1 x not decodable" in out
     assert [path.name for path in expand(to)] == ["val-000000.tar"]
     assert command(["verify", str(to), "--workers", "0"]) == 0
 
@@ -165,13 +165,13 @@ def test_info_reports_what_does_not_match(command, shards, tmp_path, capsys):
     (shards / "making.jsonl").touch()
     assert command(["info", str(shards)]) == 0
     out = capsys.readouterr().out
-    for part in ("unfinished: run make again", "1 x no image", "; 1 images without", "no image (jpg"):
+    for part in ("unfinished: run make again", "1 x no image", "; 1 image without", "no image (jpg"):
         assert part in out, part
     write_shards([Sample("1", encoded(1))], tmp_path / "unlabelled")
     (tmp_path / "unlabelled" / "manifest.json").unlink()
     assert command(["info", str(tmp_path / "unlabelled")]) == 0
     out = capsys.readouterr().out
-    assert "none; 1 images without" in out and "manifest          none" in out
+    assert "none; 1 image without" in out and "manifest          none" in out
 
 
 def test_index_of_foreign_shards(command, tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_index_of_foreign_shards(command, tmp_path, capsys):
         add(tar, "2.cls", b"1")
     assert command(["index", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "x.tar: 1 samples; left out: 1 x no image; the first is" in out and index_path(tmp_path / "x.tar").exists()
+    assert "x.tar: 1 sample; left out: 1 x no image; the first is" in out and index_path(tmp_path / "x.tar").exists()
     assert command(["info", str(tmp_path / "no-such")]) == 2
 
 
@@ -257,7 +257,7 @@ def test_verify_counts_samples_against_a_manifest(command, shards, capsys):
     (shards / "classes.json").write_text("{}")
     assert command(["verify", str(shards), "--workers", "0"]) == 2
     out = capsys.readouterr().out
-    assert 'manifest.json isn\'t a manifest of shards (it has no list "shards")' in out and out.endswith("1 faults\n")
+    assert 'manifest.json isn\'t a manifest of shards (it has no list "shards")' in out and out.endswith("1 fault\n")
 
 
 def test_verify_reports_a_shard_that_disappeared(tmp_path):

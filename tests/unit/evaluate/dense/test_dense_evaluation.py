@@ -198,7 +198,7 @@ def test_one_class_is_none(request_of_shapes, tmp_path):
         (only / split / "images").symlink_to(Path(request_of_shapes.train, "images"))
         for name in Path(request_of_shapes.train, "masks").iterdir():
             Image.new("L", (SIZE, SIZE)).save(only / split / "masks" / name.name)
-    with pytest.raises(DataError, match="has 1 classes; give masks of 2 to 255"):
+    with pytest.raises(DataError, match="has 1 class; give masks of 2 to 255"):
         evaluated(request_of_shapes, tmp_path, train=str(only / "train"), test=str(only / "test"))
 
 

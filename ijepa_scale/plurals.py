@@ -1,0 +1,13 @@
+"""Numbers of things in messages. Strings only."""
+
+from __future__ import annotations
+
+
+def counted(number: int, noun: str, form: str = "") -> str:
+    """Returns a number with its noun, given in the singular, in the form that fits: 1 step, 2 steps, 3 classes.
+
+    `form` is that of the number, such as `,` for thousands.
+    """
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:{form}} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"
