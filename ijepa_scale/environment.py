@@ -33,7 +33,7 @@ def detect_launch(environment: Mapping[str, str] | None = None, *, starts_others
         ConfigError: a launcher's variables are incomplete or don't fit together; or a Slurm job has several tasks, but
             this process is none of them.
     """
-    return detect(os.environ if environment is None else environment, os.getppid(), starts_others=starts_others)
+    return detect(os.environ if environment is None else environment, starts_others=starts_others)
 
 
 def export(launch: Launch) -> None:
@@ -277,6 +277,18 @@ def job() -> str | None:
 def export_interface(name: str) -> None:
     """Tells gloo which network interface to use, unless the user has. Call it before the process group is made."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def namespace(kind: str) -> str:
+    """Returns what tells this process's namespace from those of other machines and containers, "" if that is hidden.
+
+    `kind` is one of those of /proc/self/ns, such as net or pid. Source: namespaces(7), random(4) for the boot's number.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink(f'/proc/self/ns/{kind}')}"
+    except OSError:
+        return ""
 
 
 def free_port() -> int:

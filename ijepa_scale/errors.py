@@ -10,7 +10,7 @@ from __future__ import annotations
 class UserError(ValueError):
     """A mistake in the input that the user can fix."""
 
-    is_told = False  # whether another process of the run tells it
+    is_told: bool | None = None  # whether another process of the run tells it; None: they haven't talked about it
 
 
 class ConfigError(UserError):

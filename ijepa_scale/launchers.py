@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.plurals import counted
 
+_PORT = 29_500  # torchrun's own
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below Linux's ports for outgoing connections, which begin at 32768
 _NUMBERED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -28,8 +29,8 @@ class Launch:
     store_is_there: bool = False  # the launcher serves the store; otherwise process 0 does
 
 
-def detect(env: Mapping[str, str], parent: int, *, starts_others: bool = False) -> Launch:
-    """Returns this process's rank and world, from the variables `env` and the number of the `parent` process.
+def detect(env: Mapping[str, str], *, starts_others: bool = False) -> Launch:
+    """Returns this process's rank and world, from the variables `env`.
 
     torchrun's and DeepSpeed's variables go before those of MPI, and these before Slurm's, since each may run inside the
     next. Kubernetes sets torchrun's without LOCAL_RANK: then each process is taken for the only one of its pod. Without
@@ -40,7 +41,7 @@ def detect(env: Mapping[str, str], parent: int, *, starts_others: bool = False) 
             this process is none of them.
     """
     try:
-        launch = _detect(env, parent, starts_others)
+        launch = _detect(env, starts_others)
     except ValueError as error:  # raised by int()
         if isinstance(error, ConfigError):
             raise
@@ -51,6 +52,8 @@ def detect(env: Mapping[str, str], parent: int, *, starts_others: bool = False) 
         raise ConfigError(
             f"rank {launch.rank} is outside the {counted(launch.world_size, 'process')}; check the launcher"
         )
+    if launch.port is not None and not 0 < launch.port < 65_536:
+        raise ConfigError(f"MASTER_PORT is {launch.port}; give one from 1 to 65535")
     if not 0 <= launch.local_rank < launch.local_world_size:
         raise ConfigError(
             f"local rank {launch.local_rank} is outside the "
@@ -60,9 +63,9 @@ def detect(env: Mapping[str, str], parent: int, *, starts_others: bool = False) 
     return launch
 
 
-def _detect(env: Mapping[str, str], parent: int, starts_others: bool) -> Launch:
+def _detect(env: Mapping[str, str], starts_others: bool) -> Launch:
     for read in (_from_torchrun, _from_open_mpi, _from_slurm, _from_pmi):
-        launch = read(env, parent)
+        launch = read(env)
         if launch is not None:
             return launch
     if "PMIX_RANK" in env:
@@ -79,7 +82,7 @@ def _detect(env: Mapping[str, str], parent: int, starts_others: bool) -> Launch:
     return Launch()
 
 
-def _from_torchrun(env: Mapping[str, str], _: int) -> Launch | None:
+def _from_torchrun(env: Mapping[str, str]) -> Launch | None:
     """Source: "Environment variables" in the manual of torchrun; Kubeflow's PyTorchJob sets the four of `_NUMBERED`."""
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return None
@@ -107,26 +110,26 @@ def _is_elastic(env: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in env
 
 
-def _from_open_mpi(env: Mapping[str, str], parent: int) -> Launch | None:
+def _from_open_mpi(env: Mapping[str, str]) -> Launch | None:
     """Source: "Environment variables" of Open MPI's FAQ on running jobs."""
     if "OMPI_COMM_WORLD_SIZE" not in env or "OMPI_COMM_WORLD_RANK" not in env:
         return None
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid")
     local = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")), int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
-    return _of_mpi(env, int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"]), local, job, parent)
+    return _of_mpi(env, int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"]), local, job)
 
 
-def _from_pmi(env: Mapping[str, str], parent: int) -> Launch | None:
+def _from_pmi(env: Mapping[str, str]) -> Launch | None:
     """Source: the process manager Hydra, of MPICH and Intel MPI, sets these."""
     if "PMI_RANK" not in env or "PMI_SIZE" not in env:
         return None
-    local = int(env.get("MPI_LOCALRANKID", "0")), int(env.get("MPI_LOCALNRANKS", "1"))
-    return _of_mpi(env, int(env["PMI_RANK"]), int(env["PMI_SIZE"]), local, None, parent)
+    rank, size = int(env["PMI_RANK"]), int(env["PMI_SIZE"])
+    alone = (rank, size) if not env.get("MASTER_ADDR") else (0, 1)  # without an address all are on this host
+    local = int(env.get("MPI_LOCALRANKID", alone[0])), int(env.get("MPI_LOCALNRANKS", alone[1]))
+    return _of_mpi(env, rank, size, local, None)
 
 
-def _of_mpi(
-    env: Mapping[str, str], rank: int, size: int, local: tuple[int, int], job: str | None, parent: int
-) -> Launch:
+def _of_mpi(env: Mapping[str, str], rank: int, size: int, local: tuple[int, int], job: str | None) -> Launch:
     """Returns a process of `mpirun`, which tells nothing of where process 0 is, so on several hosts the user does."""
     if size == 1:
         return Launch(launcher="mpirun")
@@ -142,7 +145,7 @@ def _of_mpi(
         local_rank=local[0],
         local_world_size=local[1],
         address=env.get("MASTER_ADDR") or "127.0.0.1",
-        port=int(env.get("MASTER_PORT") or _port_of(job or f"child of {parent}")),
+        port=int(env.get("MASTER_PORT") or (_port_of(job) if job else _PORT)),
         launcher="mpirun",
     )
 
@@ -152,7 +155,7 @@ def _port_of(job: str) -> int:
     return _FIRST_PORT + zlib.crc32(job.encode()) % _NUM_PORTS
 
 
-def _from_slurm(env: Mapping[str, str], _: int) -> Launch | None:
+def _from_slurm(env: Mapping[str, str]) -> Launch | None:
     """Returns the rank and world that srun set for this task; None if it is the only one, or another's.
 
     Source: the srun manual, "Output environment variables".
@@ -189,8 +192,7 @@ def _tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 def first_host(nodelist: str) -> str:
     """Returns the first host of a Slurm node list such as 'gpu[003-007,011],login1'."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
+    match = re.match(r"(?:\[[^\]]*\]|[^,\[\]])+", nodelist)
     if match is None:
         raise ConfigError(f"SLURM_JOB_NODELIST is {nodelist!r}; expected a form like gpu[003-007]; set MASTER_ADDR")
-    prefix, numbers, suffix = match[1], match[2], match[3] or ""
-    return prefix if numbers is None else prefix + re.split(r"[-,]", numbers)[0] + suffix
+    return re.sub(r"\[([^\]]*)\]", lambda numbers: re.split(r"[-,]", numbers[1])[0], match[0])

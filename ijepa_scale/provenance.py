@@ -41,11 +41,11 @@ def code_facts() -> dict[str, str]:
     facts = {f"the version of {name}": str(_version(name)) for name in _PACKAGES}
     facts["the version of Python"] = platform.python_version()
     for folder in (package, *_folders_of("ijepa_kernels")):
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(folder.rglob("[!.]*.py")):
             facts[f"the file {path.relative_to(folder.parent)}"] = _digest(path)
     for name in PLUGINS:
         origin = getattr(sys.modules.get(name), "__file__", None)
-        facts[f"the plug-in {name}"] = _digest(Path(origin)) if origin else "built in"
+        facts[f"the plug-in {name}"] = _digest(Path(origin)) if origin and Path(origin).is_file() else "not a file"
     return facts
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch.distributed import Store
 
 from ijepa_scale.engine.meeting import Member, await_word, refuse
+from ijepa_scale.engine.world import World
+from ijepa_scale.errors import ConfigError
 
 _SHOWN = 8  # processes of a group, and differences, that a message names
 
@@ -32,6 +35,19 @@ def agree(part: Store, members: Sequence[Member], rank: int, facts: Mapping[str,
         more = [f"and {len(found) - _SHOWN} more differences"] if len(found) > _SHOWN else []
         refuse(part, *found[:_SHOWN], *more)
     part.set("agreed", "")
+
+
+def check_alike(world: World, facts: Mapping[str, str]) -> None:
+    """Checks that all processes say the same, later than `agree`. Communicates.
+
+    Raises:
+        ConfigError: they don't; raised on every process.
+    """
+    if world.size > 1:
+        said: list[Any] = world.gather_objects(dict(facts))
+        found = differences(said, world.members)
+        if found:
+            raise ConfigError(*found)
 
 
 def differences(said: Sequence[Mapping[str, str]], members: Sequence[Member]) -> list[str]:

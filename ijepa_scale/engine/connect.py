@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import socket
 import threading
 import time
@@ -56,6 +57,8 @@ def _join(launch: Launch, found: list[Store]) -> None:
 def _serve(launch: Launch) -> Store:
     """Returns the store, served by this process on all its addresses."""
     assert launch.port is not None
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each process keeps two connections to the store
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     listener = socket.socket(family)
     try:

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from torch.distributed import PrefixStore, Store
 
+from ijepa_scale import environment
 from ijepa_scale.engine.connect import TELL_S
 from ijepa_scale.errors import ConfigError
 
@@ -41,11 +42,13 @@ class Member:
     pid: int
     address: str | None = None  # of its host, on the way to process 0
     gpu: str | None = None  # its number in all the world; None without one
+    network: str = ""  # equal where processes have the same network interfaces
 
     @classmethod
     def own(cls, rank: int, size: int, address: str | None = None, gpu: str | None = None) -> Member:
         """Returns this process."""
-        return cls(rank=rank, size=size, host=socket.gethostname(), pid=os.getpid(), address=address, gpu=gpu)
+        host, network = socket.gethostname(), environment.namespace("net")
+        return cls(rank=rank, size=size, host=host, pid=os.getpid(), address=address, gpu=gpu, network=network)
 
     def __str__(self) -> str:
         return f"process {self.rank} ({self.pid} on {self.host})"
@@ -106,7 +109,11 @@ def _gather(store: Store, own: Member, clock: _Clock) -> tuple[Store, list[Membe
                     answered[other] = said
                     store.set(f"prefix/{said}", prefix)
         missing = {other for other in missing if not part.check([f"known/{other}"])}
-        _check_refused(part)
+        if part.check(["refused"]):
+            try:
+                _check_refused(part)
+            finally:
+                linger(part, own, own.size - len(missing))
         if missing:
             if clock.is_over:
                 count = f"{len(missing)} of {own.size} processes haven't come within {clock.seconds:.0f} s"
@@ -187,7 +194,9 @@ def refuse(part: Store, *problems: str) -> NoReturn:
     """Ends the start on all processes, of which this one says why."""
     part.set("refused", "\n".join(problems))
     part.add(_ENDED, 1)
-    raise ConfigError(*problems)
+    error = ConfigError(*problems)
+    error.is_told = False
+    raise error
 
 
 def _named(ranks: Iterable[int]) -> str:

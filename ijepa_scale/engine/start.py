@@ -5,17 +5,20 @@ detect (`launchers`), connect, meet, agree, and then PyTorch's process group on 
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ijepa_scale import environment
 from ijepa_scale.engine.agreement import agree
@@ -28,6 +31,8 @@ from ijepa_scale.launchers import Launch
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
+_EARLY_S = 3.0  # that those with the same error before they have met wait for one another
+_LEAST_S = 30.0  # to connect all with all, once they have met
 
 
 def start_world(
@@ -63,12 +68,21 @@ def start_world(
                 _choose_interface(own, members)
                 whole.set_timeout(TIMEOUT)
                 group = PrefixStore("group", store)
-                dist.init_process_group(backend, store=group, rank=own.rank, world_size=own.size, timeout=TIMEOUT)
-            except dist.DistError as error:
+                soon = datetime.timedelta(seconds=max(_LEAST_S, deadline - time.monotonic()))
+                dist.init_process_group(backend, store=group, rank=own.rank, world_size=own.size, timeout=soon)
+                _set_pg_timeout(TIMEOUT)
+            except RuntimeError as error:  # of the store, or of gloo
+                if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+                    raise
                 said = str(error).partition("\n")[0]
                 raise ConfigError(
-                    f"{own} has lost the others while they started ({said}); see what they have printed"
+                    f"{own} has lost the others while they started ({said}); see what they have printed, and check "
+                    "that all hosts reach one another on all ports, through the interface that GLOO_SOCKET_IFNAME names"
                 ) from error
+    elif launch.world_size > 1:  # another program has made the group
+        gathered: list[Any] = [None] * launch.world_size
+        dist.all_gather_object(gathered, members[0])
+        members = gathered
     return World(
         rank=launch.rank,
         size=launch.world_size,
@@ -101,6 +115,25 @@ def tells_first(world: World, error: BaseException) -> bool:
     except dist.DistError:  # the store has ended, with process 0 or the launcher
         return True
     return first
+
+
+def tells_early(launch: Launch, error: BaseException) -> bool:
+    """Returns whether this process is the one to tell an error from before the processes have met.
+
+    Those that have the same one count themselves in the store, for which they wait a little; a restart counts on.
+    """
+    if launch.world_size == 1:
+        return True
+    deadline = time.monotonic() + _EARLY_S
+    try:
+        store, _ = connect(launch, deadline)
+        key, size = f"early/{hashlib.sha256(str(error).encode()).hexdigest()}", launch.world_size
+        number = store.add(key, 1)
+        while launch.rank == 0 and store.add(key, 0) < size and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except (ConfigError, dist.DistError):  # the others have no such error, or have ended
+        return True
+    return number % size == 1
 
 
 def _agree(store: Store, members: Sequence[Member], own: Member, facts: Mapping[str, str], deadline: float) -> None:
@@ -136,12 +169,14 @@ def _choose_interface(own: Member, members: Sequence[Member]) -> None:
 
     gloo takes the interface of the address that the host's own name stands for, which Debian makes 127.0.1.1.
     """
-    away = [member for member in members if member.host != own.host]
-    if not away or not _name_is_loopback(own.host):
+    away = [member for member in members if (member.host, member.network) != (own.host, own.network)]
+    if all(member.network == own.network for member in away) or not _name_is_loopback(own.host):
         return
     address = own.address
-    if address is None or address.startswith("127.") or address == "::1":  # it is on the host of process 0
-        target = next(member.address for member in away if member.address is not None)
+    if address is None or _is_loopback(address):  # it is on the host of process 0
+        target = next((each.address for each in away if each.address and not _is_loopback(each.address)), None)
+        if target is None:
+            return
         address = _way_to(target)
     for name, found in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == address.removeprefix("::ffff:") for each in found):
@@ -156,7 +191,11 @@ def _name_is_loopback(host: str) -> bool:
         found = {str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:
         return True
-    return any(address.startswith("127.") or address == "::1" for address in found)
+    return any(map(_is_loopback, found))
+
+
+def _is_loopback(address: str) -> bool:
+    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
 
 
 def _way_to(address: str) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor
 from ijepa_scale.config.schema import KnnConfig
 from ijepa_scale.data.eval_reader import EvalReader, spread
 from ijepa_scale.data.sources.open import build_source
-from ijepa_scale.data.sources.source import SampleSource, check_whole
+from ijepa_scale.data.sources.source import SampleSource, check_whole, described
+from ijepa_scale.engine.agreement import check_alike
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.class_lists import compare_classes
@@ -46,6 +47,7 @@ class OnlineKnn:
         compare_classes(("evaluate.train", train), ("evaluate.test", test), log=world.is_main)
         self._train = _Split("evaluate.train", train, config.max_train)
         self._test = _Split("evaluate.test", test, config.max_test)
+        check_alike(world, {f"what is in {each.name}": described(each.source) for each in (self._train, self._test)})
         for split in (self._train, self._test):
             check_images(split.source, split.ids, split.name, world=world, exif=images.exif, pixels=images.pixels)
         self._num_classes = int(max(self._train.labels.max(), self._test.labels.max())) + 1

@@ -33,7 +33,11 @@ def launch(description: str, kind: type[Task]) -> None:
 
 
 def _launch(flags: argparse.Namespace, kind: type[Task]) -> None:
+    only_prints = flags.print_config or flags.help_config is not None
+    started_here = flags.devices is not None or flags.processes is not None
     with processes.user_errors(0):
+        launch = environment.detect_launch(starts_others=started_here or only_prints)
+    with processes.user_errors(launch.rank, launch):
         if flags.help_config is not None:
             print(help_text(kind.config_kind, flags.help_config))
             return

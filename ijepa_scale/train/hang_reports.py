@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import psutil
 
+from ijepa_scale import environment
+
 DATA = "waiting for data"
 _NAME = "process-{:05d}.txt"
 _WAITING = ("/torch/distributed/", "/torch/cuda/", "/torch/autograd/graph.py")  # the last runs backward, in C++
@@ -33,15 +35,21 @@ class Identity(NamedTuple):
     pid: int
     host: str
     created: float  # seconds since the epoch, so that another process with the same pid isn't taken for it
+    pids: str = ""  # the namespace of its pid; equal host names may be those of two machines
 
     @classmethod
     def own(cls) -> Identity:
         """Returns that of this process."""
-        return cls(os.getpid(), socket.gethostname(), psutil.Process().create_time())
+        return cls(os.getpid(), socket.gethostname(), psutil.Process().create_time(), environment.namespace("pid"))
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What is equal where processes see one another by their pids."""
+        return self.host, self.pids
 
     def state(self) -> str:
         """Returns what the process does as the system sees it, as far as this host knows."""
-        if self.host != socket.gethostname():
+        if self.place != (socket.gethostname(), environment.namespace("pid")):
             return f"it has stopped, or {self.host} doesn't answer"
         try:
             process = psutil.Process(self.pid)

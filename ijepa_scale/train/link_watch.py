@@ -113,8 +113,7 @@ class LinkWatch:
             if _is_of_connection(error):
                 self._explain()
                 logger.error("a connection to another process broke, but all processes are still heard of")
-            else:
-                self._confess(error)
+            self._confess(error)
             self._leave(threads)
             raise
         self._leave(threads)
@@ -243,8 +242,8 @@ class LinkWatch:
 
     def _gone_from_here(self) -> list[int]:
         """Returns the processes of this host that have ended."""
-        here = self._identities[self._world.rank].host
-        return [rank for rank, other in enumerate(self._identities) if other.host == here and _has_ended(other)]
+        here = self._identities[self._world.rank].place
+        return [rank for rank, other in enumerate(self._identities) if other.place == here and _has_ended(other)]
 
     def _wait_for_the_others(self) -> None:
         """Waits for a few beats: process 0 until the others know, since its store may end with it; others until told.
@@ -289,13 +288,13 @@ class LinkWatch:
 
     def _speaks(self, finding: Word) -> bool:
         """Returns whether this process prints a finding: the first one of each host, if the host hasn't seen it."""
-        here = self._identities[self._world.rank].host
+        here = self._identities[self._world.rank].place
         at = self._identities[finding.about]
-        if at.host == here and finding.code != terminal.HANG_CODE:
+        if at.place == here and finding.code != terminal.HANG_CODE:
             return False  # the process has printed its error itself
-        others = (rank for rank, other in enumerate(self._identities) if other.host == here)
-        first = next(rank for rank in others if rank != finding.about and not _has_ended(self._identities[rank]))
-        return first == self._world.rank
+        others = (rank for rank, other in enumerate(self._identities) if other.place == here)
+        able = (rank for rank in others if rank != finding.about and not _has_ended(self._identities[rank]))
+        return next(able, self._world.rank) == self._world.rank
 
 
 def _has_ended(identity: Identity) -> bool:

@@ -22,8 +22,10 @@ from ijepa_scale.config import to_yaml
 from ijepa_scale.data.batch import Batch
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.sanity import sanity_warnings
+from ijepa_scale.data.sources.source import described
 from ijepa_scale.data.sources.stream import StreamSource
 from ijepa_scale.data.workers import Recovery, set_recovery
+from ijepa_scale.engine.agreement import check_alike
 from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CollapseError, ConfigError, NonFiniteError, ReplicaError, SaveError, SpikeError
@@ -34,7 +36,6 @@ from ijepa_scale.metrics.stored_rows import read_rows
 from ijepa_scale.plurals import counted
 from ijepa_scale.provenance import provenance
 from ijepa_scale.stopping import Stopped
-from ijepa_scale.train.facts import check_alike
 from ijepa_scale.train.initial import with_init
 from ijepa_scale.train.link_watch import LinkWatch
 from ijepa_scale.train.process_log import process_log
@@ -66,7 +67,7 @@ def run_task(kind: type[Task], config: Any, world: World) -> Result:
         if resume is not None and config.model.init is not None:
             logger.info("model.init=%s isn't read again: the run goes on from %s", config.model.init, resume.path)
         task = kind(config, world, starting=resume is None)
-        check_alike(task, world)
+        check_alike(world, {"what is in data.train": described(task.source)})
         loop = Loop(task, resume)
         task.prepare_evaluation()
         with stopping.listening(), loop.watchdog.watching():

@@ -13,7 +13,7 @@ import torch.multiprocessing as multiprocessing
 
 from ijepa_scale import environment, stopping, terminal
 from ijepa_scale.config import EngineConfig
-from ijepa_scale.engine.start import START_TIMEOUT_S, start_world, stop_world, tells_first
+from ijepa_scale.engine.start import START_TIMEOUT_S, start_world, stop_world, tells_early, tells_first
 from ijepa_scale.engine.world import World, choose_device
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError, UserError
@@ -33,7 +33,7 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
     count = len(devices) if devices else processes
     with user_errors(0):
         launch = environment.detect_launch(starts_others=count is not None)
-    with user_errors(launch.rank):
+    with user_errors(launch.rank, launch):
         if count is None:
             set_threads(launch)
             if launch.launcher != "python":
@@ -104,7 +104,11 @@ def world_of(
     An error of the user that several processes raise is told by the first.
     """
     facts = {**code_facts(), **(facts or {})} if launch.world_size > 1 else None
-    world = start_world(launch, device, alone=alone, timeout_s=timeout_s, facts=facts)
+    try:
+        world = start_world(launch, device, alone=alone, timeout_s=timeout_s, facts=facts)
+    except UserError as error:
+        error.is_told = bool(error.is_told)  # each process tells what only it can know, such as that it meets nobody
+        raise
     try:
         yield world
     except UserError as error:
@@ -114,11 +118,11 @@ def world_of(
 
 
 @contextlib.contextmanager
-def user_errors(rank: int) -> Iterator[None]:
+def user_errors(rank: int, launch: Launch | None = None) -> Iterator[None]:
     """Prints a `UserError`, or an error of the file system, without a traceback, and exits with its code.
 
     A run that was asked to stop exits with 75, which says that it is to be started again, and after Ctrl-C before it
-    listens to signals with 130.
+    listens to signals with 130. With `launch`, an error that several processes raise before they meet is told once.
     """
     try:
         yield
@@ -132,6 +136,8 @@ def user_errors(rank: int) -> Iterator[None]:
             terminal.report(stopped, "stopped")
         sys.exit(terminal.RESUBMIT_CODE)
     except UserError as error:
+        if error.is_told is None and launch is not None:
+            error.is_told = not tells_early(launch, error)
         if not error.is_told:
             terminal.report(error, f"error (process {rank})")
         sys.exit(terminal.code_of(error))

@@ -7,7 +7,7 @@ read and reads them with `os.pread`, so a source may be forked or pickled at any
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,6 +54,12 @@ class SampleSource(Protocol):
 
     def summary(self) -> str:
         """Returns a one-line description, for the log."""
+
+
+def described(source: Any) -> str:
+    """Returns a source in words that are the same wherever its files are: its number of images, and its fingerprint."""
+    found = f"{source.num_samples} images, " if hasattr(source, "num_samples") else ""
+    return f"{found}{source.fingerprint[:12]}"
 
 
 def check_whole(source: SampleSource) -> None:
