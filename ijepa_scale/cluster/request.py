@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale import environment, terminal
-from ijepa_scale.cluster.job_file import JobFile, Member, checked
+from ijepa_scale.cluster.job_file import JobFile, Member
+from ijepa_scale.cluster.sbatch_options import passed
 from ijepa_scale.config import PretrainConfig, read_config
 from ijepa_scale.config.files import known_keys
 from ijepa_scale.config.finetune_run import FinetuneConfig
@@ -23,12 +24,9 @@ from ijepa_scale.evaluate.command_line import add_flags as add_evaluation_flags
 from ijepa_scale.train.setup import global_batch
 
 KINDS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-_OWN = (
-    "job-name", "chdir", "output", "open-mode", "nodes", "ntasks-per-node", "ntasks", "gpus-per-node", "cpus-per-task",
-    "partition", "time", "requeue", "no-requeue", "signal", "array", "dependency", "wrap",
-)  # fmt: skip
-_TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2}", re.ASCII)  # Source: the sbatch manual
+_TIME = re.compile(r"(\d{1,9}-)?\d{1,9}(:\d{1,9}){0,2}", re.ASCII)  # Source: the sbatch manual
 _NAME = re.compile(r"[^\w.+,-]+")
+_LONGEST_NOTICE_S, _LEAST_RUN_S = 65535, 60  # Source: --signal in the sbatch manual; chosen
 _LONGEST_ARRAY = 1000  # Slurm's default MaxArraySize is 1001
 
 
@@ -47,25 +45,30 @@ def request_of(kind: str, arguments: list[str], scripts: Path) -> Request:
     Raises:
         ConfigError: the configuration, or a run of the sweep, can't be run as asked for.
     """
+    script = f"python launch/{kind}.py"
     parser = terminal.Parser(
-        prog=f"slurm.py {kind}",
-        description=f"Submits a job of Slurm that runs launch/{kind}.py, whose own arguments can be given too.",
+        description=f"Submits a job of Slurm that runs {script}, whose own arguments can be given too; "
+        f"`{script} --help` lists them.",
         allow_abbrev=False,
     )
+    parser.prog += f" {kind}"
     _add_flags(parser)
     if kind == "evaluate":
         flags, words = parser.parse_known_args(arguments)
-        own = terminal.Parser(prog="slurm.py evaluate", allow_abbrev=False)
+        _check(parser, flags)
+        own = terminal.Parser(prog=script, allow_abbrev=False)
         add_evaluation_flags(own)
+        own.set_defaults(folder=None)
         evaluation = own.parse_args(words)
         if evaluation.processes is not None or flags.array:
             parser.error("--processes and --array are not for evaluations; give --tasks-per-node, or submit each one")
-        workers, members = evaluation.workers, [Member(folder=_absolute(evaluation.folder), arguments=tuple(words))]
+        workers, members = evaluation.workers, [_evaluation(evaluation, words)]
     else:
         parser.add_argument("--config", "--fname", required=True, type=terminal.path, help="YAML file")
         parser.add_plugins()
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
         flags = parser.parse_intermixed_args(arguments)
+        _check(parser, flags)
         workers, members = _runs(kind, flags)
     return _request(kind, flags, scripts, workers, members)
 
@@ -83,7 +86,7 @@ def _add_flags(parser: terminal.Parser) -> None:
     add("--dependency", help="as sbatch takes it, such as afterok:1234")
     add("--sbatch", action="append", default=[], metavar="option=value", help="any other of sbatch's long options")
     add("--folder", type=terminal.path, help="folder of the job's output (default: logs in the run folder)")
-    add("--notice", type=whole, default=120, help="seconds before the time limit to save and requeue (default 120)")
+    add("--notice", type=_notice, default=120, help="seconds before the time limit to save and requeue (default 120)")
     add("--retries", type=terminal.at_least_0, default=3, help="starts after faults without progress (default 3)")
     add("--dry-run", action="store_true", help="print the file, submit nothing")
 
@@ -92,6 +95,47 @@ def _time(text: str) -> str:
     if not _TIME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"is {text!r}; give minutes, or days-hours:minutes:seconds")
     return text
+
+
+def _notice(text: str) -> int:
+    notice = terminal.at_least_1(text)
+    if notice > _LONGEST_NOTICE_S:
+        raise argparse.ArgumentTypeError(f"is {text!r}; sbatch takes at most {_LONGEST_NOTICE_S} seconds")
+    return notice
+
+
+def _check(parser: terminal.Parser, flags: argparse.Namespace) -> None:
+    """Refuses flags that contradict each other."""
+    gpus, tasks = flags.gpus_per_node, flags.tasks_per_node
+    if gpus and tasks and gpus != tasks:
+        parser.error(f"--gpus-per-node is {gpus} and --tasks-per-node {tasks}; one task trains on one GPU, so give one")
+    limit = _seconds(flags.time) if flags.time else 0
+    if limit and limit < flags.notice + _LEAST_RUN_S:
+        parser.error(
+            f"--notice {flags.notice} leaves less than a minute of --time {flags.time}, so the job would be requeued "
+            "at once; give a longer --time or a shorter --notice"
+        )
+
+
+def _seconds(text: str) -> int:
+    """Returns the seconds of a limit as Slurm writes it; 0 is no limit."""
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, minutes, seconds = 0, 0, 0
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        minutes, seconds = (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _evaluation(flags: argparse.Namespace, words: Sequence[str]) -> Member:
+    """Returns an evaluation; without --to it gets a folder of its own by the name of what is evaluated."""
+    if flags.folder is not None:
+        return Member(folder=_absolute(flags.folder), arguments=tuple(words))
+    name = _NAME.sub("-", flags.source).strip("-.")[-60:]  # bytes of a name are limited
+    folder = Path("runs", "evaluation", name or "source")
+    return Member(folder=_absolute(folder), arguments=("--to", str(folder), *words))
 
 
 def _runs(kind: str, flags: argparse.Namespace) -> tuple[int, list[Member]]:
@@ -141,6 +185,8 @@ def _points(kind: str, arrays: Sequence[str]) -> Iterator[tuple[str, tuple[str, 
         if not equals or not all(split := _split(values)):
             raise ConfigError(f"--array is {text!r}; write key=value,value, such as optimizer.lr=1e-3,5e-4")
         keys.append(_full(kind, short))
+        if keys[-1] == "folder":
+            raise ConfigError("--array names folder, but settings name each run's folder; give folder= of the sweep")
         axes.append([(short, keys[-1], value) for value in split])
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"--array names {', '.join(twice)} twice; give all of its values at once")
@@ -201,8 +247,9 @@ def _request(kind: str, flags: argparse.Namespace, scripts: Path, workers: int, 
         "signal": f"USR1@{flags.notice}",
     }  # fmt: skip
     lines: list[tuple[str, str | None]] = [(name, value) for name, value in directives.items() if value]
+    more = [passed(text, tasks=tasks, nodes=flags.nodes, asks_for_gpus=bool(gpus)) for text in flags.sbatch]
     file = JobFile(
-        directives=(*lines, ("requeue", None), *map(_passed, flags.sbatch)),
+        directives=(*lines, ("requeue", None), *more),
         script=(sys.executable, str(scripts / f"{kind}.py")),
         ended=(sys.executable, str(scripts / "slurm.py"), "ended", "--retries", str(flags.retries)),
         cpus_per_task=cpus,
@@ -213,16 +260,6 @@ def _request(kind: str, flags: argparse.Namespace, scripts: Path, workers: int, 
 
 def _tasks(flags: argparse.Namespace) -> int:
     return flags.tasks_per_node or flags.gpus_per_node or 1
-
-
-def _passed(text: str) -> tuple[str, str | None]:
-    """Returns an option of sbatch's that is passed through."""
-    name, equals, value = text.partition("=")
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-        raise ConfigError(f"--sbatch is {text!r}; write a long option of sbatch's, such as --sbatch account=physics")
-    if name in _OWN:
-        raise ConfigError(f"--sbatch names {name}, which this command sets; give its own flag (--help lists them)")
-    return name, checked(value) if equals else None
 
 
 def _absolute(path: str | Path) -> Path:

@@ -119,6 +119,14 @@ def test_values_are_split_at_outer_commas(values: list[str]) -> None:
         ),
         (["pretrain", "--config", H14, "--time", "soon"], "--time is 'soon'; give minutes, or days-hours"),
         (["pretrain", "--config", H14, "--node", "2"], "unrecognized arguments: --node"),
+        (["pretrain", "--config", H14, "--notice", "65536"], "--notice is '65536'; sbatch takes at most 65535"),
+        (["pretrain", "--config", H14, "--time", "9" * 5000], "give minutes, or days-hours"),
+        (
+            ["pretrain", "--config", H14, "--gpus-per-node", "4", "--tasks-per-node", "8"],
+            "--gpus-per-node is 4 and --tasks-per-node 8; one task trains on one GPU, so give one",
+        ),
+        (["evaluate", "x", "--data", "a", "b", "--gpus-per-node", "8", "--tasks-per-node", "4"], "one task trains on"),
+        (["pretrain", "--config", H14, "--array", "folder=a,b"], "--array names folder, but settings name each run's"),
         (["pretrain", "--config", H14, "--sbatch", "nodes=2"], "--sbatch names nodes, which this command sets"),
         (["pretrain", "--config", H14, "--sbatch", "a b"], "--sbatch is 'a b'; write a long option"),
         (["pretrain", "--config", H14, "--array", "lr"], "--array is 'lr'; write key=value,value"),
@@ -139,6 +147,100 @@ def test_values_are_split_at_outer_commas(values: list[str]) -> None:
 )
 def test_mistakes_are_found_before_a_job_waits(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert text in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("time", "notice", "fits"),
+    [
+        ("1", "120", False), ("2", "120", False), ("3", "120", True), ("2:59", "120", False), ("3:00", "120", True),
+        ("0:02:59", "120", False), ("0:03:00", "120", True), ("0-0:3", "120", True), ("0-0:02:59", "120", False),
+        ("0-1", "3540", True), ("0-1", "3541", False), ("1-0", "65535", True), ("0", "120", True), ("1", "1", False),
+    ],
+)  # fmt: skip
+def test_the_notice_leaves_a_minute(time: str, notice: str, fits: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slurm sends the signal at the start where the limit is no longer than the notice. A limit of 0 is none."""
+    words = ("pretrain", "--config", H14, "--time", time, "--notice", notice)
+    if fits:
+        assert directives(dry_run(capsys, *words))["signal"] == f"USR1@{notice}"
+    else:
+        assert f"--notice {notice} leaves less than a minute of --time {time}" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("arra=0-5", "arra, which sbatch may take for array, which this command sets or relies on; give --array key="),
+        ("array=0-5", "names array, which this command sets or relies on; give --array key="),
+        ("tasks-per-node=2", "give --nodes and --tasks-per-node"), ("tasks=2", "give --nodes and --tasks-per-node"),
+        ("ntasks-per-gpu=2", "give --nodes and --tasks-per-node"), ("ntask=2", "give --nodes and --tasks-per-node"),
+        ("gpus=3", "give --gpus-per-node"), ("gpus-per-task=1", "give --gpus-per-node"), ("gre=gpu:1", "give --gpus"),
+        ("gres=gpu:1", "give --gpus-per-node"), ("gres=nvme:1,gpu", "give --gpus-per-node"), ("gres=help", "give --g"),
+        ("cpus-per-gpu=4", "give --cpus-per-task"), ("wait", "leave it out: status"), ("test-only", "give --dry-run"),
+        ("test", "give --dry-run"), ("help", "give --dry-run"), ("usage", "give --dry-run"), ("vers", "give --dry-run"),
+        ("parsable", "leave it out: the job's number"), ("q", "leave it out: the job's number"),
+        ("output=x", "give --folder"), ("error=x", "give --folder"), ("chdir=x", "submit from that folder"),
+        ("signal=TERM@5", "give --notice"), ("sig=TERM@5", "give --notice"), ("requeue", "the job requeues itself"),
+        ("no-requeue", "the job requeues itself"), ("no", "relies on"), ("open-mode=truncate", "each start appends"),
+        ("dep=afterok:1", "give --dependency"), ("wrap=ls", "the job has a file"), ("t=5", "relies on"),
+    ],
+)  # fmt: skip
+def test_options_that_the_job_relies_on(option: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "pretrain", "--config", H14, "--gpus-per-node", "2", "--sbatch", option)
+    assert said.startswith(f"error: --sbatch names {option.partition('=')[0]}") and text in said
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["time-min=5", "nodelist=a", "no-kill", "mem=0", "wait-all-nodes=1", "gres-flags=enforce-binding", "gres=nvme:1",
+     "qos=Q", "reservation=R", "hint=nomultithread", "verbose", "gpu-bind=none", "export=ALL", "nice"],
+)  # fmt: skip
+def test_other_options_are_passed_through(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = dry_run(capsys, "pretrain", "--config", H14, "--gpus-per-node", "2", "--sbatch", option)
+    assert f"#SBATCH --{option}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "fits"),
+    [
+        ("gres=gpu:a100:2", True), ("gres=gpu:2,nvme:1", True), ("gres=gpu:1g.5gb:2", True), ("gres=gpu:4", False),
+        ("gres=gpu", False), ("gpus=4", True), ("gpus=a100:4", True), ("gpus=2", False), ("gpus-per-task=1", True),
+        ("gpus-per-task=2", False), ("cpus-per-gpu=4", False), (f"gpus={'9' * 5000}", False),
+    ],
+)  # fmt: skip
+def test_gpus_may_be_asked_for_by_type(option: str, fits: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of the two tasks of the two nodes gets one."""
+    words = ("pretrain", "--config", H14, "--nodes", "2", "--tasks-per-node", "2", "--gpus-per-node", "0")
+    if fits:
+        assert f"#SBATCH --{option}\n" in dry_run(capsys, *words, "--sbatch", option)
+    else:
+        assert "relies on; give" in refused(capsys, *words, "--sbatch", option)
+
+
+@pytest.mark.parametrize(
+    ("called", "own", "other"),
+    [("launch/slurm.py", "slurm.py", "python launch/evaluate.py"), ("ijepa slurm", "ijepa slurm", "ijepa evaluate")],
+)
+def test_help_names_the_command_as_it_was_called(
+    called: str, own: str, other: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [called])
+    assert f"({own} pretrain --help explains the flags)" in refused(capsys, "pretrain")
+    assert f"({other} --help explains the flags)" in refused(capsys, "evaluate", "x")
+    with pytest.raises(SystemExit):
+        slurm.main(["evaluate", "--help"])
+    assert f"usage: {own} evaluate" in (said := capsys.readouterr().out) and f"`{other} --help` lists them" in said
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("runs/x", "runs-x"), ("/runs/y/", "runs-y"), ("published:in1k", "published-in1k"), ("y" * 99, "y" * 60),
+     ("..", "source")],
+)  # fmt: skip
+def test_each_evaluated_run_has_a_folder(source: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else two evaluations would share a table, and the record of their jobs."""
+    text = dry_run(capsys, "evaluate", source, "--data", "a", "b")
+    assert f"folder={Path.cwd()}/runs/evaluation/{name}\n" in text
+    assert f"arguments=(--to runs/evaluation/{name} {source} --data a b)\n" in text
 
 
 def test_an_evaluation(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
