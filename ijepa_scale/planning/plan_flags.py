@@ -50,7 +50,7 @@ def add_flags(parser: terminal.Parser) -> None:
     add("--json", action="store_true", help="print the plan as JSON")
     add("--sweep", metavar="nodes=1..128", help="simulate numbers of nodes, doubled or listed (nodes=1,2,6)")
     add("--to", type=terminal.path, metavar="FILE.png", help="with --sweep: picture of the efficiency")
-    measured = "with --sweep: a step on one GPU without others, as images:milliseconds, such as 16:27 128:171"
+    measured = "with --sweep: a step on one GPU without others, as images:milliseconds; several are joined by lines"
     add("--measured", nargs="+", metavar="IMAGES:MS", help=measured)
     add("--overlap", type=float, help="with --sweep: share of the hideable communication that is hidden (default 1)")
     parser.add_plugins()

@@ -66,7 +66,7 @@ class MeasuredSteps:
 
 
 def parse_measured(words: Sequence[str]) -> MeasuredSteps:
-    """Parses words such as `16:27 128:171`, images at once and milliseconds.
+    """Parses words such as `128:600`, images at once and milliseconds.
 
     Raises:
         ConfigError: a word has another form, or more images don't take longer, down to none.
