@@ -10,4 +10,5 @@ def counted(number: int, noun: str, form: str = "") -> str:
     """
     if number == 1:
         return f"1 {noun}"
-    return f"{number:{form}} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"
+    hisses = noun.endswith(("s", "x", "ch")) and noun != "epoch"
+    return f"{number:{form}} {noun}{'es' if hisses else 's'}"

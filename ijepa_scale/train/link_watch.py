@@ -182,7 +182,12 @@ class LinkWatch:
         broken = any(word.state == _BROKEN for word in (self._word, *words.values()))
         present = [rank for rank, word in words.items() if word.state != _LEFT and rank != self._world.rank]
         silent = [rank for rank in present if self._age(rank) > self._limit(broken)]
-        return self._silence(silent, broken) if silent else None
+        if not silent:
+            return None
+        # with those that will be over the limit in a moment, such as the others of the same host
+        return self._silence(
+            [rank for rank in present if self._age(rank) > self._limit(broken) - self._interval_s], broken
+        )
 
     def _judge_main(self) -> Word | None:
         word = self._heard[0][1]

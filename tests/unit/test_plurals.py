@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from ijepa_scale.plurals import counted
 from tests.unit.house_rules import ROOT
 
-NOUNS = {"step": "steps", "class": "classes", "process": "processes", "batch": "batches", "GPU": "GPUs", "box": "boxes"}
+NOUNS = {
+    "step": "steps",
+    "class": "classes",
+    "process": "processes",
+    "batch": "batches",
+    "GPU": "GPUs",
+    "box": "boxes",
+    "epoch": "epochs",
+}
 
 
 @given(st.integers(0, 10**9), st.sampled_from(list(NOUNS)))

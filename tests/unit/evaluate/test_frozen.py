@@ -307,7 +307,7 @@ def test_the_transform_takes_paths_arrays_and_pil_images(tmp_path: Path) -> None
 
 
 def test_the_package_shows_its_public_names_only() -> None:
-    names = ["__version__", "build_encoder", "build_predictor", "features", "load"]
+    names = ["__version__", "build_encoder", "build_predictor", "features", "load", "run"]
     assert dir(ijepa_scale) == sorted(ijepa_scale.__all__) == names
     text = pydoc.render_doc(ijepa_scale, renderer=pydoc.plaintext)
     listed = text[text.index("FUNCTIONS") : text.index("VERSION")]
