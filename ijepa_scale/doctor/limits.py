@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ijepa_scale.doctor.finding import Finding, size_text
 from ijepa_scale.host_memory import host_bytes, system_file
+from ijepa_scale.plurals import counted
 
 # NCCL keeps the buffers between GPUs of one host in /dev/shm, and containers have 64 MB by default.
 # Source: NVIDIA's NCCL user guide, "Troubleshooting", shared memory.
@@ -25,7 +26,8 @@ def shared_memory(processes: int, folder: str = "/dev/shm") -> Iterator[Finding]
     wrong = free < needed
     yield Finding(
         check="/dev/shm",
-        found=f"{size_text(free)} free of {size_text(size)}, {size_text(needed)} wanted for {processes} on this host",
+        found=f"{size_text(free)} free of {size_text(size)}, {size_text(needed)} wanted for "
+        f"{counted(processes, 'process')} on this host",
         verdict="wrong" if wrong else "ok",
         remedy="give the container more, as docker's --shm-size=8g, or delete what other programs left there"
         if wrong
@@ -73,7 +75,7 @@ def memory(processes: int, root: Path = Path("/")) -> Iterator[Finding]:
     yield Finding(
         check="memory",
         found=f"{size_text(room)} left within host, control group and ulimit -v, {size_text(needed)} wanted for "
-        f"{processes} on this host",
+        f"{counted(processes, 'process')} on this host",
         verdict="wrong" if wrong else "ok",
         remedy="give the job more memory (Slurm --mem, docker --memory), or start fewer processes" if wrong else "",
         values={"free_bytes": room, "needed_bytes": needed},
@@ -89,7 +91,7 @@ def cores(processes: int, root: Path = Path("/")) -> Iterator[Finding]:
     within = f", {quota:g} by the control group's quota" if quota is not None else ""
     yield Finding(
         check="cores",
-        found=f"{allowed:g} may be used{within}, for {processes} on this host",
+        found=f"{allowed:g} may be used{within}, for {counted(processes, 'process')} on this host",
         verdict="wrong" if wrong else "ok",
         remedy="give the job more cores (Slurm --cpus-per-task, docker --cpus), or start fewer processes"
         if wrong
