@@ -72,13 +72,13 @@ def _child(
     rank: int, plugins: list[str], main: Main, options: Any, engine: EngineConfig, devices: list[str | None], port: int
 ) -> None:
     count = len(devices)
+    launch = Launch(
+        rank=rank, world_size=count, local_rank=rank, local_world_size=count, address="127.0.0.1", port=port
+    )
     stopping.watch_launcher()
-    with terminal.printing(), user_errors(rank):
+    with terminal.printing(), user_errors(rank, launch):
         for module in plugins:
             load_plugin(module)
-        launch = Launch(
-            rank=rank, world_size=count, local_rank=rank, local_world_size=count, address="127.0.0.1", port=port
-        )
         set_threads(launch)
         main(options, launch, choose_device(engine, launch, devices[rank]))
 
