@@ -33,6 +33,7 @@ _BEATS = 10  # of a process, in the time after which it counts as gone
 _INTERVAL_S = (0.02, 5.0)  # between two of them, least and most
 _BROKEN_BEATS = 3  # missed beats that make a process the suspect once a connection has broken
 _UNWIND_BEATS = 3  # for the main thread to end by itself, after another process has failed
+_FIRST_S = 5.0  # for a process that has failed to print its error and end before the others do
 _LONGEST = 2000  # characters that one process tells the others of its error
 _AGAIN = "start the same command again to go on from the last checkpoint"
 
@@ -289,7 +290,15 @@ class LinkWatch:
             line = f"{finding.said}; {_AGAIN}" if finding.code == terminal.HANG_CODE else finding.said
             terminal.at_most(5.0, lambda: terminal.report(line, f"error (process {self._world.rank})"))
         self._wait_for_the_others()
+        self._let_it_end_first(finding)
         os._exit(finding.code)
+
+    def _let_it_end_first(self, finding: Word) -> None:
+        """Waits a little for a process of this host that has failed: what starts them ends all with the first."""
+        at, deadline = self._identities[finding.about], time.monotonic() + _FIRST_S
+        is_here = finding.about != self._world.rank and at.place == self._identities[self._world.rank].place
+        while finding.state == _FAILED and is_here and not _has_ended(at) and time.monotonic() < deadline:
+            time.sleep(self._interval_s / _BEATS / 2)
 
     def _speaks(self, finding: Word) -> bool:
         """Returns whether this process prints a finding: the first one of each host, if the host hasn't seen it."""
