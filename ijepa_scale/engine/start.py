@@ -31,6 +31,7 @@ from ijepa_scale.launchers import Launch
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
+_AFTER_S = 0.3  # that the others leave to process 0 to tell what it knows too
 _EARLY_S = 3.0  # that those with the same error before they have met wait for one another
 _LEAST_S = 30.0  # to connect all with all, once they have met
 
@@ -108,6 +109,8 @@ def tells_first(world: World, error: BaseException) -> bool:
     """
     if world.store is None:
         return True
+    if not world.is_main:
+        time.sleep(_AFTER_S)
     try:
         first = world.store.add(f"told/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1
         ends(world.store)

@@ -52,7 +52,10 @@ def test_a_stopped_process_ends_the_run_and_is_named(
     launcher, arguments = LAUNCHES[launch]
     folder = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", data, folder)
-    short, arguments = (launch, whom) in SHORT, (*arguments, f"engine.hang_timeout={TIMEOUT_S:g}")
+    short, arguments = (
+        (launch, whom) in SHORT,
+        (*arguments, f"engine.hang_timeout={TIMEOUT_S:g}", "engine.link_timeout=0"),
+    )
     process = start(config, *arguments, *(QUICK if short else ()), launcher=launcher)
     wait_for_step(4, process, config, folder)
     found = trainers(process, config)
@@ -108,7 +111,7 @@ def test_a_run_that_sleeps_goes_on(data: Path, tmp_path: Path) -> None:
     """All of it stops for longer than the timeout, as after Ctrl-Z."""
     folder = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", data, folder)
-    process = start(config, f"engine.hang_timeout={TIMEOUT_S:g}")
+    process = start(config, f"engine.hang_timeout={TIMEOUT_S:g}", "engine.link_timeout=0")
     wait_for_step(4, process, config, folder)
     everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for each in everything:
