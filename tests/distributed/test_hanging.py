@@ -54,7 +54,7 @@ def test_a_stopped_process_ends_the_run_and_is_named(
     config = write_config(tmp_path / "run.yaml", data, folder)
     short, arguments = (
         (launch, whom) in SHORT,
-        (*arguments, f"engine.hang_timeout={TIMEOUT_S:g}", "engine.link_timeout=0"),
+        (*arguments, f"engine.hang_timeout={TIMEOUT_S:g}", "engine.link_timeout=0", "health.every=0"),
     )
     process = start(config, *arguments, *(QUICK if short else ()), launcher=launcher)
     wait_for_step(4, process, config, folder)
