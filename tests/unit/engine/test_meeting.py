@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +23,7 @@ def come(store: Store, rank: int, size: int, seconds: float = 20.0) -> tuple[Sto
 
 def start(connect: Callable[[], Store], size: int, delays: list[float]) -> list[str]:
     """Returns what each process reads of process 0's, which each attempt writes under the same name."""
-    told = str(random.random())
+    told = uuid.uuid4().hex  # not of random, whose state other tests set back
 
     def process(rank: int) -> str:
         time.sleep(delays[rank])
