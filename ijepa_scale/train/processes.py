@@ -100,8 +100,7 @@ def world_of(
 ) -> Iterator[World]:
     """Yields the world and stops it at the end. Not after an error, since others may wait in a collective.
 
-    `timeout_s` and `facts` are those of `start_world`.
-    An error of the user that several processes raise is told by the first.
+    `timeout_s` and `facts` are those of `start_world`. An error of the user that several processes raise is told once.
     """
     facts = {**code_facts(), **(facts or {})} if launch.world_size > 1 else None
     try:
