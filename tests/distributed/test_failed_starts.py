@@ -53,6 +53,7 @@ OTHER = {
     "number of processes": ((), {"WORLD_SIZE": "3"}, "the number of processes is 2 on process 0"),
     "run folder": (("folder={}/elsewhere",), {}, "can't see in folder"),
     "images": (("data.train={}/fewer",), {}, "what is in data.train is 50 images"),
+    "images of the evaluation": (("evaluate.train={}/fewer",), {}, "what is in evaluate.train is 50 images"),
     "ds_config": (
         ("engine.strategy=deepspeed", "engine.ds_config={}/other.json"), {}, "what engine.ds_config names is a file of",
     ),
@@ -69,7 +70,7 @@ def test_processes_that_differ_are_refused(kind: str, folder: Path) -> None:
     settings, variables, told = OTHER[kind]
     first: tuple[str, ...] = ("optimizer.lr=1e-3",)
     script = PRETRAIN
-    if kind == "images":
+    if kind.startswith("images"):
         write_fewer(folder)
     elif kind == "ds_config":
         first += ("engine.strategy=deepspeed", f"engine.ds_config={ROOT}/ds_configs/zero2.json")
