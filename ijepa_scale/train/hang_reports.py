@@ -68,13 +68,14 @@ class Report:
     step: int
     waits: bool  # its main thread waits for other processes, or for its device
     helpers: dict[str, list[int]]  # pids of the processes that it has started, by what the system says they do
+    count: int  # of the reports that the process has written; one that still answers goes on counting
 
 
-def report_of(phase: str, step: int, *, asks: bool, hangs: bool) -> Report:
+def report_of(phase: str, step: int, *, asks: bool, hangs: bool, count: int) -> Report:
     """Returns the report of this process."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     waits = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING)
-    return Report(asks=asks, hangs=hangs, phase=phase, step=step, waits=waits, helpers=helpers())
+    return Report(asks=asks, hangs=hangs, phase=phase, step=step, waits=waits, helpers=helpers(), count=count)
 
 
 def helpers() -> dict[str, list[int]]:

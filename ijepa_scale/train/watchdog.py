@@ -54,6 +54,9 @@ class Watchdog:
         self._talked_at = 0.0  # time.monotonic(), when the files of the others were looked at last
         self._asked_at: float | None = None  # when this process asked the others
         self._written: tuple[Beat, bool] | None = None  # what the report of this process says now
+        self._written_at, self._count_written = 0.0, 0
+        self._compared_at = 0.0
+        self._heard: dict[int, tuple[int, float]] = {}  # count of each other's last report, and seconds since it came
         self._identities: list[Identity] = []
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
@@ -132,15 +135,18 @@ class Watchdog:
         rank = self._world.rank
         others = hang_reports.read(self._stacks)
         others.pop(rank, None)
+        others = self._renewed(others)
         if not asks and not any(other.asks for other in others.values()):
             hang_reports.withdraw(self._stacks, rank)  # the run goes on
             self._written = self._asked_at = None
             return
         hangs = asks and beat.phase in _TIMED
-        own = hang_reports.report_of(*beat, asks=asks, hangs=hangs)
-        if self._written is None or self._written[0] is not beat or self._written[1] != asks:
+        own = hang_reports.report_of(*beat, asks=asks, hangs=hangs, count=self._count_written)
+        changed = self._written is None or self._written[0] is not beat or self._written[1] != asks
+        if changed or time.monotonic() - self._written_at > self._grace_s / 2:
             hang_reports.write(self._stacks, rank, own)
-            self._written = beat, asks
+            self._written, self._written_at = (beat, asks), time.monotonic()
+            self._count_written += 1
         if not asks:
             self._asked_at = None
             return
@@ -151,6 +157,16 @@ class Watchdog:
         # the main thread may have gone on just now
         if self._beat is beat and (plain or (silent and waited_s >= max(self._timeout_s, self._grace_s))):
             self._judge({**others, rank: own})
+
+    def _renewed(self, others: dict[int, Report]) -> dict[int, Report]:
+        """Returns the reports that their processes still renew; one that stopped after its answer is silent too."""
+        now = time.monotonic()
+        passed, self._compared_at = min(now - self._compared_at, 2 * self.tick_s), now
+        for rank, report in others.items():
+            count, seconds = self._heard.get(rank, (-1, 0.0))
+            self._heard[rank] = report.count, 0.0 if report.count != count else seconds + passed
+        limit = 2 * max(self._timeout_s, self._grace_s)
+        return {rank: report for rank, report in others.items() if self._heard[rank][1] < limit}
 
     def _judge(self, reports: dict[int, Report]) -> None:
         said = hang_reports.blame(reports, self._identities)

@@ -42,7 +42,7 @@ def test_a_hang_is_found_before_collectives_give_up() -> None:
 
 
 def report(step: int, phase: str = "step", *, waits: bool = True, **helpers: list[int]) -> Report:
-    return Report(asks=True, hangs=True, phase=phase, step=step, waits=waits, helpers=helpers)
+    return Report(asks=True, hangs=True, phase=phase, step=step, waits=waits, helpers=helpers, count=0)
 
 
 def identities(count: int) -> list[Identity]:
@@ -174,6 +174,29 @@ def test_a_process_that_does_not_answer_ends_an_evaluation_too(tmp_path: Path, m
     begin = time.monotonic()
     processes.run([0, 2], 20)
     assert time.monotonic() - begin > 2 * TIMEOUT_S
+    assert sorted(processes.ends) == [0, 2]
+    (said,) = processes.said()
+    assert said.startswith("no answer") and named(said, 3) == [1]
+
+
+@pytest.mark.parametrize("phase", ["step", "evaluating"])
+def test_a_process_that_stops_after_its_answer_is_named(phase: str, tmp_path: Path, monkeypatch) -> None:
+    """Its report stays where it is, and would excuse it for ever."""
+    processes = Processes(tmp_path, 3, monkeypatch)
+    for dog in processes.dogs:
+        dog._beat = Beat(phase, 5)
+    processes.dogs[1]._beat = Beat("evaluating", 5)  # which may take its time, as long as it answers
+
+    def stop() -> None:
+        while not (tmp_path / "stacks" / "now" / "process-00001.txt").exists():
+            time.sleep(0.02)
+        assert not processes.ends
+        processes.dogs[1]._done.set()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    processes.run([0, 1, 2], 20)
+    thread.join()
     assert sorted(processes.ends) == [0, 2]
     (said,) = processes.said()
     assert said.startswith("no answer") and named(said, 3) == [1]
