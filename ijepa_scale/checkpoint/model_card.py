@@ -9,6 +9,13 @@ from pathlib import PurePath
 from ijepa_scale.checkpoint.portable import Portable
 from ijepa_scale.checkpoint.published_files import LICENCE, LICENCE_TEXT
 
+# What one of timm and transformers does with `images`, by whether it is a classifier
+_RUNS = {
+    ("timm", False): "features = model(images)  # (B, D): the mean of model.forward_features(images), (B, N, D)",
+    ("timm", True): "logits = model(images)",
+    ("transformers", False): "features = model(images).last_hidden_state.mean(dim=1)  # (B, D), of tokens (B, N, D)",
+    ("transformers", True): "logits = model(images).logits",
+}
 _WHICH = {"target": "the target encoder", "context": "the context encoder", "only": "its only encoder"}
 
 
@@ -30,8 +37,8 @@ def model_card(model: Portable, library: str, opens: Sequence[str]) -> str:
         "tags: [ijepa]",
     ]
     height, width = model.image_size
-    kind = f"a classifier of {model.num_classes} classes on it" if is_classifier else "its features are all tokens"
-    code = [f"import {library}", "", *(f"model = {line}" for line in opens)]
+    kind = f"a classifier of {model.num_classes} classes on it" if is_classifier else "its features are the mean of its tokens"
+    code = [f"import {library}", "", *(f"model = {line}" for line in opens), _RUNS[library, is_classifier]]
     told = {
         LICENCE: f"The weights come from files published with I-JEPA under {LICENCE_TEXT}.",
         None: "The source of these weights states no licence. That of weights which training started from may apply.",

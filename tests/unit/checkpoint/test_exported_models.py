@@ -52,6 +52,12 @@ def assert_plain_tensors_are_read(path: Path, case: str, encoder: torch.nn.Modul
     close(ijepa_scale.load(path, **known)[0](images), encoder(images))
 
 
+def by_the_card(folder: Path, model: torch.nn.Module, images: Tensor) -> Tensor:
+    """Returns what the last line of code of a model card computes."""
+    line = (folder / "README.md").read_text().partition("```python\n")[2].partition("\n```")[0].splitlines()[-1]
+    return eval(line.partition(" = ")[2], {"model": model, "images": images})
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {case: pretrained(tmp_path_factory.mktemp("runs") / "run", **sizes) for case, sizes in SIZES.items()}
@@ -68,6 +74,7 @@ def test_timm_opens_the_folder_and_the_file_and_back(tmp_path: Path, runs: dict,
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     close(theirs.forward_features(images), wanted)
     close(theirs(images), wanted.mean(dim=1))
+    close(by_the_card(tmp_path / "out", theirs, images), wanted.mean(dim=1))
     card = (tmp_path / "out" / "README.md").read_text()
     (line,) = [line for line in card.splitlines() if "overlay" in line]
     by_file = eval(line.removeprefix("model = ").replace("FOLDER", str(tmp_path / "out")), {"timm": timm})
@@ -88,6 +95,7 @@ def test_transformers_opens_the_folder_in_one_line_and_back(tmp_path: Path, runs
     export(source, tmp_path / "out", kind="transformers")
     model = transformers.AutoModel.from_pretrained(tmp_path / "out")
     close(model(pixel_values=images).last_hidden_state, wanted)
+    close(by_the_card(tmp_path / "out", model, images), wanted.mean(dim=1))
     close(ijepa_scale.load(tmp_path / "out")[0](images), wanted)
     model.save_pretrained(tmp_path / "theirs")
     torch.save(model.state_dict(), tmp_path / "theirs.pth")  # with the names that modules have since transformers 5
@@ -119,6 +127,7 @@ def test_a_classifier_gives_the_same_logits_elsewhere(tmp_path: Path, pool_norm:
     export(source, tmp_path / "timm", kind="timm")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     close(theirs(images), wanted)
+    close(by_the_card(tmp_path / "timm", theirs, images), wanted)
     assert theirs.pretrained_cfg["label_names"] == ["cat", "dog", "newt"]
     close(logits_of(tmp_path / "timm", images), wanted)
     if pool_norm == "after":
@@ -130,6 +139,7 @@ def test_a_classifier_gives_the_same_logits_elsewhere(tmp_path: Path, pool_norm:
     export(source, tmp_path / "hf", kind="transformers")
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf")
     close(model(images).logits, wanted)
+    close(by_the_card(tmp_path / "hf", model, images), wanted)
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "newt"}
     close(logits_of(tmp_path / "hf", images), wanted)
     (tmp_path / "later").mkdir()
