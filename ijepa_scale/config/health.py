@@ -27,7 +27,7 @@ class HealthConfig(Section, at="health"):
     least_std_ever: form.AtLeast0 = Field(0.02, description="Alarm if feature_std is below this, whatever it was.")
     on_collapse: Literal["warn", "stop"] = Field(
         "warn",
-        description="What the alarm does: log a warning, or end the run before its state is saved.",
+        description="What the alarm does: log a warning, or end the run; resuming doesn't take that state.",
     )
     keep_best: Literal["none", "knn", "linear", "rank_me", "lidar"] = Field(
         "knn", description="Figure whose highest value after the start chooses the state in the folder best."
