@@ -98,7 +98,7 @@ def fit(
     unexpected = [name for name in found if name not in own or (name.startswith("head.") and not keep_head)]
     missing = [name for name in own if name not in found or name in unexpected]
     loaded = [name for name in own if name not in missing]
-    problems += _size_problems(found, weights, encoder)
+    problems += _size_problems(found, weights, encoder, "model" if encoder is module else "model.encoder")
     if not problems:
         problems = _name_problems(module, missing, unexpected, keep_head) + _shape_problems(own, found, loaded)
         problems += [f"{n} holds values that aren't finite" for n in loaded if not found[n].isfinite().all()]
@@ -151,8 +151,10 @@ def _positions(weights: Weights, encoder: VisionTransformer) -> tuple[list[str],
     return [], [f"pos_embed, {rows} x {columns} patches -> {grid[0]} x {grid[1]}, {how}"]
 
 
-def _size_problems(found: dict[str, Tensor], weights: Weights, encoder: VisionTransformer) -> list[str]:
-    """Returns the sizes in which the models differ, each once and not for each tensor."""
+def _size_problems(
+    found: dict[str, Tensor], weights: Weights, encoder: VisionTransformer, section: str
+) -> list[str]:
+    """Returns the sizes in which the models differ, each once and not for each tensor. `section` holds the model's."""
     problems = []
     patches = found.get(PATCHES)
     if patches is not None and patches.ndim == 4:
@@ -160,20 +162,21 @@ def _size_problems(found: dict[str, Tensor], weights: Weights, encoder: VisionTr
         if size != (encoder.patch_size, encoder.patch_size):
             problems.append(
                 f"its patches are {size[0]} x {size[1]} pixels, the model's {encoder.patch_size}: trained patch "
-                f"embeddings aren't resized; set model.patch_size={size[0]}"
+                f"embeddings aren't resized; set {section}.patch_size={size[0]}"
             )
         if len(patches) != encoder.width:
-            problems.append(f"its width is {len(patches)}, the model's {encoder.width}; set model.name or model.width")
+            remedy = f"set {section}.name or {section}.width"
+            problems.append(f"its width is {len(patches)}, the model's {encoder.width}; {remedy}")
     depth = depth_of(found)
     if depth != len(encoder.blocks):
         problems.append(
-            f"it has {counted(depth, 'block')}, the model {len(encoder.blocks)}; set model.name or model.depth"
+            f"it has {counted(depth, 'block')}, the model {len(encoder.blocks)}; set {section}.name or {section}.depth"
         )
     first_block: Any = encoder.blocks[0]
     heads = first_block.attn.heads
     if weights.facts.heads not in (None, heads):
         problems.append(
-            f"it has {weights.facts.heads} attention heads, the model {heads}; set model.name or model.heads"
+            f"it has {weights.facts.heads} attention heads, the model {heads}; set {section}.name or {section}.heads"
         )
     return problems
 

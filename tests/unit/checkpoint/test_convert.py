@@ -304,6 +304,15 @@ def test_mismatches_are_refused_before_the_model_changes(tmp_path: Path, text: s
     assert equal(model, encoder(5).state_dict())
 
 
+@pytest.mark.parametrize(
+    ("key", "sizes"), [("patch_size=16", {"patch_size": 16}), ("name or .*width", {"width": 12}), ("name", {"depth": 3})]
+)
+def test_a_remedy_for_finetuning_names_its_own_section(key: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    save_file(encoder(**sizes).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=f"; set model.encoder.{key}"):
+        load_weights(classifier(), tmp_path / "other.safetensors")
+
+
 def test_heads_are_compared_if_they_are_known(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="it has 3 attention heads, the model 2; set model.name or model.heads"):
         load_weights(encoder(heads=2), pretraining(tmp_path))
