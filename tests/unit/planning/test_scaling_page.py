@@ -103,7 +103,7 @@ def test_the_table_is_what_the_sweep_says() -> None:
     config = load_config(ROOT / "configs" / f"{H14}.yaml", ["engine.accumulation=2"])
     rows = [row for row in rows_of_sweep() if row[0].isdigit()]
     found = sweep(config, find_device("h100"), [int(row[0]) for row in rows], Assumptions(), gpus_per_node=8)
-    assert len(rows) == 6
+    assert len(rows) == 6 and "as on 1 to 8 nodes at 400 Gb/s" in PAGE
     for row in rows:
         networks = [found.at(int(row[0]), network) for network in NETWORKS]
         best, ddp = (
@@ -113,7 +113,7 @@ def test_the_table_is_what_the_sweep_says() -> None:
         assert row[1] == str(best[-1].micro_batch) and row[3] == f"{best[-1].images_per_s:,.0f}"
         assert best[-1].images_per_s == max(point.images_per_s for point in networks[-1] if point.fits)
         zero3 = next(point for point in networks[-1] if point.strategy == "zero3")
-        assert (zero3.images_per_s == pytest.approx(best[-1].images_per_s)) == (int(row[0]) <= 4)
+        assert (zero3.images_per_s == pytest.approx(best[-1].images_per_s)) == (int(row[0]) <= 8)
         for cell, points in ((row[4], best), (row[5], ddp)):
             assert cell == ", ".join(f"{point.efficiency:.0%}" for point in points).replace("%,", ",")
 
