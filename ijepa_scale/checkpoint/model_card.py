@@ -37,7 +37,11 @@ def model_card(model: Portable, library: str, opens: Sequence[str]) -> str:
         "tags: [ijepa]",
     ]
     height, width = model.image_size
-    kind = f"a classifier of {model.num_classes} classes on it" if is_classifier else "its features are the mean of its tokens"
+    kind = (
+        f"a classifier of {model.num_classes} classes on it"
+        if is_classifier
+        else "its features are the mean of its tokens"
+    )
     code = [f"import {library}", "", *(f"model = {line}" for line in opens), _RUNS[library, is_classifier]]
     told = {
         LICENCE: f"The weights come from files published with I-JEPA under {LICENCE_TEXT}.",

@@ -151,9 +151,7 @@ def _positions(weights: Weights, encoder: VisionTransformer) -> tuple[list[str],
     return [], [f"pos_embed, {rows} x {columns} patches -> {grid[0]} x {grid[1]}, {how}"]
 
 
-def _size_problems(
-    found: dict[str, Tensor], weights: Weights, encoder: VisionTransformer, section: str
-) -> list[str]:
+def _size_problems(found: dict[str, Tensor], weights: Weights, encoder: VisionTransformer, section: str) -> list[str]:
     """Returns the sizes in which the models differ, each once and not for each tensor. `section` holds the model's."""
     problems = []
     patches = found.get(PATCHES)

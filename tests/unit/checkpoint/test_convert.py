@@ -305,7 +305,8 @@ def test_mismatches_are_refused_before_the_model_changes(tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize(
-    ("key", "sizes"), [("patch_size=16", {"patch_size": 16}), ("name or .*width", {"width": 12}), ("name", {"depth": 3})]
+    ("key", "sizes"),
+    [("patch_size=16", {"patch_size": 16}), ("name or .*width", {"width": 12}), ("name", {"depth": 3})],
 )
 def test_a_remedy_for_finetuning_names_its_own_section(key: str, sizes: dict[str, int], tmp_path: Path) -> None:
     save_file(encoder(**sizes).state_dict(), tmp_path / "other.safetensors")
