@@ -34,12 +34,12 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason
 
 STEPS = 120
 SLOW = """
-import time
+import os, time
 import ijepa_scale
 from ijepa_scale.train.loop import Loop
 after = Loop._after
 def slowly(loop, *arguments):
-    time.sleep(0.1)
+    time.sleep(1 if os.path.exists('slower') else 0.1)
     after(loop, *arguments)
 Loop._after = slowly
 def run(*arguments):
@@ -152,14 +152,21 @@ def test_a_requeued_job(slurm: Slurm, command: Callable[..., str], data: Path, w
 
 
 def test_the_time_limit(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
-    """The limit is drawn in when the run has begun. Slurm sends the signal up to a minute earlier than asked for."""
-    job = submit(command, data, tmp_path, "--time", "5", "--notice", "60")
+    """Slurm sends the signal up to a minute earlier than asked for."""
+    job = submit(command, data, tmp_path, "--time", "10", "--notice", "60")
     wait_for_step(20, tmp_path / "run")
-    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=1")
-    slurm.wait(job, "PENDING")
-    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=5")
+    near_its_limit(slurm, job, tmp_path)
     check_resumed(slurm, job, tmp_path / "run", whole)
     assert "SIGUSR1; saved" in (tmp_path / "run" / "logs" / "process-00000.log").read_text()
+
+
+def near_its_limit(slurm: Slurm, job: str, folder: Path) -> None:
+    """Draws the limit in when the run has begun. Slurm looks at limits every 30 seconds."""
+    (folder / "slower").touch()
+    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=1")
+    slurm.wait(job, "PENDING")
+    (folder / "slower").unlink()
+    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=10")
 
 
 def check_resumed(slurm: Slurm, job: str, folder: Path, whole: Path) -> None:
@@ -256,29 +263,22 @@ def submit_by_submitit(command: Callable[..., str], data: Path, tmp_path: Path) 
     return command(str(config), *OVERRIDES, script=str(tmp_path / "submit.py")).split()[-1]
 
 
-def requeued(slurm: Slurm, job: str) -> None:
+def requeued(slurm: Slurm, job: str, _: Path) -> None:
     slurm.run("scontrol", "requeue", job)
 
 
-def near_its_limit(slurm: Slurm, job: str) -> None:
-    """submitit lets Slurm send SIGUSR2 90 seconds before it."""
-    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=1")
-    slurm.wait(job, "PENDING")
-    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=10")
-
-
-def told_to_requeue(slurm: Slurm, job: str) -> None:
+def told_to_requeue(slurm: Slurm, job: str, _: Path) -> None:
     slurm.run("scancel", "--signal=USR2", job)
 
 
-def without_a_node(slurm: Slurm, job: str, node: int) -> None:
+def without_a_node(slurm: Slurm, job: str, _: Path, node: int) -> None:
     slurm.lose_node(node)
     slurm.wait(job, "PENDING", timeout=150)
     time.sleep(2)
     slurm.start_node(node)
 
 
-DISTURBANCES: dict[str, tuple[Callable[[Slurm, str], None] | None, int]] = {
+DISTURBANCES: dict[str, tuple[Callable[[Slurm, str, Path], None] | None, int]] = {
     "undisturbed": (None, 0),
     "requeue": (requeued, 0),
     "limit": (near_its_limit, 0),
@@ -297,7 +297,7 @@ def test_submitit(
     job, folder = submit_by_submitit(command, data, tmp_path), tmp_path / "run"
     if disturb is not None:
         wait_for_step(10, folder)
-        disturb(slurm, job)
+        disturb(slurm, job, tmp_path)
     found = slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=240)
     assert found["JobState"] == "COMPLETED", (found, told(folder))
     assert (int(found["Restarts"]) >= 1) == (disturb is not None), found
