@@ -151,6 +151,25 @@ def test_a_requeued_job(slurm: Slurm, command: Callable[..., str], data: Path, w
     check_resumed(slurm, job, tmp_path / "run", whole)
 
 
+def test_a_preempted_job(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
+    """By a job of a partition with a higher priority, which needs both nodes."""
+    job = submit(command, data, tmp_path)
+    wait_for_step(20, tmp_path / "run")
+    preempted_by_another(slurm, job, tmp_path)
+    check_resumed(slurm, job, tmp_path / "run", whole)
+    assert "SIGTERM; saved" in (tmp_path / "run" / "logs" / "process-00000.log").read_text()
+
+
+def preempted_by_another(slurm: Slurm, job: str, folder: Path) -> None:
+    said = slurm.run(
+        "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", f"--chdir={folder}", "--wrap", "sleep 3"
+    )
+    other = said.split()[-1]
+    assert slurm.wait(other, "RUNNING", "COMPLETED")["Partition"] == "urgent"
+    assert slurm.job(job)["JobState"] in ("PENDING", "COMPLETING", "REQUEUED"), slurm.job(job)
+    assert slurm.wait(other, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+
+
 def test_the_time_limit(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
     """Slurm sends the signal up to a minute earlier than asked for."""
     job = submit(command, data, tmp_path, "--time", "10", "--notice", "60")
@@ -282,6 +301,7 @@ DISTURBANCES: dict[str, tuple[Callable[[Slurm, str, Path], None] | None, int]] =
     "undisturbed": (None, 0),
     "requeue": (requeued, 0),
     "limit": (near_its_limit, 0),
+    "preempted": (preempted_by_another, 0),
     "USR2": (told_to_requeue, 0),
     "first-node": (partial(without_a_node, node=0), 3 + 1),
     "second-node": (partial(without_a_node, node=1), 3 + 1),
