@@ -82,7 +82,7 @@ def test_a_run_goes_on_from_it(tmp_path: Path, data: Path, capsys: pytest.Captur
     pretrain(configured(tmp_path, data, "first", schedule__stop_after=4), ALONE)
     kept = tmp_path / "kept"
     code, said = call(capsys, "convert", tmp_path / "first", "--to", kept, "--files", 3)
-    assert code == 0 and f"{kept}: whole; go on from it with resume={kept}" in said
+    assert code == 0 and f"{kept}: complete; resume from it with resume={kept}" in said
     assert len(list(kept.glob("*.safetensors"))) == 3
     assert [line.problem for line in listed([kept], hashed=True)] == [None]
     pretrain(configured(tmp_path, data, "second", resume=str(kept)), ALONE)
