@@ -106,7 +106,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match=r"there exists; name a new folder with --to"):
         consolidate(tmp_path / "old", tmp_path / "there")
-    with pytest.raises(ConfigError, match=r"there is no checkpoint and has none; give a run, or RUN/checkpoints"):
+    with pytest.raises(ConfigError, match=r"there isn't a checkpoint and has none; give a run, or RUN/checkpoints"):
         consolidate(tmp_path / "there", tmp_path / "new")
     with small_disk(tmp_path / "disk", kib=16) as disk:
         scattered(tmp_path / "large", [10_000], [[7]], 2)
