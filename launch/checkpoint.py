@@ -4,7 +4,7 @@ python launch/checkpoint.py ls runs/mine                    # steps and sizes; f
 python launch/checkpoint.py verify runs/mine                # reads every byte; code 2 if something is damaged
 python launch/checkpoint.py diff RUN/checkpoints/step-00001000 RUN/checkpoints/step-00002000
 python launch/checkpoint.py rm runs/mine 1000 2000
-python launch/checkpoint.py convert runs/mine --to kept/step-00002000    # merges it into one file
+python launch/checkpoint.py convert runs/mine --to kept/step-00002000    # of many processes: one file
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 if something is damaged or after a mistake that the user can fix."""
     parser = terminal.Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="what", required=True, parser_class=terminal.Parser, metavar="ls|verify|...")
-    for name, text in (("ls", "list checkpoints"), ("verify", "read every byte and compare hashes")):
+    for name, text in (("ls", "list them"), ("verify", "read every byte and compare hashes")):
         kinds.add_parser(name, help=text).add_argument(
             "run", type=terminal.path, help="folder of a run or a checkpoint"
         )
-    diff = kinds.add_parser("diff", help="show what differs between two checkpoints")
+    diff = kinds.add_parser("diff", help="what differs between two")
     diff.add_argument("two", nargs=2, type=terminal.path, metavar="CHECKPOINT")
     removed = kinds.add_parser("rm", help="remove the checkpoints of these steps")
     removed.add_argument("run", type=terminal.path, help="folder of a run")

@@ -86,12 +86,10 @@ class FinetuneOptimizerConfig(Section, at="optimizer"):
     )
     betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: form.AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
-    clip_norm: form.Positive | None = Field(None, description="Largest gradient norm; null: no clipping.")
+    clip_norm: form.Positive | None = Field(None, description="Largest norm of the gradient; null clips nothing.")
     epochs: form.Epochs = Field(50.0, gt=0, description="Length of the run.")
     warmup_epochs: form.Epochs = Field(5.0, ge=0, description="Length of the warm-up from 0, step by step.")
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="Momentum of an EMA of the weights, which is then evaluated."
-    )
+    ema: float | None = Field(None, gt=0, lt=1, description="Momentum of averaged weights, which are then evaluated.")
 
     def _problems(self) -> Iterator[str]:
         if self.base_lr is None and self.lr is None:
@@ -177,7 +175,7 @@ class FinetuneConfig(RunConfig):
     folder: form.PathText = Field(
         "runs/finetune", description="Folder of logs, checkpoints, results and the configuration."
     )
-    stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step, with an unchanged schedule.")
+    stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step; the schedule stays as it is.")
     model: ClassifierConfig = ClassifierConfig()
     data: DataConfig = DataConfig(batch_size=1024)
     augment: FinetuneAugmentConfig = FinetuneAugmentConfig()
