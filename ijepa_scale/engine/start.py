@@ -77,7 +77,7 @@ def start_world(
                     raise
                 said = str(error).partition("\n")[0]
                 raise ConfigError(
-                    f"{own} has lost the others while they started ({said}); see what they have printed, and check "
+                    f"{own} has lost the others while they started ({said}); read their output, and check "
                     "that all hosts reach one another on all ports, through the interface that GLOO_SOCKET_IFNAME names"
                 ) from error
     world = World(

@@ -148,5 +148,5 @@ def user_errors(rank: int, launch: Launch | None = None) -> Iterator[None]:
     except OSError as error:
         if (problem := terminal.file_problem(error)) is None:
             raise
-        terminal.report(f"{problem}; what was saved before is whole", f"error (process {rank})")
+        terminal.report(f"{problem}; earlier checkpoints are intact", f"error (process {rank})")
         sys.exit(terminal.USER_ERROR_CODE)
