@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := torch==2.11.0 torchvision==0.26.0
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# pytest-xdist 3.8 may wait for ever at the end once it has replaced a worker that died
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --max-worker-restart 0
 CHECKED := ijepa_scale kernels launch benchmarks tests setup.py docs/.site
 
 .PHONY: help install demo docs test test-all test-versions lint clean

@@ -1,6 +1,6 @@
 """Lists, verifies, compares, removes and converts the checkpoints of a run.
 
-python launch/checkpoint.py ls runs/mine                    # steps, sizes, and what is damaged by its size
+python launch/checkpoint.py ls runs/mine                    # steps and sizes; finds damage that changed a size
 python launch/checkpoint.py verify runs/mine                # reads every byte; code 2 if something is damaged
 python launch/checkpoint.py diff RUN/checkpoints/step-00001000 RUN/checkpoints/step-00002000
 python launch/checkpoint.py rm runs/mine 1000 2000
@@ -28,11 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
     diff = kinds.add_parser("diff", help="what differs between two")
     diff.add_argument("two", nargs=2, type=terminal.path, metavar="CHECKPOINT")
-    removed = kinds.add_parser("rm", help="remove the ones of these steps")
+    removed = kinds.add_parser("rm", help="remove the checkpoints of these steps")
     removed.add_argument("run", type=terminal.path, help="folder of a run")
     removed.add_argument("steps", nargs="+", type=int, metavar="STEP")
-    convert = kinds.add_parser("convert", help="write one again as one file, or a few, which any engine reads")
-    convert.add_argument("run", type=terminal.path, help="folder of a run, whose newest is taken, or a checkpoint")
+    convert = kinds.add_parser("convert", help="merge one into one file, or a few, for any engine")
+    convert.add_argument("run", type=terminal.path, help="folder of a run, for its newest one, or a checkpoint")
     convert.add_argument("--to", type=terminal.path, required=True, help="new folder")
     convert.add_argument("--files", type=terminal.at_least_1, default=1, help="number of files (default 1)")
     flags = parser.parse_args(arguments)
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if flags.what == "convert":
         written = consolidate(Path(flags.run), Path(flags.to), files=flags.files)
-        terminal.say(f"{written}: whole; go on from it with resume={written}")
+        terminal.say(f"{written}: complete; resume from it with resume={written}")
         return 0
     damaged = 0
     for line in listed(checkpoints_of(Path(flags.run)), hashed=flags.what == "verify"):

@@ -1,6 +1,6 @@
 """Computes the features of images with a trained encoder, and writes them to one file.
 
-Skips and names images that can't be used, and then exits with code 2. Started again after it was killed, it goes on.
+Skips and names images that can't be used, and then exits with code 2. If it was killed, run it again: it continues.
 
 python launch/embed.py PHOTOS --model runs/mine --to features.npy
 python launch/embed.py PHOTO.jpg OTHER.png --model encoder.safetensors --to features.safetensors --pool last4
@@ -32,10 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add("--to", type=terminal.path, required=True, help="file to write: .npy, .safetensors or .parquet")
     add("--which", choices=["target", "context"], default="target", help="which encoder (default target)")
-    add("--pool", choices=["mean", "last4"], default="mean", help="mean of the last block's tokens, or of the last 4's")
-    add("--image-size", type=terminal.at_least_1, help="side of the encoder's images, pixels (default: as trained)")
-    add("--reader", help="reader of training for IMAGES, such as imagefolder (default: by their names)")
-    add("--batch-size", type=terminal.at_least_1, default=64, help="images of a forward pass (default 64)")
+    add("--pool", choices=["mean", "last4"], default="mean", help="mean of the tokens of the last block or last 4")
+    add("--image-size", type=terminal.at_least_1, help="side of the images in pixels (default: as trained)")
+    add("--reader", help="how the images are stored, as in data.reader (default: by their names)")
+    add("--batch-size", type=terminal.at_least_1, default=64, help="images per process and forward pass (default 64)")
     add("--workers", type=terminal.at_least_0, default=2, help="decoding processes per process (default 2)")
     add("--overwrite", action="store_true", help="replace the file if it exists")
     add("--devices", nargs="+", help="start one process per device, e.g. cuda:0 cuda:1")

@@ -27,13 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("source", type=terminal.path, help=SOURCE_KINDS)
     to = "file to write: .safetensors, .onnx, .pt2 (torch), .pth.tar (reference); or the folder for --as"
     add("--to", type=terminal.path, required=True, help=to)
-    add("--as", dest="kind", choices=FORMATS, help="format, if the suffix doesn't say: timm or transformers, a folder")
+    add("--as", dest="kind", choices=FORMATS, help="timm or transformers: write a folder in that format")
     add("--weights", choices=PARTS, default="target", help="which encoder, or the predictor (default target)")
     add("--naming", choices=NAMINGS, default="published", help=".safetensors only: naming scheme of the tensors")
     add("--steps-per-epoch", type=terminal.at_least_1, help=".pth.tar only: the run's steps per epoch")
-    processes = ".pth.tar only: processes that will resume (default 1)"
+    processes = ".pth.tar only: processes that will resume from it (default 1)"
     add("--processes", type=terminal.at_least_1, default=1, help=processes)
-    add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't tell")
+    add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't say")
     add("--overwrite", action="store_true", help="replace the file or folder if it exists")
     parser.add_plugins()
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Plans a run of pretraining or finetuning before it is launched: memory, communication, time and strategy.
+"""Plans a pretraining or finetuning run before you launch it: memory, communication, time and strategy.
 
 python launch/plan.py --config configs/in1k_vith14_ep300.yaml --gpus 8x a100-80gb
 python launch/plan.py --config C.yaml --gpus 16x h100 --network 25 --mfu 0.4 engine.checkpointing=full

@@ -1,4 +1,4 @@
-"""Writes one HTML page about runs: figures, curves, health, pictures, evaluations, throughput and settings.
+"""Writes one HTML page about runs: summary, curves, health, pictures, evaluations, throughput and settings.
 
 The page needs no network and no other file. Pictures come from each run's newest checkpoint.
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--images", nargs="+", default=(), type=terminal.existing_path, help=images)
     evaluation = "evaluation.json files that are outside the run folders, shown with the first run"
     add("--evaluation", dest="evaluations", nargs="+", default=(), type=terminal.existing_path, help=evaluation)
-    add("--no-pictures", dest="pictures", action="store_false", help="leave pictures out, which need a checkpoint")
+    add("--no-pictures", dest="pictures", action="store_false", help="leave out pictures, which need a checkpoint")
     add("--overwrite", action="store_true", help="replace the page if it exists")
     parser.add_plugins()
     flags = vars(parser.parse_args(arguments))

@@ -1,7 +1,7 @@
-"""Submits runs as jobs of Slurm that start again after preemption, lost nodes and the time limit, and watches them.
+"""Submits runs as Slurm jobs that restart after preemption, a lost node or the time limit, and watches them.
 
 python launch/slurm.py pretrain --config C.yaml --nodes 2 --gpus-per-node 8 --partition P --time 1000
-python launch/slurm.py finetune --config C.yaml --gpus-per-node 8 --dry-run             # prints the job's file
+python launch/slurm.py finetune --config C.yaml --gpus-per-node 8 --dry-run             # prints the job file
 python launch/slurm.py pretrain --config C.yaml --array lr=1e-3,5e-4 --sbatch account=A data.workers=8
 python launch/slurm.py evaluate --gpus-per-node 8 runs/mine --data TRAIN VAL
 python launch/slurm.py --fname C.yaml --folder logs --partition P --nodes 2 --tasks-per-node 8 --time 1000
@@ -40,12 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     kinds = parser.add_subparsers(dest="what", required=True, parser_class=terminal.Parser, metavar="pretrain|...")
     for name in SUBMITTED:
         kinds.add_parser(name, help="submit it; --help lists the flags")
-    shown = {"status": "what Slurm says", "logs": "lines of all processes, by time", "cancel": "end it; it saves first",
-             "ended": "requeue a job whose tasks have ended; for the job's file"}  # fmt: skip
+    shown = {"status": "what Slurm says", "logs": "lines of all processes, by time", "cancel": "save and end",
+             "ended": "requeue a job whose tasks have ended; used by the job file"}  # fmt: skip
     for kind in (kinds.add_parser(name, help=text) for name, text in shown.items()):
-        kind.add_argument("run", type=terminal.existing_path, help="run folder, or a sweep's")
+        kind.add_argument("run", type=terminal.existing_path, help="run folder, or that of an array of runs")
     kind.add_argument("--code", type=int, required=True, help="exit code of the tasks")
-    kind.add_argument("--retries", type=terminal.at_least_0, default=3, help="starts after faults without progress")
+    kind.add_argument("--retries", type=terminal.at_least_0, default=3, help="restarts without progress (default 3)")
     flags = parser.parse_args(words)
     if flags.what == "ended":
         terminal.say(jobs.ended(Path(flags.run), flags.code, retries=flags.retries))

@@ -39,7 +39,7 @@ def consolidate(source: Path, to: Path, *, files: int = 1) -> Path:
     """
     path = source if (source / MANIFEST).exists() else steps.newest(source / "checkpoints")
     if path is None:
-        raise ConfigError(f"{source} is no checkpoint and has none; give a run, or RUN/checkpoints/step-00001000")
+        raise ConfigError(f"{source} isn't a checkpoint and has none; give a run, or RUN/checkpoints/step-00001000")
     if os.path.lexists(to):
         raise ConfigError(f"{to} exists; name a new folder with --to")
     checkpoint = Checkpoint(path)
@@ -72,7 +72,7 @@ def _write(checkpoint: Checkpoint, folder: Path, files: int) -> None:
     write_manifest(folder, checkpoint.step, entries, checkpoint.extra)
     for stored in read_manifest(folder).files:
         if (problem := damage_of(folder / stored.name, stored)) is not None:
-            raise OSError(f"it doesn't read back as it was written: {problem}")
+            raise OSError(f"it doesn't read back as written: {problem}")
 
 
 def _shares(sizes: dict[str, int], files: int) -> list[list[Range]]:

@@ -117,7 +117,7 @@ def _check_whole(path: Path) -> None:
     """
     check_kind(path)
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is no file of torch.save; try again later, or download it yourself")
+        raise CheckpointError(f"{path} isn't a file of torch.save; try again later, or download it yourself")
     with zipfile.ZipFile(path) as archive:
         try:
             damaged = archive.testzip()

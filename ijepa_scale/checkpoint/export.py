@@ -84,15 +84,15 @@ def export(
         )
     _check_unused(kind, which, naming, steps_per_epoch, processes)
     if heads is not None and kind == "reference":
-        raise CheckpointError(f"--heads is {heads}, which {kind} makes no use of; drop the flag")
+        raise CheckpointError(f"--heads is {heads}, which {kind} doesn't use; drop the flag")
     if kind == "reference":
         if steps_per_epoch is None:
             raise CheckpointError("a .pth.tar counts epochs; give --steps-per-epoch, the run's samples // batch")
         folder = newest(Path(source) / "checkpoints") or Path(source)
         if not (folder / MANIFEST).is_file():
             raise CheckpointError(
-                f"{source} is no checkpoint of this package, whose optimiser's states a .pth.tar holds; give a run or "
-                "a checkpoint of one, or export it as .safetensors"
+                f"{source} isn't a checkpoint of this package, whose optimiser's states a .pth.tar holds; give a run "
+                "or a checkpoint of one, or export it as .safetensors"
             )
         export_published(Checkpoint(folder), to, steps_per_epoch=steps_per_epoch, processes=processes)
         return Exported(to, f'torch.load("{to}", weights_only=True)')
@@ -145,7 +145,7 @@ def _check_unused(kind: str, which: str, naming: str, steps_per_epoch: int | Non
     ):
         if not is_used:
             what = f"{kind} of the predictor" if which == "predictor" else kind
-            raise CheckpointError(f"{flag} is {value}, which {what} makes no use of; drop the flag")
+            raise CheckpointError(f"{flag} is {value}, which {what} doesn't use; drop the flag")
 
 
 def _kind(to: Path, asked: str | None) -> str:

@@ -70,7 +70,7 @@ def encoder_sizes(
     for name in ("image_size", "heads"):
         if name not in sizes:
             raise ConfigError(
-                f"{weights.origin} doesn't tell the {name} of its encoder; give load(..., {name}=...), or "
+                f"{weights.origin} doesn't state the {name} of its encoder; give load(..., {name}=...), or "
                 f"--{name.replace('_', '-')} where a command has it"
             )
     grid = tuple(side // sizes["patch_size"] for side in sizes["image_size"])

@@ -58,7 +58,7 @@ def portable(source: WeightsSource, which: str) -> Portable:
     mean, std = facts.mean or usual[0], facts.std or usual[1]
     if mean is None or std is None or not len(mean) == len(std) == sizes.channels:
         raise CheckpointError(
-            f"{weights.origin} doesn't tell mean and std of its {sizes.channels} channels, which the other program "
+            f"{weights.origin} doesn't state mean and std of its {sizes.channels} channels, which the other program "
             "needs; export a run, which knows them"
         )
     if "pos_embed" not in weights.tensors:

@@ -60,7 +60,7 @@ def _shards(index: Path) -> Mapping[str, set[str]]:
         for tensor, name in places.items():
             shards.setdefault(name, set()).add(tensor)
             if not name or Path(name).name != name:
-                raise ValueError(f"{name!r} is no file next to it")
+                raise ValueError(f"{name!r} isn't a file next to it")
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"{index} isn't an index of safetensors files ({type(error).__name__}: {briefly(error)}); download it again"

@@ -312,7 +312,7 @@ def _safetensors(path: Path) -> ModelFile:
 
 def _names_in(content: Any) -> tuple[str, ...]:
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise ValueError("they are no list of texts")
+        raise ValueError("they aren't a list of texts")
     return tuple(content)
 
 

@@ -65,7 +65,7 @@ def newest_whole(folder: Path, world: World) -> Checkpoint | None:
             aside = cast(list[Path], world.broadcast_object(steps.damaged(folder) if world.is_main else None))
             if aside:
                 raise CheckpointError(
-                    f"{folder} has no checkpoint that is whole, only {aside[-1].name}; set resume=none to begin again "
+                    f"{folder} has no intact checkpoint, only {aside[-1].name}; set resume=none to begin again "
                     "from step 0, or resume=PATH to go on from another run's checkpoint"
                 )
             return None
@@ -164,7 +164,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
         save_file(tensors, str(path), metadata=metadata)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} can't be written ({error}); what was saved before is whole: free space or fix the permissions"
+            f"{path} can't be written ({error}); earlier checkpoints are intact: free space or fix the permissions"
         ) from None
 
 

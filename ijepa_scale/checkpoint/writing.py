@@ -140,7 +140,7 @@ def _agree(world: World, act: Callable[[], None], final: Path, needed: int) -> N
     problem = world.broadcast_object(problem)  # type: ignore[assignment]
     if problem is not None:
         raise SaveError(
-            f"{final} can't be written ({problem}; it needs {needed} bytes); what was saved before is whole: free "
+            f"{final} can't be written ({problem}; it needs {needed} bytes); earlier checkpoints are intact: free "
             "space or fix the permissions"
         )
 

@@ -64,10 +64,10 @@ def submitted(run: Path) -> list[str]:
     except ValueError as error:
         raise UserError(f"{path} isn't JSON ({error}); remove it") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {content!r} and no object; remove it")
+        raise UserError(f"{path} holds {content!r} instead of an object; remove it")
     job = content.get("job")
     if job is not None and not is_number(job):
-        raise UserError(f"{path} says that the job is {job!r}, which is no number of one; correct or remove it")
+        raise UserError(f"{path} says that the job is {job!r}, which isn't a job number; correct or remove it")
     return [] if job is None else [job]
 
 

@@ -141,7 +141,7 @@ def _jobs(folder: Path) -> list[tuple[Path, str]]:
     The newest job of a run comes first; its others wait or run.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no run folder; name one, or a sweep's")
+        raise UserError(f"{folder} isn't a run folder; name one, or a sweep's")
     found = [(run, submitted(run)) for run in (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))]
     runs = [(run, jobs) for run, jobs in found if jobs]
     if not runs:

@@ -47,7 +47,7 @@ def request_of(kind: str, arguments: list[str], scripts: Path) -> Request:
     """
     script = f"python launch/{kind}.py"
     parser = terminal.Parser(
-        description=f"Submits a job of Slurm that runs {script}, whose own arguments can be given too; "
+        description=f"Submits a Slurm job that runs {script}. Add the arguments of that script; "
         f"`{script} --help` lists them.",
         allow_abbrev=False,
     )
@@ -76,19 +76,19 @@ def request_of(kind: str, arguments: list[str], scripts: Path) -> Request:
 def _add_flags(parser: terminal.Parser) -> None:
     add, whole = parser.add_argument, terminal.at_least_1
     add("--nodes", type=whole, default=1, help="number of nodes (default 1)")
-    add("--gpus-per-node", type=terminal.at_least_0, help="(default: --tasks-per-node; 0 on machines without GPUs)")
+    add("--gpus-per-node", type=terminal.at_least_0, help="GPUs of a node (default: --tasks-per-node; 0: none)")
     add("--tasks-per-node", type=whole, help="processes of a node (default: one per GPU)")
-    add("--cpus-per-task", type=whole, help="(default: data.workers + 1)")
-    add("--partition", help="(default: the cluster's)")
-    add("--time", type=_time, help="limit in minutes, or as Slurm writes it: 2-00:00:00 (default: the partition's)")
+    add("--cpus-per-task", type=whole, help="cores of a process (default: data.workers + 1)")
+    add("--partition", help="partition of the cluster (default: the cluster's)")
+    add("--time", type=_time, help="time limit in minutes, or like 2-00:00:00 (default: the partition's)")
     add("--name", help="name of the job (default: the run folder's)")
-    add("--array", action="append", default=[], metavar="key=value,value", help="a run for each; can be repeated")
-    add("--dependency", help="as sbatch takes it, such as afterok:1234")
+    add("--array", action="append", default=[], metavar="key=value,value", help="one run per value; can be repeated")
+    add("--dependency", help="as for sbatch, such as afterok:1234")
     add("--sbatch", action="append", default=[], metavar="option=value", help="any other of sbatch's long options")
     add("--folder", type=terminal.path, help="folder of the job's output (default: logs in the run folder)")
     add("--notice", type=_notice, default=120, help="seconds before the time limit to save and requeue (default 120)")
-    add("--retries", type=terminal.at_least_0, default=3, help="starts after faults without progress (default 3)")
-    add("--dry-run", action="store_true", help="print the file, submit nothing")
+    add("--retries", type=terminal.at_least_0, default=3, help="restarts after failures without progress (default 3)")
+    add("--dry-run", action="store_true", help="print the job file and submit nothing")
 
 
 def _time(text: str) -> str:

@@ -80,7 +80,7 @@ def call(*command: str, given: str | None = None) -> str:
     except FileNotFoundError:
         raise UserError(f"{command[0]} isn't installed here; use a host of the cluster, or add --dry-run") from None
     except subprocess.TimeoutExpired:
-        raise NoAnswerError(f"{command[0]} hasn't answered for {_TIMEOUT_S} s; see whether Slurm is well") from None
+        raise NoAnswerError(f"{command[0]} hasn't answered for {_TIMEOUT_S} s; check that Slurm is running") from None
     if found.returncode:
         said = os.fsdecode(found.stderr or found.stdout).strip().splitlines() or ["no message"]
         raise UserError(f"{' '.join(command)} failed: {'; '.join(said)}")

@@ -121,4 +121,4 @@ def _divisibility(field: str, width: int, heads: int) -> Iterable[str]:
     unit = math.lcm(heads, 4)
     if width % unit:
         near = max(1, round(width / unit)) * unit
-        yield f"model.{field} {width} is no multiple of {heads} heads and of 4; try {near}"
+        yield f"model.{field} {width} isn't a multiple of {heads} heads and of 4; try {near}"

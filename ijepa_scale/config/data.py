@@ -30,7 +30,7 @@ Verify = Literal["first_open", "size"]
 
 
 class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
-    """Where training images come from and how they are grouped."""
+    """Where training images come from, and how they are batched."""
 
     reader: str = Field("shards", description="Shards are WebDataset tars; stream reads them with plain webdataset.")
     train: form.PathText | None = Field(
@@ -39,12 +39,12 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     subset: form.PathText | None = Field(
         None, description="Text file with a name per line: only these images of train, such as 1% of ImageNet."
     )
-    batch_size: form.Images | None = Field(None, description="Images of an optimiser step, over all processes.")
-    batch_size_per_process: form.Images | None = Field(None, description="Those of each process.")
-    workers: int = Field(2, ge=0, description="Decoding processes per training process; 0 decodes in that itself.")
+    batch_size: form.Images | None = Field(None, description="Images per optimiser step, over all processes.")
+    batch_size_per_process: form.Images | None = Field(None, description="The same per process, instead of batch_size.")
+    workers: int = Field(2, ge=0, description="Decoding processes per training process; 0: decode in that process.")
     prefetch: form.Count = Field(2, description="Batches that each worker prepares ahead.")
     worker_restarts: int = Field(
-        3, ge=0, description="How often a process starts its workers again when one was killed or hangs."
+        3, ge=0, description="How often a process restarts its workers after one was killed or hangs."
     )
     worker_timeout: form.Seconds = Field(
         300.0,
@@ -53,15 +53,15 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     )
     window_shards: form.Count = Field(8, description="Shards whose samples are shuffled together.")
     cache: form.PathText | None = Field(
-        None, description="Folder of fetched remote shards, shared by a machine's processes."
+        None, description="Folder for downloaded shards, shared by a machine's processes."
     )
-    cache_gb: form.Gibibytes = Field(100.0, description="Size that the cache may reach.")
+    cache_gb: form.Gibibytes = Field(100.0, description="Largest size of the cache.")
     redirect_hosts: form.Hosts = Field(
-        (), description="Servers, HOST or HOST:PORT, that https shards may be redirected to besides their own."
+        (), description="Other servers, HOST or HOST:PORT, to which https shards may be redirected."
     )
     verify: Verify = Field(
         "first_open",
-        description="What shards share with their manifest: SHA-256 when first opened, or size. Reader stream: size.",
+        description="What is compared with the manifest: SHA-256 when first opened, or size. Reader stream: size.",
     )
     stream_shuffle: form.Count = Field(1000, description="Reader stream: samples that a worker draws from.")
     allow_pipe: bool = Field(False, description="Reader stream: allow `pipe:` addresses, which run shell commands.")
@@ -69,16 +69,16 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
         1_281_167, description="Size of the synthetic set; by default ImageNet-1K's."
     )
     image_member: form.Member | None = Field(
-        None, description="Shards: the image to read of samples with several, by its suffix, like jpg or rgb.png."
+        None, description="Shards: which image to read if a sample has several, by suffix, like jpg or rgb.png."
     )
     label_member: form.Member | None = Field(
-        None, description="Shards: the label to read of samples with several, like cls or coarse.cls."
+        None, description="Shards: which label to read if a sample has several, like cls or coarse.cls."
     )
     exif: form.Exif = Field(
-        "ignore", description="Whether images are turned as their EXIF says; torchvision and the recipe ignore it."
+        "ignore", description="Whether to rotate images by their EXIF orientation; torchvision ignores it."
     )
     decode_scaling: form.DecodeScaling = Field(
-        "none", description="Dct: JPEG crops over twice the image size are decoded at 1/2, 1/4 or 1/8, not exactly."
+        "none", description="With dct, JPEG crops over twice the image size are decoded at 1/2, 1/4 or 1/8 scale."
     )
     pixels: form.PixelType = Field(
         "uint8", description="Type of the images' values; files of another type, or other channels, are bad samples."
@@ -106,10 +106,10 @@ class CropConfig(Section, at="augment"):
     crop_ratio: form.CropRatio = Field((3 / 4, 4 / 3), description="Width of a crop divided by its height.")
     mean: form.Means | None = Field(
         IMAGENET_MEAN,
-        description="Of each channel in [0, 1]; ImageNet's. Null, the default of all but 8-bit RGB: shards.py stats'.",
+        description="Mean of each channel in [0, 1]. Null, the default unless 8-bit RGB: from shards.py stats.",
     )
     std: form.Deviations | None = Field(
-        IMAGENET_STD, description="Standard deviation of each channel, like mean. Null: that of shards.py stats."
+        IMAGENET_STD, description="Standard deviation of each channel. Null: from shards.py stats, as for mean."
     )
 
     @property
@@ -146,12 +146,12 @@ class AugmentConfig(CropConfig):
     interpolation: form.Interpolation = Field("bilinear", description="How crops are resized.")
     flip: form.Fraction = Field(0.0, description="Probability of a horizontal flip.")
     color_jitter: float = Field(
-        0.0, ge=0, le=1.25, description="Brightness, contrast, saturation by 0.8 of it, hue by 0.2; 0: off."
+        0.0, ge=0, le=1.25, description="Strength: 0.8 of it for brightness, contrast, saturation, 0.2 for hue."
     )
     color_jitter_probability: form.Fraction = Field(0.8, description="Probability of colour jitter.")
     grayscale: form.Fraction = Field(0.0, description="Probability of a grey image.")
     blur: form.Fraction = Field(0.0, description="Probability of a Gaussian blur, sigma 0.1 to 2 pixels.")
-    solarize: form.Fraction = Field(0.0, description="Probability of inverting the levels from 128 on.")
+    solarize: form.Fraction = Field(0.0, description="Probability of inverting levels of 128 and above.")
 
     @override
     def misfits(self, pixels: PixelFormat) -> Iterator[str]:

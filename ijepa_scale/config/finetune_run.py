@@ -31,22 +31,26 @@ _SMALL_IMAGE, _WHOLE_IMAGE = 64, 224  # pixels
 
 
 class ClassifierConfig(Section, at="model"):
-    """An encoder with a linear layer on its pooled tokens, and the weights it starts from."""
+    """An encoder with a linear layer on its pooled tokens, and the weights to start from."""
 
     encoder: EncoderConfig = EncoderConfig()
     num_classes: form.Count = Field(1000, description="Number of classes.")
     drop_path: float = Field(0.1, ge=0, lt=1, description="Drop path of the last block; linear from 0 at the first.")
     representation: Literal["last", "last4"] = Field(
-        "last", description="Mean of the last block's tokens, or those of the last 4 side by side."
+        "last", description="Mean of the last block's tokens, or of each of the last 4, concatenated."
     )
     pool_norm: Literal["after", "before"] = Field(
         "after", description="A new norm after the mean, or the encoder's trained norm before it."
     )
-    frozen_blocks: int = Field(0, ge=0, description="First blocks that stay as loaded, the patch embedding with them.")
+    frozen_blocks: int = Field(
+        0, ge=0, description="Number of first blocks to freeze, together with the patch embedding."
+    )
     init: form.PathText | None = Field(None, description=f"{INIT}; null: random weights.")
     init_positions: form.Positions = Field("interpolated", description=INIT_POSITIONS)
     weights: Literal["target", "context"] = Field("target", description="Which encoder of the file to load.")
-    keep_head: bool = Field(False, description="Load the file's classification layer too, its classes being the same.")
+    keep_head: bool = Field(
+        False, description="Also load the file's classification layer; its classes must be the same."
+    )
 
     def _problems(self) -> Iterator[str]:
         if self.init is None and "patch_size" not in self.encoder.model_fields_set:
@@ -69,11 +73,13 @@ class FinetuneOptimizerConfig(Section, at="optimizer"):
     """AdamW with a learning rate that falls from the head to the patches, its warm-up and cosine."""
 
     impl: form.AdamWCode = Field(
-        "auto", description="Implementation; auto is PyTorch's fused kernel, fused_tail moves the average too, on CUDA."
+        "auto", description="Implementation; auto is PyTorch's fused kernel, fused_tail (CUDA) also updates the EMA."
     )
-    base_lr: form.AtLeast0 | None = Field(None, description="Rate of 256 images; 1e-3 where lr is null.")
+    base_lr: form.AtLeast0 | None = Field(None, description="Learning rate per 256 images; 1e-3 if lr is null.")
     lr: form.AtLeast0 | None = Field(None, description="Absolute learning rate, instead of base_lr.")
-    min_lr: form.AtLeast0 = Field(1e-6, description="Absolute rate that the cosine ends at, before layer-wise scaling.")
+    min_lr: form.AtLeast0 = Field(
+        1e-6, description="Absolute learning rate at the end of the cosine, before layer-wise scaling."
+    )
     weight_decay: form.AtLeast0 = Field(0.05, description="Constant; none on 1-D parameters and position embeddings.")
     layer_decay: float = Field(
         0.75, gt=0, le=1, description="Learning rate of each block divided by the next one's; 1: one rate for all."
@@ -126,7 +132,7 @@ class FinetuneAugmentConfig(CropConfig):
     mixup: form.AtLeast0 = Field(0.8, description="Alpha of mixup's Beta distribution; 0: none.")
     cutmix: form.AtLeast0 = Field(1.0, description="Alpha of CutMix's Beta distribution; 0: none.")
     mix_probability: form.Fraction = Field(1.0, description="Probability that a pair is mixed at all.")
-    switch_probability: form.Fraction = Field(0.5, description="Probability of CutMix, where both are on.")
+    switch_probability: form.Fraction = Field(0.5, description="Probability of CutMix if both are on.")
     label_smoothing: form.Fraction = Field(0.1, description="Share of a label that is spread over all classes.")
 
     @override

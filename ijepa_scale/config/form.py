@@ -130,7 +130,9 @@ def member_suffix(text: str) -> str:
     """
     suffix = text.strip().lower().removeprefix(".")
     if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", suffix):
-        raise ValueError(f"{text!r} is no suffix of a member; give what follows the first dot, like jpg or coarse.cls")
+        raise ValueError(
+            f"{text!r} isn't a suffix of a member; give what follows the first dot, like jpg or coarse.cls"
+        )
     return suffix
 
 
@@ -141,7 +143,7 @@ def _names(given: Any) -> Any:
 def _hosts(given: tuple[str, ...]) -> tuple[str, ...]:
     for host in given:
         if not _HOST.fullmatch(host):
-            raise ValueError(f"{host!r} is no server; give names without https:// and paths, like cdn.example.org")
+            raise ValueError(f"{host!r} isn't a server; give names without https:// and paths, like cdn.example.org")
     return tuple(host.lower() for host in given)
 
 

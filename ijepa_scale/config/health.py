@@ -14,7 +14,7 @@ from ijepa_scale.config.section import Section
 
 
 class HealthConfig(Section, at="health"):
-    """Figures that need no labels, measured on a few fixed images, and alarms that name what to change."""
+    """Metrics that need no labels, measured on a few fixed images, and alarms that say what to change."""
 
     every: form.Steps = Field(100, ge=0, description="Steps between measurements; 0: never.")
     data: form.PathText | None = Field(
@@ -22,15 +22,19 @@ class HealthConfig(Section, at="health"):
     )
     reader: Reader = Field("shards", description="How the images of data are stored, as in data.reader; not stream.")
     images: int = Field(256, ge=2, description="Images that are measured, evenly spread over the set.")
-    least_std: form.Fraction = Field(0.6, description="Alarm if feature_std falls below this share of its highest.")
+    least_std: form.Fraction = Field(
+        0.6, description="Alarm if feature_std falls below this share of its highest value."
+    )
     least_rank: form.Fraction = Field(0.6, description="Alarm if RankMe - 1 falls below this share of the first one.")
-    least_std_ever: form.AtLeast0 = Field(0.02, description="Alarm if feature_std is below this, whatever it was.")
+    least_std_ever: form.AtLeast0 = Field(
+        0.02, description="Alarm if feature_std is below this, whatever its earlier values."
+    )
     on_collapse: Literal["warn", "stop"] = Field(
         "warn",
-        description="What the alarm does: log a warning, or end the run; resuming doesn't take that state.",
+        description="What the alarm does: log a warning, or end the run; resuming doesn't use that state.",
     )
     keep_best: Literal["none", "knn", "linear", "rank_me", "lidar"] = Field(
-        "knn", description="Figure whose highest value after the start chooses the state in the folder best."
+        "knn", description="Metric whose highest value after the start decides which checkpoint is in best."
     )
 
     @override

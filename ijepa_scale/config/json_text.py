@@ -13,7 +13,7 @@ def parse_json(content: bytes) -> Any:
     """Returns the plain value of a JSON text in UTF-8.
 
     Raises:
-        ValueError: it isn't JSON, a key stands twice, a number is infinite, NaN or a whole one of more than 64 bits,
+        ValueError: it isn't JSON, a key appears twice, a number is infinite, NaN or a whole one of more than 64 bits,
             or it is nested too deeply.
     """
     try:
@@ -39,7 +39,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} isn't a finite number")
     return number
 
 

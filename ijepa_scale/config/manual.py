@@ -22,20 +22,20 @@ from ijepa_scale.nearest import nearest
 
 _INTRODUCTION = """# Settings
 
-`make docs` writes this page from the schema in `ijepa_scale/config/`. A file holds what differs from the defaults, or
-from the file that its `base` names; `section.key=value` on the command line goes before both. `--print-config` prints
-what a run takes, and `--help-config masks` this page's part on a section. The first line of each file in `configs/`
-names its JSON Schema, with which an editor completes and checks it.
+`make docs` writes this page from the schema in `ijepa_scale/config/`. A file holds only what differs from the defaults,
+or from the file that its `base` names. `section.key=value` on the command line overrides both. `--print-config` prints
+the settings that a run would use, and `--help-config masks` prints this page's part on a section. The first line of
+each file in `configs/` names its JSON Schema, so that editors can complete and check it.
 
 Files are YAML 1.2: `0012` is 12, `1e-3` is a number, `1_000`, `1:30`, `on` and `yes` are text. Settings that take text
-keep it as it is written: `folder: 0012` is the folder 0012, and `data.train=/data/run #2` on the command line is that
+keep it as written: `folder: 0012` is the folder 0012, and `data.train=/data/run #2` on the command line is that
 path.
 
 In settings of unit "path", and in all paths on the command lines of `launch/`, a leading `~` or `~user` and each
-`$NAME` or `${NAME}` are replaced by the home folder and the environment's values; a name that isn't set is refused.
-Write `./~` for a folder of that name, and `$$` for a `$` before a name: `rates/$$USD` is the folder `$USD` in
-`rates`. An image file that `launch/predict.py` finds under the very name that it is given is taken. Addresses such as
-`https://` and `pipe:` stay as they are. A template's `{{ }}` are refused.
+`$NAME` or `${NAME}` are replaced by the home folder and the value of the environment variable. A variable that isn't
+set is refused. Write `./~` for a folder of that name, and `$$` for a `$` before a name: `rates/$$USD` is the folder
+`$USD` in `rates`. If an image file has exactly the name given to `launch/predict.py`, that file is used. Addresses such
+as `https://` and `pipe:` are left unchanged. The `{{ }}` of templates are refused.
 """
 _HEAD = ["| setting | takes | default | bounds | unit | meaning |", "|---|---|---|---|---|---|"]
 

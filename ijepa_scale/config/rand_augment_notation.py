@@ -49,7 +49,7 @@ def parse(text: str) -> RandAugmentSettings:
     layers, probability, highest = found.get("n", 2.0), found.get("p", 0.5), found.get("mmax", LEVELS)
     if probability > 1:
         raise ConfigError(
-            f"augment.rand_augment is {text!r}, of which p{probability:g} is no probability; give p0 to p1"
+            f"augment.rand_augment is {text!r}, of which p{probability:g} isn't a probability; give p0 to p1"
         )
     if layers < 1 or layers % 1 or not highest:
         raise ConfigError(f"augment.rand_augment is {text!r}; give layers n1, n2, ... and an mmax above 0")

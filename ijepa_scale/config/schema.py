@@ -24,24 +24,24 @@ NO_GRAPH = (
 
 # Of both kinds of training.
 INIT = "Run, checkpoint, .pth.tar, .safetensors, published:, timm: or transformers:NAME to start from, with its sizes"
-INIT_POSITIONS = "Positions on another grid than the one that init was trained on: interpolated, or computed anew."
+INIT_POSITIONS = "Positions if the grid differs from that of init: interpolated, or computed for the new grid."
 
 
 class EncoderConfig(Section, at="model.encoder"):
     """The encoder. A size left null is the named architecture's."""
 
-    name: str = Field("vit_base", description="Of vit_tiny, vit_small, vit_base, vit_large, vit_huge and vit_giant.")
+    name: str = Field("vit_base", description="One of vit_tiny, vit_small, vit_base, vit_large, vit_huge, vit_giant.")
     image_size: form.ImageSize = Field((224, 224), description="Side of a square image, or [height, width].")
     patch_size: form.Pixels = Field(16, description="Side of a patch; the sides of the image are multiples of it.")
     channels: int = Field(
-        3, ge=1, le=MAX_CHANNELS, description="Channels of an image; 3 of 8 bits are red, green and blue."
+        3, ge=1, le=MAX_CHANNELS, description="Channels of an image; 3 with 8 bits are red, green and blue."
     )
     width: form.Count | None = Field(None, description="Width of a token.")
     depth: form.Count | None = Field(None, description="Number of blocks.")
     heads: form.Count | None = Field(None, description="Number of attention heads; the predictor has as many.")
     mlp_ratio: float | None = Field(None, description="Width of an MLP divided by that of a token.")
     position_grid: tuple[form.Count, form.Count] | None = Field(
-        None, description="Patches [down, across] that positions are computed for, then interpolated; null: the grid's."
+        None, description="Grid [rows, columns] that positions are computed for, then interpolated; null: the image's."
     )
 
     def _problems(self) -> Iterator[str]:
@@ -53,7 +53,7 @@ class EncoderConfig(Section, at="model.encoder"):
         size, patch = self.image_size, self.patch_size
         if any(side < patch or side % patch for side in size):
             near = tuple(max(1, round(side / patch)) * patch for side in size)
-            yield f"image_size {size} is no multiple of patch_size {patch}; try {near}"
+            yield f"image_size {size} isn't a multiple of patch_size {patch}; try {near}"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -67,12 +67,14 @@ class ModelConfig(EncoderConfig, at="model"):
     predictor_width: form.Count = Field(384, description="Width of a token in the predictor.")
     predictor_depth: form.Count | None = Field(None, description="Number of blocks of the predictor.")
     rescale_residual: bool = Field(
-        False, description="Divide attn.proj and mlp.fc2 by sqrt(2 * layer): the released code means to, and doesn't."
+        False,
+        description="Divide attn.proj and mlp.fc2 by sqrt(2 * layer), which the published code fails to do.",
     )
     init: form.PathText | None = Field(None, description=f"{INIT}; null: random weights.")
     init_positions: form.Positions = Field("interpolated", description=INIT_POSITIONS)
     init_state: Literal["weights", "training"] = Field(
-        "weights", description="Weights alone from step 0, or the optimiser's state and the step too, to go on exactly."
+        "weights",
+        description="Start at step 0 with the weights only, or continue with optimiser state and step.",
     )
 
     def _problems(self) -> Iterator[str]:
@@ -88,12 +90,12 @@ class MaskConfig(Section, at="masks", registry=SAMPLERS, selector="sampler"):
     sampler: str = Field("multiblock", description="How masks are drawn; reference is the published draw.")
     context: Literal["truncate", "packed"] = Field(
         "truncate",
-        description="Cut contexts to the shortest of their group, or keep every token in one packed sequence.",
+        description="Truncate contexts to the shortest in their group, or pack every token into one sequence.",
     )
     num_context_blocks: form.Count = Field(1, description="Context blocks of an image.")
     num_target_blocks: form.Count = Field(4, description="Target blocks of an image.")
     min_keep: int = Field(10, ge=0, description="A block must keep more patches than this.")
-    group_size: form.Images = Field(128, description="Images that share block sizes and one cut.")
+    group_size: form.Images = Field(128, description="Images that share block sizes and are truncated to one length.")
 
 
 class BlockMaskConfig(MaskConfig):
@@ -102,7 +104,7 @@ class BlockMaskConfig(MaskConfig):
     context_scale: form.Shares = Field((0.85, 1.0), description="Share of the grid that a context block covers.")
     target_scale: form.Shares = Field((0.15, 0.2), description="Share of the grid that a target block covers.")
     target_aspect: form.Aspects = Field((0.75, 1.5), description="Height of a target block divided by its width.")
-    allow_overlap: bool = Field(False, description="Leave the patches of the targets in the context.")
+    allow_overlap: bool = Field(False, description="Keep the patches of targets in the context.")
 
 
 class ObjectiveConfig(Section, at="objective", registry=OBJECTIVES, selector="loss"):
@@ -120,7 +122,7 @@ class RegressionConfig(ObjectiveConfig):
 
 
 class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="name"):
-    """Optimiser and its rates. Learning rates are absolute, per optimiser step, whatever the batch."""
+    """Optimiser and its rates. Learning rates are absolute and don't depend on the batch size."""
 
     # The table of per-parameter states: engines, checkpoints, the planner and exports read it.
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -133,7 +135,7 @@ class OptimizerConfig(Section, at="optimizer", registry=OPTIMIZERS, selector="na
     final_lr: form.AtLeast0 = Field(1e-6, description="Learning rate that the cosine ends at.")
     weight_decay: form.AtLeast0 = Field(0.04, description="Weight decay at the start; none for biases and norms.")
     final_weight_decay: form.AtLeast0 = Field(0.4, description="Weight decay at the end.")
-    clip_norm: form.Positive | None = Field(None, description="Largest norm of the gradient; null clips nothing.")
+    clip_norm: form.Positive | None = Field(None, description="Largest gradient norm; null: no clipping.")
 
     @property
     def renews_copies(self) -> bool:
@@ -157,7 +159,8 @@ class AdamWConfig(OptimizerConfig):
     zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     impl: form.AdamWCode = Field(
-        "auto", description="Implementation; auto is PyTorch's fused kernel, fused_tail moves the target too, on CUDA."
+        "auto",
+        description="Implementation; auto is PyTorch's fused kernel, fused_tail (CUDA) also updates the target.",
     )
     betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: form.AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
@@ -179,16 +182,16 @@ class AdamWConfig(OptimizerConfig):
 
 
 class ScheduleConfig(Section, at="schedule"):
-    """Length of the run and the curves of its rates."""
+    """Length of the run, and its schedules."""
 
     epochs: form.Epochs = Field(300.0, gt=0, description="Length of the run.")
     warmup_epochs: form.Epochs = Field(40.0, ge=0, description="Length of the warm-up.")
-    ipe_scale: float = Field(1.0, ge=1, description="Stretches the curves beyond the end of the run.")
-    momentum: form.Shares = Field((0.996, 1.0), description="EMA of the target encoder, at the first and last step.")
+    ipe_scale: float = Field(1.0, ge=1, description="Factor that stretches the schedules beyond the end of the run.")
+    momentum: form.Shares = Field((0.996, 1.0), description="EMA momentum of the target, at the first and last step.")
     steps_per_epoch: form.Steps | None = Field(
         None, ge=1, description="Length of an epoch; null: as many steps as the data has batches."
     )
-    stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step; the curves stay as they are.")
+    stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step, with unchanged schedules.")
 
     def _problems(self) -> Iterator[str]:
         if self.warmup_epochs > self.epochs * self.ipe_scale:
@@ -196,14 +199,14 @@ class ScheduleConfig(Section, at="schedule"):
 
 
 class EngineConfig(Section, at="engine"):
-    """How the step is spread over processes, and its precision and kernels."""
+    """How the step is distributed over processes, and its precision and kernels."""
 
     strategy: Literal["auto", "plain", "ddp", "fsdp2", "deepspeed"] = Field(
-        "auto", description="How training is spread over processes."
+        "auto", description="How training is distributed over processes."
     )
     ds_config: form.PathText | None = Field(None, description="DeepSpeed's JSON: stage, buckets and offload only.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Kind of device.")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 is autocast over fp32 masters.")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 means autocast over fp32 weights.")
     target_precision: Literal["fp8"] | None = Field(
         None,
         description="Precision of the target's forward; null: that of `precision`. fp8: Hopper or later, compiled.",
@@ -211,7 +214,7 @@ class EngineConfig(Section, at="engine"):
     fp8_fast_accumulation: bool = Field(
         False, description="Sum fp8 products with fewer bits, on CUDA: faster and less exact."
     )
-    accumulation: form.Count = Field(1, description="Micro-batches of an optimiser step.")
+    accumulation: form.Count = Field(1, description="Micro-batches per optimiser step.")
     checkpointing: Literal["none", "full", "selective"] = Field(
         "none", description="Recompute activations: none, all, or all but matrix products."
     )
@@ -222,27 +225,25 @@ class EngineConfig(Section, at="engine"):
         None, description="Folder of compiled kernels; null: in the user's cache folder."
     )
     deterministic: bool = Field(
-        False, description="Repeat results bit for bit on the same GPUs, in longer steps; the CPU does in any case."
+        False, description="Repeat results bit for bit on the same GPUs, with slower steps; CPUs always do."
     )
     cuda_graphs: bool = Field(False, description="Replay the target's forward as a CUDA graph; not under fsdp2.")
-    attention: Attention = Field("auto", description="Kernel of dense attention; auto is chosen for each network.")
+    attention: Attention = Field("auto", description="Kernel of dense attention; auto chooses one for each network.")
     zero_communication: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Type in which ZeRO gathers weights and reduces gradients, under bf16."
+        "fp32", description="Type in which ZeRO gathers weights and reduces gradients, in bf16 runs."
     )
     triton: form.Kernels = Field((), description="Triton kernels to use instead of PyTorch's, on CUDA.")
     layer_norm: Literal["torch", "apex"] = Field("torch", description="Kernel of layer norms; apex isn't compiled.")
-    replicas: form.Count = Field(1, description="fsdp2: groups of processes that each hold everything (HSDP).")
+    replicas: form.Count = Field(1, description="fsdp2: number of replicas, each sharded over processes (HSDP).")
     reshard_after_forward: bool = Field(
         False, description="fsdp2: free context and predictor weights between forward and backward."
     )
-    start_timeout: form.Seconds = Field(
-        300.0, gt=0, description="End a start in which a process hasn't come within so long."
-    )
+    start_timeout: form.Seconds = Field(300.0, gt=0, description="Longest wait for all processes at the start.")
     hang_timeout: form.Seconds = Field(
-        600.0, lt=1800, description="End a run in which no step ends for so long; 0: never."
+        600.0, lt=1800, description="End the run if no step ends for this long; 0: never."
     )
     link_timeout: form.Seconds = Field(
-        20.0, lt=1800, description="End a run of which a process, or its host, isn't heard for so long; 0: never."
+        20.0, lt=1800, description="End the run if a process or its host is silent for this long; 0: never."
     )
 
     def _problems(self) -> Iterator[str]:
@@ -277,7 +278,7 @@ class SinkConfig(Section, at="logging.sinks", registry=SINKS):
 
 
 class LoggingConfig(Section, at="logging"):
-    """What is written while training."""
+    """What is written during training."""
 
     every: form.Steps = Field(10, ge=1, description="Steps between rows of metrics.jsonl.")
     tensorboard: bool = Field(True, description="Write the rows for TensorBoard too.")
@@ -290,12 +291,12 @@ class LoggingConfig(Section, at="logging"):
 
 
 class CheckpointConfig(Section, at="checkpoint"):
-    """When the whole state is written, and how many are kept. One is always written at the end."""
+    """When checkpoints are written, and how many are kept. One is always written at the end."""
 
     every: form.Steps = Field(1000, ge=0, description="Steps between checkpoints; 0: at the end only.")
-    keep: form.Count = Field(2, description="Newest checkpoints that are kept.")
+    keep: form.Count = Field(2, description="Number of newest checkpoints to keep.")
     keep_every: form.Steps = Field(
-        0, ge=0, description="Checkpoints of multiples of this step are kept for ever; 0: none."
+        0, ge=0, description="Also keep checkpoints at multiples of this step forever; 0: none."
     )
     asynchronous: bool = Field(
         True,
@@ -303,12 +304,12 @@ class CheckpointConfig(Section, at="checkpoint"):
         "saves.",
     )
     max_failures: form.Count = Field(
-        3, description="Saves that may fail one after another, as on a full disk, before the run stops with code 74."
+        3, description="Failed saves in a row, for example on a full disk, that end the run with code 74."
     )
 
 
 class EvaluateConfig(Section, at="evaluate", registry=EVALUATORS, selector="evaluator"):
-    """The check of the target encoder while it trains."""
+    """Evaluation of the target encoder during training."""
 
     evaluator: str = Field("knn", description="What evaluates the target encoder.")
     every: form.Steps = Field(0, ge=0, description="Steps between evaluations; 0: never.")
@@ -317,11 +318,11 @@ class EvaluateConfig(Section, at="evaluate", registry=EVALUATORS, selector="eval
 class KnnConfig(EvaluateConfig):
     """Accuracies of k nearest neighbours and of a linear layer, next to those of the untrained encoder."""
 
-    train: form.PathText | None = Field(None, description="Labelled images that vote.")
+    train: form.PathText | None = Field(None, description="Labelled images to find neighbours in.")
     test: form.PathText | None = Field(None, description="Labelled held-out images.")
     reader: Reader = Field("shards", description="How the images are stored, as in data.reader; not stream.")
     max_train: form.Images = Field(
-        10_000, description="Largest number of images that vote, evenly spread over the set."
+        10_000, description="Largest number of images to find neighbours in, evenly spread over the set."
     )
     max_test: form.Images = Field(2_000, description="Largest number of held-out images, evenly spread over the set.")
     neighbors: form.Count = Field(20, description="Neighbours that vote.")
@@ -359,10 +360,10 @@ class PretrainConfig(RunConfig):
     """A pretraining run."""
 
     recipe: Literal["own_images"] | None = Field(
-        None, description="Own_images: what isn't set is chosen by the images and the machine when the run begins."
+        None, description="With own_images, a run chooses unset values to suit its images and its machine."
     )
     chosen_by_recipe: tuple[str, ...] = Field(
-        (), description="What a recipe chose, and why; written into the run's config.yaml, and not read."
+        (), description="What a recipe chose, and why; written to the run's config.yaml, never read."
     )
     model: ModelConfig = ModelConfig()
     masks: MaskConfig = BlockMaskConfig()

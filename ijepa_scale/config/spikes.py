@@ -26,10 +26,10 @@ class SpikesConfig(Section, at="spikes"):
         100, ge=LEAST_WINDOW, description=f"Steps of the running median; nothing is judged before {LEAST_WINDOW} steps."
     )
     most: form.Count = Field(
-        5, description="Spikes in a row, or returns to one checkpoint, that end a run of skip or rollback."
+        5, description="Spikes in a row, or rollbacks to one checkpoint, that end a run with skip or rollback."
     )
     skip_nonfinite: int = Field(
-        0, ge=0, description="Steps in a row with a NaN or infinity that are left out before one ends the run."
+        0, ge=0, description="Steps in a row with a NaN or infinity that are skipped before one ends the run."
     )
 
     @property

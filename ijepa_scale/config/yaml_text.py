@@ -109,13 +109,13 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Returns the mapping of a node, refusing a key that stands twice."""
+        """Returns the mapping of a node, refusing a key that appears twice."""
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _refused("a key is a list or a mapping", key_node.start_mark)
             if key_node.value in seen and key_node.value != "<<":
-                raise _refused(f"the key {key_node.value!r} stands twice", key_node.start_mark)
+                raise _refused(f"the key {key_node.value!r} appears twice", key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -175,12 +175,12 @@ def parse_yaml(text: str, origin: str) -> Any:
     Numbers are `Whole` and `Real`, which know how they were written.
 
     Raises:
-        ConfigError: The text isn't YAML of plain types, a key stands twice or is no single value, an alias leads back
+        ConfigError: The text isn't YAML of plain types, a key appears twice or is no single value, an alias leads back
             to itself, or it is nested too deeply or too long.
     """
     if len(text) > _MAX_LENGTH:
         raise ConfigError(
-            f"{origin}: {len(text)} characters are no configuration; give a file of at most {_MAX_LENGTH}"
+            f"{origin}: {len(text)} characters are too many for a configuration; give a file of at most {_MAX_LENGTH}"
         )
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader

@@ -34,7 +34,9 @@ def decode_dicom(data: bytes, wanted: PixelFormat) -> np.ndarray:
     """
     pydicom = _pydicom()
     if _DEFLATED in data:
-        raise SampleError("it is deflated as a whole, so its size can't be bounded; save it otherwise", "not decodable")
+        raise SampleError(
+            "it is deflated as a whole, so its size can't be bounded; save it uncompressed", "not decodable"
+        )
     dataset = pydicom.dcmread(io.BytesIO(data))
     rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.get("SamplesPerPixel", 1))
     kind = str(dataset.get("PhotometricInterpretation", ""))

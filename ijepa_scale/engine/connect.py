@@ -94,8 +94,8 @@ def _warn_of_other_host(launch: Launch) -> None:
     own = {found.address.partition("%")[0] for every in psutil.net_if_addrs().values() for found in every}
     if not any(address in own or address.startswith("127.") for address in named):
         logger.warning(
-            "MASTER_ADDR is %s (%s), which is no address of %s, where process 0 runs: if the others don't come, set it "
-            "to this host",
+            "MASTER_ADDR is %s (%s), which isn't an address of %s, where process 0 runs: if the others don't "
+            "connect, set it to this host",
             launch.address,
             ", ".join(sorted(named)),
             socket.gethostname(),

@@ -120,7 +120,7 @@ def _gather(store: Store, own: Member, clock: _Clock) -> tuple[Store, list[Membe
                 try:
                     refuse(
                         part,
-                        f"{count}: {_named(missing)}; see what they and their launcher have printed, and check that "
+                        f"{count}: {_named(missing)}; read their output and their launcher's, and check that "
                         f"they were given the address and port of {own.host}",
                     )
                 finally:
@@ -141,8 +141,8 @@ def _join(store: Store, own: Member, clock: _Clock) -> tuple[Store, list[Member]
             store.set(hello, mine)
         if clock.is_over:
             raise ConfigError(
-                f"{own} has waited {clock.seconds:.0f} s in vain for process 0 to start; see what that has printed, "
-                f"and whether another process came as process {own.rank}"
+                f"{own} has waited {clock.seconds:.0f} s for process 0, which didn't start; read its output, "
+                f"and check whether another process came as process {own.rank}"
             )
         clock.wait()
     part = PrefixStore(store.get(f"prefix/{mine}").decode(), store)
@@ -164,7 +164,7 @@ def await_word(part: Store, key: str, deadline: float, own: Member, who: str = "
         _check_refused(part)
         if clock.is_over:
             raise ConfigError(
-                f"{own} has waited for {who} for {clock.seconds:.0f} s in vain; see what that has printed"
+                f"{own} has waited for {who} for {clock.seconds:.0f} s without an answer; read its output"
             )
         clock.wait()
     return part.get(key)

@@ -21,7 +21,7 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ijepa_scale import environment
-from ijepa_scale.engine.agreement import agree
+from ijepa_scale.engine.agreement import agree, check_alike
 from ijepa_scale.engine.connect import connect
 from ijepa_scale.engine.meeting import Member, ends, linger, meet, refuse
 from ijepa_scale.engine.world import TIMEOUT, World
@@ -77,14 +77,10 @@ def start_world(
                     raise
                 said = str(error).partition("\n")[0]
                 raise ConfigError(
-                    f"{own} has lost the others while they started ({said}); see what they have printed, and check "
+                    f"{own} has lost the others while they started ({said}); read their output, and check "
                     "that all hosts reach one another on all ports, through the interface that GLOO_SOCKET_IFNAME names"
                 ) from error
-    elif launch.world_size > 1:  # another program has made the group
-        gathered: list[Any] = [None] * launch.world_size
-        dist.all_gather_object(gathered, members[0])
-        members = gathered
-    return World(
+    world = World(
         rank=launch.rank,
         size=launch.world_size,
         local_rank=launch.local_rank,
@@ -94,6 +90,18 @@ def start_world(
         members=tuple(members),
         launcher=launch.launcher,
     )
+    return world if store is not None or launch.world_size == 1 else _among_others(world, facts or {})
+
+
+def _among_others(world: World, facts: Mapping[str, str]) -> World:
+    """Returns the world of a group that another program has made, once its processes have compared their facts."""
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, Member.own(world.rank, world.size, gpu=_gpu(world.device)))
+    if problem := _shared_gpu(gathered):
+        raise ConfigError(problem)
+    found = replace(world, members=tuple(gathered))
+    check_alike(found, {"the kind of device": world.device.type, **facts})
+    return found
 
 
 def stop_world() -> None:

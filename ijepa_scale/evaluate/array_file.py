@@ -53,5 +53,5 @@ def opened(path: Path, count: int) -> np.ndarray | None:
         if isinstance(found, np.ndarray) and found.shape[:1] == (count,) and found.dtype.kind in "fu":
             return found
         problem = f"it holds no {count} rows of numbers"
-    logger.warning("%s is damaged (%s); it is computed again", path, problem)
+    logger.warning("%s is damaged (%s); it is recomputed", path, problem)
     return None

@@ -19,37 +19,37 @@ def add_flags(parser: terminal.Parser) -> None:
     """Adds all flags to a parser."""
     add = parser.add_argument
     add("source", type=terminal.existing_path, help="run, checkpoint, .pth.tar, .safetensors, published: or timm:NAME")
-    add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="images and answers")
-    add("--reader", choices=SOURCES.names(), help="how they are stored (default: by what TRAIN is)")
+    add("--data", nargs=2, required=True, type=terminal.path, metavar=("TRAIN", "TEST"), help="images with answers")
+    add("--reader", choices=SOURCES.names(), help="how the images are stored (default: by what TRAIN is)")
     add(
         "--transfer", nargs=3, action="append", default=[], metavar=("NAME", "TRAIN", "TEST"),
-        help="a further data set; can be repeated",
+        help="another dataset, evaluated by kNN and logistic regression; can be repeated",
     )  # fmt: skip
     add(
         "--protocol", nargs="+", default=[*USUAL], choices=[*ALL, *DENSE_PROTOCOLS], help=f"(default {' '.join(USUAL)})"
     )
     add("--weights", choices=["target", "context"], default="target", help="which encoder (default target)")
     add("--image-size", type=terminal.at_least_1, help="side of the images in pixels (default: as trained)")
-    add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't tell")
-    add("--shots", type=terminal.at_least_1, nargs="+", default=[1, 5, 10], help="per class (default 1 5 10)")
+    add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't say")
+    add("--shots", type=terminal.at_least_1, nargs="+", default=[1, 5, 10], help="images per class (default 1 5 10)")
     add(
         "--subset", nargs="+", default=["1%"], metavar="SUBSET",
-        help="to finetune on: a share like 1%%, images per class like 5, or a text file with a name per line",
+        help="what to finetune on: a share like 1%%, images per class like 5, or a text file with one name per line",
     )  # fmt: skip
-    add("--seeds", type=terminal.at_least_1, default=3, help="draws of few images (default 3)")
-    add("--epochs", type=terminal.at_least_1, default=50, help="of linear probes (default 50)")
-    add("--classes", type=terminal.at_least_1, help="of masks (default: classes.json, or by the training masks)")
-    add("--depth-scale", type=terminal.above_0, help="integer that stands for a depth of 1, of depth maps in PNG")
-    add("--attentive-epochs", type=terminal.at_least_1, default=20, help="of attentive probes (default 20)")
-    add("--finetune-epochs", type=terminal.at_least_1, default=50, help="of lowshot-finetune (default 50)")
-    add("--token-gb", type=float, default=16.0, help="size of stored tokens; more are computed anew (default 16)")
-    add("--no-untrained", dest="untrained", action="store_false", help="skip the encoder at random weights")
-    add("--to", dest="folder", type=terminal.path, default="runs/evaluation", help="folder (default runs/evaluation)")
-    add("--batch-size", type=terminal.at_least_1, default=64, help="images per process and forward (default 64)")
+    add("--seeds", type=terminal.at_least_1, default=3, help="number of low-shot draws (default 3)")
+    add("--epochs", type=terminal.at_least_1, default=50, help="epochs of linear probes (default 50)")
+    add("--classes", type=terminal.at_least_1, help="classes of masks (default: from classes.json or training masks)")
+    add("--depth-scale", type=terminal.above_0, help="PNG depth maps: integer that means a depth of 1")
+    add("--attentive-epochs", type=terminal.at_least_1, default=20, help="epochs of attentive probes (default 20)")
+    add("--finetune-epochs", type=terminal.at_least_1, default=50, help="epochs of lowshot-finetune (default 50)")
+    add("--token-gb", type=float, default=16.0, help="limit for stored tokens; more are recomputed (default 16)")
+    add("--no-untrained", dest="untrained", action="store_false", help="skip the encoder with random weights")
+    add("--to", dest="folder", type=terminal.path, default="runs/evaluation", help="output (default runs/evaluation)")
+    add("--batch-size", type=terminal.at_least_1, default=64, help="images per process and forward pass (default 64)")
     add("--workers", type=terminal.at_least_0, default=2, help="decoding processes per process (default 2)")
     add("--overwrite", action="store_true", help="replace the table in the folder")
     add("--processes", type=terminal.at_least_1, help="number of processes to start on this host")
-    add("--seed", type=int, default=0, help="of classifiers and draws (default 0)")
+    add("--seed", type=int, default=0, help="seed of classifiers and draws (default 0)")
     parser.add_plugins()
 
 

@@ -77,7 +77,9 @@ def load(
         ("std", std, facts.std, IMAGENET_STD),
     ):
         if given is None and stated is None and channels == len(usual):
-            logger.info("%s: says no %s of its images; ImageNet's %s is taken", weights.origin, name, list(usual))
+            logger.info(
+                "%s: doesn't state the %s of its images; using ImageNet's %s", weights.origin, name, list(usual)
+            )
         chosen = given if given is not None else stated if stated is not None else usual
         if len(chosen) != channels:
             raise ConfigError(

@@ -172,7 +172,7 @@ class _Evaluation:
         stored = bool(wanted) and needed <= request.token_gb * 1e9
         if wanted and not stored and self._world.is_main and not self._name:
             logger.info(
-                "tokens take %.1f GB, over --token-gb %g: they are computed anew in each epoch",
+                "tokens take %.1f GB, over --token-gb %g: they are recomputed in each epoch",
                 needed / 1e9, request.token_gb,
             )  # fmt: skip
         pool: Pool = "last4" if "linear" in request.protocols and len(encoder.blocks) >= 4 else "mean"

@@ -125,7 +125,7 @@ class Parts:
             return False
         except (SafetensorError, ValueError, LookupError, TypeError, AttributeError):
             pass
-        logger.warning("%s is damaged; it is computed again", path)
+        logger.warning("%s is damaged; it is recomputed", path)
         return False
 
     def _path(self, begin: int) -> Path:

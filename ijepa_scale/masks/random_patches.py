@@ -18,7 +18,7 @@ class RandomMaskConfig(MaskConfig):
 
     sampler: str = Field("random", description="Draw of the masks.")
     context_ratio: Fraction = Field(0.4, description="Share of the grid that is context.")
-    target_ratio: Fraction = Field(0.15, description="Share of the grid that each target holds.")
+    target_ratio: Fraction = Field(0.15, description="Share of the grid that each target covers.")
 
 
 class RandomDraw:

@@ -67,7 +67,9 @@ class FusedTailAdamW(torch.optim.Optimizer):
             self._held = self._weights()
             self._table = prepare(self._held) if self.implementation == "triton" else None
         if any(_address(p) != held.value.data_ptr() for p, held in zip(parameters, self._held, strict=True)):
-            raise ValueError("parameters have got other memory since the first step; build the optimiser again")
+            raise ValueError(
+                "the parameters were moved to other memory after the first step; build the optimiser again"
+            )
         missing = sum(parameter.grad is None for parameter in parameters)
         if missing:
             raise ValueError(

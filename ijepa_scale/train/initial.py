@@ -52,7 +52,7 @@ def with_init(config: Config) -> Config:
     lacking = [name for name in ("image_size", "heads") if name not in found and name not in given]
     if lacking and not (lacking == ["heads"] and "name" in given):
         raise ConfigError(
-            f"model.init={init} doesn't tell the {lacking[0]} of its encoder; set {section.at}.{lacking[0]}"
+            f"model.init={init} doesn't state the {lacking[0]} of its encoder; set {section.at}.{lacking[0]}"
         )
     taken = {n: v for n, v in found.items() if n in type(section).model_fields and n not in given}
     section = section.replace(**taken)

@@ -291,7 +291,10 @@ class LinkWatch:
             terminal.at_most(5.0, lambda: terminal.report(line, f"error (process {self._world.rank})"))
         self._wait_for_the_others()
         self._let_it_end_first(finding)
-        os._exit(finding.code)
+        self._exit(finding.code)
+
+    def _exit(self, code: int) -> None:
+        os._exit(code)
 
     def _let_it_end_first(self, finding: Word) -> None:
         """Waits a little for a process of this host that has failed: what starts them ends all with the first."""

@@ -93,7 +93,7 @@ def _facts(given: Mapping[str, Any], launch: Launch, device: str) -> Facts:
     source = training_source(section, (256, 256))
     if isinstance(source, StreamSource):
         raise ConfigError(
-            "recipe is own_images but data.reader is stream, which doesn't tell the number of images; "
+            "recipe is own_images but data.reader is stream, which doesn't state the number of images; "
             "set data.reader=shards"
         )
     samples = _samples(source, section)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from ijepa_scale import environment, stopping, terminal
@@ -100,8 +101,11 @@ def world_of(
 ) -> Iterator[World]:
     """Yields the world and stops it at the end. Not after an error, since others may wait in a collective.
 
+    A process group that another program has made is left to it.
+
     `timeout_s` and `facts` are those of `start_world`. An error of the user that several processes raise is told once.
     """
+    is_ours = not dist.is_initialized()
     facts = {**code_facts(), **(facts or {})} if launch.world_size > 1 else None
     try:
         world = start_world(launch, device, alone=alone, timeout_s=timeout_s, facts=facts)
@@ -113,7 +117,8 @@ def world_of(
     except UserError as error:
         error.is_told = not tells_first(world, error)
         raise
-    stop_world()
+    if is_ours:
+        stop_world()
 
 
 @contextlib.contextmanager
@@ -143,5 +148,5 @@ def user_errors(rank: int, launch: Launch | None = None) -> Iterator[None]:
     except OSError as error:
         if (problem := terminal.file_problem(error)) is None:
             raise
-        terminal.report(f"{problem}; what was saved before is whole", f"error (process {rank})")
+        terminal.report(f"{problem}; earlier checkpoints are intact", f"error (process {rank})")
         sys.exit(terminal.USER_ERROR_CODE)

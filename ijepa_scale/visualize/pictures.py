@@ -61,7 +61,7 @@ def add_kinds(parser: argparse.ArgumentParser) -> None:
         if name != "prediction-error":  # which takes both encoders, at the size that the predictor knows
             add("--weights", dest="which", choices=["target", "context"], default="target", help="which encoder")
             add("--image-size", type=terminal.at_least_1, help="side of the encoder's input (default: as trained)")
-        add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't tell")
+        add("--heads", type=terminal.at_least_1, help="attention heads, if the source doesn't say")
         add("--count", type=terminal.at_least_1, default=kind.images, help=f"images (default {kind.images})")
         for flag, options in _FLAGS[name].items():
             add(flag, **options)

@@ -99,7 +99,7 @@ class PictureSource:
         config = self.config()
         stored = config.get("masks")
         if stored is None:
-            logger.info("%s doesn't tell how its masks were drawn; the default sampler draws them", self.source)
+            logger.info("%s doesn't state how its masks were drawn; using the default sampler", self.source)
         settings = MaskConfig.chosen(stored or {})(**stored or {})
         assert isinstance(settings, MaskConfig)
         return MaskSampler(settings, grid, seed=config.get("seed", 0))
@@ -132,7 +132,7 @@ class PictureSource:
         lacking = [name for name in ("image_size", "heads") if name not in sizes]
         if lacking:
             raise ConfigError(
-                f"{self.source} doesn't tell the {lacking[0]} of its encoder; give --{lacking[0].replace('_', '-')}"
+                f"{self.source} doesn't state the {lacking[0]} of its encoder; give --{lacking[0].replace('_', '-')}"
             )
         if positions is not None and positions.computed_for != positions.grid:
             sizes["position_grid"] = positions.computed_for

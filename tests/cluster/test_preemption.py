@@ -19,9 +19,7 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason
 __all__ = ["command", "data", "whole"]  # fixtures
 
 LOW = {"requeue": ("REQUEUE", 0), "cancel": ("CANCEL", 0), "grace": ("CANCEL", 60)}  # partition -> mode, grace, s
-PREEMPTION = """PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
+PREEMPTION = """PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
 
 

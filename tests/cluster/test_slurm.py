@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,17 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason
 
 STEPS = 120
 SLOW = """
-import time
+import os, time
+import ijepa_scale
 from ijepa_scale.train.loop import Loop
 after = Loop._after
 def slowly(loop, *arguments):
-    time.sleep(0.1)
+    time.sleep(1 if os.path.exists('slower') else 0.1)
     after(loop, *arguments)
 Loop._after = slowly
+def run(*arguments):
+    return ijepa_scale.run(*arguments)
+run.checkpoint = ijepa_scale.run.checkpoint
 """
 OVERRIDES = ("schedule.steps_per_epoch=60", "evaluate.every=40", "health.every=40")
 WHERE = ("--nodes", "2", "--tasks-per-node", "1", "--gpus-per-node", "0", "--cpus-per-task", "1")
@@ -146,15 +151,41 @@ def test_a_requeued_job(slurm: Slurm, command: Callable[..., str], data: Path, w
     check_resumed(slurm, job, tmp_path / "run", whole)
 
 
-def test_the_time_limit(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
-    """The limit is drawn in when the run has begun. Slurm sends the signal up to a minute earlier than asked for."""
-    job = submit(command, data, tmp_path, "--time", "5", "--notice", "60")
+def test_a_preempted_job(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
+    """By a job of a partition with a higher priority, which needs both nodes."""
+    job = submit(command, data, tmp_path)
     wait_for_step(20, tmp_path / "run")
-    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=1")
-    slurm.wait(job, "PENDING")
-    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=5")
+    preempted_by_another(slurm, job, tmp_path)
+    check_resumed(slurm, job, tmp_path / "run", whole)
+    assert "SIGTERM; saved" in (tmp_path / "run" / "logs" / "process-00000.log").read_text()
+
+
+def preempted_by_another(slurm: Slurm, job: str, folder: Path) -> None:
+    said = slurm.run(
+        "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", f"--chdir={folder}", "--wrap", "sleep 3"
+    )
+    other = said.split()[-1]
+    assert slurm.wait(other, "RUNNING", "COMPLETED")["Partition"] == "urgent"
+    assert slurm.job(job)["JobState"] in ("PENDING", "COMPLETING", "REQUEUED"), slurm.job(job)
+    assert slurm.wait(other, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+
+
+def test_the_time_limit(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
+    """Slurm sends the signal up to a minute earlier than asked for."""
+    job = submit(command, data, tmp_path, "--time", "10", "--notice", "60")
+    wait_for_step(20, tmp_path / "run")
+    near_its_limit(slurm, job, tmp_path)
     check_resumed(slurm, job, tmp_path / "run", whole)
     assert "SIGUSR1; saved" in (tmp_path / "run" / "logs" / "process-00000.log").read_text()
+
+
+def near_its_limit(slurm: Slurm, job: str, folder: Path) -> None:
+    """Draws the limit in when the run has begun. Slurm looks at limits every 30 seconds."""
+    (folder / "slower").touch()
+    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=1")
+    slurm.wait(job, "PENDING")
+    (folder / "slower").unlink()
+    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=10")
 
 
 def check_resumed(slurm: Slurm, job: str, folder: Path, whole: Path) -> None:
@@ -235,28 +266,75 @@ def test_an_array_trains_in_named_folders(
 
 
 SUBMIT = """
-import sys, submitit, ijepa_scale
+import sys, submitit, slow
 executor = submitit.AutoExecutor(folder="submitit", cluster="slurm")
 executor.update_parameters(nodes=2, tasks_per_node=1, cpus_per_task=1, timeout_min=10)
 executor.update_parameters(slurm_partition="debug", slurm_additional_parameters={"requeue": True})
-print(executor.submit(ijepa_scale.run, sys.argv[1], sys.argv[2:]).job_id)
+print(executor.submit(slow.run, sys.argv[1], sys.argv[2:]).job_id)
 """
 
 
-@pytest.mark.parametrize("signalled", [False, True], ids=["undisturbed", "USR2"])
-def test_submitit(
-    signalled: bool, slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path
-) -> None:
-    """Its jobs call ijepa_scale.run. SIGUSR2 is what submitit lets Slurm send before the time limit."""
+def submit_by_submitit(command: Callable[..., str], data: Path, tmp_path: Path) -> str:
+    """Submits ijepa_scale.run for a run in tmp_path/run of two tasks, one a node, and returns the job's number."""
     pytest.importorskip("submitit")
-    folder = tmp_path / "run"
-    config = write_config(tmp_path / "run.yaml", data, folder)
+    config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
     (tmp_path / "submit.py").write_text(SUBMIT)
-    job = command(str(config), *OVERRIDES, script=str(tmp_path / "submit.py")).split()[-1]
-    if signalled:
+    return command(str(config), *OVERRIDES, script=str(tmp_path / "submit.py")).split()[-1]
+
+
+def requeued(slurm: Slurm, job: str, _: Path) -> None:
+    slurm.run("scontrol", "requeue", job)
+
+
+def told_to_requeue(slurm: Slurm, job: str, _: Path) -> None:
+    slurm.run("scancel", "--signal=USR2", job)
+
+
+def without_a_node(slurm: Slurm, job: str, _: Path, node: int) -> None:
+    slurm.lose_node(node)
+    slurm.wait(job, "PENDING", timeout=150)
+    time.sleep(2)
+    slurm.start_node(node)
+
+
+DISTURBANCES: dict[str, tuple[Callable[[Slurm, str, Path], None] | None, int]] = {
+    "undisturbed": (None, 0),
+    "requeue": (requeued, 0),
+    "limit": (near_its_limit, 0),
+    "preempted": (preempted_by_another, 0),
+    "USR2": (told_to_requeue, 0),
+    "first-node": (partial(without_a_node, node=0), 3 + 1),
+    "second-node": (partial(without_a_node, node=1), 3 + 1),
+}
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_submitit(
+    name: str, slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Its jobs call ijepa_scale.run. Without notice the steps since the checkpoint are taken again, at most."""
+    disturb, lost = DISTURBANCES[name]
+    job, folder = submit_by_submitit(command, data, tmp_path), tmp_path / "run"
+    if disturb is not None:
         wait_for_step(10, folder)
-        slurm.run("scancel", "--signal=USR2", job)
-    found = slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED")
-    assert found["JobState"] == "COMPLETED" and int(found["Restarts"]) == signalled, (found, told(folder))
+        disturb(slurm, job, tmp_path)
+    found = slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=240)
+    assert found["JobState"] == "COMPLETED", (found, told(folder))
+    assert (int(found["Restarts"]) >= 1) == (disturb is not None), found
+    equal(folder, whole)
+    assert repeated(folder) <= lost
+
+
+def test_a_cancelled_job_of_submitit(
+    slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path
+) -> None:
+    job, folder = submit_by_submitit(command, data, tmp_path), tmp_path / "run"
+    wait_for_step(10, folder)
+    slurm.run("scancel", job)
+    assert slurm.wait(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING")["JobState"] == "CANCELLED", told(folder)
+    time.sleep(3)
+    assert slurm.job(job)["JobState"] == "CANCELLED", "nothing starts it again"
+    again = submit_by_submitit(command, data, tmp_path)
+    assert slurm.wait(again, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", told(folder)
     equal(folder, whole)
     assert repeated(folder) == 0

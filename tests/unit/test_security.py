@@ -60,7 +60,7 @@ YAML_BOMBS = {
     "many values": ("[" + "1," * 150_000 + "]", "more than 100000 values"),
     "a huge text": (
         "a: '" + "x" * 10**7 + "'",
-        "10000005 characters are no configuration; give a",
+        "10000005 characters are too many for a",
     ),
     "a huge number": ("a: " + "9" * 10**5, "a number of 100000 digits"),
     "a huge hexadecimal": ("a: 0x" + "f" * 10**5, "a number of 100002 digits"),
@@ -205,7 +205,7 @@ FORGED_ARRAYS: dict[str, Callable[[Path, Path], None]] = {
 def test_stored_features_are_plain_numbers_or_computed_again(name: str, tmp_path: Path, caplog: Any) -> None:
     FORGED_ARRAYS[name](tmp_path / "a.npy", tmp_path / "TRACE")
     assert opened(tmp_path / "a.npy", 3) is None
-    assert re.search(r"a\.npy is damaged \(.+\); it is computed again", caplog.text)
+    assert re.search(r"a\.npy is damaged \(.+\); it is recomputed", caplog.text)
     assert os.listdir(tmp_path) == ["a.npy"]
     write_array(tmp_path / "a.npy", (3, 2), [np.ones((3, 2), np.float32)])
     assert opened(tmp_path / "a.npy", 3).sum() == 6  # type: ignore[union-attr]

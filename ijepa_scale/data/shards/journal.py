@@ -122,10 +122,10 @@ class Journal:
         try:
             row, position, left_out = ShardRow(**line["shard"]), line["next_place"], line["left_out"]
             if not isinstance(row.sha256, str) or Path(row.name).name != row.name or row.name in ("", ".."):
-                raise ValueError(f"{row.name!r} is no file next to it")
+                raise ValueError(f"{row.name!r} isn't a file next to it")
             counts = [row.bytes, row.samples, position, *left_out.values()]
             if not all(type(count) is int and count >= 0 for count in counts):
-                raise ValueError(f"{counts} are no counts")
+                raise ValueError(f"{counts} aren't counts")
             return Entry(row, position, left_out)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise self._damage(error) from None

@@ -89,7 +89,7 @@ class FileCache:
                         os.utime(path)
                         return Handle(descriptor, lock)
                     os.close(descriptor)
-                    logger.warning("%s: others can write to this file of the cache, so it is fetched again", path)
+                    logger.warning("%s: other users can write to this cached file, so it is fetched again", path)
                     path.unlink(missing_ok=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():

@@ -118,7 +118,7 @@ class HashedShards:
         for folder in (self._folder.parent, self._folder):
             folder.mkdir(mode=0o700, exist_ok=True)
             if not is_private(os.lstat(folder)):
-                raise PermissionError(errno.EACCES, f"others than this user can write to {folder}")
+                raise PermissionError(errno.EACCES, f"other users can write to {folder}")
         name = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:32]
         return os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 

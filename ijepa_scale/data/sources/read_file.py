@@ -32,7 +32,7 @@ def read_image_file(path: str | Path) -> bytes:
     except OSError as error:
         if error.errno in _MISSING:
             raise SampleError(
-                "there is no such file, or it is a link to none; fetch it, correct the path or drop it", "missing file"
+                "there is no such file, or it is a broken link; fetch it, correct the path or drop it", "missing file"
             ) from None
         raise DataError(f"image {path} can't be read ({error.strerror}); check its permissions and the disk") from None
 

@@ -72,7 +72,7 @@ def check_whole(source: SampleSource) -> None:
     _log_passed_over(problems)
     if problems.counts:
         raise DataError(
-            f"{_left_out(problems, source.num_samples)}; a set for evaluation must be whole, or results can't be "
+            f"{_left_out(problems, source.num_samples)}; an evaluation set must be complete, or results can't be "
             "compared: fix the data, or name a set without them"
         )
 

@@ -146,7 +146,7 @@ def _checked(train: MapFolder, test: MapFolder, request: EvaluationRequest, worl
         if world.is_main:
             logger.info("%s: %s", name, source.summary())
             if found[-1].turned:
-                logger.info("%s: %d photographs are turned as their EXIF says", name, found[-1].turned)
+                logger.info("%s: %d photographs are rotated by their EXIF orientation", name, found[-1].turned)
     only = sorted({*(found[1].classes or ())} - {*(found[0].classes or ())})
     if only and world.is_main:
         logger.warning("no training mask has class %s, which test masks have", ", ".join(map(str, only)))

@@ -109,7 +109,7 @@ def test_each_operation_is_timms_at_a_fixed_magnitude(name, interpolation, monke
         ("rand-n0-inc1", "'rand-n0-inc1'; give layers n1, n2, ... and an mmax above 0"),
         ("rand-n1.5-inc1", "'rand-n1.5-inc1'; give layers n1, n2"),
         ("rand-mmax0-inc1", "'rand-mmax0-inc1'; .* and an mmax above 0"),
-        ("rand-m9-p5-inc1", "of which p5 is no probability; give p0 to p1"),
+        ("rand-m9-p5-inc1", "of which p5 isn't a probability; give p0 to p1"),
     ],
 )
 def test_other_notations_are_refused(text, message):

@@ -82,7 +82,7 @@ def test_a_run_goes_on_from_it(tmp_path: Path, data: Path, capsys: pytest.Captur
     pretrain(configured(tmp_path, data, "first", schedule__stop_after=4), ALONE)
     kept = tmp_path / "kept"
     code, said = call(capsys, "convert", tmp_path / "first", "--to", kept, "--files", 3)
-    assert code == 0 and f"{kept}: whole; go on from it with resume={kept}" in said
+    assert code == 0 and f"{kept}: complete; resume from it with resume={kept}" in said
     assert len(list(kept.glob("*.safetensors"))) == 3
     assert [line.problem for line in listed([kept], hashed=True)] == [None]
     pretrain(configured(tmp_path, data, "second", resume=str(kept)), ALONE)
@@ -106,7 +106,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match=r"there exists; name a new folder with --to"):
         consolidate(tmp_path / "old", tmp_path / "there")
-    with pytest.raises(ConfigError, match=r"there is no checkpoint and has none; give a run, or RUN/checkpoints"):
+    with pytest.raises(ConfigError, match=r"there isn't a checkpoint and has none; give a run, or RUN/checkpoints"):
         consolidate(tmp_path / "there", tmp_path / "new")
     with small_disk(tmp_path / "disk", kib=16) as disk:
         scattered(tmp_path / "large", [10_000], [[7]], 2)

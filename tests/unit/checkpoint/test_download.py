@@ -83,7 +83,7 @@ def test_it_is_downloaded_once_and_named_like_any_source(tmp_path, server, caplo
         to = tmp_path / "out.safetensors"
         assert command.main(["published:tiny", "--to", str(to), "--weights", "context"]) == 0
         assert command.main(["published:tiny", "--to", str(tmp_path / "p.safetensors"), "--weights", "predictor"]) == 2
-        assert "doesn't tell the heads" in capsys.readouterr().err
+        assert "doesn't state the heads" in capsys.readouterr().err
     said = [
         record.getMessage() for record in caplog.records if "licence of these weights is CC-BY-NC 4.0" in record.message
     ]
@@ -147,7 +147,7 @@ def damaged(whole: bytes) -> bytes:
         ("claims less", "cut short: the end of its 50000 bytes lacks the list of contents"),
         ("one bit", "is damaged at .*; try again"),
         ("a page", "a web page, such as a login; download the file itself"),
-        ("text", "is no file of torch.save"),
+        ("text", "isn't a file of torch.save"),
         ("another encoder", "holds an encoder of width 24 with 3 blocks and 8-pixel patches instead of 24, 2 and 8"),
         ("no encoder", "isn't a known encoder"),
     ],

@@ -151,19 +151,19 @@ def test_an_unknown_naming(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "flags", "said"),
     [
-        ("out.safetensors", ["--steps-per-epoch", "10"], "--steps-per-epoch is 10, which safetensors makes no use of"),
-        ("out.onnx", ["--processes", "3"], "--processes is 3, which onnx makes no use of"),
-        ("out.pt2", ["--naming", "transformers"], "--naming is transformers, which torch makes no use of"),
-        ("out", ["--as", "timm", "--naming", "transformers"], "--naming is transformers, which timm makes no use of"),
+        ("out.safetensors", ["--steps-per-epoch", "10"], "--steps-per-epoch is 10, which safetensors doesn't use"),
+        ("out.onnx", ["--processes", "3"], "--processes is 3, which onnx doesn't use"),
+        ("out.pt2", ["--naming", "transformers"], "--naming is transformers, which torch doesn't use"),
+        ("out", ["--as", "timm", "--naming", "transformers"], "--naming is transformers, which timm doesn't use"),
         (
             "out.safetensors",
             ["--weights", "predictor", "--naming", "transformers"],
-            "--naming is transformers, which safetensors of the predictor makes no use of",
+            "--naming is transformers, which safetensors of the predictor doesn't use",
         ),
         (
             "out.pth.tar",
             ["--weights", "context", "--steps-per-epoch", "10"],
-            "--weights is context, which reference makes no use of",
+            "--weights is context, which reference doesn't use",
         ),
     ],
 )

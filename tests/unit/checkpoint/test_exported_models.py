@@ -213,7 +213,7 @@ def test_the_card_tells_the_licence(tmp_path: Path, caplog: pytest.LogCaptureFix
     torch.save(content, tmp_path / "mine.pth.tar")
     for name, licence in (("IN1K-vit.h.14-300e", "cc-by-nc-4.0"), ("mine", None)):
         source = tmp_path / f"{name}.pth.tar"
-        with pytest.raises(ValueError, match="doesn't tell the heads"):
+        with pytest.raises(ValueError, match="doesn't state the heads"):
             export(source, tmp_path / "out", kind="timm")
         run = pretrained(tmp_path / f"run-{name}", **SMALL, init=str(source))
         for kind in ("timm", "transformers"):

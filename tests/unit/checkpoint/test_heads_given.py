@@ -35,7 +35,9 @@ def test_exports_take_heads(name: str, silent: Path, tmp_path: Path, capsys: Any
     kind = ["--as", "timm"] if name == "timm" else []
     if name != "a.safetensors":
         assert command.main([str(silent), "--to", str(tmp_path / name), *kind]) == 2
-        assert "doesn't tell the heads of its encoder; give load(..., heads=...), or --heads" in capsys.readouterr().err
+        assert (
+            "doesn't state the heads of its encoder; give load(..., heads=...), or --heads" in capsys.readouterr().err
+        )
     assert command.main([str(silent), "--to", str(tmp_path / name), *kind, "--heads", str(HEADS)]) == 0
     if name == "a.safetensors":
         assert read_weights(tmp_path / name).facts.heads == HEADS
@@ -60,7 +62,7 @@ def test_heads_that_cannot_be_are_refused_by_name(silent: Path, tmp_path: Path, 
     run = pretrained(tmp_path / "run", **SMALL)
     with pytest.raises(ValueError, match=r"heads is 99, but .* has \d+; drop the flag"):
         export(run, tmp_path / "a.safetensors", heads=99)
-    with pytest.raises(CheckpointError, match="--heads is 3, which reference makes no use of"):
+    with pytest.raises(CheckpointError, match="--heads is 3, which reference doesn't use"):
         export(run, tmp_path / "a.pth.tar", heads=3, steps_per_epoch=1)
 
 

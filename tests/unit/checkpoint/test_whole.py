@@ -92,7 +92,7 @@ def test_without_a_whole_one_the_run_does_not_begin_again_by_itself(tmp_path: Pa
     for path in list(tmp_path.iterdir()):
         flip(path / NAME)
     for _ in range(2):  # the second start finds no checkpoint, only what was set aside
-        with pytest.raises(CheckpointError, match="no checkpoint that is whole, only damaged-.*; set resume=none to"):
+        with pytest.raises(CheckpointError, match="no intact checkpoint, only damaged-.*; set resume=none to"):
             store.newest_whole(tmp_path, ALONE)
 
 

@@ -260,9 +260,9 @@ def test_a_record_of_another_shape_is_shown(
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("[]", "run.json holds [] and no object; remove it"), ("3", "run.json holds 3 and no object; remove it"),
-        ('{"job": "--me"}', "the job is '--me', which is no number"), ('{"job": 21}', "the job is 21, which is no"),
-        ('{"job": "21\\n"}', "the job is '21\\n', which is no number"), ('{"job": null}', "no run that was a job of"),
+        ("[]", "run.json holds [] instead of an object; remove it"), ("3", "run.json holds 3 instead of an object"),
+        ('{"job": "--me"}', "the job is '--me', which isn't a job"), ('{"job": 21}', "the job is 21, which isn't"),
+        ('{"job": "21\\n"}', "the job is '21\\n', which isn't a job"), ('{"job": null}', "no run that was a job of"),
     ],
 )  # fmt: skip
 def test_a_run_file_of_another_shape_is_shown(
@@ -349,7 +349,7 @@ def test_what_is_no_folder_is_told(
 ) -> None:
     (tmp_path / "README.md").touch()
     assert slurm.main([what, str(tmp_path / name)]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / name} is no run folder; name one, or a sweep's\n"
+    assert capsys.readouterr().err == f"error: {tmp_path / name} isn't a run folder; name one, or a sweep's\n"
 
 
 def test_a_run_that_others_have_submitted(stubs: Stubs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

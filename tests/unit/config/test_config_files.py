@@ -285,7 +285,7 @@ def test_circles_of_bases_are_refused(tmp_path: Path) -> None:
     [
         ("base: [a, b]", "base is ['a', 'b']; name one file, relative to this one"),
         ("- 1", "holds a list; a configuration is a mapping of sections"),
-        ("seed: 1\nseed: 2", "not readable as YAML in line 2: the key 'seed' stands twice"),
+        ("seed: 1\nseed: 2", "not readable as YAML in line 2: the key 'seed' appears twice"),
         ("model: {depth: 1", "not readable as YAML in line 1"),
         ("a: !!python/object/apply:os.system ['true']", "not readable as YAML in line 1: could not determine a"),
         ("base: none.yaml", "none.yaml: no such configuration file (the base of"),

@@ -83,7 +83,7 @@ def test_text_on_the_command_line_is_taken_as_it_stands(empty: Path, raw: str, v
     ("text", "message"),
     [
         ("model:\n\tdepth: 1", "not readable as YAML in line 2: found character '\\t' that cannot start any token"),
-        ("model:\n  depth: 1\n  depth: 2", "not readable as YAML in line 3: the key 'depth' stands twice"),
+        ("model:\n  depth: 1\n  depth: 2", "not readable as YAML in line 3: the key 'depth' appears twice"),
         ("b: {<<: *x}", "not readable as YAML in line 1: found undefined alias 'x'"),
         ("folder: true", "folder is True; give text"),
         ("engine: {compile: on}", "engine.compile is 'on'; give auto, true or false"),

@@ -168,7 +168,7 @@ def test_where_redirects_cannot_be_allowed_no_setting_is_named(tmp_path):
 
 
 def test_servers_are_named_without_paths():
-    with pytest.raises(ConfigError, match="'https://cdn.org' is no server; give names without https:// and paths"):
+    with pytest.raises(ConfigError, match="'https://cdn.org' isn't a server; give names without https:// and paths"):
         DataConfig(batch_size=1, redirect_hosts=["https://cdn.org"])
 
 
@@ -256,7 +256,7 @@ def test_a_cached_file_that_others_could_write_is_fetched_again(shards, tmp_path
         handle = cache.open(file)
         assert os.pread(handle.descriptor, 1 << 20, 0) == shards[0].read_bytes()
         handle.close()
-    assert "others can write to this file of the cache, so it is fetched again" in caplog.text
+    assert "other users can write to this cached file, so it is fetched again" in caplog.text
 
 
 def test_a_damaged_copy_in_the_cache_is_fetched_again(shards, tmp_path, caplog):

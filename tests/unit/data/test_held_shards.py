@@ -178,7 +178,7 @@ def test_evaluation_never_reads_a_part_of_a_set(shards):
     shards[1].unlink()
     source = build_source("shards", shards[0].parent)
     with pytest.raises(
-        DataError, match="x missing shard.*; a set for evaluation must be whole, or .*: fix the data"
+        DataError, match="x missing shard.*; an evaluation set must be complete, or .*: fix the data"
     ) as said:
         check_whole(source)
     assert "limit" not in str(said.value) and "max_bad" not in str(said.value)
@@ -298,7 +298,7 @@ def test_notes_that_others_could_write_are_not_used(shards, tmp_path, said):
             source.read(sample)
     assert not list(folder.iterdir())
     (line,) = said()
-    assert f"{folder} (others than this user can write to {folder}), so each process hashes every shard itself" in line
+    assert f"{folder} (other users can write to {folder}), so each process hashes every shard itself" in line
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])

@@ -109,7 +109,7 @@ def test_one_cls_counts_before_json_and_alike_labels_are_one(tmp_path):
 def test_members_are_checked_in_the_configuration():
     assert DataConfig(batch_size=1, image_member=" .RGB.png").image_member == "rgb.png"
     with pytest.raises(
-        ConfigError, match="image_member.*'a/b' is no suffix of a member; give what follows the first dot"
+        ConfigError, match="image_member.*'a/b' isn't a suffix of a member; give what follows the first dot"
     ):
         DataConfig(batch_size=1, image_member="a/b")
     with pytest.raises(

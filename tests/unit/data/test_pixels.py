@@ -204,7 +204,7 @@ CHECKS = {
 
 
 def test_the_table_in_the_docs_has_these_rows():
-    table = DOCS.read_text().split("| file | what becomes of it |\n|---|---|\n")[1].split("\n\n")[0]
+    table = DOCS.read_text().split("| file | how it is read |\n|---|---|\n")[1].split("\n\n")[0]
     assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()] == list(CHECKS)
 
 

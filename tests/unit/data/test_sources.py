@@ -164,7 +164,7 @@ def test_class_folders_with_mistakes(folder, tmp_path):
         ImageFolderSource(tmp_path / "nothing")
     source = ImageFolderSource(folder / "val")
     (folder / "val" / "a" / "10.PNG").unlink()
-    with pytest.raises(SampleError, match="there is no such file, or it is a link to none; fetch it"):
+    with pytest.raises(SampleError, match="there is no such file, or it is a broken link; fetch it"):
         source.read(0)
 
 

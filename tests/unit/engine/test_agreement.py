@@ -73,5 +73,5 @@ def test_of_very_many_differences_the_first_are_told() -> None:
 
 
 def test_a_process_that_says_nothing_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"has waited for process 1 \(1 on host0\) for 0 s in vain"):
+    with pytest.raises(ConfigError, match=r"has waited for process 1 \(1 on host0\) for 0 s without an answer"):
         agree(HashStore(), members_of(2), 0, {}, time.monotonic() + 0.05)

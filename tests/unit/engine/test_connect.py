@@ -105,7 +105,7 @@ def test_another_program_at_the_port_of_process_0(silent_server: int, monkeypatc
 
 def test_an_address_of_another_host_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     connect(launch(0, free_port(), address="192.0.2.1"), soon())  # of TEST-NET-1, RFC 5737
-    assert "MASTER_ADDR is 192.0.2.1 (192.0.2.1), which is no address of" in caplog.text
+    assert "MASTER_ADDR is 192.0.2.1 (192.0.2.1), which isn't an address of" in caplog.text
     caplog.clear()
     connect(launch(0, free_port(), address="localhost"), soon())
     assert not caplog.text

@@ -69,10 +69,10 @@ def until_killed(store: Store, rank: int) -> None:
 def test_who_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(meeting, "_GRACE_S", 0.0)
     monkeypatch.setattr(meeting, "TELL_S", 0.01)
-    with pytest.raises(ConfigError, match="7 of 8 processes haven't come within 0 s: processes 1-7; see what they"):
+    with pytest.raises(ConfigError, match="7 of 8 processes haven't come within 0 s: processes 1-7; read their output"):
         come(HashStore(), 0, 8, 0.1)
     assert "waiting for processes 1-7 of 8" in caplog.text
-    with pytest.raises(ConfigError, match=r"process 1 \(\d+ on .*\) has waited 0 s in vain for process 0 to start"):
+    with pytest.raises(ConfigError, match=r"process 1 \(\d+ on .*\) has waited 0 s for process 0, which didn't start"):
         come(HashStore(), 1, 3, 0.05)
 
 
@@ -90,7 +90,7 @@ def failed(store: Store, *places: tuple[int, int, float]) -> list[ConfigError]:
 
 def test_those_that_came_hear_who_is_missing_and_one_tells_it() -> None:
     errors = failed(HashStore(), (0, 4, 1.0), (1, 4, 20.0), (3, 4, 20.0))
-    assert {str(error) for error in errors} == {str(errors[0])} and "process 2; see what" in str(errors[0])
+    assert {str(error) for error in errors} == {str(errors[0])} and "process 2; read their output" in str(errors[0])
     assert [error.is_told for error in errors] == [False, True, True]
 
 

@@ -119,7 +119,7 @@ def test_a_published_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level("INFO"):
         encoder, transform = ijepa_scale.load(tmp_path / "jepa.pth.tar")  # heads by width and depth, size by positions
     torch.testing.assert_close(encoder(images), target(images), **CLOSE)
-    assert transform.mean == (0.485, 0.456, 0.406) and "says no mean of its images; ImageNet's" in caplog.text
+    assert transform.mean == (0.485, 0.456, 0.406) and "doesn't state the mean of its images; using" in caplog.text
     assert torch.equal(ijepa_scale.load(tmp_path / "jepa.pth.tar", which="context")[0](images), context(images))
 
 
@@ -132,7 +132,7 @@ def test_what_a_file_does_not_say_must_be_given(tmp_path: Path) -> None:
     assert torch.equal(ijepa_scale.load(tmp_path / "a.safetensors", heads=3)[0](IMAGES), model(IMAGES))
     del tensors["pos_embed"]
     save_file(tensors, tmp_path / "b.safetensors")
-    with pytest.raises(ConfigError, match="doesn't tell the image_size .* or --image-size where a command has it"):
+    with pytest.raises(ConfigError, match="doesn't state the image_size .* or --image-size where a command has it"):
         ijepa_scale.load(tmp_path / "b.safetensors", heads=3)
     encoder, transform = ijepa_scale.load(tmp_path / "b.safetensors", heads=3, image_size=32, mean=GREY[0], std=GREY[1])
     assert torch.equal(encoder(IMAGES), model(IMAGES)) and (transform.mean, transform.std) == GREY

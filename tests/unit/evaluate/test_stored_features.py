@@ -143,7 +143,7 @@ def test_a_file_that_was_cut_is_computed_again_and_said(tmp_path, monkeypatch, c
     if suffix == ".safetensors":
         next((tmp_path / "features").glob("*.npy")).unlink()
     assert np.array_equal(mean_of(store, encoder, transform, found), whole)
-    assert f"{file} is damaged" in caplog.text and "; it is computed again" in caplog.text
+    assert f"{file} is damaged" in caplog.text and "; it is recomputed" in caplog.text
 
 
 def test_a_damaged_image_is_found_before_anything_is_computed(tmp_path):

@@ -189,9 +189,9 @@ def test_an_unknown_name_names_the_nearest():
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ConfigError, match="model.width 192 is no multiple of 5 heads"):
+    with pytest.raises(ConfigError, match="model.width 192 isn't a multiple of 5 heads"):
         build_encoder("vit_tiny", heads=5)
-    with pytest.raises(ConfigError, match="model.predictor_width 100 is no multiple of 3 heads"):
+    with pytest.raises(ConfigError, match="model.predictor_width 100 isn't a multiple of 3 heads"):
         build_predictor("vit_tiny", width=100)
     with pytest.raises(ValueError, match="width 16 doesn't divide into 3 heads; try width 15 or other heads"):
         VisionTransformer(grid=(2, 2), patch_size=4, width=16, depth=1, heads=3, mlp_width=32)

@@ -295,6 +295,6 @@ def test_widths_that_dont_divide_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(ModelConfig(name="vit_tiny", width=200, predictor_width=100, mlp_ratio=0.001))
     lines = str(caught.value).splitlines()
-    assert lines[0] == "model.width 200 is no multiple of 3 heads and of 4; try 204"
-    assert lines[1] == "model.predictor_width 100 is no multiple of 3 heads and of 4; try 96"
+    assert lines[0] == "model.width 200 isn't a multiple of 3 heads and of 4; try 204"
+    assert lines[1] == "model.predictor_width 100 isn't a multiple of 3 heads and of 4; try 96"
     assert lines[2].startswith("model.mlp_ratio is 0.001: no MLP width is left of 200")

@@ -72,7 +72,7 @@ CLASSIFIER = {
     "frozen_blocks is -1; give at least 0": {"frozen_blocks": -1},
     "weights is 'ema'; choose one of target, context": {"weights": "ema"},
     "keep_head is true but init is null; name the file whose head is kept": {"keep_head": True},
-    "encoder.image_size (100, 224) is no multiple of patch_size 16": {"encoder": {"image_size": (100, 224)}},
+    "encoder.image_size (100, 224) isn't a multiple of patch_size 16": {"encoder": {"image_size": (100, 224)}},
     "encoder.image_size is 'big'; give one number, or [height, width]": {"encoder": {"image_size": "big"}},
     "encoder.depth is 0; give at least 1, or null": {"encoder": {"depth": 0}},
 }

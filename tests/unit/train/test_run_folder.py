@@ -100,7 +100,7 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
         "error (process 3): run/metrics.jsonl can't be written (No space left on device); free space, fix the "
-        "permissions, or name another place; what was saved before is whole\n"
+        "permissions, or name another place; earlier checkpoints are intact\n"
     )
     with pytest.raises(FileNotFoundError), user_errors(0):  # a fault of the program keeps its traceback
         raise FileNotFoundError(errno.ENOENT, "No such file")
@@ -108,5 +108,7 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_tensors_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     path = tmp_path / "none" / "a.safetensors"
-    with pytest.raises(CheckpointError, match=rf"{re.escape(str(path))} can't be written \(.*; what was saved before"):
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(str(path))} can't be written \(.*; earlier checkpoints are intact"
+    ):
         write_safetensors({"a": torch.zeros(1)}, path)

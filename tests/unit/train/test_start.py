@@ -262,13 +262,13 @@ def test_what_the_source_does_not_tell_must_be_set(tmp_path: Path) -> None:
     encoder = build_encoder("vit_tiny", image_size=16, patch_size=4, width=24, depth=2, heads=2)
     tensors = encoder.state_dict()
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match="doesn't tell the heads of its encoder; set model.heads"):
+    with pytest.raises(ConfigError, match="doesn't state the heads of its encoder; set model.heads"):
         with_init(PretrainConfig(model={"init": str(tmp_path / "a.safetensors")}))
     found = with_init(PretrainConfig(model={"init": str(tmp_path / "a.safetensors"), "heads": 2})).model
     assert (found.width, found.depth, found.heads, found.image_size, found.patch_size) == (24, 2, 2, (16, 16), 4)
     del tensors["pos_embed"]
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match="doesn't tell the image_size of its encoder; set model.encoder.image_size"):
+    with pytest.raises(ConfigError, match="doesn't state the image_size of its encoder; set model.encoder.image_size"):
         with_init(FinetuneConfig(model=ClassifierConfig(init=str(tmp_path / "a.safetensors"), encoder={"heads": 2})))
 
 

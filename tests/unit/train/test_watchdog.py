@@ -94,6 +94,16 @@ def test_the_state_of_a_process_is_that_of_this_process_only() -> None:
     assert "elsewhere doesn't answer" in own._replace(host="elsewhere").state()
 
 
+class Dog(Watchdog):
+    """One whose end is noted. Its threads may outlive a test, and end nothing."""
+
+    ends: dict[int, str]
+
+    def _end(self, why: str) -> None:
+        self.ends[self._world.rank] = why
+        self._done.set()
+
+
 class Processes:
     """Several watchdogs in this process, each with its own end. Their main threads are the test."""
 
@@ -101,17 +111,14 @@ class Processes:
         self.ends: dict[int, str] = {}
         self.folder = folder
         monkeypatch.setattr(watchdog, "_GRACE", (0.6, 0.6))
-        monkeypatch.setattr(Watchdog, "_end", lambda dog, why: self._end(dog, why))
-        self.dogs = [Watchdog(folder, self._world(rank, count), TIMEOUT_S) for rank in range(count)]
+        self.dogs = [Dog(folder, self._world(rank, count), TIMEOUT_S) for rank in range(count)]
+        for dog in self.dogs:
+            dog.ends = self.ends
 
     def _world(self, rank: int, count: int) -> Any:
         return SimpleNamespace(
             rank=rank, size=count, gather_objects=lambda _: identities(count), broadcast_object=lambda _: "now"
         )
-
-    def _end(self, dog: Watchdog, why: str) -> None:
-        self.ends[dog._world.rank] = why
-        dog._done.set()
 
     def run(self, ranks: list[int], seconds: float) -> None:
         contexts = [self.dogs[rank].watching() for rank in ranks]
@@ -256,6 +263,9 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     yield codes
+    for thread in threading.enumerate():
+        if thread.name.startswith("watchdog"):
+            thread.join()  # before it finds the real one
 
 
 @pytest.mark.parametrize("slow", ["first step, evaluation, save", "step 2", "data"])
