@@ -37,7 +37,13 @@ FEW = ("data.batch_size=8", "masks.group_size=8", "masks.min_keep=3")  # min_kee
 OWN = Run((*SMALL, *SHORT), without=("runs/mine",), says="done: 2 steps")
 HUGE = Run((*SMALL, *SHORT, *FEW, "model.heads=3", "model.image_size=112"))
 CONTINUED = Run((*SHORT, *FEW))
-FINETUNED = ("data.batch_size=8", "optimizer.epochs=1", "optimizer.warmup_epochs=0", "data.workers=0", "evaluate.workers=0")
+FINETUNED = (
+    "data.batch_size=8",
+    "optimizer.epochs=1",
+    "optimizer.warmup_epochs=0",
+    "data.workers=0",
+    "evaluate.workers=0",
+)
 SIZES = ("model.encoder.width=24", "model.encoder.depth=2", "model.encoder.heads=3")  # of the runs
 CPUS = {"cuda:0": "cpu", "cuda:1": "cpu"}
 TWO = {"8": "2", "16": "2"}  # processes
