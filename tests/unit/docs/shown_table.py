@@ -187,6 +187,7 @@ ELSEWHERE = {
     "docker ": "needs Docker and a GPU; tests/unit/test_containers.py reads the recipe",
     "apptainer ": "needs Apptainer and a GPU; tests/unit/test_containers.py reads the recipe",
     "python main": "is the published code's",
+    "torchrun --max-restarts ": "is a flag by its name",
     "python -m pytest -m gpu": "needs a GPU",
     "python -m tests.lowering.recorded": "writes the file that tests/lowering compares with",
     "python -m benchmarks.": "test_shown_commands.py reads its flags; they measure, and take minutes",

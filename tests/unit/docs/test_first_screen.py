@@ -3,8 +3,8 @@
 What the test changes: the repository's address is this checkout, of which HEAD is tested. PHOTOS and the two images are
 generated. The demo and the run on photographs take fewer steps, by the Makefile's variable DEMO and by settings at the
 end of the line. The environment is fresh for this package and its entry points; packages that the environment of the
-tests has too, PyTorch above all, are taken from there. With all of them fetched, `make install` took 6 minutes and 6.1 GB
-on two busy cores; `make test-versions` installs so.
+tests has too, PyTorch above all, are taken from there. With all of them fetched, `make install` took 6 minutes and 6.1
+GB on two busy cores; `make test-versions` installs so.
 """
 
 from __future__ import annotations

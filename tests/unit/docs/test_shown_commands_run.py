@@ -9,16 +9,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tiny_world
 from pages import PAGES, ROOT, Command, commands_of, shell_lines_of
 from shown_table import CPUS, ELSEWHERE, FAST, LONG, SHOWN, TWO, Never, Run
-from started import Ended, launch, start
+from started import Ended, Starter, launch, starter
 
 from ijepa_scale import environment
-
-TIMEOUT_S = 240
 
 
 def line_of(command: Command) -> str:
@@ -35,9 +34,17 @@ PROGRAM = re.compile(
 SLOW_SCRIPTS = {"demo", "tune"}  # run in the long form only: they start training processes of their own
 
 
+class World(NamedTuple):
+    """The tiny world's folder, and what starts commands."""
+
+    folder: Path
+    starter: Starter
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_world.build(tmp_path_factory.mktemp("shown") / "world")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with starter() as starts:
+        yield World(tiny_world.build(tmp_path_factory.mktemp("shown") / "world", starts), starts)
 
 
 @pytest.fixture
@@ -57,42 +64,42 @@ def replaced(words: tuple[str, ...] | list[str], row: Run, port: int) -> list[st
     return [other(word) for word in words]
 
 
-def run(line: str, row: Run, world: Path, box: Path) -> Ended:
+def run(line: str, row: Run, world: World, box: Path) -> Ended:
     """Runs a shown command in a copy of the world, as its row in the table says."""
     command, port = COMMANDS[line], environment.free_port()
-    tiny_world.copy(world, box, without=row.without)
+    tiny_world.copy(world.folder, box, without=row.without)
     arguments = [*replaced(command.arguments, row, port), *row.add]
     own = dict(word.split("=", 1) for word in command.before if VARIABLE.match(word))
     before = [word for word in command.before if not VARIABLE.match(word)]
     variables = {**tiny_world.VARIABLES, **own}
     if before[0] in LAUNCHERS:
         words = [*replaced(before, row, port), str(ROOT / "launch" / f"{command.script}.py"), *arguments]
-        return launch(words, box, variables=variables, port=port, timeout_s=TIMEOUT_S)
+        return launch(words, box, variables=variables, port=port)
     assert before in (["python"], ["ijepa"]), before
     through = before == ["ijepa"]
-    return start(command.script, arguments, box, through_ijepa=through, variables=variables, timeout_s=TIMEOUT_S)
+    return world.starter.start(command.script, arguments, box, through_ijepa=through, variables=variables)
 
 
-def check(line: str, row: Run, world: Path, box: Path) -> None:
+def check(line: str, row: Run, world: World, box: Path) -> None:
     ended = run(line, row, world, box)
     assert ended.code == row.code and row.says in ended.text, f"{line}\nended with {ended.code}:\n{ended.text[-4000:]}"
 
 
 @pytest.mark.parametrize("line", [line for line, row in RUN.items() if row.form == FAST])
-def test_a_command_runs_as_shown(line: str, world: Path, box: Path) -> None:
+def test_a_command_runs_as_shown(line: str, world: World, box: Path) -> None:
     check(line, RUN[line], world, box)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("line", [line for line, row in RUN.items() if row.form == LONG])
-def test_the_other_commands_run_as_shown_too(line: str, world: Path, box: Path) -> None:
+def test_the_other_commands_run_as_shown_too(line: str, world: World, box: Path) -> None:
     if COMMANDS[line].before[-1] == "python" and (program := COMMANDS[line].before[0]) == "mpirun":
         if shutil.which(program) is None:
             pytest.skip(f"needs {program}")
     check(line, RUN[line], world, box)
 
 
-def test_a_command_that_no_longer_works_is_found(world: Path, box: Path) -> None:
+def test_a_command_that_no_longer_works_is_found(world: World, box: Path) -> None:
     line = "python launch/embed.py PHOTOS --model runs/mine --to features.npy"
     with pytest.raises(AssertionError, match="ended with 2:\n.*GONE"):
         check(line, Run(swap={"PHOTOS": "GONE"}), world, box)

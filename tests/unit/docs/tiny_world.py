@@ -13,7 +13,7 @@ import torch
 import yaml
 from pages import DOCS, blocks_of, text_of
 from PIL import Image
-from started import TINY_PUBLISHED, start
+from started import TINY_PUBLISHED, Starter
 
 from ijepa_scale.checkpoint.published_files import FILES
 from ijepa_scale.models.registry import build_encoder, build_predictor
@@ -69,7 +69,7 @@ PHOTOGRAPHS = ("PHOTOS", "photos", "IMAGENET", "imagenet", "A", "F", "P")  # wit
 LARGE = 1_000_000  # bytes, of files that copies of the world share
 
 
-def build(world: Path) -> Path:
+def build(world: Path, starter: Starter) -> Path:
     """Writes the world into a new folder, with real runs in `runs`, and returns it."""
     draw = np.random.default_rng(0)
     world.mkdir()
@@ -101,8 +101,8 @@ def build(world: Path) -> Path:
     assert module is not None
     (world / "my_losses.py").write_text(module[0].partition("\nPYTHONPATH=")[0])
     published(world)
-    shards(world)
-    runs(world)
+    shards(world, starter)
+    runs(world, starter)
     return world
 
 
@@ -174,9 +174,11 @@ def published(world: Path) -> None:
     os.link(path, cache / path.name)
 
 
-def shards(world: Path) -> None:
+def shards(world: Path, starter: Starter) -> None:
     for part, name in (("train", "SHARDS"), ("val", "VAL_SHARDS")):
-        run(world, "shards", "make", "--root", f"PHOTOS/{part}", "--split", ".", "--to", name, "--workers", "0")
+        run(
+            starter, world, "shards", "make", "--root", f"PHOTOS/{part}", "--split", ".", "--to", name, "--workers", "0"
+        )
     for folder in ("datasets/imagenet", "datasets/fashion-mnist", "datasets/mine"):
         shutil.copytree(world / "SHARDS", world / folder / "train")
         shutil.copytree(world / "VAL_SHARDS", world / folder / ("val" if folder.endswith("imagenet") else "test"))
@@ -185,15 +187,15 @@ def shards(world: Path) -> None:
     shutil.copytree(world / "VAL_SHARDS", world / "HELD_OUT")
 
 
-def runs(world: Path) -> None:
-    run(world, "pretrain", "--config", "C.yaml")
-    run(world, "finetune", "--config", "finetune.yaml", "model.init=runs/mine")
+def runs(world: Path, starter: Starter) -> None:
+    run(starter, world, "pretrain", "--config", "C.yaml")
+    run(starter, world, "finetune", "--config", "finetune.yaml", "model.init=runs/mine")
     for name in ("runs/photos", "runs/first", "runs/second", "runs/demo", "RUN", "SOURCE", "runs/in1k_vitl16_ep600"):
         shutil.copytree(world / "runs" / "mine", world / name)
 
 
-def run(world: Path, script: str, *words: str) -> None:
-    ended = start(script, list(words), world, variables=VARIABLES, timeout_s=120)
+def run(starter: Starter, world: Path, script: str, *words: str) -> None:
+    ended = starter.start(script, list(words), world, variables=VARIABLES)
     assert ended.code == 0, f"{script} {words}: {ended}"
     world.with_suffix(".log").unlink()
 
