@@ -44,6 +44,7 @@ FINETUNED = (
     "data.workers=0",
     "evaluate.workers=0",
 )
+TWO_CLASSES = ("model.num_classes=2",)
 SIZES = ("model.encoder.width=24", "model.encoder.depth=2", "model.encoder.heads=3")  # of the runs
 CPUS = {"cuda:0": "cpu", "cuda:1": "cpu"}
 TWO = {"8": "2", "16": "2"}  # processes
@@ -84,7 +85,7 @@ SHOWN: dict[str, Run | Never] = {
     "srun --ntasks-per-node 8 --kill-on-bad-exit python launch/pretrain.py --config C.yaml": Never(SLURM_JOBS),
     # data, dense, doctor
     "python launch/shards.py stats DATA --channels 13 --pixels uint16": Run(("--workers", "0"),),
-    "python launch/shards.py classes SHARDS": Run(without=("SHARDS/classes.json",)),
+    "python launch/shards.py classes SHARDS": Run(swap={"SHARDS": "NAMED"}),
     "python launch/evaluate.py runs/mine --data shapes/train shapes/val --protocol segmentation patch-knn": Run(QUICK),
     "python launch/evaluate.py runs/mine --data rooms/train rooms/val --protocol depth --image-size 448": Run(QUICK, {"448": "48"}),
     "torchrun --nproc-per-node 8 launch/evaluate.py IN1K-vit.h.14-300e.pth.tar --protocol segmentation --data ADEChallengeData2016/images/training ADEChallengeData2016/images/validation --classes 150 --to runs/ade20k": Run(QUICK, TWO),
@@ -100,9 +101,9 @@ SHOWN: dict[str, Run | Never] = {
     "torchrun --nproc-per-node 8 launch/embed.py '/data/{000..127}.tar' --model jepa.pth.tar --to features.parquet": Run(swap={**TWO, "/data/{000..127}.tar": "SHARDS/shard-{000000..000000}.tar"}),
     "python launch/pretrain.py --config configs/continue.yaml model.init=SOURCE data.train=SHARDS evaluate.train=LABELLED evaluate.test=HELD_OUT": CONTINUED,
     "python launch/pretrain.py --config configs/continue.yaml model.init=SOURCE data.reader=imagefolder data.train=IMAGES evaluate.every=0": CONTINUED,
-    "python launch/finetune.py --config configs/finetune/in1k_vitl16.yaml model.init=runs/in1k_vitl16_ep600": Run((*FINETUNED, *SIZES)),
+    "python launch/finetune.py --config configs/finetune/in1k_vitl16.yaml model.init=runs/in1k_vitl16_ep600": Run((*FINETUNED, *SIZES, *TWO_CLASSES)),
     "torchrun --nproc-per-node 8 launch/finetune.py --config C.yaml": Run(swap={**TWO, "C.yaml": "finetune.yaml"}),
-    "deepspeed launch/finetune.py --config configs/finetune/in1k_vith14_ep300_finetuning.yaml engine.ds_config=ds_configs/zero2.json engine.accumulation=4": Run(FINETUNED),
+    "deepspeed launch/finetune.py --config configs/finetune/in1k_vith14_ep300_finetuning.yaml engine.ds_config=ds_configs/zero2.json engine.accumulation=4": Run((*FINETUNED[1:], "data.batch_size=16", "model.encoder.name=vit_tiny", *TWO_CLASSES)),
     "python launch/predict.py PHOTO.jpg FOLDER --model RUN": Run(swap={"RUN": "runs/finetuned"}, form=FAST),
     # getting started, health, installing, own images
     "python launch/report.py runs/demo --to report.html": Run(),
@@ -144,7 +145,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/checkpoint.py ls runs/mine": Run(says="4", form=FAST),
     "python launch/checkpoint.py verify runs/mine": Run(),
     "python launch/checkpoint.py diff CHECKPOINT CHECKPOINT": Run(swap={"CHECKPOINT": "runs/mine/checkpoints/step-00000004"}),
-    "python launch/checkpoint.py rm runs/mine 1000 2000": Run(swap={"1000": "2", "2000": "4"}),
+    "python launch/checkpoint.py rm runs/mine 1000 2000": Run(swap={"1000": "1", "2000": "2"}),
     "python launch/checkpoint.py convert runs/mine --to kept/step-00002000": Run(swap={"kept/step-00002000": "kept/step-00000004"}),
     "python launch/replay.py runs/mine --step 1234": Run(swap={"1234": "3"}, form=FAST),
     "python launch/replay.py runs/mine --step 1234 --exact": Run(swap={"1234": "3"}),
@@ -168,7 +169,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/export.py SOURCE --to encoder.onnx": Run(),
     "python launch/export.py SOURCE --to encoder.pt2": Run(),
     "python launch/export.py published:in1k_vith14_ep300 --as transformers --to ijepa-vith14": Run(),
-    "python launch/finetune.py --config configs/finetune/base.yaml model.init=published:in1k_vith14_ep300": Run(FINETUNED),
+    "python launch/finetune.py --config configs/finetune/base.yaml model.init=published:in1k_vith14_ep300": Run((*FINETUNED, *TWO_CLASSES)),
 }  # fmt: skip
 
 # What other programs than ours do, by the beginning of a line, and the test that runs it or why none does.

@@ -5,6 +5,7 @@ The short form runs a command of each script, README's first; the long form runs
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def replaced(words: tuple[str, ...] | list[str], row: Run, port: int) -> list[st
     def other(word: str) -> str:
         name, sign, value = word.partition("=")
         new = row.swap.get(word) or (f"{name}={row.swap[value]}" if sign and value in row.swap else word)
-        return new.format(port=port) if new != word else word
+        return new.replace("{port}", str(port)) if new != word else word
 
     return [other(word) for word in words]
 
@@ -69,9 +70,9 @@ def run(line: str, row: Run, world: World, box: Path) -> Ended:
     command, port = COMMANDS[line], environment.free_port()
     tiny_world.copy(world.folder, box, without=row.without)
     arguments = [*replaced(command.arguments, row, port), *row.add]
-    own = dict(word.split("=", 1) for word in command.before if VARIABLE.match(word))
-    before = [word for word in command.before if not VARIABLE.match(word)]
-    variables = {**tiny_world.VARIABLES, **own}
+    own = [*itertools.takewhile(VARIABLE.match, command.before)]
+    before = [*command.before[len(own) :]]
+    variables = {**tiny_world.VARIABLES, **dict(word.split("=", 1) for word in own)}
     if before[0] in LAUNCHERS:
         words = [*replaced(before, row, port), str(ROOT / "launch" / f"{command.script}.py"), *arguments]
         return launch(words, box, variables=variables, port=port)
@@ -85,7 +86,7 @@ def check(line: str, row: Run, world: World, box: Path) -> None:
     assert ended.code == row.code and row.says in ended.text, f"{line}\nended with {ended.code}:\n{ended.text[-4000:]}"
 
 
-@pytest.mark.parametrize("line", [line for line, row in RUN.items() if row.form == FAST])
+@pytest.mark.parametrize("line", [line for line, row in RUN.items() if row.form == FAST], ids=str)
 def test_a_command_runs_as_shown(line: str, world: World, box: Path) -> None:
     check(line, RUN[line], world, box)
 
@@ -101,7 +102,7 @@ def test_the_other_commands_run_as_shown_too(line: str, world: World, box: Path)
 
 def test_a_command_that_no_longer_works_is_found(world: World, box: Path) -> None:
     line = "python launch/embed.py PHOTOS --model runs/mine --to features.npy"
-    with pytest.raises(AssertionError, match="ended with 2:\n.*GONE"):
+    with pytest.raises(AssertionError, match=r"ended with 2:\n(?s:.*)GONE"):
         check(line, Run(swap={"PHOTOS": "GONE"}), world, box)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,17 @@ model: {{{MODEL}, predictor_width: 24, predictor_depth: 1}}
 masks: {{min_keep: 3, group_size: 4}}
 data: {{train: SHARDS, batch_size: 8, workers: 0}}
 schedule: {{epochs: 2, warmup_epochs: 1, steps_per_epoch: 2}}
-engine: {{device: cpu, precision: fp32}}
+engine: {{precision: fp32}}
 logging: {{every: 1, tensorboard: false}}
-checkpoint: {{every: 2}}
+checkpoint: {{every: 1, keep: 4}}
 evaluate: {{every: 2, train: PHOTOS/train, test: PHOTOS/val, reader: imagefolder, batch_size: 8}}
-"""  # its checkpoints are of steps 2 and 4
+"""  # its checkpoints are of steps 1 to 4
 FINETUNE = f"""
 folder: runs/finetuned
 model: {{encoder: {{{MODEL}}}, num_classes: 2}}
 data: {{train: PHOTOS/train, reader: imagefolder, batch_size: 8, workers: 0}}
 optimizer: {{epochs: 1, warmup_epochs: 0}}
-engine: {{device: cpu, precision: fp32}}
+engine: {{precision: fp32}}
 evaluate: {{data: PHOTOS/val, reader: imagefolder, batch_size: 8, workers: 0}}
 logging: {{tensorboard: false}}
 """
@@ -169,9 +170,9 @@ def published(world: Path) -> None:
     path = world / FILES["in1k_vith14_ep300"].file
     torch.save({role: {f"module.{name}": t for name, t in part.items()} for role, part in parts.items()}, path)
     os.link(path, world / "jepa.pth.tar")
-    cache = world / "cache" / "published"
-    cache.mkdir(parents=True)
-    os.link(path, cache / path.name)
+    for folder in ("weights", "cache/published"):
+        (world / folder).mkdir(parents=True)
+        os.link(path, world / folder / path.name)
 
 
 def shards(world: Path, starter: Starter) -> None:
@@ -185,6 +186,12 @@ def shards(world: Path, starter: Starter) -> None:
     for name in ("LABELLED", "data/shards"):
         shutil.copytree(world / "SHARDS", world / name)
     shutil.copytree(world / "VAL_SHARDS", world / "HELD_OUT")
+    (world / "NAMED").mkdir()
+    with tarfile.open(world / "NAMED" / "0.tar", "w") as tar:  # as other tools write labels
+        for name in CLASSES:
+            (world / "label.cls").write_text(name)
+            tar.add(world / "PHOTOS" / "val" / name / "0.jpg", f"{name}.jpg")
+            tar.add(world / "label.cls", f"{name}.cls")
 
 
 def runs(world: Path, starter: Starter) -> None:
@@ -200,4 +207,6 @@ def run(starter: Starter, world: Path, script: str, *words: str) -> None:
     world.with_suffix(".log").unlink()
 
 
-VARIABLES = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "IJEPA_SCALE_CACHE": "cache"}
+VARIABLES = {
+    "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "IJEPA_SCALE_CACHE": "cache",
+}  # fmt: skip
