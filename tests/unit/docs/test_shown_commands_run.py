@@ -86,7 +86,7 @@ def check(line: str, row: Run, world: World, box: Path) -> None:
     assert ended.code == row.code and row.says in ended.text, f"{line}\nended with {ended.code}:\n{ended.text[-4000:]}"
 
 
-@pytest.mark.parametrize("line", [line for line, row in RUN.items() if row.form == FAST], ids=str)
+@pytest.mark.parametrize("line", [line for line, row in RUN.items() if row.form == FAST])
 def test_a_command_runs_as_shown(line: str, world: World, box: Path) -> None:
     check(line, RUN[line], world, box)
 
