@@ -90,7 +90,7 @@ def test_a_fresh_clone_does_what_the_first_screen_says(outside: Path) -> None:
     own = str(Path(sys.executable).parent)
     path = os.pathsep.join(part for part in variables["PATH"].split(os.pathsep) if part != own)
     variables |= {"PATH": path, "DEMO": DEMO, "OMP_NUM_THREADS": "1", "PIP_ROOT_USER_ACTION": "ignore"}
-    clone, rest = lines[0], [*lines[1:], "python ../three_lines.py"]
+    clone, rest = lines[0], [*lines[1:], "python - < ../three_lines.py"]
 
     subprocess.run(["bash", "-c", clone], cwd=outside, env=variables, check=True, capture_output=True)
     borrow(outside / "ijepa_scale" / ".venv")
