@@ -64,7 +64,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/embed.py PHOTOS --model runs/mine --to features.npy": Run(("--workers", "0"), form=FAST),
     "python launch/finetune.py --config configs/finetune/base.yaml model.init=runs/mine model.num_classes=N data.train=TRAIN evaluate.data=VAL": Run(FINETUNED, {"N": "2", "TRAIN": "SHARDS", "VAL": "VAL_SHARDS"}, form=FAST),
     "python launch/evaluate.py runs/mine --data photos/train photos/val": Run(QUICK, form=FAST),
-    "python launch/report.py runs/mine --to report.html": Run(form=FAST),
+    "python launch/report.py runs/mine --to report.html": Run(("--no-pictures",), form=FAST),
     "python launch/export.py runs/mine --to encoder.safetensors": Run(form=FAST),
     "python launch/pretrain.py": Run(code=2, says="--config is missing; name a YAML file"),  # the script by its name
     "python launch/pretrain.py --config C.yaml --devices cuda:0 cuda:1": Run(swap=CPUS, without=("runs/mine",)),
@@ -124,7 +124,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/export.py RUN --to jepa.pth.tar --steps-per-epoch 625 --processes 16": Run(swap={"625": "2", "16": "2"}, without=("jepa.pth.tar",)),
     "python launch/visualize.py curves RUN PUBLISHED.csv": Run(swap={"PUBLISHED.csv": "IN1K-vit.h.14-logs-rank.0.csv"}),
     # pictures
-    "python launch/visualize.py KIND SOURCE --images photos/val --to picture.png": Run(swap={"KIND": "pca"}, form=FAST),
+    "python launch/visualize.py KIND SOURCE --images photos/val --to picture.png": Run(swap={"KIND": "pca"}),
     "python launch/report.py runs/first runs/second --to report.html": Run(),
     "python launch/pretrain.py --config configs/own_images.yaml data.train=photos/train folder=runs/photos evaluate.train=photos/train evaluate.test=photos/val evaluate.reader=imagefolder evaluate.every=180 model.patch_size=8 model.width=192 model.depth=4 model.heads=3 model.predictor_depth=3 model.predictor_width=96 data.batch_size=32 optimizer.lr=5e-4 schedule.epochs=120 augment.flip=0.5": Run(SHORT, {"32": "8"}, without=("runs/photos",)),
     "python launch/visualize.py masks runs/photos --images photos/val --count 5": Run(),
@@ -135,7 +135,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/visualize.py curves runs/photos runs/demo": Run(),
     "python launch/visualize.py curves runs/mine IN1K-vit.h.14-logs-rank.0.csv --fields loss step_ms": Run(),
     "python launch/report.py runs/first runs/second --to report.html --images photos/val": Run(),
-    "python launch/visualize.py curves runs/demo": Run(),
+    "python launch/visualize.py curves runs/demo": Run(form=FAST),
     "python launch/visualize.py masks runs/demo --images datasets/fashion-mnist/test": Run(),
     # planning, reference or corrected, reliability, scaling
     "python launch/plan.py --config C.yaml --gpus 16x h100 --network 25 --mfu 0.4 engine.checkpointing=full": Run(("data.batch_size=16",)),

@@ -45,7 +45,10 @@ class World(NamedTuple):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with starter() as starts:
-        yield World(tiny_world.build(tmp_path_factory.mktemp("shown") / "world", starts), starts)
+        folder = tiny_world.build(tmp_path_factory.mktemp("shown") / "world", starts)
+        before = tiny_world.listed(folder)
+        yield World(folder, starts)
+        assert tiny_world.listed(folder) == before, "a command has written what later ones read; add it to WRITTEN"
 
 
 @pytest.fixture
@@ -68,8 +71,9 @@ def replaced(words: tuple[str, ...] | list[str], row: Run, port: int) -> list[st
 def run(line: str, row: Run, world: World, box: Path) -> Ended:
     """Runs a shown command in a copy of the world, as its row in the table says."""
     command, port = COMMANDS[line], environment.free_port()
-    tiny_world.copy(world.folder, box, without=row.without)
     arguments = [*replaced(command.arguments, row, port), *row.add]
+    named = {word.rpartition("=")[2] for word in arguments}
+    tiny_world.copy(world.folder, box, named=named, without=row.without)
     own = [*itertools.takewhile(VARIABLE.match, command.before)]
     before = [*command.before[len(own) :]]
     variables = {**tiny_world.VARIABLES, **dict(word.split("=", 1) for word in own)}
@@ -101,9 +105,9 @@ def test_the_other_commands_run_as_shown_too(line: str, world: World, box: Path)
 
 
 def test_a_command_that_no_longer_works_is_found(world: World, box: Path) -> None:
-    line = "python launch/embed.py PHOTOS --model runs/mine --to features.npy"
-    with pytest.raises(AssertionError, match=r"ended with 2:\n(?s:.*)GONE"):
-        check(line, Run(swap={"PHOTOS": "GONE"}), world, box)
+    line = "python launch/export.py runs/mine --to encoder.safetensors"
+    with pytest.raises(AssertionError, match=r"ended with 2:\n(?s:.*)runs/gone"):
+        check(line, Run(swap={"runs/mine": "runs/gone"}), world, box)
 
 
 def test_the_table_is_that_of_the_pages() -> None:

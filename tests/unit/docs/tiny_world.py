@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ schedule: {{epochs: 2, warmup_epochs: 1, steps_per_epoch: 2}}
 engine: {{precision: fp32}}
 logging: {{every: 1, tensorboard: false}}
 checkpoint: {{every: 1, keep: 4}}
-evaluate: {{every: 2, train: PHOTOS/train, test: PHOTOS/val, reader: imagefolder, batch_size: 8}}
+evaluate: {{every: 4, train: PHOTOS/train, test: PHOTOS/val, reader: imagefolder, batch_size: 8}}
 """  # its checkpoints are of steps 1 to 4
 FINETUNE = f"""
 folder: runs/finetuned
@@ -66,8 +67,8 @@ FORK: dict[str, dict[str, Any]] = {
     "data": {"drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.25, "nb_classes": 2, "resume_epoch": 0},
     "optimization": {"label_smoothing": 0.1},
 }  # fmt: skip
+WRITTEN = ("runs/mine", "runs/demo", "runs/finetuned", "cache")  # by commands that don't name them
 PHOTOGRAPHS = ("PHOTOS", "photos", "IMAGENET", "imagenet", "A", "F", "P")  # with train/ and val/
-LARGE = 1_000_000  # bytes, of files that copies of the world share
 
 
 def build(world: Path, starter: Starter) -> Path:
@@ -107,17 +108,37 @@ def build(world: Path, starter: Starter) -> Path:
     return world
 
 
-def copy(world: Path, to: Path, *, without: tuple[str, ...] = ()) -> Path:
-    """Copies the world, except for what a command is to write; returns the copy."""
+def copy(world: Path, to: Path, *, named: Iterable[str], without: tuple[str, ...] = ()) -> Path:
+    """Makes a world for one command: what it names is copied, all else leads to the first world; returns the folder.
 
-    def take(source: str, target: str) -> None:
-        (os.link if os.path.getsize(source) >= LARGE else shutil.copyfile)(source, target)
-
-    shutil.copytree(world, to, copy_function=take)
+    `without` is what the command is to write.
+    """
+    named = {*named, *WRITTEN}
     for name in without:
-        assert (to / name).exists(), f"the tiny world has no {name}"
-        (shutil.rmtree if (to / name).is_dir() else os.unlink)(to / name)
+        assert (world / name).exists(), f"the tiny world has no {name}"
+
+    def lay(source: Path, inside: str) -> None:
+        (to / inside).mkdir()
+        for each in source.iterdir():
+            name = f"{inside}{each.name}"
+            if name in without:
+                continue
+            if any(other.startswith(f"{name}/") for other in named) and name not in named:
+                lay(each, f"{name}/")
+            elif name not in named or each.name.endswith(".tar"):  # large, and only read
+                (to / name).symlink_to(each)
+            elif each.is_dir():
+                shutil.copytree(each, to / name)
+            else:
+                shutil.copy(each, to / name)
+
+    lay(world, "")
     return to
+
+
+def listed(world: Path) -> dict[str, int]:
+    """Returns when each file was written last, to tell whether a command has written into the first world."""
+    return {str(path): path.stat().st_mtime_ns for path in world.rglob("*") if path.is_file()}
 
 
 def picture(draw: np.random.Generator, side: int = 44) -> Image.Image:
