@@ -33,7 +33,7 @@ class Never(NamedTuple):
 
 SHORT = ("schedule.stop_after=2", "data.workers=0", "logging.tensorboard=false")
 SMALL = ("model.width=24", "model.depth=1", "model.predictor_width=24", "model.predictor_depth=1")
-FEW = ("data.batch_size=8", "masks.group_size=8", "masks.min_keep=3")  # min_keep: blocks on 8 x 8 patches are small
+FEW = ("data.batch_size=4", "masks.group_size=4", "masks.min_keep=3")  # min_keep: blocks on 8 x 8 patches are small
 OWN = Run((*SMALL, *SHORT), without=("runs/mine",), says="done: 2 steps")
 HUGE = Run((*SMALL, *SHORT, *FEW, "model.heads=3", "model.image_size=112"))
 CONTINUED = Run((*SHORT, *FEW))
@@ -63,7 +63,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/pretrain.py --config configs/continue.yaml model.init=published:in1k_vith14_ep300 data.train=SHARDS": CONTINUED._replace(form=FAST),
     "python launch/embed.py PHOTOS --model runs/mine --to features.npy": Run(("--workers", "0"), form=FAST),
     "python launch/finetune.py --config configs/finetune/base.yaml model.init=runs/mine model.num_classes=N data.train=TRAIN evaluate.data=VAL": Run(FINETUNED, {"N": "2", "TRAIN": "SHARDS", "VAL": "VAL_SHARDS"}, form=FAST),
-    "python launch/evaluate.py runs/mine --data photos/train photos/val": Run(QUICK, form=FAST),
+    "python launch/evaluate.py runs/mine --data photos/train photos/val": Run(("--protocol", "knn", "logistic", "--workers", "0"), form=FAST),
     "python launch/report.py runs/mine --to report.html": Run(("--no-pictures",), form=FAST),
     "python launch/export.py runs/mine --to encoder.safetensors": Run(form=FAST),
     "python launch/pretrain.py": Run(code=2, says="--config is missing; name a YAML file"),  # the script by its name
