@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 FASHION_MNIST ?=
+DEMO ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -30,8 +31,8 @@ $(STAMP): setup.py pyproject.toml
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e '.[test]'
 	@touch $(STAMP)
 
-demo: $(STAMP) ## Pretrain on Fashion-MNIST with ZeRO-3 on 2 CPU processes, or on your GPUs (FASHION_MNIST=folder)
-	$(BIN)/python launch/demo.py $(if $(FASHION_MNIST),--fashion-mnist '$(FASHION_MNIST)')
+demo: $(STAMP) ## Pretrain on Fashion-MNIST with ZeRO-3 on 2 CPU processes, or on your GPUs (FASHION_MNIST=folder DEMO=settings)
+	$(BIN)/python launch/demo.py $(if $(FASHION_MNIST),--fashion-mnist '$(FASHION_MNIST)') $(DEMO)
 
 docs: $(STAMP) ## Write docs/configuration.md and configs/schema/ from the settings, and build the site into site/
 	$(BIN)/python -m ijepa_scale.config.manual

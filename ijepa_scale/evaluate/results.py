@@ -82,9 +82,10 @@ class Results:
             (BLUE, -0.18, self.scores, "trained"), (GREY, 0.18, self.untrained, "same architecture, random weights"),
         ):  # fmt: skip
             places = [names.index(score.protocol) + shift for score in scores]
-            values = [100 * score.accuracy for score in scores]
-            errors = [[100 * (s.accuracy - s.low) for s in scores], [100 * (s.high - s.accuracy) for s in scores]]
-            axes.barh(places, values, height=0.34, color=color, label=label, xerr=errors, error_kw={"linewidth": 1})
+            axes.barh(places, [100 * score.accuracy for score in scores], height=0.34, color=color, label=label)
+            # not xerr, which refuses a mean of equal draws that rounding puts beside them
+            lows, highs = [100 * score.low for score in scores], [100 * score.high for score in scores]
+            axes.hlines(places, lows, highs, colors="black", linewidth=1)
         axes.set_yticks(range(len(names)), [*map(one_line, names)], parse_math=False)
         axes.invert_yaxis()
         axes.set_xlabel("Accuracy on held-out images (%)")

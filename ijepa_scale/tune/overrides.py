@@ -15,6 +15,7 @@ from ijepa_scale.config.yaml_text import nest, write_yaml
 from ijepa_scale.environment import written_path
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.new_file import new_file
+from ijepa_scale.shipped import find
 
 # written even if the configuration has the same values, so that a later change of it doesn't undo the tuning
 TUNED = ("engine.strategy", "engine.accumulation", "engine.checkpointing", "engine.compile", "engine.attention")
@@ -34,10 +35,15 @@ def overrides_of(path: Path, tuned: PretrainConfig, *, also: tuple[str, ...] = (
 def write_overrides(path: Path, base: Path, settings: Mapping[str, Any], tuned: PretrainConfig, notes: str) -> None:
     """Writes a configuration file that is `base` with these settings, with `notes` as comments at the top.
 
+    A base that is found in the package keeps its name, by which it is found there again; others are named by their path
+    from the new file.
+
     Raises:
         ConfigError: the file can't be written.
     """
-    nested = {"base": written_path(os.path.relpath(base.resolve(), path.resolve().parent)), **nest(settings)}
+    is_here = find(base) == base
+    named = os.path.relpath(base.resolve(), path.resolve().parent) if is_here else str(base)
+    nested = {"base": written_path(named), **nest(settings)}
     comments = "".join(f"# {line}\n" for line in notes.splitlines())
     try:
         with new_file(path) as temporary:

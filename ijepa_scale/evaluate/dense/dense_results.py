@@ -86,10 +86,11 @@ class DenseResults:
             (BLUE, -0.18, "trained", part),
             (GREY, 0.18, "same architecture, random weights", [e for e in self.untrained if _key(e) in keys]),
         ):
-            values = [factor * each.value for each in measures]
-            errors = [[factor * (e.value - e.low) for e in measures], [factor * (e.high - e.value) for e in measures]]
             places = [keys.index(_key(each)) + shift for each in measures]
-            axes.barh(places, values, height=0.34, color=color, label=label, xerr=errors, error_kw={"linewidth": 1})
+            axes.barh(places, [factor * each.value for each in measures], height=0.34, color=color, label=label)
+            # not xerr, which refuses a figure that lies outside the interval of the images drawn again
+            lows, highs = [factor * each.low for each in measures], [factor * each.high for each in measures]
+            axes.hlines(places, lows, highs, colors="black", linewidth=1)
         axes.set_yticks(range(len(part)), [f"{each.protocol}: {each.measure}" for each in part])
         axes.invert_yaxis()
         axes.set_xlabel("On held-out images (%)" if part[0].share else "On held-out images (unit of the depths)")

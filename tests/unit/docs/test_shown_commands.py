@@ -1,6 +1,6 @@
 """Each command that the documentation shows is one that its script takes, with settings and files that exist.
 
-Nothing is run: a script is stopped when it has read its flags.
+Nothing is run here: a script is stopped when it has read its flags. test_shown_commands_run.py runs the commands.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import PAGES, ROOT, Command, blocks_of, commands_of, prose_of, text_of
+from pages import PAGES, ROOT, Command, blocks_of, commands_of, prose_of, shell_lines_of, text_of
 
-from ijepa_scale import terminal
 from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.config.manual import blocks
 from ijepa_scale.config.schema import PretrainConfig
 
 COMMANDS = {str(command): command for path in PAGES for command in commands_of(path)}
+BENCHMARK = re.compile(r"python -m benchmarks\.(\w+)")
+BENCHMARKS = sorted(
+    {" ".join(words) for path in PAGES for words in shell_lines_of(path) if BENCHMARK.match(" ".join(words))}
+)
 PLACEHOLDERS = {"KIND": "pca", "N": "4", "SETTING": "data.workers=1"}
 KEYS = {
     kind: {row.setting for block in blocks(kind) for row in block.rows} for kind in (PretrainConfig, FinetuneConfig)
@@ -39,28 +43,48 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("parse_args", "parse_intermixed_args"):
         parse: Callable[..., Any] = getattr(argparse.ArgumentParser, name)
 
-        def stopping(self: terminal.Parser, *words: Any, parse: Callable[..., Any] = parse) -> Any:
+        def stopping(self: argparse.ArgumentParser, *words: Any, parse: Callable[..., Any] = parse) -> Any:
             raise Parsed(parse(self, *words))
 
-        monkeypatch.setattr(terminal.Parser, name, stopping)
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping)
 
 
 def read(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a script until it has read its flags; it ends with `SystemExit` where it refuses them."""
-    script = ROOT / "launch" / f"{command.script}.py"
-    words = [PLACEHOLDERS.get(word, word) for word in command.arguments]
+    stop(ROOT / "launch" / f"{command.script}.py", command.arguments, monkeypatch)
+
+
+def stop(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [PLACEHOLDERS.get(word, word) for word in arguments]
     monkeypatch.setattr(sys, "argv", [str(script), *words])
     with pytest.raises(Parsed):
         runpy.run_path(str(script), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if "--plugin" not in command.arguments])
 @pytest.mark.usefixtures("stops")
 def test_a_command_is_taken(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         read(COMMANDS[name], monkeypatch)
     except SystemExit:
         pytest.fail(f"{name}: {capsys.readouterr().err}")
+
+
+@pytest.mark.parametrize("line", BENCHMARKS)
+@pytest.mark.usefixtures("stops")
+def test_a_benchmark_takes_its_flags(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, arguments = line.split()[2], line.split()[3:]
+    script = ROOT / f"{module.replace('.', '/')}.py"
+    if arguments:  # else the page names the benchmark, which may need some
+        try:
+            stop(script, arguments, monkeypatch)
+        except SystemExit:
+            pytest.fail(f"{line}: {capsys.readouterr().err}")
+    with pytest.raises(SystemExit) as ended:
+        stop(script, ["--help"], monkeypatch)
+    assert ended.value.code == 0 and module in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("stops")
@@ -86,6 +110,8 @@ def test_settings_exist(path: Any) -> None:
 @pytest.mark.parametrize("script,kind", [("pretrain", PretrainConfig), ("finetune", FinetuneConfig)])
 def test_overrides_belong_to_their_script(script: str, kind: type) -> None:
     for name, command in COMMANDS.items():
+        if "--plugin" in command.arguments:
+            continue
         given = [word.partition("=")[0] for word in command.arguments if re.match(r"[a-z_.]+=", word)]
         assert command.script != script or {*given} <= KEYS[kind], name
 

@@ -111,6 +111,15 @@ def test_any_names_fit_into_the_table(tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} == {json_file.name, markdown.name, picture.name}
 
 
+@pytest.mark.parametrize("draw", [0.1, 0.7, 1.0])
+def test_a_mean_of_equal_draws_is_drawn(tmp_path, draw):
+    """Rounding puts the mean of three times 0.1 above its highest draw."""
+    mean = (draw + draw + draw) / 3
+    scores = [Score(protocol=f"{bound}-shot", setting="", accuracy=mean, low=draw, high=draw) for bound in (1, 5)]
+    results = Results(facts={}, scores=scores, untrained=scores, published={})
+    assert results.write(tmp_path)[2].stat().st_size > 100
+
+
 def test_a_table_that_cant_be_written_leaves_none(tmp_path):
     (tmp_path / "evaluation.md").mkdir()
     results = Results(facts={}, scores=split_scores(), untrained=[], published={})

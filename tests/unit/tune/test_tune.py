@@ -154,6 +154,14 @@ def test_a_file_that_needs_its_overrides_gets_them(tmp_path: Path) -> None:
     write_overrides(tmp_path / "tuned.yaml", tmp_path / "half.yaml", settings, tuned, "")
 
 
+def test_a_shipped_configuration_is_tuned_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tuned = load_config("configs/demo.yaml", ["data.workers=3"])
+    settings = overrides_of(Path("configs/demo.yaml"), tuned)
+    write_overrides(tmp_path / "runs" / "demo" / "tuned.yaml", Path("configs/demo.yaml"), settings, tuned, "")
+    assert load_config(tmp_path / "runs" / "demo" / "tuned.yaml") == tuned
+
+
 def test_a_path_that_cannot_be_written_is_reported(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="can't be written .*; give another file with --to"):

@@ -211,3 +211,10 @@ def test_many_classes_stand_in_the_files_only(tmp_path):
     )
     assert "class 29" not in results.text() and "50.00%" in results.text()
     assert "IoU, class 29 | 50.00% | 25.00% - 75.00%" in results.markdown()
+
+
+def test_a_figure_outside_its_interval_is_drawn(tmp_path):
+    """The interval is that of images drawn again, which may all score higher, as where a rare class is then missing."""
+    measure = Measure(protocol="segmentation", measure="mIoU", value=0.2, low=0.25, high=0.75)
+    results = DenseResults(facts={}, measures=[measure], untrained=[measure])
+    assert all(path.stat().st_size > 100 for path in results.write(tmp_path))
