@@ -70,7 +70,7 @@ class PretrainResult(Result):
             *super().next_commands(),
             f"python launch/embed.py IMAGES --model {self.run} --to features.npy",
             f"python launch/finetune.py --config configs/finetune/base.yaml model.init={self.run} model.num_classes=N "
-            f"data.train=TRAIN evaluate.data=VAL data.batch_size=64{self.finetuning}",
+            f"data.train=TRAIN evaluate.test=VAL data.batch_size=64{self.finetuning}",
             f"python launch/export.py {self.run} --to encoder.safetensors",
         ]
 
