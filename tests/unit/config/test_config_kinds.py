@@ -40,11 +40,5 @@ def test_a_setting_of_the_other_kind_is_named_as_such(tmp_path: Path) -> None:
 
 
 def test_both_kinds_call_the_same_things_alike() -> None:
-    for name in (
-        "schedule.epochs",
-        "schedule.warmup_epochs",
-        "schedule.stop_after",
-        "evaluate.test",
-        "evaluate.reader",
-    ):
-        assert {name} <= {*known_keys(PretrainConfig)} & {*known_keys(FinetuneConfig)}
+    same = {"schedule.epochs", "schedule.warmup_epochs", "schedule.stop_after", "evaluate.test", "evaluate.reader"}
+    assert same <= {*known_keys(PretrainConfig)} & {*known_keys(FinetuneConfig)}
