@@ -42,7 +42,7 @@ from ijepa_scale.schedules import FinetuneSchedule
 from ijepa_scale.train.finetune_step import FinetuneStep
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.preflight import Preflight
-from ijepa_scale.train.setup import global_batch, normalised, open_training_source, pixels_of
+from ijepa_scale.train.setup import check_size, global_batch, normalised, open_training_source, pixels_of
 from ijepa_scale.train.task import Evaluation, Result, Task
 
 EXPORT = "model.safetensors"
@@ -102,10 +102,11 @@ class FinetuneTask(Task):
         self.config, self.world = config, world
         data, model = config.data, config.model
         self.batch_size = global_batch(config, world.size)
-        check_pairs(self.batch_size // (world.size * config.engine.accumulation), config.augment)
+        check_pairs(self.batch_size, world.size * config.engine.accumulation, config.augment)
         self.source = source = open_training_source(config, log=world.is_main)
         assert not isinstance(source, StreamSource), "FinetuneConfig refuses streams"
         self.config = config = normalised(config, source)
+        check_size(config, source, self.batch_size, world.size)
         labels = check_labels(source, model.num_classes, "data.train")
         self.order = SampleOrder(source.shard_sizes, self.batch_size, config.seed, data.window_shards)
         self.schedule: FinetuneSchedule = build_finetune_schedule(config, self.batch_size, self.order.steps_per_epoch)

@@ -35,7 +35,7 @@ from ijepa_scale.schedules import Schedule
 from ijepa_scale.train.health import RunHealth, block_figures, describe
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.picture import draw_first_batch
-from ijepa_scale.train.setup import global_batch, normalised, open_training_source, pixels_of
+from ijepa_scale.train.setup import check_size, global_batch, normalised, open_training_source, pixels_of
 from ijepa_scale.train.step import TrainStep
 from ijepa_scale.train.task import Evaluation, Result, Task
 
@@ -104,6 +104,7 @@ class PretrainTask(Task):
         )  # first, since it may refuse the configuration
         self.source = open_training_source(config, log=world.is_main)
         self.config = config = normalised(config, self.source)
+        check_size(config, self.source, self.batch_size, world.size)
         self.order = training_order(
             config.data,
             self.source,

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ijepa_scale.data.formats import image_suffixes, is_image
+from ijepa_scale.data.formats import image_suffixes, is_data_image, is_image
 from ijepa_scale.data.sources.labels import MAX_LABEL, NO_LABEL, differ_in_case, plain, same_to_readers, whole_number
+from ijepa_scale.data.sources.mistaken import mistaken
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
@@ -46,6 +47,8 @@ class ListSource:
 
     def __init__(self, path: str | Path, *, as_csv: bool = False) -> None:
         self._list = Path(path)
+        if (error := mistaken(path, "list")) is not None:
+            raise error
         as_csv = as_csv or self._list.suffix.lower() == ".csv"
         rows = _csv_rows(self._list) if as_csv else _text_rows(self._list)
         self._labelled = rows[0][1] != ""
@@ -180,6 +183,11 @@ def _text_rows(path: Path) -> list[_Row]:
     first = [name.strip() for name in rows[0][0].split(",")]
     if "path" in first:
         raise DataError(f"list {path} begins like a CSV file ({rows[0][0]!r}); give it a name that ends in .csv")
+    if not any(is_image(line) or is_data_image(line) for line, _, _ in rows) and not _is_there(path.parent, rows[0][0]):
+        raise DataError(
+            f"{path} is a text file, not a list of images: none of its {counted(len(rows), 'line')} names one that is "
+            f"read (the first is {rows[0][0][:60]!r}); give a text file with one path per line, or a .csv"
+        )
     for line, _, number in rows:
         labelled = None if is_image(line) else _LABELLED_LINE.fullmatch(line)
         if labelled is not None and labelled[1].lower() in image_suffixes():
@@ -188,6 +196,13 @@ def _text_rows(path: Path) -> list[_Row]:
                 "images with labels, else paths only"
             )
     return rows
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    try:
+        return os.path.lexists(folder / name)
+    except (OSError, ValueError):
+        return False
 
 
 def numbered(labels: list[tuple[str, int]], path: Path, unit: str = "line") -> tuple[list[str] | None, list[int]]:

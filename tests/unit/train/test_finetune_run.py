@@ -341,7 +341,7 @@ def test_bad_settings_are_refused(finished, data, tmp_path, overrides, kind, tex
 
 
 def test_mixing_pairs_refuses_an_odd_micro_batch(data, tmp_path):
-    with pytest.raises(UserError, match="a micro-batch has 3 images, but mixup and cutmix mix pairs; give an even"):
+    with pytest.raises(UserError, match="has 3 images, but mixup and cutmix mix pairs; try data.batch_size=6,"):
         finetune(configure(tmp_path, data, "data.batch_size=9", "engine.accumulation=3"), ALONE)
 
 
