@@ -11,7 +11,7 @@ from typing import Any
 
 from ijepa_scale import shipped
 
-TABLE = Path(__file__).with_name("known.json")
+TABLE = Path(__file__).parent / "known.json"
 _SPLIT = re.compile(r"[=:]+")  # a word of its own where bash splits words at these
 _RANK = re.compile(r"--local[-_]rank(=\d+)?", re.ASCII)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
 import select
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -82,6 +85,7 @@ def typed(place: Path, shell: list[str], keys: list[str], expected: str) -> str:
     """Returns what an interactive shell shows once it has been given these keys, each after some output."""
     process, terminal = pty.fork()
     if not process:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 300, 0, 0))  # no line is broken
         os.chdir(place)
         os.environ |= {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "HOME": str(place), "TERM": "dumb"}
         os.execvp(shell[0], shell)
