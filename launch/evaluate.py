@@ -1,4 +1,4 @@
-"""Evaluates a trained encoder on images with labels, masks or depth maps, as the protocols of docs/evaluation.md say.
+"""Evaluates a trained encoder on images with labels, masks or depth maps.
 
 python launch/evaluate.py runs/mine --data photos/train photos/val --protocol knn logistic
 python launch/evaluate.py IN1K-vit.h.14-300e.pth.tar --data imagenet/train imagenet/val --to runs/h14

@@ -1,4 +1,4 @@
-"""Exports an encoder, classifier or predictor for other programs. The suffix of the file says the format.
+"""Exports an encoder, classifier or predictor for other programs, in the format that the suffix of the file says.
 
 python launch/export.py runs/in1k_vith14_ep300 --to encoder.safetensors
 python launch/export.py runs/in1k_vith14_ep300 --as transformers --to ijepa-vith14

@@ -39,9 +39,9 @@ _ijepa() {
     for line in "${(@)lines[2,-1]}"; do
         word=${line%%$tab*} about=${line#*$tab}
         if [[ $word == *[=.] ]]; then
-            open+=("${word//:/\\:}:$about")
+            open+=("${word//:/\\:}${about:+:$about}")
         else
-            ended+=("${word//:/\\:}:$about")
+            ended+=("${word//:/\\:}${about:+:$about}")
         fi
     done
     (( $#ended )) && _describe ijepa ended
