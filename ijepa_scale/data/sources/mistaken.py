@@ -12,8 +12,8 @@ from pathlib import Path
 from ijepa_scale.data.formats import is_data_image, is_image
 from ijepa_scale.errors import DataError
 
-TAR, EMPTY, TEXT, UNKNOWN = "a tar", "an empty file", "a text file", "a file of an unknown kind"
-_FOLDER, _IMAGE, _ZIP, _PARQUET = "a folder", "one image", "a zip archive", "a Parquet file"
+TAR, TEXT, UNKNOWN = "a tar", "a text file", "a file of an unknown kind"
+_EMPTY, _FOLDER, _IMAGE, _ZIP, _PARQUET = "an empty file", "a folder", "one image", "a zip archive", "a Parquet file"
 _HEAD_BYTES = 512  # of a tar's header, which is the longest that is looked at
 _BEGINNINGS = {
     b"PK\x03\x04": _ZIP, b"PK\x05\x06": _ZIP, b"\x1f\x8b": "a gzip file",
@@ -45,7 +45,7 @@ def what_is(path: str | Path) -> str | None:
             head = file.read(_HEAD_BYTES)
     except (OSError, ValueError):
         return None
-    return _kind_of(head) if head else EMPTY
+    return _kind_of(head) if head else _EMPTY
 
 
 def _kind_of(head: bytes) -> str:
@@ -80,14 +80,14 @@ def mistaken(path: str | Path, reader: str) -> DataError | None:
     `reader` is shards, imagefolder or list. A path that leads to nothing is left to the reader, as is a text to lists.
     """
     kind = what_is(path)
-    read = {"shards": (TAR,), "imagefolder": (_FOLDER,), "list": (TEXT, UNKNOWN, EMPTY)}[reader]
+    read = {"shards": (TAR,), "imagefolder": (_FOLDER,), "list": (TEXT, UNKNOWN, _EMPTY)}[reader]
     if kind is None or kind in read:
         return None
     wanted, give = _WANTED[reader]
-    return DataError(f"{path} is {kind}, not {wanted}; {remedy(path, kind, reader) or f'give {give}'}")
+    return DataError(f"{path} is {kind}, not {wanted}; {_remedy(path, kind, reader) or f'give {give}'}")
 
 
-def remedy(path: str | Path, kind: str, reader: str) -> str:
+def _remedy(path: str | Path, kind: str, reader: str) -> str:
     """Returns what to do about a path that leads to this kind of thing; empty where there is nothing special."""
     if kind == _IMAGE or is_image(str(path)) or is_data_image(str(path)):
         return "give the folder that it is in, and set the reader to imagefolder"
@@ -106,4 +106,4 @@ def remedy(path: str | Path, kind: str, reader: str) -> str:
     return ""
 
 
-__all__ = ["EMPTY", "TAR", "TEXT", "UNKNOWN", "mistaken", "remedy", "what_is"]
+__all__ = ["TAR", "TEXT", "UNKNOWN", "mistaken", "what_is"]
