@@ -13,7 +13,6 @@ import numpy as np
 
 from ijepa_scale.data.formats import image_suffixes, is_data_image, is_image
 from ijepa_scale.data.sources.labels import MAX_LABEL, NO_LABEL, differ_in_case, plain, same_to_readers, whole_number
-from ijepa_scale.data.sources.mistaken import mistaken
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
@@ -47,8 +46,6 @@ class ListSource:
 
     def __init__(self, path: str | Path, *, as_csv: bool = False) -> None:
         self._list = Path(path)
-        if (error := mistaken(path, "list")) is not None:
-            raise error
         as_csv = as_csv or self._list.suffix.lower() == ".csv"
         rows = _csv_rows(self._list) if as_csv else _text_rows(self._list)
         self._labelled = rows[0][1] != ""
@@ -183,11 +180,6 @@ def _text_rows(path: Path) -> list[_Row]:
     first = [name.strip() for name in rows[0][0].split(",")]
     if "path" in first:
         raise DataError(f"list {path} begins like a CSV file ({rows[0][0]!r}); give it a name that ends in .csv")
-    if not any(is_image(line) or is_data_image(line) for line, _, _ in rows) and not _is_there(path.parent, rows[0][0]):
-        raise DataError(
-            f"{path} is a text file, not a list of images: none of its {counted(len(rows), 'line')} names one that is "
-            f"read (the first is {rows[0][0][:60]!r}); give a text file with one path per line, or a .csv"
-        )
     for line, _, number in rows:
         labelled = None if is_image(line) else _LABELLED_LINE.fullmatch(line)
         if labelled is not None and labelled[1].lower() in image_suffixes():
@@ -195,6 +187,11 @@ def _text_rows(path: Path) -> list[_Row]:
                 f"list {path}, line {number}: {line!r} has something after the path; write a CSV with path,label for "
                 "images with labels, else paths only"
             )
+    if not any(is_image(line) or is_data_image(line) for line, _, _ in rows) and not _is_there(path.parent, rows[0][0]):
+        raise DataError(
+            f"{path} is a text file, not a list of images: none of its {counted(len(rows), 'line')} names one that is "
+            f"read (the first is {rows[0][0][:60]!r}); give a text file with one path per line, or a .csv"
+        )
     return rows
 
 

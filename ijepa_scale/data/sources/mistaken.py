@@ -58,11 +58,11 @@ def _kind_of(head: bytes) -> str:
         return known
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP" or head[4:12] in (b"ftypavif", b"ftypheic"):
         return _IMAGE
+    if not any(head):
+        return TAR  # one without members
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
         return TAR
-    except tarfile.EOFHeaderError:
-        return TAR  # one without members
     except tarfile.TarError:
         return UNKNOWN
 

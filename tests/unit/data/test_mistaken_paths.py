@@ -84,6 +84,7 @@ THINGS: dict[str, tuple[Make, str]] = {
     "pipe": (os.mkfifo, "a pipe"),
     "pipe.tar": (os.mkfifo, "a pipe|regular file"),
     "socket": (special, "a socket"),
+    "/dev/null": (lambda path: None, "a device"),
     "folder": (Path.mkdir, "folder"),
     "folders": (folders, "folder"),
     "nowhere": (lambda path: path.symlink_to("missing"), "nowhere"),
