@@ -34,8 +34,9 @@ $(STAMP): setup.py pyproject.toml
 demo: $(STAMP) ## Pretrain on Fashion-MNIST with ZeRO-3 on 2 CPU processes, or on your GPUs (FASHION_MNIST=folder DEMO=settings)
 	$(BIN)/python launch/demo.py $(if $(FASHION_MNIST),--fashion-mnist '$(FASHION_MNIST)') $(DEMO)
 
-docs: $(STAMP) ## Write docs/configuration.md and configs/schema/ from the settings, and build the site into site/
+docs: $(STAMP) ## Write docs/configuration.md, configs/schema/ and the table of completion, and build the site into site/
 	$(BIN)/python -m ijepa_scale.config.manual
+	$(BIN)/python -m ijepa_scale.completion.known
 	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null \
 		|| { echo "the site needs the extra docs: $(BIN)/python -m pip install -e '.[docs]' --no-build-isolation" >&2; exit 2; }
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

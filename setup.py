@@ -22,5 +22,9 @@ setup(
         *SHIPPED,
     ],
     package_dir={"ijepa_kernels": "kernels", **SHIPPED},
-    package_data={"ijepa_scale.visualize": ["*.jinja"], **{name: ["*.yaml", "*.json"] for name in SHIPPED}},
+    package_data={
+        "ijepa_scale.visualize": ["*.jinja"],
+        "ijepa_scale.completion": ["*.json"],
+        **{name: ["*.yaml", "*.json"] for name in SHIPPED},
+    },
 )

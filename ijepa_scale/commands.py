@@ -18,7 +18,7 @@ from ijepa_scale.nearest import nearest
 
 _RANK = re.compile(r"--local[-_]rank=\d+", re.ASCII)  # launchers write it before the arguments
 _LAST_LINES = (
-    "ijepa COMMAND --help explains a command.",
+    "ijepa COMMAND --help explains a command, and ijepa completion how Tab completes commands, flags and settings.",
     "Launchers start the same commands, as in: torchrun --nproc-per-node 8 -m ijepa_scale pretrain --config C.yaml",
 )
 
@@ -31,11 +31,11 @@ def main() -> int:
     if not words or words[0] not in known:
         return _answer(words)
     sys.argv = [f"ijepa {words[0]}", *ranks, *words[1:]]
-    _run(known[words[0]])
+    run(known[words[0]])
     return 0
 
 
-def _run(script: Path) -> None:
+def run(script: Path) -> None:
     """Runs a script as Python would. `runpy` would put its path into sys.argv, and so into its messages."""
     main = ModuleType("__main__")
     main.__file__ = str(script)  # child processes find it here
@@ -50,13 +50,13 @@ def scripts() -> dict[str, Path]:
 
 def listing() -> str:
     """Returns all commands, each with the first sentence of its script."""
-    found = {name: _summary(path) for name, path in scripts().items()}
+    found = {name: summary(path) for name, path in scripts().items()}
     width = max(map(len, found), default=0)
     lines = (f"  {name:{width}}  {text}" for name, text in found.items())
     return "\n".join(["usage: ijepa COMMAND ...", "", *lines, "", *_LAST_LINES])
 
 
-def _summary(path: Path) -> str:
+def summary(path: Path) -> str:
     """Returns the first sentence of a script, without running it."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return re.split(r"(?<=\.)\s", " ".join(text.split("\n\n")[0].split()), maxsplit=1)[0]

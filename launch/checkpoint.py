@@ -5,6 +5,8 @@ python launch/checkpoint.py verify runs/mine                # reads every byte; 
 python launch/checkpoint.py diff RUN/checkpoints/step-00001000 RUN/checkpoints/step-00002000
 python launch/checkpoint.py rm runs/mine 1000 2000
 python launch/checkpoint.py convert runs/mine --to kept/step-00002000    # of many processes: one file
+
+Reference: docs/reliability.md#checkpoints
 """
 
 from __future__ import annotations
@@ -23,9 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = terminal.Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="what", required=True, parser_class=terminal.Parser, metavar="ls|verify|...")
     for name, text in (("ls", "list them"), ("verify", "read every byte and compare hashes")):
-        kinds.add_parser(name, help=text).add_argument(
-            "run", type=terminal.path, help="folder of a run or a checkpoint"
-        )
+        kinds.add_parser(name, help=text).add_argument("run", type=terminal.path, help="run or checkpoint folder")
     diff = kinds.add_parser("diff", help="what differs between two")
     diff.add_argument("two", nargs=2, type=terminal.path, metavar="CHECKPOINT")
     removed = kinds.add_parser("rm", help="remove the checkpoints of these steps")

@@ -3,6 +3,8 @@
 python launch/demo.py
 python launch/demo.py --fashion-mnist ~/fashion-mnist --folder runs/first
 python launch/demo.py schedule.epochs=2 optimizer.lr=1e-3
+
+Reference: docs/getting-started.md#the-demo
 """
 
 from __future__ import annotations

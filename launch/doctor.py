@@ -3,6 +3,8 @@
 python launch/doctor.py --folder runs --data /path/to/shards
 python launch/doctor.py --config C.yaml --processes 8 --json doctor.json
 torchrun --nnodes 2 --nproc-per-node 8 launch/doctor.py --config C.yaml --folder /shared/runs/mine
+
+Reference: docs/doctor.md
 """
 
 from __future__ import annotations

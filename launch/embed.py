@@ -5,6 +5,8 @@ Skips and names images that can't be used, and then exits with code 2. If it was
 python launch/embed.py PHOTOS --model runs/mine --to features.npy
 python launch/embed.py PHOTO.jpg OTHER.png --model encoder.safetensors --to features.safetensors --pool last4
 torchrun --nproc-per-node 8 launch/embed.py '/data/{000..127}.tar' --model jepa.pth.tar --to features.parquet
+
+Reference: docs/features.md
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Evaluates a trained encoder on images with labels, masks or depth maps, as the protocols of docs/evaluation.md say.
+"""Evaluates a trained encoder on images with labels, masks or depth maps.
 
 python launch/evaluate.py runs/mine --data photos/train photos/val --protocol knn logistic
 python launch/evaluate.py IN1K-vit.h.14-300e.pth.tar --data imagenet/train imagenet/val --to runs/h14
 torchrun --nproc-per-node 8 launch/evaluate.py timm:vit_huge_patch14_gap_224.in1k_ijepa --data TRAIN VAL
+
+Reference: docs/evaluation.md
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Exports an encoder, classifier or predictor for other programs. The suffix of the file says the format.
+"""Exports an encoder, classifier or predictor for other programs, in the format that the suffix of the file says.
 
 python launch/export.py runs/in1k_vith14_ep300 --to encoder.safetensors
 python launch/export.py runs/in1k_vith14_ep300 --as transformers --to ijepa-vith14
 python launch/export.py published:in1k_vith14_ep300 --as timm --to ijepa-vith14-timm
 python launch/export.py runs/in1k_vith14_ep300 --to encoder.onnx
 python launch/export.py RUN/checkpoints/step-00006250 --to jepa-ep10.pth.tar --steps-per-epoch 625 --processes 16
+
+Reference: docs/weights.md#export
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ python launch/plan.py --config configs/in1k_vith14_ep300.yaml --gpus 8x a100-80g
 python launch/plan.py --config C.yaml --gpus 16x h100 --network 25 --mfu 0.4 engine.checkpointing=full
 python launch/plan.py --config C.yaml --gpus h200 --json
 python launch/plan.py --config C.yaml --gpus 8x h100 --sweep nodes=1..128 --to scaling.png
+
+Reference: docs/planning.md
 """
 
 from __future__ import annotations

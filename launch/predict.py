@@ -5,6 +5,8 @@ Skips and names files that can't be read, and then exits with code 2.
 python launch/predict.py PHOTO.jpg OTHER.png --model runs/finetune
 python launch/predict.py FOLDER --model runs/finetune --top 1
 python launch/predict.py FOLDER --model runs/finetune/checkpoints/step-00006250 --device cuda:1
+
+Reference: docs/finetuning.md
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 python launch/replay.py runs/mine --step 1234             # with the weights of the newest checkpoint before
 python launch/replay.py runs/mine --step 1234 --exact     # with exactly its weights: repeats the steps in between
 torchrun --nproc-per-node 8 launch/replay.py runs/mine --step 1234 --exact
+
+Reference: docs/reliability.md
 """
 
 from __future__ import annotations

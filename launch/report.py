@@ -5,6 +5,8 @@ The page needs no network and no other file. Pictures come from each run's newes
 python launch/report.py runs/mine --to report.html
 python launch/report.py runs/first runs/second --to report.html --images photos/val
 python launch/report.py runs/mine --to report.html --evaluation runs/evaluation/evaluation.json
+
+Reference: docs/pictures.md#the-report
 """
 
 from __future__ import annotations

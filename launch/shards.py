@@ -3,6 +3,8 @@
 python launch/shards.py make --root /data/imagenet/train --to /data/shards
 python launch/shards.py verify /data/shards
 python launch/shards.py stats /data/photos --channels 13 --pixels uint16
+
+Reference: docs/data.md
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ python launch/slurm.py pretrain --config C.yaml --array lr=1e-3,5e-4 --sbatch ac
 python launch/slurm.py evaluate --gpus-per-node 8 runs/mine --data TRAIN VAL
 python launch/slurm.py --fname C.yaml --folder logs --partition P --nodes 2 --tasks-per-node 8 --time 1000
 python launch/slurm.py status RUN                                                       # or logs, or cancel
-"""
 
-from __future__ import annotations
+Reference: docs/slurm.md
+"""
 
 import sys
 from pathlib import Path

@@ -3,6 +3,8 @@
 python launch/tune.py --config configs/demo.yaml
 python launch/tune.py --config C.yaml --devices cuda:0 cuda:1 --minutes 30 --to tuned.yaml
 python launch/tune.py --config C.yaml --processes 2 data.train=/path/to/shards
+
+Reference: docs/tuning.md
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ python launch/visualize.py attention runs/mine --images photos/val --query 0.5 0
 python launch/visualize.py prediction-error runs/mine --images photos/val
 python launch/visualize.py retrieval timm:vit_huge_patch14_gap_224.in1k_ijepa --images photos
 python launch/visualize.py curves runs/first runs/second IN1K-vit.h.14-logs-rank.0.csv
+
+Reference: docs/pictures.md
 """
 
 from __future__ import annotations

@@ -20,17 +20,18 @@ from ijepa_scale.plurals import counted
 _MIX, _SWITCH, _TOP, _LEFT, _DRAWS = range(5)
 
 
-def check_pairs(num_images: int, config: FinetuneAugmentConfig) -> None:
-    """Checks that a micro-batch would not split a pair.
+def check_pairs(batch_size: int, micro_batches: int, config: FinetuneAugmentConfig) -> None:
+    """Checks that no micro-batch would split a pair. `batch_size` is that of all the micro-batches together.
 
     Raises:
         ConfigError: the number of images is odd while mixup or cutmix is on.
     """
+    num_images = batch_size // micro_batches
     if num_images % 2 and (config.mixup or config.cutmix):
+        even = max(2, num_images - 1) * micro_batches
         raise ConfigError(
             f"a micro-batch has {counted(num_images, 'image')}, but mixup and cutmix mix pairs; "
-            f"give an even number of images per "
-            "process and accumulation step, or set augment.mixup=0 and augment.cutmix=0"
+            f"try data.batch_size={even}, or set augment.mixup=0 and augment.cutmix=0"
         )
 
 
@@ -57,8 +58,8 @@ class Mixing:
         soft.scatter_(1, labels[:, None], 1.0 - config.label_smoothing + smooth)
         if not (config.mixup or config.cutmix):
             return images, soft
-        check_pairs(len(images), config)
-        check_pairs(position, config)
+        check_pairs(len(images), 1, config)
+        check_pairs(position, 1, config)
         size = (images.shape[-2], images.shape[-1])
         shares, boxes = self.draw(size, step=step, position=position, count=len(images))
         pair_shares, pair_boxes = shares[::2], boxes[::2]  # equal for both images of a pair

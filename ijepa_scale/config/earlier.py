@@ -1,4 +1,4 @@
-"""Names that settings had earlier, or have in the other kind of run, in files and in what checkpoints store.
+"""Names that settings had earlier, in files and in what checkpoints store.
 
 Mappings in, mappings out.
 """
@@ -14,42 +14,41 @@ from ijepa_scale.config.section import Section, nested
 from ijepa_scale.config.yaml_text import flat, nest
 
 _NAMES: dict[type, dict[str, str]] = {
-    FinetuneConfig: {f"model.{name}": f"model.encoder.{name}" for name in EncoderConfig.model_fields}
-}
-
-# Of settings that pretraining has too: its names for them are read as well, without a note.
-_ALSO: dict[type, dict[str, str]] = {
     FinetuneConfig: {
-        "schedule.epochs": "optimizer.epochs",
-        "schedule.warmup_epochs": "optimizer.warmup_epochs",
-        "schedule.stop_after": "stop_after",
-        "evaluate.test": "evaluate.data",
+        **{f"model.{name}": f"model.encoder.{name}" for name in EncoderConfig.model_fields},
+        "optimizer.epochs": "schedule.epochs",
+        "optimizer.warmup_epochs": "schedule.warmup_epochs",
+        "stop_after": "schedule.stop_after",
+        "evaluate.data": "evaluate.test",
     }
 }
 
 
 def renamed(content: Mapping[str, Any], kind: type, notes: list[str]) -> dict[str, Any]:
     """Returns the settings under today's names, and adds a note about each that had an earlier one."""
-    earlier, also, found = _NAMES.get(kind, {}), _ALSO.get(kind, {}), flat(content)
-    names = earlier | also
+    names, found = _NAMES.get(kind, {}), flat(content)
     moved = {key: names[key] for key in found if key in names and names[key] not in found}
-    notes += [f"{key} is called {name} now" for key, name in moved.items() if key in earlier]
+    notes += [f"{key} is called {name} now" for key, name in moved.items()]
     return nest({moved.get(key, key): value for key, value in found.items()})
 
 
 def stored(
     content: Mapping[str, Any], kind: type[Section], *, sections: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Returns what a checkpoint stores of a configuration, with these of its sections (None: all) in today's layout.
+    """Returns what a checkpoint stores of a configuration: under today's names, these sections in today's layout.
 
-    A setting that it doesn't know has its default. Other keys stay as they are: they are not read as settings, so a
-    component that they name need not be there.
+    `sections` None are all. In them, a setting that the checkpoint doesn't know has its default. Other keys keep their
+    values: they are not read as settings, so a component that they name need not be there.
     """
-    fields = {
-        name: field for name, field in kind.model_fields.items() if name in content and name in (sections or content)
-    }
-    ours = {
-        name: content[name] for name, field in fields.items() if not nested(field)[0] or isinstance(content[name], dict)
-    }
-    today = kind(**renamed(ours, kind, [])).values()
-    return {name: today[name] if name in ours else value for name, value in content.items()}
+    known = {*kind.model_fields, *(name.split(".")[0] for name in _NAMES.get(kind, {}))}
+    ours = {name: content[name] for name in content if name in known and not _is_other(content[name], name, kind)}
+    today = renamed(ours, kind, [])
+    chosen = {name: today[name] for name in today if sections is None or name in sections}
+    whole = kind(**chosen).values()
+    others = {name: value for name, value in content.items() if name not in ours}
+    return {**others, **today, **{name: whole[name] for name in chosen}}
+
+
+def _is_other(value: Any, name: str, kind: type[Section]) -> bool:
+    """Returns whether a value that has the name of a section is none."""
+    return name in kind.model_fields and nested(kind.model_fields[name])[0] is not None and not isinstance(value, dict)

@@ -70,7 +70,7 @@ class ClassifierConfig(Section, at="model"):
 
 
 class FinetuneOptimizerConfig(Section, at="optimizer"):
-    """AdamW with a learning rate that falls from the head to the patches, its warm-up and cosine."""
+    """AdamW with a learning rate that falls from the head to the patches."""
 
     impl: form.AdamWCode = Field(
         "auto", description="Implementation; auto is PyTorch's fused kernel, fused_tail (CUDA) also updates the EMA."
@@ -87,8 +87,6 @@ class FinetuneOptimizerConfig(Section, at="optimizer"):
     betas: form.Betas = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: form.AtLeast0 = Field(1e-8, description="Added to the root of the second moment.")
     clip_norm: form.Positive | None = Field(None, description="Largest norm of the gradient; null clips nothing.")
-    epochs: form.Epochs = Field(50.0, gt=0, description="Length of the run.")
-    warmup_epochs: form.Epochs = Field(5.0, ge=0, description="Length of the warm-up from 0, step by step.")
     ema: float | None = Field(None, gt=0, lt=1, description="Momentum of averaged weights, which are then evaluated.")
 
     def _problems(self) -> Iterator[str]:
@@ -96,8 +94,6 @@ class FinetuneOptimizerConfig(Section, at="optimizer"):
             object.__setattr__(self, "base_lr", 1e-3)
         elif self.base_lr is not None and self.lr is not None:
             yield f"base_lr is {self.base_lr} and lr is {self.lr}; give one of them"
-        if self.warmup_epochs >= self.epochs:
-            yield f"warmup_epochs {self.warmup_epochs:g} leaves nothing of the {self.epochs:g} epochs; give fewer"
 
     def peak_lr(self, batch_size: int) -> float:
         """Returns the rate at the end of the warm-up, for `batch_size` images of all processes and micro-batches."""
@@ -111,6 +107,18 @@ class FinetuneOptimizerConfig(Section, at="optimizer"):
         return AdamWConfig(
             impl=self.impl, lr=self.peak_lr(batch_size), betas=self.betas, eps=self.eps, clip_norm=self.clip_norm
         )
+
+
+class FinetuneScheduleConfig(Section, at="schedule"):
+    """Length of the run and of its warm-up; a cosine follows, which ends with the run."""
+
+    epochs: form.Epochs = Field(50.0, gt=0, description="Length of the run.")
+    warmup_epochs: form.Epochs = Field(5.0, ge=0, description="Length of the warm-up from 0, step by step.")
+    stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step; the curve stays as it is.")
+
+    def _problems(self) -> Iterator[str]:
+        if self.warmup_epochs >= self.epochs:
+            yield f"warmup_epochs {self.warmup_epochs:g} leaves nothing of the {self.epochs:g} epochs; give fewer"
 
 
 def _notation(text: str) -> str:
@@ -149,8 +157,8 @@ class FinetuneAugmentConfig(CropConfig):
 class ClassifierEvaluationConfig(Section, at="evaluate"):
     """Accuracy on held-out images, over all processes, each image once."""
 
-    data: form.PathText | None = Field(
-        None, description="Tar pattern, folder of class folders, or CSV; null: no evaluation."
+    test: form.PathText | None = Field(
+        None, description="Labelled held-out images, as in data.train; null: no evaluation."
     )
     reader: Reader = Field("shards", description="How the images are stored, as in data.reader; not stream.")
     every_epochs: form.Epochs = Field(
@@ -178,11 +186,11 @@ class FinetuneConfig(RunConfig):
     folder: form.PathText = Field(
         "runs/finetune", description="Folder of logs, checkpoints, results and the configuration."
     )
-    stop_after: form.Steps | None = Field(None, ge=0, description="Stop at this step; the schedule stays as it is.")
     model: ClassifierConfig = ClassifierConfig()
     data: DataConfig = DataConfig(batch_size=1024)
     augment: FinetuneAugmentConfig = FinetuneAugmentConfig()
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    schedule: FinetuneScheduleConfig = FinetuneScheduleConfig()
     engine: EngineConfig = EngineConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -43,9 +43,9 @@ _FINETUNING = {
     **_MOVED, "data.crop_size": "model.encoder.image_size", "mask.patch_size": "model.encoder.patch_size",
     "data.drop_path": "model.drop_path", "data.mixup": "augment.mixup", "data.cutmix": "augment.cutmix",
     "data.reprob": "augment.random_erasing", "data.nb_classes": "model.num_classes",
-    "meta.model_name": "model.encoder.name", "optimization.epochs": "optimizer.epochs",
+    "meta.model_name": "model.encoder.name", "optimization.epochs": "schedule.epochs",
     "optimization.final_lr": "optimizer.min_lr", "optimization.label_smoothing": "augment.label_smoothing",
-    "optimization.lr": "optimizer.lr", "optimization.warmup": "optimizer.warmup_epochs",
+    "optimization.lr": "optimizer.lr", "optimization.warmup": "schedule.warmup_epochs",
     "optimization.weight_decay": "optimizer.weight_decay",
 }  # fmt: skip
 _REQUIRED = ("data.batch_size", "data.image_folder", "data.root_path", "meta.use_bfloat16")
@@ -194,7 +194,7 @@ def _pretraining(settings: Mapping[str, Any], ours: dict[str, Any], batch: int) 
 
 def _finetuning(settings: Mapping[str, Any], ours: dict[str, Any], root: str) -> Iterator[str]:
     """Adds what only a finetuning file says to `ours` and yields notes."""
-    ours["evaluate.reader"], ours["evaluate.data"] = "imagefolder", os.path.join(root, "val")
+    ours["evaluate.reader"], ours["evaluate.test"] = "imagefolder", os.path.join(root, "val")
     ours["optimizer.layer_decay"] = 1.0
     yield "optimizer.layer_decay is 1: the fork has none; 0.75 is the MAE recipe's for ViT-L and ViT-H"
     yield "optimization.lr is taken as it is, not scaled by the batch"

@@ -45,11 +45,8 @@ class SampleOrder:
             shards = counted(window_shards, "shard")
             raise DataError(f"batch {batch_size} and window of {shards}: give at least 1 of each")
         if self.num_samples < batch_size:
-            fitting = 1 << max(0, self.num_samples.bit_length() - 1)  # a power of two, which most runs can divide
-            raise DataError(
-                f"the set has {counted(self.num_samples, 'image')}, fewer than one batch of {batch_size}; set "
-                f"data.batch_size={fitting}, or give more images"
-            )
+            images = counted(self.num_samples, "image")
+            raise DataError(f"the set has {images}, fewer than one batch of {batch_size}; give fewer per batch")
         self._first_ids = np.cumsum(self.shard_sizes) - self.shard_sizes
         self._pass: _Pass | None = None
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()

@@ -69,7 +69,7 @@ class ClassifierCheck:
         self._reading: dict[str, Any] = {"exif": exif, "pixels": pixels, "workers": workers}
         self._options = {"batch_size": batch_size, "crop_fraction": crop_fraction, **self._reading}
         self._normalisation: dict[str, Any] = {"mean": mean, "std": std}
-        self.labels = check_labels(source, num_classes, "evaluate.data")
+        self.labels = check_labels(source, num_classes, "evaluate.test")
 
     def try_images(self) -> None:
         """Decodes all images once. Communicates.
@@ -78,7 +78,7 @@ class ClassifierCheck:
             DataError: some can't be used.
         """
         ids = np.arange(self._source.num_samples)
-        check_images(self._source, ids, "evaluate.data", world=self._world, **self._reading)
+        check_images(self._source, ids, "evaluate.test", world=self._world, **self._reading)
 
     def run(self, classify: Classify) -> Accuracy:
         """Returns the accuracy of `classify`. Synchronises and communicates, so all processes must call it."""

@@ -159,13 +159,13 @@ def lowshot_config(
         },
         "augment": {"random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0},
         "optimizer": {
-            "lr": 3e-5, "weight_decay": _DECAY if large else _DECAY_OF_SMALLER, "epochs": float(request.epochs),
-            "warmup_epochs": 0.1 * request.epochs,
+            "lr": 3e-5, "weight_decay": _DECAY if large else _DECAY_OF_SMALLER,
         },
+        "schedule": {"epochs": float(request.epochs), "warmup_epochs": 0.1 * request.epochs},
         "engine": {"checkpointing": "selective" if large else "none", "accumulation": accumulation},
         "logging": {"tensorboard": False},
         "evaluate": {
-            "data": data.test.path, "reader": data.test.reader, "every_epochs": float(request.epochs),
+            "test": data.test.path, "reader": data.test.reader, "every_epochs": float(request.epochs),
             "workers": request.workers,
         },
     }  # fmt: skip

@@ -188,7 +188,7 @@ def plan_finetuning(
     steps_per_epoch = images // batch_size
     if not steps_per_epoch:
         raise ConfigError(f"batch {batch_size} is larger than the {images} training images; lower data.batch_size")
-    steps, stop = int(config.optimizer.epochs * steps_per_epoch), config.stop_after
+    steps, stop = int(config.schedule.epochs * steps_per_epoch), config.schedule.stop_after
     tokens = _tokens(sizes, micro_batch)
     return Plan(
         config=config,

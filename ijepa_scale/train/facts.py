@@ -13,7 +13,7 @@ _OF_A_HOST = (  # no number of a run depends on these, which may fit each host; 
     "engine.device", "engine.start_timeout", "data.workers", "data.prefetch", "data.worker_restarts",
     "data.worker_timeout",
 )  # fmt: skip
-_OF_DATA = ("data.train", "evaluate.train", "evaluate.test", "evaluate.data", "health.data")  # compared when opened
+_OF_DATA = ("data.train", "evaluate.train", "evaluate.test", "health.data")  # compared when opened
 _READ_BYTES = 1 << 20  # of a file's beginning and of its end
 
 

@@ -42,7 +42,7 @@ from ijepa_scale.schedules import FinetuneSchedule
 from ijepa_scale.train.finetune_step import FinetuneStep
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.preflight import Preflight
-from ijepa_scale.train.setup import global_batch, normalised, open_training_source, pixels_of
+from ijepa_scale.train.setup import check_size, global_batch, normalised, open_training_source, pixels_of
 from ijepa_scale.train.task import Evaluation, Result, Task
 
 EXPORT = "model.safetensors"
@@ -56,7 +56,7 @@ _PRETRAINING = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneResult(Result):
-    """The result of a finetuning run. Accuracies are between 0 and 1, or None without `evaluate.data`."""
+    """The result of a finetuning run. Accuracies are between 0 and 1, or None without `evaluate.test`."""
 
     top1: float | None
     top5: float | None
@@ -95,21 +95,22 @@ class FinetuneTask(Task):
 
     kind = "finetune"
     config_kind = FinetuneConfig
-    identity_sections = ("seed", "model", "augment", "optimizer")
+    identity_sections = ("seed", "model", "augment", "optimizer", "schedule")
 
     def __init__(self, config: FinetuneConfig, world: World, *, starting: bool) -> None:
         """Builds the parts and prepares the engine. Communicates if the engine does."""
         self.config, self.world = config, world
         data, model = config.data, config.model
         self.batch_size = global_batch(config, world.size)
-        check_pairs(self.batch_size // (world.size * config.engine.accumulation), config.augment)
+        check_pairs(self.batch_size, world.size * config.engine.accumulation, config.augment)
         self.source = source = open_training_source(config, log=world.is_main)
         assert not isinstance(source, StreamSource), "FinetuneConfig refuses streams"
         self.config = config = normalised(config, source)
+        check_size(config, source, self.batch_size, world.size)
         labels = check_labels(source, model.num_classes, "data.train")
         self.order = SampleOrder(source.shard_sizes, self.batch_size, config.seed, data.window_shards)
         self.schedule: FinetuneSchedule = build_finetune_schedule(config, self.batch_size, self.order.steps_per_epoch)
-        stop, total = config.stop_after, self.schedule.total_steps
+        stop, total = config.schedule.stop_after, self.schedule.total_steps
         self.last_step = total if stop is None else min(stop, total)
         self._labels = hashlib.sha256(labels.tobytes()).hexdigest()[:16]
         self.classes = class_names(source, model.num_classes)
@@ -151,7 +152,9 @@ class FinetuneTask(Task):
     @override
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint must agree in: also the labels, which a class list may number differently."""
-        return {**super().identity(), "labels": self._labels}
+        found = super().identity()
+        del found["schedule"]["stop_after"]  # a run may go on after the step that it was stopped at
+        return {**found, "labels": self._labels}
 
     def _start(self, module: Classifier, init: str) -> LoadReport:
         """Loads the weights of `model.init`; what was loaded stands in preflight.txt and so in the log."""
@@ -163,14 +166,14 @@ class FinetuneTask(Task):
 
     def _build_check(self) -> ClassifierCheck | None:
         config, model = self.config.evaluate, self.config.model
-        if config.data is None:
+        if config.test is None:
             return None
         data, (mean, std) = self.config.data, self.config.augment.normalisation
         members = Members(data.image_member, data.label_member)
-        source = build_source(config.reader, config.data, members=members, verify=data.verify)
+        source = build_source(config.reader, config.test, members=members, verify=data.verify)
         check_whole(source)
         assert not isinstance(self.source, StreamSource)
-        compare_classes(("data.train", self.source), ("evaluate.data", source), log=self.world.is_main)
+        compare_classes(("data.train", self.source), ("evaluate.test", source), log=self.world.is_main)
         return ClassifierCheck(
             source,
             model.encoder.image_size,
@@ -279,8 +282,8 @@ def build_finetune_schedule(config: FinetuneConfig, batch_size: int, steps_per_e
     optimizer = config.optimizer
     return FinetuneSchedule(
         steps_per_epoch=steps_per_epoch,
-        epochs=optimizer.epochs,
-        warmup_epochs=optimizer.warmup_epochs,
+        epochs=config.schedule.epochs,
+        warmup_epochs=config.schedule.warmup_epochs,
         lr=optimizer.peak_lr(batch_size),
         min_lr=optimizer.min_lr,
         weight_decay=optimizer.weight_decay,

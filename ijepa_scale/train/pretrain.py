@@ -35,7 +35,7 @@ from ijepa_scale.schedules import Schedule
 from ijepa_scale.train.health import RunHealth, block_figures, describe
 from ijepa_scale.train.loop import run_task
 from ijepa_scale.train.picture import draw_first_batch
-from ijepa_scale.train.setup import global_batch, normalised, open_training_source, pixels_of
+from ijepa_scale.train.setup import check_size, global_batch, normalised, open_training_source, pixels_of
 from ijepa_scale.train.step import TrainStep
 from ijepa_scale.train.task import Evaluation, Result, Task
 
@@ -70,7 +70,7 @@ class PretrainResult(Result):
             *super().next_commands(),
             f"python launch/embed.py IMAGES --model {self.run} --to features.npy",
             f"python launch/finetune.py --config configs/finetune/base.yaml model.init={self.run} model.num_classes=N "
-            f"data.train=TRAIN evaluate.data=VAL data.batch_size=64{self.finetuning}",
+            f"data.train=TRAIN evaluate.test=VAL data.batch_size=64{self.finetuning}",
             f"python launch/export.py {self.run} --to encoder.safetensors",
         ]
 
@@ -104,6 +104,7 @@ class PretrainTask(Task):
         )  # first, since it may refuse the configuration
         self.source = open_training_source(config, log=world.is_main)
         self.config = config = normalised(config, self.source)
+        check_size(config, self.source, self.batch_size, world.size)
         self.order = training_order(
             config.data,
             self.source,

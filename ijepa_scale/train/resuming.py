@@ -89,6 +89,7 @@ def check_continues(checkpoint: store.Checkpoint, task: Task) -> None:
         )  # fmt: skip
     for name in STARTING:
         before["identity"].get("model", {}).pop(name, None)  # stored by version 0.1.0
+    before["identity"].get("schedule", {}).pop("stop_after", None)  # filled in by its default
     _check_identity(path, before["identity"], ours)
     for line in _changes(before["config"], _among(task.config.values(), before["config"])):
         logger.warning("setting changed since %s: %s", path.name, line)

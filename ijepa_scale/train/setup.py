@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from ijepa_scale.config import PretrainConfig
-from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.finetune_run import FinetuneAugmentConfig, FinetuneConfig
 from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.config.schema import EncoderConfig
 from ijepa_scale.data.first_images import check_first
@@ -25,7 +25,7 @@ from ijepa_scale.data.statistics import normalisation_of, statistics_path
 from ijepa_scale.engine.parallelize import choose_compile
 from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
-from ijepa_scale.errors import ConfigError
+from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.host_memory import host_bytes
 from ijepa_scale.planning.strategy import resolve_engine
 from ijepa_scale.plurals import counted
@@ -99,14 +99,54 @@ def global_batch(config: PretrainConfig | FinetuneConfig, processes: int) -> int
     """
     data, accumulation = config.data, config.engine.accumulation
     batch = data.batch_size or (data.batch_size_per_process or 0) * processes
-    unit = processes * accumulation
-    if batch % unit:
-        near = max(unit, batch // unit * unit)
+    if batch % (processes * accumulation):
+        unit = processes * accumulation * _together(config)
         raise ConfigError(
             f"batch {batch} is not divisible by {counted(processes, 'process')} x accumulation "
-            f"{accumulation}; try {near}"
+            f"{accumulation}; try data.batch_size={max(unit, batch // unit * unit)}"
         )
     return batch
+
+
+def check_size(
+    config: PretrainConfig | FinetuneConfig, source: SampleSource | StreamSource, batch: int, processes: int
+) -> None:
+    """Checks that the set has the images of one optimiser step of all processes.
+
+    Raises:
+        DataError: it is smaller; names settings with which a run can start.
+    """
+    if isinstance(source, StreamSource) or source.num_samples >= batch:
+        return
+    remedy = _fitting(config, source.num_samples, processes)
+    if remedy is None:
+        remedy = f"start 1 process with {_fitting(config, source.num_samples, 1)}"
+    else:
+        remedy = f"set {remedy}"
+    raise DataError(
+        f"the set has {counted(source.num_samples, 'image')}, fewer than one batch of {batch}; {remedy}, or give more "
+        "images"
+    )
+
+
+def _fitting(config: PretrainConfig | FinetuneConfig, images: int, processes: int) -> str | None:
+    """Returns settings for steps of at most so many images; None if there are fewer images than processes."""
+    accumulation, together = config.engine.accumulation, _together(config)
+    for unit, changes in (
+        (accumulation * together, ""),
+        (together, " engine.accumulation=1"),
+        (1, " engine.accumulation=1" * (accumulation > 1) + " augment.mixup=0 augment.cutmix=0"),
+    ):
+        most = images // (processes * unit)
+        if most:  # a power of two, which most runs can divide
+            return f"data.batch_size={processes * unit * (1 << (most.bit_length() - 1))}{changes}"
+    return None
+
+
+def _together(config: PretrainConfig | FinetuneConfig) -> int:
+    """Returns the number of images of a micro-batch that belong together: 2 where they are mixed in pairs."""
+    augment = config.augment
+    return 2 if isinstance(augment, FinetuneAugmentConfig) and (augment.mixup or augment.cutmix) else 1
 
 
 def check_host_memory(loader: TrainLoader, world: World) -> None:

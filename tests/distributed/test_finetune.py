@@ -30,11 +30,12 @@ model:
   drop_path: 0.2
 data: {{train: {data}, batch_size: {batch}, workers: 0}}
 augment: {{crop_scale: [0.3, 1.0]}}
-optimizer: {{epochs: {epochs}, warmup_epochs: 1, lr: 1e-3, layer_decay: 0.7, ema: 0.9}}
+schedule: {{epochs: {epochs}, warmup_epochs: 1}}
+optimizer: {{lr: 1e-3, layer_decay: 0.7, ema: 0.9}}
 engine: {{device: cpu, precision: fp32, strategy: auto}}
 logging: {{every: 1, tensorboard: false, progress: none}}
 checkpoint: {{every: 3}}
-evaluate: {{data: {data}, every_epochs: 1, batch_size: 8, workers: 0}}
+evaluate: {{test: {data}, every_epochs: 1, batch_size: 8, workers: 0}}
 """
 LAUNCH = ROOT / "launch" / "finetune.py"
 ZERO2 = ("engine.strategy=deepspeed", f"engine.ds_config={ROOT}/ds_configs/zero2.json")
@@ -58,7 +59,7 @@ def write_config(path: Path, data: Path, batch: int = 8, epochs: int = 3) -> Pat
 def train(world: World, path: str, engine: dict[str, Any], steps: int, state: bool = True) -> dict[str, Any]:
     """Returns the losses of some steps, and the full state after them or only the shapes of its tensors."""
     config = load_config(path, kind=FinetuneConfig)
-    config = config.replace(engine=config.engine.replace(**engine), stop_after=steps)
+    config = config.replace(engine=config.engine.replace(**engine), schedule=config.schedule.replace(stop_after=steps))
     task = FinetuneTask(config, world, starting=True)
     found = [float(world.mean(task.step(batch).loss.clone())) for batch in task.loader(0)]
     assert len(found) == steps

@@ -28,7 +28,7 @@ MODEL = ClassifierConfig(
     num_classes=4,
     drop_path=0.4,
 )
-OPTIMIZER = FinetuneOptimizerConfig(lr=2e-3, layer_decay=0.5, epochs=10, warmup_epochs=0.5)
+OPTIMIZER = FinetuneOptimizerConfig(lr=2e-3, layer_decay=0.5)
 SCHEDULE = FinetuneSchedule(
     steps_per_epoch=4, epochs=10, warmup_epochs=0.5, lr=2e-3, min_lr=1e-6, weight_decay=OPTIMIZER.weight_decay
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -73,6 +74,23 @@ def test_mistakes_are_one_line_and_code_2(call, arguments: list[str], message: s
     code, _, problems = call(*arguments)
     assert (code, problems) == (0, "") if message is None else (code == 2 and problems.startswith(f"error: {message}"))
     assert problems.count("\n") <= 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_a_sentence_with_three_examples_and_the_reference(name: str) -> None:
+    """A paragraph with what else is to be known may stand after the sentence."""
+    text = ast.get_docstring(ast.parse((ROOT / "launch" / f"{name}.py").read_text())) or ""
+    sentence, *_, examples, reference = text.split("\n\n")
+    assert re.fullmatch(r"[A-Z][^.\n]+\.", sentence)
+    assert len(examples.splitlines()) >= 3 and all(f"launch/{name}.py " in f"{line} " for line in examples.splitlines())
+    found = re.fullmatch(
+        r"Reference: docs/([a-z-]+\.md)(?:#([a-z-]+))?(, and --help-config for the settings)?", reference
+    )
+    assert found, reference
+    page = (ROOT / "docs" / found[1]).read_text()
+    assert any(said in page for said in (f"launch/{name}.py", f"ijepa {name}", f"make {name}"))
+    headings = [re.sub(r"[^\w]+", "-", line.lower()) for line in re.findall(r"^#+ (.*)$", page, flags=re.MULTILINE)]
+    assert found[2] is None or found[2] in headings
 
 
 def test_a_script_is_a_command_by_being_there(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def arguments(name: str, made: Path, place: Path) -> list[object]:
         "pretrain": ["--config", made / "run.yaml", *training],
         "finetune": [
             "--config", ROOT / "configs" / "finetune" / "base.yaml", f"model.init={run}", "model.num_classes=2",
-            f"data.train={data}", f"evaluate.data={data}", "data.batch_size=8", "engine.strategy=plain", *training,
+            f"data.train={data}", f"evaluate.test={data}", "data.batch_size=8", "engine.strategy=plain", *training,
         ],
         "evaluate": [run, "--data", data, data, "--protocol", "knn", "--to", place / "ev", "--workers", 0],
         "export safetensors": [run, "--to", place / "a.safetensors"],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ijepa_scale.data.formats import image_suffixes, is_image
+from ijepa_scale.data.formats import image_suffixes, is_data_image, is_image
 from ijepa_scale.data.sources.labels import MAX_LABEL, NO_LABEL, differ_in_case, plain, same_to_readers, whole_number
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
@@ -187,7 +187,19 @@ def _text_rows(path: Path) -> list[_Row]:
                 f"list {path}, line {number}: {line!r} has something after the path; write a CSV with path,label for "
                 "images with labels, else paths only"
             )
+    if not any(is_image(line) or is_data_image(line) for line, _, _ in rows) and not _is_there(path.parent, rows[0][0]):
+        raise DataError(
+            f"{path} is a text file, not a list of images: none of its {counted(len(rows), 'line')} names one that is "
+            f"read (the first is {rows[0][0][:60]!r}); give a text file with one path per line, or a .csv"
+        )
     return rows
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    try:
+        return os.path.lexists(folder / name)
+    except (OSError, ValueError):
+        return False
 
 
 def numbered(labels: list[tuple[str, int]], path: Path, unit: str = "line") -> tuple[list[str] | None, list[int]]:

@@ -27,6 +27,7 @@ from ijepa_scale.data.sources.listing import (
     refuse_nested,
     root_of,
 )
+from ijepa_scale.data.sources.mistaken import mistaken
 from ijepa_scale.data.sources.read_file import read_image_file
 from ijepa_scale.data.sources.scan import Problems
 from ijepa_scale.data.sources.tar_index import Names
@@ -53,7 +54,7 @@ class ImageFolderSource:
         self.chosen_split: str | None = None
         self.root = root_of(root)
         if not os.path.isdir(self.root):
-            raise DataError(
+            raise mistaken(self.root, "imagefolder") or DataError(
                 f"folder {self.root} doesn't exist or can't be reached; give the folder with CLASS/*.jpg in it, its "
                 "parent, or a folder of images without classes"
             )

@@ -31,7 +31,10 @@ def reader_of(data: str) -> str:
     if asked_for(data) is not None:
         return "imagefolder"
     if os.path.isdir(data):
-        names = os.listdir(data)
+        try:
+            names = os.listdir(data)
+        except OSError as error:
+            raise DataError(f"folder {data} can't be listed ({error.strerror}); fix its permissions") from None
         images, tars = (sum(kind(name) and junk(name) is None for name in names) for kind in (is_image, is_tar))
         if images and tars:
             raise DataError(

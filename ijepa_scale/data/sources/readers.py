@@ -10,6 +10,7 @@ from ijepa_scale.config.data import DataConfig
 from ijepa_scale.data.sources.fetch import Retry, scheme_of
 from ijepa_scale.data.sources.file_list import ListSource
 from ijepa_scale.data.sources.folder import ImageFolderSource
+from ijepa_scale.data.sources.mistaken import mistaken
 from ijepa_scale.data.sources.remote import RemoteShardSource, open_cache
 from ijepa_scale.data.sources.scan import Members
 from ijepa_scale.data.sources.stream import StreamSource
@@ -65,8 +66,10 @@ def read_list(data: DataConfig, image_size: tuple[int, int]) -> ListSource:
     """Returns the images that a CSV or text file lists.
 
     Raises:
-        DataError: `data.train` is missing, or the list has mistakes.
+        DataError: `data.train` is missing or no list, or the list has mistakes.
     """
+    if (error := mistaken(_named(data), "list")) is not None:
+        raise error
     return ListSource(_named(data))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from ijepa_scale.data.formats import image_suffixes, is_data_image, is_other_image, junk_in, suffix_of
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL, parse_label
+from ijepa_scale.data.sources.mistaken import TAR, UNKNOWN, what_is
 from ijepa_scale.errors import DataError
 from ijepa_scale.escapes import one_line
 
@@ -254,7 +255,9 @@ def scan_tar(path: Path, members: Members | None = None) -> Scan:
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"shard {path} isn't a readable tar ({error}); copy or write it again, uncompressed") from None
+        kind = what_is(path)
+        why = f"{error}" if kind in (None, TAR, UNKNOWN) else f"it is {kind}"
+        raise DataError(f"shard {path} isn't a readable tar ({why}); copy or write it again, uncompressed") from None
     if broken is not None:
         samples.pop(walk.last, None)
         problems.add(

@@ -28,6 +28,7 @@ from ijepa_scale.data.formats import is_data_image, junk_in
 from ijepa_scale.data.order import part_size
 from ijepa_scale.data.sources.fetch import Retry, check_address, open_remote, scheme_of
 from ijepa_scale.data.sources.labels import NO_LABEL, parse_label
+from ijepa_scale.data.sources.mistaken import TAR, mistaken, what_is
 from ijepa_scale.data.sources.scan import (
     MAX_LABEL_BYTES,
     MAX_MEMBER_BYTES,
@@ -41,6 +42,7 @@ from ijepa_scale.plurals import counted
 
 _PIPE = "pipe:"
 _BLOCK = 512  # bytes in a tar header
+_LOOKED_AT = 16  # local shards of which one must be a tar, or what is named isn't shards
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,10 @@ class StreamSource:
         self._members = members or Members()
         self.urls = _expand(pattern, allow_pipe)
         local = scheme_of(pattern) is None and not pattern.startswith(_PIPE)
+        if local and not any(what_is(url) == TAR for url in self.urls[:_LOOKED_AT]):
+            raise mistaken(self.urls[0], "shards") or DataError(
+                f"shard {self.urls[0]} can't be read; check the path and its permissions"
+            )
         self._expected = expected_shards([Path(url) for url in self.urls], pattern) if local else Expected()
         self._shuffle, self._retry = shuffle, retry or Retry()
         names = "\n".join(url.rpartition("/")[2] for url in self.urls)

@@ -27,6 +27,7 @@ import numpy as np
 from ijepa_scale.data.formats import junk
 from ijepa_scale.data.sources.index_arrays import read_arrays
 from ijepa_scale.data.sources.labels import NO_LABEL, TEXT_LABEL
+from ijepa_scale.data.sources.mistaken import mistaken
 from ijepa_scale.data.sources.scan import MAX_MEMBER_BYTES, Members, Problems, scan_tar
 from ijepa_scale.errors import DataError
 
@@ -155,7 +156,8 @@ def expand(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
     Of a folder, takes the files with this suffix.
 
     Raises:
-        DataError: nothing matches, a file that braces name is missing, or the pattern isn't a local path.
+        DataError: nothing matches, a file that braces name is missing, the only file is no tar, or the pattern isn't a
+            local path.
     """
     text = str(pattern)
     if _REMOTE.match(text):
@@ -164,6 +166,9 @@ def expand(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
         )
     if os.path.isdir(text):
         return _tars_in(Path(text)) if suffix == ".tar" else _files_in(Path(text), suffix)
+    alone = suffix == ".tar" and not is_tar(text) and os.path.lexists(text)
+    if alone and (error := mistaken(text, "shards")) is not None:
+        raise error
     paths: set[Path] = set()
     for name in braces(text):
         matches = [name] if os.path.isfile(name) else glob.glob(name)

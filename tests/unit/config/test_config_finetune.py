@@ -64,13 +64,13 @@ def test_recipes_hold_the_published_numbers(name, expected):
     config = load(name)
     optimizer = config.optimizer
     found = {
-        "epochs": optimizer.epochs,
+        "epochs": config.schedule.epochs,
         "peak": optimizer.peak_lr(config.data.batch_size or 0),
         "decay": optimizer.layer_decay,
         "drop": config.model.drop_path,
     }
     assert found == pytest.approx(expected)
-    assert optimizer.min_lr == 1e-6 and optimizer.warmup_epochs == 5 and config.augment.label_smoothing == 0.1
+    assert optimizer.min_lr == 1e-6 and config.schedule.warmup_epochs == 5 and config.augment.label_smoothing == 0.1
     low_shot = name.startswith("lowshot")
     mixing = (config.augment.mixup, config.augment.cutmix, config.augment.random_erasing)
     assert mixing == ((0.0, 0.0, 0.0) if low_shot else (0.8, 1.0, 0.0 if "448" in name else 0.25))
@@ -104,7 +104,7 @@ def test_centre_crops(size, fraction):
         ("evaluate.every_epochs=0", "evaluate.every_epochs is 0; give a number above 0"),
         ("evaluate.crop_fraction=1.5", "evaluate.crop_fraction is 1.5; give a number above 0 and at most 1, or null"),
         ("seed=-1", "seed is -1; give at least 0"),
-        ("stop_after=-1", "stop_after is -1; give at least 0, or null"),
+        ("stop_after=-1", "schedule.stop_after is -1; give at least 0, or null"),
         ("data.reader=stream", "data.reader is stream; finetuning counts epochs and labels"),
         ("engine.target_precision=fp8", "engine.target_precision is fp8; finetuning has no target: set it to null"),
         ("model.drop_pat=0.1", "model.drop_pat: unknown; did you mean model.drop_path?"),
@@ -163,13 +163,14 @@ def test_the_forks_file_is_translated(tmp_path):
     assert (config.model.drop_path, config.model.num_classes) == (0.25, 1000)
     assert config.model.init == "logs/h14/IN1K-vit.h.14-300e.pth.tar" and config.model.weights == "target"
     assert (config.data.batch_size, config.data.batch_size_per_process) == (None, 16)
-    assert (config.data.train, config.evaluate.data) == ("/data/imagenet/train", "/data/imagenet/val")
+    assert (config.data.train, config.evaluate.test) == ("/data/imagenet/train", "/data/imagenet/val")
     assert config.data.reader == config.evaluate.reader == "imagefolder"
     augment = config.augment
     assert (augment.mixup, augment.cutmix, augment.random_erasing, augment.flip) == (0.8, 1.0, 0.25, 0.5)
     optimizer = config.optimizer.values()
-    expected = {"lr": 1e-3, "base_lr": None, "min_lr": 1e-6, "epochs": 50, "warmup_epochs": 5, "layer_decay": 1.0}
+    expected = {"lr": 1e-3, "base_lr": None, "min_lr": 1e-6, "layer_decay": 1.0}
     assert {name: optimizer[name] for name in expected} == expected
+    assert (config.schedule.epochs, config.schedule.warmup_epochs) == (50, 5)
     text = "\n".join(loaded.notes)
     assert "128 over 8 processes" in text and "optimizer.layer_decay is 1" in text
     assert augment.crop_scale == (0.08, 1.0)

@@ -23,7 +23,7 @@ PATHS = [
     "folder", "resume", "data.train", "data.cache", "engine.ds_config", "engine.compile_cache", "evaluate.train",
     "evaluate.test",
 ]  # fmt: skip
-FINETUNING_PATHS = ["folder", "resume", "data.train", "data.cache", "model.init", "evaluate.data", "engine.ds_config"]
+FINETUNING_PATHS = ["folder", "resume", "data.train", "data.cache", "model.init", "evaluate.test", "engine.ds_config"]
 
 
 @pytest.mark.parametrize(

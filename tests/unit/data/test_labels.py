@@ -314,23 +314,23 @@ def named(folder, *labels, classes=None):
 def test_names_of_an_evaluation_set_are_numbered_by_the_training_list(tmp_path, caplog):
     train = named(tmp_path / "t", "a", "b", classes=["a", "b"])
     test = named(tmp_path / "v", "b", "a", "b")
-    compare_classes(("data.train", train), ("evaluate.data", test))
+    compare_classes(("data.train", train), ("evaluate.test", test))
     assert test.labels().tolist() == [1, 0, 1] and not caplog.text
     test = named(tmp_path / "w", "b", "c")
     with pytest.raises(DataError, match="has the label 'c', which the class list of data.train doesn't name"):
-        compare_classes(("data.train", train), ("evaluate.data", test))
+        compare_classes(("data.train", train), ("evaluate.test", test))
 
 
 def test_names_on_one_side_only_are_compared_by_number(tmp_path, caplog):
     names, numbers = named(tmp_path / "t", "0", "1", classes=["a", "b"]), named(tmp_path / "v", "1", "0")
-    for train, other, unnamed in ((names, numbers, "evaluate.data"), (numbers, names, "data.train")):
+    for train, other, unnamed in ((names, numbers, "evaluate.test"), (numbers, names, "data.train")):
         caplog.clear()
-        compare_classes(("data.train", train), ("evaluate.data", other))
+        compare_classes(("data.train", train), ("evaluate.test", other))
         assert f"names its 2 classes, {unnamed} doesn't, so labels are compared by number only" in caplog.text
         assert "check that label 0 is 'a' in both" in caplog.text
     caplog.clear()
-    compare_classes(("data.train", names), ("evaluate.data", numbers), log=False)
-    compare_classes(("data.train", numbers), ("evaluate.data", numbers))
+    compare_classes(("data.train", names), ("evaluate.test", numbers), log=False)
+    compare_classes(("data.train", numbers), ("evaluate.test", numbers))
     assert not caplog.text
 
 
@@ -339,11 +339,11 @@ def test_folders_called_by_numbers_are_not_the_numbers(tmp_path, numbers_train):
     """Sorted as text, folder 10 is label 2."""
     numbers = named(tmp_path / "t", *map(str, range(11)))
     folders = named(tmp_path / "v", "0", classes=sorted(map(str, range(11))))
-    pair = (("data.train", numbers), ("evaluate.data", folders))
+    pair = (("data.train", numbers), ("evaluate.test", folders))
     with pytest.raises(DataError, match="by numbers in another order .label 2 is class '10'., as sorted folders"):
         compare_classes(*(pair if numbers_train else pair[::-1]))
     padded = named(tmp_path / "w", "0", classes=sorted(f"{number:02d}" for number in range(11)))
-    compare_classes(pair[0], ("evaluate.data", padded))
+    compare_classes(pair[0], ("evaluate.test", padded))
 
 
 @pytest.mark.parametrize(
@@ -372,13 +372,13 @@ def test_a_column_that_comes_twice_is_refused(tmp_path):
 
 def test_labels_that_training_lacks_are_named(tmp_path, caplog):
     train, test = named(tmp_path / "t", "0", "1"), named(tmp_path / "v", "1", "2", "4", "5", "6")
-    compare_classes(("data.train", train), ("evaluate.data", test))
-    assert "evaluate.data has 4 labels that no image of data.train has (2, 4, 5, ...)" in caplog.text
+    compare_classes(("data.train", train), ("evaluate.test", test))
+    assert "evaluate.test has 4 labels that no image of data.train has (2, 4, 5, ...)" in caplog.text
 
 
 def test_different_names_are_refused(tmp_path):
     train = named(tmp_path / "t", "0", "1", classes=["a", "b"])
     for classes, reason in ((["b", "a"], "in another order"), (["a", "c"], "only one has b, c")):
         test = named(tmp_path / reason, "0", "1", classes=classes)
-        with pytest.raises(DataError, match=rf"train and evaluate.data have different classes \({reason}\)"):
-            compare_classes(("data.train", train), ("evaluate.data", test))
+        with pytest.raises(DataError, match=rf"train and evaluate.test have different classes \({reason}\)"):
+            compare_classes(("data.train", train), ("evaluate.test", test))

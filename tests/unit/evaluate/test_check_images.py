@@ -40,9 +40,9 @@ def test_all_processes_raise_the_same_error(tmp_path, size):
     for rank in range(size):
         world = SimpleNamespace(rank=rank, size=size, gather_objects=lambda mine: parts if mine in parts else None)
         with pytest.raises(
-            DataError, match="evaluate.data: 7 of 37 images can't be used, and .*; and 2 more"
+            DataError, match="evaluate.test: 7 of 37 images can't be used, and .*; and 2 more"
         ) as caught:
-            check_images(source, ids, "evaluate.data", world=world)
+            check_images(source, ids, "evaluate.test", world=world)
         texts.add(str(caught.value))
     assert len(texts) == 1
     good = np.flatnonzero([".JPEG" in source.name(n) for n in ids])

@@ -146,9 +146,9 @@ def test_settings_that_do_not_fit_end_a_run_before_it_starts(small, tmp_path):
 def test_finetuning_on_13_bands_and_predicting(small, tmp_path, capsys):
     pretrained = config(tmp_path, PRETRAIN, *settings(small, 13, tmp_path / "pre", "schedule.epochs=2"))
     pretrain(pretrained, WORLD)
-    more = (f"evaluate.data={small / 'test'}", f"folder={tmp_path / 'fine'}", f"model.init={tmp_path / 'pre'}")
+    more = (f"evaluate.test={small / 'test'}", f"folder={tmp_path / 'fine'}", f"model.init={tmp_path / 'pre'}")
     run = config(
-        tmp_path, FINETUNE, f"data.train={small / 'train'}", "model.encoder.channels=13", *more, "optimizer.epochs=12",
+        tmp_path, FINETUNE, f"data.train={small / 'train'}", "model.encoder.channels=13", *more, "schedule.epochs=12",
         kind=FinetuneConfig,
     )  # fmt: skip
     found = finetune(run, WORLD)

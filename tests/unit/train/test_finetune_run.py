@@ -16,9 +16,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from ijepa_scale.checkpoint import store
+from ijepa_scale.checkpoint.manifest import amend, read_manifest
 from ijepa_scale.checkpoint.sources import read_weights
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.config.finetune_run import FinetuneConfig
+from ijepa_scale.config.yaml_text import parse_yaml, plain, write_yaml
 from ijepa_scale.data.shards.write import Sample, write_shards
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import CheckpointError, ConfigError, DataError, UserError
@@ -28,6 +30,7 @@ from ijepa_scale.train.finetune import FinetuneTask, finetune
 from ijepa_scale.train.preflight import Preflight
 from ijepa_scale.train.pretrain import pretrain
 from launch import export, predict
+from tests.unit.config.test_config_earlier import in_earlier_names
 
 ROOT = Path(__file__).parents[3]
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -40,10 +43,11 @@ model:
   drop_path: 0.1
 data: {{train: {data}, batch_size: 6, workers: 0}}
 augment: {{crop_scale: [0.5, 1.0], rand_augment: null, random_erasing: 0.0}}
-optimizer: {{epochs: 10, warmup_epochs: 1, lr: 3e-3, layer_decay: 0.9}}
+optimizer: {{lr: 3e-3, layer_decay: 0.9}}
+schedule: {{epochs: 10, warmup_epochs: 1}}
 engine: {{device: cpu, precision: fp32, strategy: plain, accumulation: {accumulation}}}
 logging: {{every: 5, tensorboard: false, progress: none}}
-evaluate: {{data: {data}, every_epochs: 5, batch_size: 7, workers: 0}}
+evaluate: {{test: {data}, every_epochs: 5, batch_size: 7, workers: 0}}
 """
 
 
@@ -69,6 +73,7 @@ def data(tmp_path_factory):
 
 
 def configure(tmp_path, data, *overrides: str, accumulation: int = 1) -> FinetuneConfig:
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG.format(folder=tmp_path / "run", data=data, accumulation=accumulation))
     return load_config(path, overrides, kind=FinetuneConfig)
@@ -144,8 +149,36 @@ def test_a_finished_run_takes_no_more_steps(finished, data):
     assert (again.steps, again.top1, again.checkpoint) == (60, 1.0, before.checkpoint) and again.loss is None
 
 
+def test_a_run_of_earlier_names_goes_on_and_is_read(data, tmp_path, caplog):
+    """Its config.yaml, its checkpoints and the user's file have the names of before `schedule` and `evaluate.test`."""
+    few = ("schedule.epochs=2", "evaluate.every_epochs=1", "checkpoint.every=2")
+    straight = finetune(configure(tmp_path / "straight", data, *few), ALONE)
+    stopped = configure(tmp_path / "run", data, *few, "schedule.stop_after=6")
+    finetune(stopped, ALONE)
+    folder = Path(stopped.folder)
+    for checkpoint in folder.glob("*/step-*"):
+        extra = read_manifest(checkpoint).extra
+        identity = extra["identity"]
+        identity["optimizer"] |= identity.pop("schedule")
+        amend(checkpoint, {**extra, "config": in_earlier_names(extra["config"])})
+    saved = folder / "config.yaml"
+    saved.write_text(write_yaml(in_earlier_names(plain(parse_yaml(saved.read_text(), "config.yaml")))))
+    assert ImageClassifier(folder).classes == list(COLORS)
+    more = load_config(saved, ["stop_after=null", "resume=auto"], kind=FinetuneConfig)
+    assert more == stopped.replace(schedule=stopped.schedule.replace(stop_after=None))
+    result = finetune(more, ALONE)
+    changes = [text for text in caplog.messages if text.startswith("setting changed since")]
+    assert changes == ["setting changed since step-00000006: schedule.stop_after was 6, is None"]
+    assert (result.steps, result.loss, result.top1) == (straight.steps, straight.loss, straight.top1)
+    for name, tensor in read_weights(straight.checkpoint).tensors.items():
+        assert torch.equal(read_weights(result.checkpoint).tensors[name], tensor)
+    longer = load_config(saved, ["optimizer.epochs=3", "stop_after=null"], kind=FinetuneConfig)
+    with pytest.raises(CheckpointError, match="schedule.epochs was 2.0, is 3.0"):
+        finetune(longer, ALONE)
+
+
 def test_the_best_state_of_an_earlier_run_is_not_mistaken_for_this_runs(data, tmp_path):
-    few = ("optimizer.epochs=2", "evaluate.every_epochs=0.17", "data.batch_size=12")
+    few = ("schedule.epochs=2", "evaluate.every_epochs=0.17", "data.batch_size=12")
     finetune(configure(tmp_path, data, *few), ALONE)
     folder = tmp_path / "run"
     (left,) = (folder / "best").iterdir()
@@ -236,15 +269,15 @@ def test_a_bad_evaluation_image_is_refused_before_the_training(data, tmp_path):
     for number, name in enumerate(COLORS):
         (tmp_path / "val" / name).mkdir(parents=True)
         (tmp_path / "val" / name / "1.png").write_bytes(picture(COLORS[name], number)[: 200 if number < 2 else None])
-    overrides = (f"evaluate.data={tmp_path / 'val'}", "evaluate.reader=imagefolder")
-    with pytest.raises(DataError, match="evaluate.data: 2 of 3 images can't be used, .*blue/1.png .*; .*green/1.png"):
+    overrides = (f"evaluate.test={tmp_path / 'val'}", "evaluate.reader=imagefolder")
+    with pytest.raises(DataError, match="evaluate.test: 2 of 3 images can't be used, .*blue/1.png .*; .*green/1.png"):
         finetune(configure(tmp_path, data, *overrides), ALONE)
     assert not (tmp_path / "run").exists()
 
 
 def test_weights_come_from_a_finished_run(finished, data, tmp_path):
     folder, _ = finished
-    config = configure(tmp_path, data, f"model.init={folder}", "model.keep_head=true", "stop_after=1")
+    config = configure(tmp_path, data, f"model.init={folder}", "model.keep_head=true", "schedule.stop_after=1")
     finetune(config, ALONE)
     text = (tmp_path / "run" / "preflight.txt").read_text()
     assert "100.0% of the model's weights" in text and "loaded its only encoder" in text
@@ -256,7 +289,7 @@ def test_weights_come_from_a_finished_run(finished, data, tmp_path):
 def test_a_kept_head_must_match_the_classes_of_the_data(finished, data, tmp_path, source):
     shuffled = [Sample(f"{number}", picture((0, 0, 0), number), number) for number in range(3)]
     write_shards(shuffled, tmp_path / "other", classes=["blue", "red", "green"])
-    changes = ("evaluate.data=null", "data.batch_size=2", f"model.init={finished[0]}{source}", "stop_after=1")
+    changes = ("evaluate.test=null", "data.batch_size=2", f"model.init={finished[0]}{source}", "schedule.stop_after=1")
     text = "its head's class 1 is green, the data's red .2 of 3 differ.; give data with the head's classes"
     with pytest.raises(CheckpointError, match=text):
         finetune(configure(tmp_path, tmp_path / "other", *changes, "model.keep_head=true"), ALONE)
@@ -293,9 +326,9 @@ def test_the_preflight_counts_frozen_and_averaged_weights(data, tmp_path):
             "batch 5 is not divisible by 1 process x accumul",
         ),
         (("data.batch_size=100",), DataError, "fewer than one batch of 100"),
-        (("stop_after=0",), ConfigError, "the run has 0 steps; give more epochs or a larger stop_after"),
+        (("schedule.stop_after=0",), ConfigError, "the run has 0 steps; give more epochs or a larger stop_after"),
         (("model.init={run}/nothing",), CheckpointError, "nothing doesn't exist; give a run folder"),
-        (("evaluate.data={other}",), DataError, "have different classes .only one has black, blue"),
+        (("evaluate.test={other}",), DataError, "have different classes .only one has black, blue"),
     ],
 )
 def test_bad_settings_are_refused(finished, data, tmp_path, overrides, kind, text):
@@ -308,7 +341,7 @@ def test_bad_settings_are_refused(finished, data, tmp_path, overrides, kind, tex
 
 
 def test_mixing_pairs_refuses_an_odd_micro_batch(data, tmp_path):
-    with pytest.raises(UserError, match="a micro-batch has 3 images, but mixup and cutmix mix pairs; give an even"):
+    with pytest.raises(UserError, match="has 3 images, but mixup and cutmix mix pairs; try data.batch_size=6,"):
         finetune(configure(tmp_path, data, "data.batch_size=9", "engine.accumulation=3"), ALONE)
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneOptimizerConfig
+from ijepa_scale.config.finetune_run import ClassifierConfig, FinetuneOptimizerConfig, FinetuneScheduleConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.schedules import FinetuneSchedule, Hyper
 
@@ -60,8 +60,11 @@ OPTIMIZER = {
     "betas is (0.9, 1.0); give 2 numbers, each from 0 to below 1": {"betas": (0.9, 1.0)},
     "betas is 3; give 2 numbers": {"betas": 3},
     "clip_norm is 0; give a number above 0, or null": {"clip_norm": 0},
+}
+SCHEDULES = {
     "epochs is 0; give a number above 0": {"epochs": 0},
     "warmup_epochs 50 leaves nothing of the 50 epochs; give fewer": {"warmup_epochs": 50},
+    "stop_after is -1; give at least 0, or null": {"stop_after": -1},
 }
 CLASSIFIER = {
     "num_classes is 0; give at least 1": {"num_classes": 0},
@@ -83,6 +86,13 @@ def test_optimizer_refuses(text: str) -> None:
     with pytest.raises(ConfigError) as error:
         FinetuneOptimizerConfig(**OPTIMIZER[text])
     assert f"optimizer.{text}" in str(error.value)
+
+
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_schedule_refuses(text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        FinetuneScheduleConfig(**SCHEDULES[text])
+    assert f"schedule.{text}" in str(error.value)
 
 
 @pytest.mark.parametrize("text", CLASSIFIER)

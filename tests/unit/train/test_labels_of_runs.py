@@ -33,7 +33,8 @@ model:
   num_classes: 3
 data: {{batch_size: 6, workers: 0}}
 augment: {{crop_scale: [0.5, 1.0], rand_augment: null, random_erasing: 0.0, mixup: 0.0, cutmix: 0.0}}
-optimizer: {{epochs: 2, warmup_epochs: 0, lr: 1e-3}}
+optimizer: {{lr: 1e-3}}
+schedule: {{epochs: 2, warmup_epochs: 0}}
 {ENGINE}
 logging: {{every: 5, tensorboard: false, progress: none}}
 evaluate: {{batch_size: 7, workers: 0}}
@@ -74,7 +75,7 @@ def configured(tmp_path, kind, *overrides):
 
 def test_names_are_pretrained_on_and_numbered_for_finetuning(tmp_path, caplog):
     train, test = write(tmp_path / "train", list(COLORS)), write(tmp_path / "test", ['"blue"', " green ", "red"])
-    on = (f"data.train={train}", f"evaluate.data={test}")
+    on = (f"data.train={train}", f"evaluate.test={test}")
     pretrain(configured(tmp_path, PretrainConfig, on[0], f"folder={tmp_path / 'pre'}"), ALONE)
     with pytest.raises(DataError, match="has the label 'blue', but there is no .*train/classes.json that"):
         finetune(configured(tmp_path, FinetuneConfig, *on), ALONE)
@@ -86,7 +87,7 @@ def test_names_are_pretrained_on_and_numbered_for_finetuning(tmp_path, caplog):
     assert results["images"] == 12
     (train / "classes.json").write_text('["red", "green", "blue"]')
     with pytest.raises(CheckpointError, match="labels was [0-9a-f]{16}, is [0-9a-f]{16}"):
-        finetune(configured(tmp_path, FinetuneConfig, *on, "optimizer.epochs=3", "optimizer.warmup_epochs=0"), ALONE)
+        finetune(configured(tmp_path, FinetuneConfig, *on, "schedule.epochs=3", "schedule.warmup_epochs=0"), ALONE)
 
 
 def test_a_run_is_continued_with_the_same_pixels_only(tmp_path, caplog):
@@ -156,5 +157,5 @@ def test_evaluation_sets_are_compared_as_training_sets_are(tmp_path, monkeypatch
     healthy = (f"health.data={sets[3]}", "health.every=4", "health.images=8", "health.reader=shards")
     pretrain(configured(tmp_path, PretrainConfig, *settings, *measured, *healthy), ALONE)
     assert len(made) == (4 if verify == "first_open" else 0)
-    finetune(configured(tmp_path, FinetuneConfig, *settings, f"evaluate.data={sets[1]}", f"folder={tmp_path}/f"), ALONE)
+    finetune(configured(tmp_path, FinetuneConfig, *settings, f"evaluate.test={sets[1]}", f"folder={tmp_path}/f"), ALONE)
     assert len(made) == (6 if verify == "first_open" else 0)

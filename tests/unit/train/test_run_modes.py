@@ -33,7 +33,7 @@ def test_runs_exports_and_reports_have_the_users_umask(mask: int, tmp_path: Path
         data = finetuning.write_colors(tmp_path / "shards")
         result = pretrain(pretraining.configure(tmp_path, data, "logging.tensorboard=true"), pretraining.ALONE)
         (tmp_path / "fine").mkdir()
-        finetune(finetuning.configure(tmp_path / "fine", data, "optimizer.epochs=1", "optimizer.warmup_epochs=0"),
+        finetune(finetuning.configure(tmp_path / "fine", data, "schedule.epochs=1", "schedule.warmup_epochs=0"),
                  pretraining.ALONE)  # fmt: skip
         run = str(result.checkpoint.parents[1])
         assert export.main([run, "--to", str(tmp_path / "encoder.safetensors")]) == 0

@@ -101,7 +101,7 @@ def test_mistakes_end_with_code_2(tiny: Path, capsys: pytest.CaptureFixture) -> 
     assert main(["--config", str(tiny.parent / "none.yaml")]) == 2
     assert "no such configuration file" in capsys.readouterr().err
     assert main(["--config", str(tiny), "--processes", "3"]) == 2
-    assert "batch 4 is not divisible by 3 processes x accumulation 1; try 3" in capsys.readouterr().err
+    assert "batch 4 is not divisible by 3 processes x accumulation 1; try data.batch_size=3" in capsys.readouterr().err
     assert main(["--config", str(tiny), "--devices", "tpu"]) == 2
     assert "can't detect the machine: device 'tpu' is unknown" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ def test_micro_batches_divide_the_share_and_shrink_by_at_least_a_third() -> None
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match="batch 64 is not divisible by 3 processes x accumulation 1; try 63"):
+    with pytest.raises(ConfigError, match="not divisible by 3 processes x accumulation 1; try data.batch_size=63"):
         space(config(accumulation=5), machine(processes=3))
 
 
