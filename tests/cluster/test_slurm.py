@@ -151,15 +151,6 @@ def test_a_requeued_job(slurm: Slurm, command: Callable[..., str], data: Path, w
     check_resumed(slurm, job, tmp_path / "run", whole)
 
 
-def test_a_preempted_job(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
-    """By a job of a partition with a higher priority, which needs both nodes."""
-    job = submit(command, data, tmp_path)
-    wait_for_step(20, tmp_path / "run")
-    preempted_by_another(slurm, job, tmp_path)
-    check_resumed(slurm, job, tmp_path / "run", whole)
-    assert "SIGTERM; saved" in (tmp_path / "run" / "logs" / "process-00000.log").read_text()
-
-
 def preempted_by_another(slurm: Slurm, job: str, folder: Path) -> None:
     said = slurm.run(
         "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", f"--chdir={folder}", "--wrap", "sleep 3"
