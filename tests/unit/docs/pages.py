@@ -63,7 +63,8 @@ def shell_lines_of(path: Path) -> Iterator[list[str]]:
 
 def commands_of(path: Path) -> Iterator[Command]:
     """Yields the commands of a page that start a script of launch/, by its path or through `ijepa`."""
-    for words in shell_lines_of(path):
+    for line in shell_lines_of(path):
+        words = line[: line.index(">")] if ">" in line else line
         start = next((number for number, word in enumerate(words) if not _VARIABLE.match(word)), len(words))
         script = next((number for number, word in enumerate(words) if _SCRIPT.match(word)), None)
         if words[start:][:1] == ["ijepa"] and len(words) > start + 1:

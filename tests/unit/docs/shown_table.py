@@ -39,8 +39,8 @@ HUGE = Run((*SMALL, *SHORT, *FEW, "model.heads=3", "model.image_size=112"))
 CONTINUED = Run((*SHORT, *FEW))
 FINETUNED = (
     "data.batch_size=8",
-    "optimizer.epochs=1",
-    "optimizer.warmup_epochs=0",
+    "schedule.epochs=1",
+    "schedule.warmup_epochs=0",
     "data.workers=0",
     "evaluate.workers=0",
 )
@@ -62,7 +62,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/shards.py make --from imagefolder --root IMAGENET --to SHARDS": Run(("--workers", "0"), without=("SHARDS",), form=FAST),
     "python launch/pretrain.py --config configs/continue.yaml model.init=published:in1k_vith14_ep300 data.train=SHARDS": CONTINUED._replace(form=FAST),
     "python launch/embed.py PHOTOS --model runs/mine --to features.npy": Run(("--workers", "0"), form=FAST),
-    "python launch/finetune.py --config configs/finetune/base.yaml model.init=runs/mine model.num_classes=N data.train=TRAIN evaluate.data=VAL": Run(FINETUNED, {"N": "2", "TRAIN": "SHARDS", "VAL": "VAL_SHARDS"}, form=FAST),
+    "python launch/finetune.py --config configs/finetune/base.yaml model.init=runs/mine model.num_classes=N data.train=TRAIN evaluate.test=VAL": Run(FINETUNED, {"N": "2", "TRAIN": "SHARDS", "VAL": "VAL_SHARDS"}, form=FAST),
     "python launch/evaluate.py runs/mine --data photos/train photos/val": Run(("--protocol", "knn", "logistic", "--workers", "0"), form=FAST),
     "python launch/report.py runs/mine --to report.html": Run(("--no-pictures",), form=FAST),
     "python launch/export.py runs/mine --to encoder.safetensors": Run(form=FAST),
@@ -84,6 +84,7 @@ SHOWN: dict[str, Run | Never] = {
     "torchrun --nproc-per-node 8 launch/pretrain.py --config C.yaml engine.strategy=fsdp2": Run(swap=TWO, without=("runs/mine",)),
     "srun --ntasks-per-node 8 --kill-on-bad-exit python launch/pretrain.py --config C.yaml": Never(SLURM_JOBS),
     # data, dense, doctor
+    "python launch/shards.py stats PHOTOS --channels 1 --pixels uint16": Run(("--workers", "0"), {"1": "3", "uint16": "uint8"}),
     "python launch/shards.py stats DATA --channels 13 --pixels uint16": Run(("--workers", "0"),),
     "python launch/shards.py classes SHARDS": Run(swap={"SHARDS": "NAMED"}),
     "python launch/evaluate.py runs/mine --data shapes/train shapes/val --protocol segmentation patch-knn": Run(QUICK),
@@ -93,6 +94,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/doctor.py --config C.yaml --processes 8": Run(swap=TWO),
     # evaluation, extending, features, finetuning
     "python launch/evaluate.py IN1K-vit.h.14-300e.pth.tar --data imagenet/train imagenet/val --to runs/h14": Run(QUICK),
+    "python launch/evaluate.py published:in1k_vith14_ep300 --data imagenet/train imagenet/val --protocol linear --to runs/h14": Run(QUICK),
     "python launch/evaluate.py runs/mine --data A/train A/val --transfer flowers F/train F/val --transfer pets P/train P/val": Run(QUICK),
     "torchrun --nproc-per-node 8 launch/evaluate.py timm:vit_huge_patch14_gap_224.in1k_ijepa --data TRAIN VAL": Run(QUICK, {**TWO, "timm:vit_huge_patch14_gap_224.in1k_ijepa": "RUN"}),
     "python launch/evaluate.py runs/demo --data TRAIN TEST": Run(QUICK),
@@ -104,6 +106,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/finetune.py --config configs/finetune/in1k_vitl16.yaml model.init=runs/in1k_vitl16_ep600": Run((*FINETUNED, *SIZES, *TWO_CLASSES)),
     "torchrun --nproc-per-node 8 launch/finetune.py --config C.yaml": Run(swap={**TWO, "C.yaml": "finetune.yaml"}),
     "deepspeed launch/finetune.py --config configs/finetune/in1k_vith14_ep300_finetuning.yaml engine.ds_config=ds_configs/zero2.json engine.accumulation=4": Run((*FINETUNED[1:], "data.batch_size=16", "model.encoder.name=vit_tiny", *TWO_CLASSES)),
+    "python launch/plan.py --config configs/finetune/in1k_vitg16.yaml --gpus 8x a100-40gb": Run(says="it fits"),
     "python launch/predict.py PHOTO.jpg FOLDER --model RUN": Run(swap={"RUN": "runs/finetuned"}, form=FAST),
     # getting started, health, installing, own images
     "python launch/report.py runs/demo --to report.html": Run(),
@@ -112,12 +115,16 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/pretrain.py --config configs/own_images.yaml data.train=PHOTOS folder=runs/mine health.on_collapse=stop": OWN,
     "ijepa demo": Never("downloads Fashion-MNIST: test_first_screen.py runs it as make demo"),
     "ijepa pretrain --config configs/demo.yaml data.train=SHARDS": Run((*SMALL, *SHORT, *FEW), without=("runs/demo",)),
+    "ijepa completion bash": Run(says="complete", form=FAST),
+    "ijepa completion zsh": Run(says="compdef"),
+    "ijepa completion fish": Run(says="complete"),
+    "python launch/completion.py bash": Run(says="complete"),
     "ijepa plan --config configs/in1k_vith14_ep300.yaml --gpus 8x h100": Run(says="it fits", form=FAST),
     "python launch/pretrain.py --config configs/own_images.yaml data.train=PHOTOS folder=runs/mine model.name=vit_small": OWN,
     # migrating
     "python launch/pretrain.py --fname C.yaml --devices cuda:0 cuda:1": Run(swap={**CPUS, "C.yaml": "published.yaml"}),
     "python launch/slurm.py --fname C.yaml --folder LOGS --partition P --nodes 2 --tasks-per-node 8 --time 1000": Run(("--dry-run",), {"C.yaml": "published.yaml"}, says="--nodes=2"),
-    "srun --ntasks-per-node 8 --kill-on-bad-exit python launch/pretrain.py --fname C.yaml folder=LOGS": Never(SLURM_JOBS),
+    "srun --ntasks-per-node 8 --kill-on-bad-exit python launch/pretrain.py --fname C.yaml": Never(SLURM_JOBS),
     "python launch/finetune.py --fname C.yaml --devices cuda:0": Run(("evaluate.workers=0",), swap={**CPUS, "C.yaml": "fork.yaml"}),
     "python launch/embed.py IMAGES --model RUN --to features.npy": Run(("--workers", "0")),
     "python launch/pretrain.py --config C.yaml --print-config": Run(swap={"C.yaml": "published.yaml"}, says="# "),

@@ -313,7 +313,11 @@ def test_the_preflight_counts_frozen_and_averaged_weights(data, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "kind", "text"),
     [
-        (("model.width=48", "model.init={run}"), CheckpointError, "its width is 24, the model's 48; set model.name or"),
+        (
+            ("model.width=48", "model.init={run}"),
+            CheckpointError,
+            "its width is 24, the model's 48; set model.encoder.name or",
+        ),
         (("model.num_classes=5",), DataError, "the data names 3 classes .* but model.num_classes is 5"),
         (
             ("model.num_classes=2",),
