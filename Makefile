@@ -11,7 +11,7 @@ TORCH := torch==2.11.0 torchvision==0.26.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --max-worker-restart 0
 CHECKED := ijepa_scale kernels launch benchmarks tests setup.py docs/.site
 
-.PHONY: help install demo docs test test-all test-versions lint clean
+.PHONY: help install demo docs test test-all test-ci cluster-packages test-versions lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -57,10 +57,15 @@ test-versions: $(STAMP) ## Try the wheel under Python 3.10 to 3.13 and PyTorch 2
 
 CLUSTER := slurm-wlm munge iproute2 openssh-server pdsh openmpi-bin
 
-test-all: ## Check style and types, then run all tests, long forms too (installs CLUSTER as root on Debian)
+test-all: cluster-packages ## Check style and types, then run all tests, long forms too (installs CLUSTER as root on Debian)
+	$(MAKE) test SHORT=
+
+test-ci: cluster-packages ## As test-all, without the tests that wait longest (about an hour in all on 2 cores)
+	$(MAKE) test SHORT='-m "not nightly"'
+
+cluster-packages:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(CLUSTER) >/dev/null 2>&1; then \
 		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(CLUSTER); fi
-	$(MAKE) test SHORT=
 
 clean: ## Delete caches (not .venv, runs or datasets)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

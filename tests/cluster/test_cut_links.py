@@ -30,7 +30,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize("settings", [(), ("engine.strategy=fsdp2",)], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("meet", [static, c10d])
+@pytest.mark.parametrize("meet", [static, pytest.param(c10d, marks=pytest.mark.nightly)])
 def test_a_cut_link_is_named_at_both_ends(
     meet, settings: tuple[str, ...], hosts: TwoHosts, data: Path, expected: dict, tmp_path: Path
 ) -> None:
@@ -56,6 +56,7 @@ def test_a_cut_link_is_named_at_both_ends(
     assert difference(found, expected) < 1e-7
 
 
+@pytest.mark.nightly
 def test_a_host_that_comes_and_goes_changes_no_number(
     hosts: TwoHosts, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from tests.cluster import slurm as machine
 from tests.cluster.slurm import Slurm, missing
 from tests.cluster.test_slurm import STEPS, command, data, endings, equal, repeated, submit, told, wait_for_step, whole
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 __all__ = ["command", "data", "whole"]  # fixtures
 
 LOW = {"requeue": ("REQUEUE", 0), "cancel": ("CANCEL", 0), "grace": ("CANCEL", 60)}  # partition -> mode, grace, s

@@ -161,6 +161,7 @@ def preempted_by_another(slurm: Slurm, job: str, folder: Path) -> None:
     assert slurm.wait(other, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
 
 
+@pytest.mark.nightly
 def test_the_time_limit(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
     """Slurm sends the signal up to a minute earlier than asked for."""
     job = submit(command, data, tmp_path, "--time", "10", "--notice", "60")
@@ -189,6 +190,7 @@ def check_resumed(slurm: Slurm, job: str, folder: Path, whole: Path) -> None:
     assert repeated(folder) == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("node", [0, 1], ids=["first", "second"])
 def test_a_lost_node(
     node: int, slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path
@@ -207,6 +209,7 @@ def test_a_lost_node(
     assert repeated(folder) <= 3 + 1  # since the checkpoint, which each third step has
 
 
+@pytest.mark.nightly
 def test_a_killed_process(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
     """No notice, and no node that Slurm could miss: the job requeues itself."""
     job = submit(command, data, tmp_path)
@@ -226,6 +229,7 @@ def is_trainer(number: int) -> bool:
     return Path(os.fsdecode(words[0])).name.startswith("python") and b"pretrain.py" in words[1][-11:]
 
 
+@pytest.mark.nightly
 def test_a_cancelled_job(slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path) -> None:
     job = submit(command, data, tmp_path)
     folder = tmp_path / "run"
@@ -244,6 +248,7 @@ def test_a_cancelled_job(slurm: Slurm, command: Callable[..., str], data: Path, 
     assert [code for code, _ in endings(folder)] == [75, 0] and repeated(folder) == 0
 
 
+@pytest.mark.nightly
 def test_an_array_trains_in_named_folders(
     slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -299,7 +304,9 @@ DISTURBANCES: dict[str, tuple[Callable[[Slurm, str, Path], None] | None, int]] =
 }
 
 
-@pytest.mark.parametrize("name", DISTURBANCES)
+@pytest.mark.parametrize(
+    "name", [name if name == "USR2" else pytest.param(name, marks=pytest.mark.nightly) for name in DISTURBANCES]
+)
 def test_submitit(
     name: str, slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -316,6 +323,7 @@ def test_submitit(
     assert repeated(folder) <= lost
 
 
+@pytest.mark.nightly
 def test_a_cancelled_job_of_submitit(
     slurm: Slurm, command: Callable[..., str], data: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_torchrun(hosts: TwoHosts, data: Path, expected: dict, tmp_path: Path) -
 
 
 @long
+@pytest.mark.nightly
 @pytest.mark.parametrize("settings", [("engine.strategy=ddp",), ("engine.strategy=fsdp2",), ZERO3], ids=lambda s: s[0])
 @pytest.mark.parametrize("meet", [static, c10d])
 def test_torchrun_with_each_engine(
