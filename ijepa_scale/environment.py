@@ -270,8 +270,12 @@ def threads() -> int | None:
 
 
 def job() -> str | None:
-    """Returns the number of the Slurm job that this process is part of, if it is."""
-    return os.environ.get("SLURM_JOB_ID")
+    """Returns the number of the Slurm job that this process is part of, if it is: of a job array's task, as in 36_3.
+
+    The number that Slurm also gives such a task is, for one of them, that of the whole array.
+    """
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def export_interface(name: str) -> None:

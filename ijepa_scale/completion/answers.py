@@ -112,7 +112,7 @@ class _Place:
             found.append(Answer(_beginning(about, current)))
         words = {word: text for each in found for word, text in each.words.items()}
         files = next((each for each in found if each.files), Answer())
-        if not words and not files.files and not current:
+        if not (words or files.files or current or self._missing):
             words = {name: each["about"] for name, each in flags.items() if name not in self._given}
         return Answer(words, files.files, files.before)
 

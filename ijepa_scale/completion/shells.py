@@ -1,10 +1,14 @@
-"""The scripts by which bash, zsh and fish complete `ijepa`. They ask the command that stands on the line."""
+"""The scripts by which bash, zsh and fish complete `ijepa`.
+
+They ask the command that stands on the line, if it is named alone or by an absolute path, or else the one on PATH.
+"""
 
 from __future__ import annotations
 
 _BASH = r"""# Completes ijepa in bash.
 _ijepa() {
     local program=${1/#\~/$HOME} current=${COMP_WORDS[COMP_CWORD]} kind= before= word= about= open=1
+    [[ $program == /* || $program != */* ]] || program=ijepa # Tab runs nothing of an untrusted folder
     [[ $current =~ ^[=:]+$ ]] && current=
     COMPREPLY=()
     while IFS=$'\t' read -r word about; do
@@ -34,6 +38,7 @@ _ZSH = r"""#compdef ijepa
 _ijepa() {
     local program=${${(Q)words[1]}/#\~/$HOME} tab=$'\t' line word about
     local -a lines open ended
+    [[ $program == /* || $program != */* ]] || program=ijepa # Tab runs nothing of an untrusted folder
     lines=("${(@f)$("$program" completion --words zsh "${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}" 2>/dev/null)}")
     local kind=${lines[1]%%$tab*} before=${lines[1]#*$tab}
     for line in "${(@)lines[2,-1]}"; do
@@ -63,6 +68,9 @@ function __ijepa_complete
     set -l words (commandline -opc)
     set -l program (string replace -r '^~' $HOME -- $words[1])
     set -e words[1]
+    if string match -q '*/*' -- $program; and not string match -q '/*' -- $program
+        set program ijepa # Tab runs nothing of an untrusted folder
+    end
     set -l current (commandline -ct)
     set -l lines ($program completion --words fish $words "$current" 2>/dev/null)
     set -l head (string split \t -- $lines[1])

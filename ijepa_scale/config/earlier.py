@@ -29,7 +29,11 @@ def renamed(content: Mapping[str, Any], kind: type, notes: list[str]) -> dict[st
     names, found = _NAMES.get(kind, {}), flat(content)
     moved = {key: names[key] for key in found if key in names and names[key] not in found}
     notes += [f"{key} is called {name} now" for key, name in moved.items()]
-    return nest({moved.get(key, key): value for key, value in found.items()})
+    today = {moved.get(key, key): value for key, value in found.items()}
+    sections = {name[:end] for name in moved.values() for end, letter in enumerate(name) if letter == "."}
+    # an empty section must not take the place of what is in it now, nor these hide a section that is none
+    others = {key: value for key, value in today.items() if key not in sections}
+    return nest(others | {key: today[key] for key in today if key in sections and today[key] not in ({}, None)})
 
 
 def stored(

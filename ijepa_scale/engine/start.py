@@ -34,6 +34,7 @@ START_TIMEOUT_S = 300.0
 _AFTER_S = 0.3  # that the others leave to process 0 to tell what it knows too
 _EARLY_S = 3.0  # that those with the same error before they have met wait for one another
 _LEAST_S = 30.0  # to connect all with all, once they have met
+_made: list[Any] = []  # process groups, which no other program owns
 
 
 def start_world(
@@ -53,12 +54,15 @@ def start_world(
             differ.
     """
     store, members = None, [Member.own(launch.rank, launch.world_size)]
+    if dist.is_initialized() and not (alone and launch.world_size == 1):
+        _check_place(launch)
     if not (alone and launch.world_size == 1) and not dist.is_initialized():
         # DeepSpeed reads the device index from LOCAL_RANK
         environment.export(launch if device.index is None else replace(launch, local_rank=device.index))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if launch.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            _made.append(dist.group.WORLD)
         else:
             deadline = time.monotonic() + timeout_s
             whole, address = connect(launch, deadline)
@@ -72,6 +76,7 @@ def start_world(
                 soon = datetime.timedelta(seconds=max(_LEAST_S, deadline - time.monotonic()))
                 dist.init_process_group(backend, store=group, rank=own.rank, world_size=own.size, timeout=soon)
                 _set_pg_timeout(TIMEOUT)
+                _made.append(dist.group.WORLD)
             except RuntimeError as error:  # of the store, or of gloo
                 if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
                     raise
@@ -105,9 +110,20 @@ def _among_others(world: World, facts: Mapping[str, str]) -> World:
 
 
 def stop_world() -> None:
-    """Destroys the process group, if there is one."""
-    if dist.is_initialized():
+    """Destroys the process group that `start_world` has made, if there is one. One of another program stays."""
+    if dist.is_initialized() and dist.group.WORLD in _made:
+        _made.clear()
         dist.destroy_process_group()
+
+
+def _check_place(launch: Launch) -> None:
+    """Checks that this process has the same place in a group that is there as in its environment."""
+    group, own = (dist.get_rank(), dist.get_world_size()), (launch.rank, launch.world_size)
+    if group != own:
+        raise ConfigError(
+            f"this process is {group[0]} of {group[1]} in the process group that the program has made, but "
+            f"{own[0]} of {own[1]} by the environment; set RANK and WORLD_SIZE as in the group"
+        )
 
 
 def tells_first(world: World, error: BaseException) -> bool:

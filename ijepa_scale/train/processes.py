@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from ijepa_scale import environment, stopping, terminal
@@ -105,7 +104,6 @@ def world_of(
 
     `timeout_s` and `facts` are those of `start_world`. An error of the user that several processes raise is told once.
     """
-    is_ours = not dist.is_initialized()
     facts = {**code_facts(), **(facts or {})} if launch.world_size > 1 else None
     try:
         world = start_world(launch, device, alone=alone, timeout_s=timeout_s, facts=facts)
@@ -117,8 +115,7 @@ def world_of(
     except UserError as error:
         error.is_told = not tells_first(world, error)
         raise
-    if is_ours:
-        stop_world()
+    stop_world()
 
 
 @contextlib.contextmanager

@@ -35,14 +35,15 @@ def overrides_of(path: Path, tuned: PretrainConfig, *, also: tuple[str, ...] = (
 def write_overrides(path: Path, base: Path, settings: Mapping[str, Any], tuned: PretrainConfig, notes: str) -> None:
     """Writes a configuration file that is `base` with these settings, with `notes` as comments at the top.
 
-    A base that is found in the package keeps its name, by which it is found there again; others are named by their path
-    from the new file.
+    A base that is found in the package keeps its name, if it is found there again by it; others are named by their
+    path from the new file.
 
     Raises:
         ConfigError: the file can't be written.
     """
-    is_here = find(base) == base
-    named = os.path.relpath(base.resolve(), path.resolve().parent) if is_here else str(base)
+    found = find(base)
+    is_shipped = found != base and find(base, path.resolve().parent) == found
+    named = str(base) if is_shipped else os.path.relpath(found.resolve(), path.resolve().parent)
     nested = {"base": written_path(named), **nest(settings)}
     comments = "".join(f"# {line}\n" for line in notes.splitlines())
     try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from ijepa_scale.environment import child_environment, export_allocator, export_compile_cache
+from ijepa_scale.environment import child_environment, export_allocator, export_compile_cache, job
 from ijepa_scale.errors import ConfigError
 
 
@@ -26,6 +26,23 @@ def test_segments_are_expandable_unless_the_user_has_set_the_allocator(name, mon
     found = {each: os.environ[each] for each in names if each in os.environ}
     expected = ("PYTORCH_ALLOC_CONF", "expandable_segments:True") if name is None else (name, "max_split_size_mb:128")
     assert found == dict([expected])
+
+
+@pytest.mark.parametrize(
+    ("variables", "number"),
+    [
+        ({}, None),
+        ({"JOB_ID": "36"}, "36"),
+        ({"JOB_ID": "36", "ARRAY_JOB_ID": "36", "ARRAY_TASK_ID": "3"}, "36_3"),  # not the whole array
+        ({"JOB_ID": "41", "ARRAY_JOB_ID": "36", "ARRAY_TASK_ID": "0"}, "36_0"),
+    ],
+)
+def test_the_job_of_a_process(variables: dict[str, str], number: str | None, monkeypatch) -> None:
+    for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert job() == number
 
 
 READS = """

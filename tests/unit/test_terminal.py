@@ -24,7 +24,6 @@ from launch import demo, export, plan, predict, tune
 from tests.unit.data.shards.image_sets import class_folders
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path.stem for path in (ROOT / "launch").glob("*.py"))
 TEXTS = st.text(st.characters(exclude_categories=())) | st.text("a\\ \n\r\t\x1b\x85\u2028\u202e\udce9é")
 
 
@@ -119,15 +118,6 @@ def test_a_mistake_in_the_flags_is_one_line(main, arguments, said, capsys) -> No
         main(arguments)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith(f"error: {said}") and error.count("\n") == 1, error
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_is_one_sentence_and_examples(name: str) -> None:
-    text = (ROOT / "launch" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
-    sentence, *rest = text.strip().split("\n\n")
-    examples = rest[-1].splitlines()
-    assert sentence.endswith(".") and "\n" not in sentence
-    assert len(examples) >= 3 and all(f"launch/{name}.py" in line for line in examples)
 
 
 def started(tmp_path: Path, script: str, *arguments: object, **variables: str) -> subprocess.Popen[bytes]:

@@ -26,6 +26,7 @@ _COLUMNS = ("path", "label")
 _SEPARATORS = {";": "semicolon", "\t": "tab", "|": "bar"}
 _LABELLED_LINE = re.compile(r".*\.(\w+)[\s,;]+\S+")  # like "a/1.jpg 3"
 _SHOWN = 5  # warnings
+_TRIED = 100  # lines of a list that are looked for on disk, where no suffix tells what they name
 
 _Row = tuple[str, str, int]  # path, label ("" if the list has none), line number
 
@@ -187,7 +188,8 @@ def _text_rows(path: Path) -> list[_Row]:
                 f"list {path}, line {number}: {line!r} has something after the path; write a CSV with path,label for "
                 "images with labels, else paths only"
             )
-    if not any(is_image(line) or is_data_image(line) for line, _, _ in rows) and not _is_there(path.parent, rows[0][0]):
+    is_read = any(is_image(line) or is_data_image(line) for line, _, _ in rows)
+    if not is_read and not any(_is_there(path.parent, line) for line, _, _ in rows[:_TRIED]):
         raise DataError(
             f"{path} is a text file, not a list of images: none of its {counted(len(rows), 'line')} names one that is "
             f"read (the first is {rows[0][0][:60]!r}); give a text file with one path per line, or a .csv"

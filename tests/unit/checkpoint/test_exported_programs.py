@@ -107,7 +107,7 @@ def test_missing_packages_and_impossible_formats_are_named(tmp_path, monkeypatch
     encoder = tmp_path / "encoder.safetensors"
     export(source, encoder)
     with pytest.raises(
-        CheckpointError, match="no checkpoint of this package, whose optimiser's states a .pth.tar holds"
+        CheckpointError, match="isn't a checkpoint of this package, whose optimiser's states a .pth.tar holds"
     ):
         export(encoder, tmp_path / "x.pth.tar", steps_per_epoch=5)
     with pytest.raises(CheckpointError, match="holds no predictor; give a pretraining run"):

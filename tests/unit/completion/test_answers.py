@@ -69,6 +69,8 @@ def test_commands_are_offered_first() -> None:
         ("slurm evaluate --attentive", ["--attentive-epochs"], False),
         ("pretrain --plugin a --plug", ["--plugin"], False),  # it may be repeated
         ("completion ", ["bash", "fish", "zsh"], False),
+        ("pretrain --processes ", [], False),  # a number, and no flag
+        ("slurm pretrain --array ", [], False),
     ],
 )
 def test_a_line_is_answered(line: str, expected: list[str] | None, files: bool) -> None:

@@ -81,6 +81,18 @@ def test_bash_completes(place: Path, words: list[str], expected: list[str]) -> N
     assert ask(place, "bash", "--norc", "-c", f'{line}; printf "%s\\n" "${{COMPREPLY[@]}}"') == expected
 
 
+@pytest.mark.parametrize("name", ["./ijepa", "../evil/ijepa"])
+def test_bash_runs_no_program_of_the_folder(name: str, place: Path) -> None:
+    evil = place / "evil"
+    evil.mkdir()
+    (evil / "ijepa").write_text("#!/bin/sh\ntouch ran\n")
+    (evil / "ijepa").chmod(0o755)
+    line = f"source {place}/ijepa.bash; COMP_WORDS=({name} pre); COMP_CWORD=1; _ijepa {name}"
+    shown = f'PATH={place}/bin:$PATH; {line}; printf "%s\n" "${{COMPREPLY[@]}}"'
+    assert ask(evil, "bash", "--norc", "-c", shown) == ["predict", "pretrain"]
+    assert not (evil / "ran").exists()
+
+
 def typed(place: Path, shell: list[str], keys: list[str], expected: str) -> str:
     """Returns what an interactive shell shows once it has been given these keys, each after some output."""
     process, terminal = pty.fork()

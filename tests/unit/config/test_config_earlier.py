@@ -33,6 +33,22 @@ def old(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("empty", ["schedule: {}\n", "schedule:\n"])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_empty_section_takes_no_setting_away(empty: str, first: bool, tmp_path: Path) -> None:
+    lines = [empty, "optimizer: {epochs: 7}\nstop_after: 5\n"]
+    (tmp_path / "old.yaml").write_text("".join(lines if first else reversed(lines)) + OLD)
+    config = load_config(tmp_path / "old.yaml", kind=FinetuneConfig)
+    assert (config.schedule.epochs, config.schedule.stop_after) == (7, 5)
+
+
+@pytest.mark.parametrize("wrong", ["schedule: 5\nstop_after: 5\n", "stop_after: 5\nschedule: 5\n"])
+def test_a_section_that_is_none_is_refused_all_the_same(wrong: str, tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(wrong + OLD)
+    with pytest.raises(ConfigError, match="schedule"):
+        load_config(tmp_path / "old.yaml", kind=FinetuneConfig)
+
+
 def test_earlier_names_of_the_encoder_are_read(old: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         config = load_config(old, ["model.depth=4", "model.name=vit_small"], kind=FinetuneConfig)

@@ -22,7 +22,7 @@ from ijepa_scale import terminal
 from ijepa_scale.config.data import DataConfig
 from ijepa_scale.data.sources.mistaken import TAR, TEXT, mistaken, what_is
 from ijepa_scale.data.sources.open import build_source, reader_of, training_source
-from ijepa_scale.errors import UserError
+from ijepa_scale.errors import DataError, UserError
 
 READERS = ("shards", "stream", "imagefolder", "list")
 
@@ -201,6 +201,18 @@ def test_a_list_of_bytes_may_begin_like_another_file(
     path = tmp_path_factory.mktemp("list") / "list"
     path.write_bytes(begin.encode() + b"/" + rest)
     assert mistaken(path, "list") is None
+
+
+def test_a_list_whose_first_files_are_missing_is_one(tmp_path: Path) -> None:
+    """As of DICOM files, whose names have no suffix: a missing one is a bad sample."""
+    names = [f"IM{number:04}" for number in range(5)]
+    (tmp_path / "list").write_text("\n".join(names))
+    with pytest.raises(DataError, match="is a text file, not a list of images"):
+        training_source(DataConfig(reader="list", train=str(tmp_path / "list"), batch_size=1), (8, 8))
+    (tmp_path / names[3]).write_bytes(b"")
+    assert (
+        training_source(DataConfig(reader="list", train=str(tmp_path / "list"), batch_size=1), (8, 8)).num_samples == 5
+    )
 
 
 def test_tars_of_every_format_are_tars(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
 from ijepa_scale import environment
 from ijepa_scale.engine import start
@@ -49,6 +51,24 @@ def test_the_interface_towards_the_others_is_named_where_the_own_name_is_loopbac
     mine = member(0, **own)
     start._choose_interface(mine, [mine, member(1, "b", **other)])
     assert named == ([chosen] if chosen else [])
+
+
+def test_a_group_is_stopped_by_who_has_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setattr(environment, "export", lambda _: None)  # variables that later tests would inherit
+    start.start_world(Launch(), device)
+    start.start_world(Launch(), device)  # after an error the group of the run before is still there
+    start.stop_world()
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        start.start_world(Launch(), device)
+        start.stop_world()
+        assert dist.is_initialized(), "it is the program's"
+        with pytest.raises(ConfigError, match="is 0 of 1 in the process group .* but 1 of 2 by"):
+            start.start_world(Launch(rank=1, world_size=2, local_rank=1, local_world_size=2), device)
+    finally:
+        dist.destroy_process_group()
 
 
 def tellers(*errors: str | None, port: int) -> list[bool]:

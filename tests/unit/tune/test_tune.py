@@ -162,6 +162,17 @@ def test_a_shipped_configuration_is_tuned_from_any_folder(tmp_path: Path, monkey
     assert load_config(tmp_path / "runs" / "demo" / "tuned.yaml") == tuned
 
 
+def test_a_shipped_configuration_is_not_taken_for_one_beside_the_new_file(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "to" / "configs").mkdir(parents=True)
+    (tmp_path / "to" / "configs" / "demo.yaml").write_text("model: {depth: 7}\n")
+    tuned = load_config("configs/demo.yaml", ["data.workers=3"])
+    settings = overrides_of(Path("configs/demo.yaml"), tuned)
+    write_overrides(tmp_path / "to" / "tuned.yaml", Path("configs/demo.yaml"), settings, tuned, "")
+    assert load_config(tmp_path / "to" / "tuned.yaml") == tuned
+
+
 def test_a_path_that_cannot_be_written_is_reported(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="can't be written .*; give another file with --to"):
