@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_scale.config.earlier import renamed
+from ijepa_scale.config.finetune_run import FinetuneConfig
 from ijepa_scale.config.yaml_text import flat, parse_yaml
 from ijepa_scale.errors import ConfigError, DataError
 from ijepa_scale.evaluate.results import JSON
@@ -68,6 +70,9 @@ def read_folders(folders: Sequence[str], evaluations: Sequence[str] = ()) -> lis
         config = parse_yaml(text, str(path / CONFIG)) if text is not None else {}
         if not isinstance(config, dict):
             raise ConfigError(f"{path / CONFIG} isn't a mapping of settings; copy it again from the run")
+        model = config.get("model")
+        if isinstance(model, dict) and "num_classes" in model:  # of finetuning
+            config = renamed(config, FinetuneConfig, [])
         files = [*sorted(path.glob(f"**/{JSON}")), *(map(Path, evaluations) if number == 0 else ())]
         found.append(
             Run(

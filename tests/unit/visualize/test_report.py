@@ -181,6 +181,15 @@ def test_only_runs_with_settings_are_compared(tmp_path: Path) -> None:
     assert "Settings in which the runs differ" not in render(read_folders(paths[::2]), [])
 
 
+def test_a_setting_of_finetuning_that_has_a_new_name_is_no_difference(tmp_path: Path) -> None:
+    paths = [str(write_run(tmp_path / name, checkpoint=False)) for name in ("old", "new")]
+    (tmp_path / "old" / "config.yaml").write_text("model: {num_classes: 3, width: 8}\noptimizer: {epochs: 7}\n")
+    (tmp_path / "new" / "config.yaml").write_text(
+        "model: {num_classes: 3, encoder: {width: 8}}\nschedule: {epochs: 9}\n"
+    )
+    assert differences(read_folders(paths)) == [("schedule.epochs", ["7", "9"])]
+
+
 def test_alarms_and_blocks_are_told(runs: list[str]) -> None:
     found = read_folders(runs)
     assert dict(summary(found))["Collapse alarms"] == ["1, at step 50; still on", "not measured"]
