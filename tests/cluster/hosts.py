@@ -7,12 +7,14 @@ user's SSH keys, no file in /etc. Needs root and iproute2; ssh needs openssh-ser
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +59,24 @@ def lacking(*programs: str) -> str | None:
     missing = [name for name in ("ip", "nsenter", "unshare", *programs) if shutil.which(name) is None]
     if missing:
         return f"two hosts on one machine need {', '.join(missing)} (apt-get install iproute2 openssh-server pdsh)"
-    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True)
-    return f"this machine lets nobody make namespaces: {tried.stderr.decode().strip()}" if tried.returncode else None
+    refused = refusal()
+    return f"this machine lets nobody make namespaces: {refused}" if refused else None
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Returns what the system says to what the hosts need, as containers may be denied it; None if it allows all."""
+    inside = "hostname probe && mount -t tmpfs tmpfs /mnt && ip link add probe type veth peer name other"
+    name = f"ijp{uuid.uuid4().hex[:8]}"
+    within = ["unshare", "--net", "--uts", "--mount", "sh", "-c", inside]
+    try:
+        for command in (within, ["ip", "netns", "add", name], ["nsenter", f"--net=/run/netns/{name}", "true"]):
+            tried = subprocess.run(command, capture_output=True, text=True)
+            if tried.returncode:
+                return tried.stderr.strip() or f"{command[0]} ends with {tried.returncode}"
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+    return None
 
 
 @dataclass(frozen=True)

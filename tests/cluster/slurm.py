@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.cluster.hosts import lacking
+
 NODES = ("slurma", "slurmb")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "unshare")
 ADDRESSES = ("10.46.0.1", "10.46.0.2")
@@ -62,7 +64,9 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "a Slurm on one machine needs root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"{', '.join(absent)} not installed; apt-get install slurm-wlm munge iproute2" if absent else None
+    if absent:
+        return f"{', '.join(absent)} not installed; apt-get install slurm-wlm munge iproute2"
+    return lacking()
 
 
 @dataclass(frozen=True)
