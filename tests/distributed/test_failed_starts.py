@@ -104,7 +104,7 @@ def test_a_start_that_cannot_succeed_ends_in_time(kind: str, folder: Path) -> No
     port, in_time = environment.free_port(), "engine.start_timeout=6"
     if kind == "one is missing":
         lines = ended(folder, *(start(folder, rank, 3, port, in_time) for rank in (0, 2)))
-        assert len(lines) == 1 and "1 of 3 processes haven't come within 6 s: process 1; see" in lines[0]
+        assert len(lines) == 1 and "1 of 3 processes haven't come within 6 s: process 1; read" in lines[0]
     elif kind == "no process 0":
         (line,) = ended(folder, start(folder, 1, 2, port, in_time))
         assert f"can't reach process 0 at 127.0.0.1:{port} (connection refused) within" in line
