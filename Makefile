@@ -60,7 +60,7 @@ CLUSTER := slurm-wlm munge iproute2 openssh-server pdsh openmpi-bin
 test-all: cluster-packages ## Check style and types, then run all tests, long forms too (installs CLUSTER as root on Debian)
 	$(MAKE) test SHORT=
 
-test-ci: cluster-packages ## As test-all, without the tests that wait longest (about an hour in all on 2 cores)
+test-ci: cluster-packages ## As test-all, without the cluster tests marked nightly, each of which waits for a minute or two
 	$(MAKE) test SHORT='-m "not nightly"'
 
 cluster-packages:

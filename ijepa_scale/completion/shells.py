@@ -1,6 +1,6 @@
 """The scripts by which bash, zsh and fish complete `ijepa`.
 
-They ask the command that stands on the line, if it is named alone or by an absolute path, or else the one on PATH.
+They ask the command on the line if it is named without a folder or by an absolute path, and else the one on PATH.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ START_TIMEOUT_S = 300.0
 _AFTER_S = 0.3  # that the others leave to process 0 to tell what it knows too
 _EARLY_S = 3.0  # that those with the same error before they have met wait for one another
 _LEAST_S = 30.0  # to connect all with all, once they have met
-_made: list[Any] = []  # process groups, which no other program owns
+_made: list[Any] = []  # the process group, if `start_world` has made it
 
 
 def start_world(

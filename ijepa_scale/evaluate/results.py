@@ -83,7 +83,7 @@ class Results:
         ):  # fmt: skip
             places = [names.index(score.protocol) + shift for score in scores]
             axes.barh(places, [100 * score.accuracy for score in scores], height=0.34, color=color, label=label)
-            # not xerr, which refuses a mean of equal draws that rounding puts beside them
+            # barh's xerr refuses negative lengths, and rounding can put the mean of equal draws outside them
             lows, highs = [100 * score.low for score in scores], [100 * score.high for score in scores]
             axes.hlines(places, lows, highs, colors="black", linewidth=1)
         axes.set_yticks(range(len(names)), [*map(one_line, names)], parse_math=False)

@@ -93,7 +93,7 @@ class LinkWatch:
             yield
             return
         if self._world.store is None:
-            logger.info("links between the processes aren't watched: the process group wasn't made here")
+            logger.info("links between the processes aren't watched: the process group was there before the run")
             yield
             return
         self._world.store.set(_KEY.format(self._world.rank), Word().packed())

@@ -54,8 +54,8 @@ class Watchdog:
         self._talked_at = 0.0  # time.monotonic(), when the files of the others were looked at last
         self._asked_at: float | None = None  # when this process asked the others
         self._written: tuple[Beat, bool] | None = None  # what the report of this process says now
-        self._written_at, self._count_written = 0.0, 0
-        self._compared_at = 0.0
+        self._written_at, self._count_written = 0.0, 0  # time.monotonic(), and how many reports there were
+        self._compared_at = 0.0  # time.monotonic(), when this process read the reports of the others last
         self._heard: dict[int, tuple[int, float]] = {}  # count of each other's last report, and seconds since it came
         self._identities: list[Identity] = []
 

@@ -104,6 +104,3 @@ def _remedy(path: str | Path, kind: str, reader: str) -> str:
     if kind == TEXT:
         return f"set the reader to list if it names images, else give {_WANTED[reader][1]}"
     return ""
-
-
-__all__ = ["TAR", "TEXT", "UNKNOWN", "mistaken", "what_is"]

@@ -88,7 +88,7 @@ class DenseResults:
         ):
             places = [keys.index(_key(each)) + shift for each in measures]
             axes.barh(places, [factor * each.value for each in measures], height=0.34, color=color, label=label)
-            # not xerr, which refuses a figure that lies outside the interval of the images drawn again
+            # barh's xerr refuses negative lengths, and a value can lie outside its bootstrap interval
             lows, highs = [factor * each.low for each in measures], [factor * each.high for each in measures]
             axes.hlines(places, lows, highs, colors="black", linewidth=1)
         axes.set_yticks(range(len(part)), [f"{each.protocol}: {each.measure}" for each in part])
