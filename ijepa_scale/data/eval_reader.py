@@ -108,7 +108,8 @@ class EvalReader:
             crop_fraction = crop_fraction_of(image_size)
         batches = EvalImages(source, image_size, crop_fraction, mean, std, exif=exif, pixels=pixels)
         parts = [self.ids[begin : begin + batch_size] for begin in range(0, len(self.ids), batch_size)]
-        self._batches = ordered_loader(batches, parts, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+        self._batches = ordered_loader(batches, parts, workers=workers, prefetch=prefetch)
+        self._pin_memory = pin_memory and torch.cuda.is_available()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -117,7 +118,8 @@ class EvalReader:
         for item in self._batches:
             if isinstance(item, str):
                 raise DataError(item)
-            yield item
+            # not in a thread of torch's loader, which waits for ever for a batch that a killed worker has half sent
+            yield item.pin_memory() if self._pin_memory else item
 
 
 def read_usable(

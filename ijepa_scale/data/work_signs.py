@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-from multiprocessing import reduction
-from typing import Any
-
 import numpy as np
+
+from ijepa_scale.data.shared_counts import SharedCounts
 
 
 class WorkSigns:
     """A count for each worker, shared with the processes that this object is pickled to."""
 
     def __init__(self, num_workers: int) -> None:
-        self._num_workers = num_workers
-        self._map(os.memfd_create("ijepa-scale-signs"))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"num_workers": self._num_workers, "descriptor": reduction.DupFd(self._descriptor)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._num_workers = state["num_workers"]
-        self._map(state["descriptor"].detach())
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def _map(self, descriptor: int) -> None:
-        self._descriptor, num_bytes = descriptor, 8 * self._num_workers
-        os.ftruncate(descriptor, num_bytes)
-        self._counts = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.int64)
+        self._counts = SharedCounts(num_workers)
 
     def total(self) -> int:
         """Returns a number that changes when any worker shows a sign."""
-        return int(self._counts.sum())
+        return int(self._counts.values.sum())
 
     def come_from(self, worker: int) -> None:
         """Makes this process's signs those of a worker."""
         global _own
-        _own = self._counts[worker : worker + 1]
+        _own = self._counts.values[worker : worker + 1]
 
 
 def show_work() -> None:

@@ -36,7 +36,6 @@ class WorkerWatch:
 
     def __init__(self, iterator: Any, timeout_s: float, signs: WorkSigns) -> None:
         self._workers = list(iterator._workers)
-        self._pinning = hasattr(iterator, "_pin_memory_thread")
         self._results = iterator._worker_result_queue
         self._timeout_s, self._signs = timeout_s, signs
         self._processes = [found for worker in self._workers if (found := _process_of(worker.pid)) is not None]
@@ -121,8 +120,7 @@ class WorkerWatch:
             else:
                 continue
             self.end()
-            if not self._pinning:  # ends the reading of an item that a worker had half sent
-                self._results._writer.close()
+            self._results._writer.close()  # ends the reading of an item that a worker had half sent
             self._ended.set()
             return
 

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ijepa_scale.data.work_signs import WorkSigns
+from ijepa_scale.data.worker_context import WorkerContext
 from ijepa_scale.data.worker_watch import WorkerWatch
 from ijepa_scale.errors import DataError
 from ijepa_scale.stopping import SIGNALS
@@ -61,7 +62,6 @@ def ordered_loader(
     *,
     workers: int,
     prefetch: int,
-    pin_memory: bool = False,
     after_restart: str = "",
 ) -> OrderedLoader:
     """Returns a loader of dataset[i] for i in `items`, in order, computed by `workers` processes.
@@ -74,7 +74,7 @@ def ordered_loader(
     If a worker ends or hangs, all of them are replaced, and what wasn't delivered is computed again. `after_restart`
     says what changes then, if dataset[i] depends on more than i.
     """
-    return OrderedLoader(dataset, items, workers, prefetch=prefetch, pin_memory=pin_memory, after_restart=after_restart)
+    return OrderedLoader(dataset, items, workers, prefetch=prefetch, after_restart=after_restart)
 
 
 class OrderedLoader:
@@ -87,11 +87,10 @@ class OrderedLoader:
         workers: int,
         *,
         prefetch: int,
-        pin_memory: bool,
         after_restart: str,
     ) -> None:
         self._dataset, self._items, self._workers = dataset, items, workers
-        self._prefetch, self._pin_memory, self._after_restart = prefetch, pin_memory, after_restart
+        self._prefetch, self._after_restart = prefetch, after_restart
 
     def __len__(self) -> int:
         return len(cast(Sized, self._items))
@@ -145,7 +144,7 @@ class OrderedLoader:
     def _loader(self, items: Iterable[Any], signs: WorkSigns | None, restarted: bool = False) -> DataLoader[Any]:
         options: dict[str, Any] = {}
         if signs is not None:
-            context = multiprocessing.get_context("forkserver")
+            context = WorkerContext()
             context.set_forkserver_preload(["__main__", "ijepa_scale.data.loader"])
             _start_server()
             options = {
@@ -159,7 +158,6 @@ class OrderedLoader:
             sampler=items,
             collate_fn=_unchanged,
             num_workers=self._workers,
-            pin_memory=self._pin_memory and torch.cuda.is_available(),
             generator=torch.Generator() if restarted else None,  # the global one must not notice a restart
             **options,
         )

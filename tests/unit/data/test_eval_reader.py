@@ -53,6 +53,17 @@ def test_small_images_of_the_right_size_are_only_normalised(tmp_path):
     assert all(torch.equal(a.images, b.images) for a, b in zip(batches, helped, strict=True))
 
 
+@pytest.mark.parametrize("wished", [True, False])
+def test_batches_are_page_locked_if_wished(wished, tmp_path, monkeypatch):
+    """Here a tensor that is "locked" is a copy of which 1 was taken."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor - 1)
+    source = ShardSource(write_shards([Sample(f"{n}", png(pixels_of(n, 28, 28)), n) for n in range(3)], tmp_path))
+    for workers in (0, 1):
+        batches = list(EvalReader(source, (28, 28), ids=range(3), batch_size=2, workers=workers, pin_memory=wished))
+        assert torch.cat([batch.labels for batch in batches]).tolist() == [n - wished for n in range(3)]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_ends_the_evaluation(tmp_path, workers):
     source = ShardSource(write_shards([Sample("a", png(pixels_of(0, 9, 9))[:60], 0)], tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import logging
 import multiprocessing
@@ -10,7 +11,7 @@ import os
 import re
 import signal
 import time
-from multiprocessing import forkserver
+from multiprocessing import forkserver, synchronize
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,29 @@ def test_an_item_that_was_half_sent_is_done_again(tmp_path):
     found = [next(items)]
     time.sleep(4)  # item 1 is being sent, so that 2 is behind it in the same pipe, when the worker is killed
     assert [item[0] for item in [*found, *items]] == list(range(6))
+
+
+class DiesWithLocks(Dataset):
+    """Is killed once, at item 3, while it holds every lock and semaphore that processes share."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __getitem__(self, item):
+        if item == 3:
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(f"{self.folder}/killed", os.O_CREAT | os.O_EXCL))
+                shared = [found for found in gc.get_objects() if isinstance(found, synchronize.SemLock)]
+                held = sum(bool(lock.acquire(timeout=1)) for lock in shared)
+                Path(self.folder, "held").write_text(str(held))
+                os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_dies_with_locks_keeps_nobody_waiting(tmp_path, workers):
+    assert list(ordered_loader(DiesWithLocks(tmp_path), range(8), workers=workers, prefetch=2)) == list(range(8))
+    assert int((tmp_path / "held").read_text()) >= 2  # at least those of its two queues
 
 
 def test_the_callers_own_errors_are_raised_as_they_are():
