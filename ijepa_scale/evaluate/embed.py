@@ -27,6 +27,7 @@ from ijepa_scale.data.class_names import written
 from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError, DataError
+from ijepa_scale.evaluate.alike import check_opened, check_options
 from ijepa_scale.evaluate.bar import Bar
 from ijepa_scale.evaluate.feature_files import check_format, write_features
 from ijepa_scale.evaluate.frozen import ImageTransform, Pool, check_pool, load, pooled
@@ -91,9 +92,11 @@ def embed(options: EmbedOptions, world: World) -> Embedded:
         UserError: images or model can't be read, the file exists, or a folder holds parts of something else.
     """
     check_format(options.to)
+    check_options(world, options, paths={"images", "model", "to"}, flags={})
     encoder, transform = load(options.model, which=options.which, image_size=options.image_size)
     check_pool(encoder, options.pool)
     images = ImageSet.of(options.images, options.reader)
+    check_opened(world, encoder, {"the images": images.described if world.size > 1 else ""})
     parts = Parts(
         options.to.with_name(f"{options.to.name}.parts"), len(images), batch_size=options.batch_size
     )  # fmt: skip

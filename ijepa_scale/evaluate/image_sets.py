@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +13,11 @@ import numpy as np
 from ijepa_scale.data.sources.contents import contents_of, digest_of_stats
 from ijepa_scale.data.sources.open import build_source, reader_of
 from ijepa_scale.data.sources.read_file import read_image_file
-from ijepa_scale.data.sources.source import SampleSource
+from ijepa_scale.data.sources.source import SampleSource, described
 from ijepa_scale.data.sources.tar_index import is_tar
 from ijepa_scale.errors import DataError
 from ijepa_scale.evaluate.predictions import ImageFiles
+from ijepa_scale.plurals import counted
 
 
 class ImageSet:
@@ -33,6 +36,14 @@ class ImageSet:
         self.fingerprint = digest_of_stats(files) if source is None else contents_of(source)
         if not len(self):
             raise DataError(self.problems[0] if self.problems else "no images to embed; name others")
+
+    @property
+    def described(self) -> str:
+        """The images in words that are the same wherever their files are."""
+        if self._source is not None:
+            return described(self._source)
+        names = "\n".join(f"{os.path.basename(name)} {_size(name)}" for name in self._files)
+        return f"{counted(len(self), 'image')}, {hashlib.sha256(os.fsencode(names)).hexdigest()[:12]}"
 
     @classmethod
     def of(cls, given: Sequence[str], reader: str | None = None) -> ImageSet:
@@ -71,6 +82,12 @@ class ImageSet:
     def name(self, number: int) -> str:
         """Returns an image's path, or its name in a shard."""
         return self._files[number] if self._source is None else self._source.name(number)
+
+
+def _size(name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.path.getsize(name)
+    return None
 
 
 def _are_shards(path: str) -> bool:

@@ -18,9 +18,11 @@ from ijepa_scale import rng, terminal
 from ijepa_scale.checkpoint.digests import digest_of_tensors
 from ijepa_scale.config.architectures import ARCHITECTURES
 from ijepa_scale.config.form import Exif
+from ijepa_scale.data.sources.source import described
 from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.evaluate.alike import check_opened, check_options
 from ijepa_scale.evaluate.attentive_protocol import ATTENTIVE, attentive, token_bytes
 from ijepa_scale.evaluate.bar import Bar
 from ijepa_scale.evaluate.frozen import ImageTransform, Pool, heads_of, load
@@ -84,6 +86,10 @@ class Table(Protocol):
 
 Evaluate = Callable[["EvaluationRequest", World], "Table | None"]
 
+# of an EvaluationRequest, as `check_options` takes them
+PATHS = {"source", "train", "test", "transfer", "folder"}
+FLAGS = {"protocols": "--protocol", "subsets": "--subset", "which": "--weights", "untrained": "the untrained encoder"}
+
 
 def evaluate_here(evaluate: Evaluate, request: EvaluationRequest, launch: Launch, device: torch.device) -> None:
     """Evaluates in this process of the run, and prints the table on the main one."""
@@ -107,12 +113,15 @@ def evaluate_encoder(request: EvaluationRequest, world: World) -> Results | None
     if unknown:
         raise ConfigError(f"protocol {', '.join(unknown)} is unknown; choose among {', '.join(ALL)}")
     _check_flags(request)
+    check_options(world, request, paths=PATHS, flags=FLAGS)
     check_folder(request, world)
     encoder, transform = load(request.source, which=request.which, image_size=request.image_size, heads=request.heads)
     sets = [
         LabelledSet.open(given, request.reader if not given.name else None, request.exif, log=world.is_main)
         for given in (Named("", request.train, request.test), *request.transfer)
     ]
+    images = [part.images for each in sets for part in (each.train, each.test)]
+    check_opened(world, encoder, {each.name: described(each.source) for each in images})
     for number, each in enumerate(sets):
         needs_shots = number > 0 or "lowshot" in request.protocols
         check_labels(each.train.labels, _shots(request, number) if needs_shots else (), each.name)

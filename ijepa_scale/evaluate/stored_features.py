@@ -80,7 +80,8 @@ class FeatureStore:
         """
         for pool in pools:
             check_pool(encoder, pool)
-        key = self._key(encoder, transform, images)
+        key = self._key(encoder, transform, images) if self.world.is_main else None
+        key = self.world.broadcast_object(key)  # type: ignore[assignment]  # files may be older on another host
         paths = {pool: self.folder / f"{images.name}-{pool}-{key}.npy" for pool in pools}
         count = images.source.num_samples
         missing = [pool for pool in pools if opened(paths[pool], count) is None] if self.world.is_main else []

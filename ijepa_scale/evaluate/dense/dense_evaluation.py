@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 
 from ijepa_scale.data.sources.contents import digest_of_stats
+from ijepa_scale.data.sources.source import described
 from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError, DataError
+from ijepa_scale.evaluate.alike import check_opened, check_options
 from ijepa_scale.evaluate.dense.dense_protocols import (
     DENSE_PROTOCOLS,
     NEEDS,
@@ -21,6 +23,8 @@ from ijepa_scale.evaluate.dense.map_folders import Checked, Kind, MapFolder, che
 from ijepa_scale.evaluate.dense.patch_head import HeadRecipe
 from ijepa_scale.evaluate.frozen import ImageTransform, load
 from ijepa_scale.evaluate.offline import (
+    FLAGS,
+    PATHS,
     EncodingBars,
     EvaluationRequest,
     check_folder,
@@ -49,6 +53,7 @@ def evaluate_dense(request: EvaluationRequest, world: World) -> DenseResults | N
         raise ConfigError(
             f"--transfer is {request.transfer[0].name}, but it is for images with labels, not {kind}; drop the flag"
         )
+    check_options(world, request, paths=PATHS, flags=FLAGS)
     check_folder(request, world)
     encoder, transform = load(request.source, which=request.which, image_size=request.image_size, heads=request.heads)
     whole = ImageTransform(
@@ -58,6 +63,7 @@ def evaluate_dense(request: EvaluationRequest, world: World) -> DenseResults | N
         MapFolder(path, kind, image_size=whole.image_size, pixels=whole.format, depth_scale=request.depth_scale)
         for path in (request.train, request.test)
     )
+    check_opened(world, encoder, {"train": described(train), "test": described(test)})
     found = _checked(train, test, request, world)
     store = FeatureStore(
         request.folder / "features", world, batch_size=request.batch_size, workers=request.workers,
