@@ -34,11 +34,12 @@ from ijepa_scale.engine.spikes import SpikeJudge
 from ijepa_scale.engine.start import start_world, stop_world
 from ijepa_scale.engine.world import World
 from ijepa_scale.metrics.meters import Meters
+from ijepa_scale.train.link_watch import LinkWatch
 from ijepa_scale.train.watchdog import Watchdog
 
 MOST = 0.005  # of a step
 _ROUNDS, _CALLS = 15, 200
-_TICKS_S = 5.0
+_TICKS_S, _BEATS_S = 5.0, 10.0
 Work = Callable[[], Any]
 
 
@@ -94,6 +95,24 @@ def threads(world: World, timeout_s: float) -> dict[str, float]:
     return dict.fromkeys(("p20", "p50", "p80"), 1e3 * max(0.0, busy_s - idle_s) / looks / seldom.tick_s)
 
 
+def links(world: World, timeout_s: float) -> dict[str, float]:
+    """Returns the cost of the threads that say and hear that processes are there, in ms per second.
+
+    It is that of the process with the most. All they do is done once per beat, so it is measured with more beats.
+    """
+    watch, often = LinkWatch(world, timeout_s), LinkWatch(world, 5.0)
+    world.barrier()
+    begin = time.process_time()
+    time.sleep(_BEATS_S)
+    idle_s = time.process_time() - begin
+    with often.watching():
+        begin = time.process_time()
+        time.sleep(_BEATS_S)
+        busy_s = time.process_time() - begin
+    most_s = max(map(float, world.gather_objects(max(0.0, busy_s - idle_s))))
+    return dict.fromkeys(("p20", "p50", "p80"), 1e3 * most_s / _BEATS_S * often.interval_s / watch.interval_s)
+
+
 def agreement(world: World) -> dict[str, float]:
     """Returns the cost of agreeing on whether to stop, by one more number in a gather, and of judging spikes."""
     watch, values = FiniteWatch(world), [torch.tensor(0.5), torch.tensor(1.0)]
@@ -132,6 +151,7 @@ def measure(config: PretrainConfig, world: World, steps: int) -> list[tuple[str,
         ("step", step, 1.0),
         ("heartbeat and own time", heartbeat(world), 1.0),
         ("the watchdog's threads, per second", threads(world, timeout_s), step["p50"] / 1e3),
+        ("the threads that watch links, per second", links(world, config.engine.link_timeout), step["p50"] / 1e3),
         ("agreement on stopping, and spikes", agreement(world), 1.0),
         ("slowest process in a row", row(world), 1 / config.logging.every),
         ("comparing copies of the state", replicas(ours, world), 1 / config.checkpoint.every),

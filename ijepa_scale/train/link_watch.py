@@ -71,7 +71,7 @@ class LinkWatch:
     def __init__(self, world: World, timeout_s: float) -> None:
         """With a timeout of 0, a single process or a world without a store, nothing is watched."""
         self._world, self._timeout_s = world, timeout_s
-        self._interval_s = min(max(timeout_s / _BEATS, _INTERVAL_S[0]), _INTERVAL_S[1])
+        self.interval_s = min(max(timeout_s / _BEATS, _INTERVAL_S[0]), _INTERVAL_S[1])
         self._word = Word()
         self._told = Word()  # the last one that has reached the store
         self._heard: dict[int, tuple[bytes, Word, float]] = {}  # packed, unpacked, and the clock when it was new
@@ -143,7 +143,7 @@ class LinkWatch:
             # one that has left need not be heard any more, and the store may end with process 0
             if last or (self._told.state == _LEFT and not self._world.is_main):
                 return
-            self._wake.wait(self._interval_s if word.state == _ALIVE else self._interval_s / _BEATS)
+            self._wake.wait(self.interval_s if word.state == _ALIVE else self.interval_s / _BEATS)
             self._wake.clear()
 
     def _say(self, word: Word) -> None:
@@ -154,18 +154,18 @@ class LinkWatch:
     # The thread that judges.
 
     def _count(self) -> None:
-        tick_s = self._interval_s / 4
+        tick_s = self.interval_s / 4
         before = time.monotonic()
         while not self._done.wait(tick_s):
             now = time.monotonic()
-            self._clock += min(now - before, self._interval_s)
+            self._clock += min(now - before, self.interval_s)
             before = now
             if self._finding is None:
                 self._find()
             finding = self._finding
             if finding is None:
                 continue
-            if finding.state == _SILENT or self._clock - self._found_at > _UNWIND_BEATS * self._interval_s:
+            if finding.state == _SILENT or self._clock - self._found_at > _UNWIND_BEATS * self.interval_s:
                 self._end(finding)
 
     def _find(self) -> None:
@@ -187,7 +187,7 @@ class LinkWatch:
             return None
         # with those that will be over the limit in a moment, such as the others of the same host
         return self._silence(
-            [rank for rank in present if self._age(rank) > self._limit(broken) - self._interval_s], broken
+            [rank for rank in present if self._age(rank) > self._limit(broken) - self.interval_s], broken
         )
 
     def _judge_main(self) -> Word | None:
@@ -201,12 +201,12 @@ class LinkWatch:
         return self._clock - self._heard[rank][2]
 
     def _limit(self, broken: bool) -> float:
-        return min(_BROKEN_BEATS * self._interval_s, self._timeout_s) if broken else self._timeout_s
+        return min(_BROKEN_BEATS * self.interval_s, self._timeout_s) if broken else self._timeout_s
 
     def _silence(self, silent: list[int], broken: bool) -> Word:
         first, own = self._identities[silent[0]], self._identities[self._world.rank]
         cause = first.state()
-        if first.host != own.host and self._age(self._world.rank) > _BROKEN_BEATS * self._interval_s:
+        if first.host != own.host and self._age(self._world.rank) > _BROKEN_BEATS * self.interval_s:
             cause += f", or {own.host} is cut off"
         said = (
             f"{'a connection broke and nothing' if broken else 'nothing'} has been heard for "
@@ -231,7 +231,7 @@ class LinkWatch:
 
     def _explain(self) -> None:
         """Ends the process if it becomes known within a few beats why a connection broke."""
-        deadline = time.monotonic() + 2 * _BROKEN_BEATS * self._interval_s
+        deadline = time.monotonic() + 2 * _BROKEN_BEATS * self.interval_s
         while self._finding is None and time.monotonic() < deadline:
             gone = self._gone_from_here()
             if gone and self._word.state != _FAILED:
@@ -241,7 +241,7 @@ class LinkWatch:
                 self._say(Word(state=_BROKEN))
             if gone and gone[0] == 0:
                 break  # nobody else will say it
-            time.sleep(self._interval_s / _BEATS)
+            time.sleep(self.interval_s / _BEATS)
         finding = self._finding or (self._word if self._word.state == _FAILED else None)
         if finding is not None:
             self._end(finding)
@@ -256,7 +256,7 @@ class LinkWatch:
 
         Those that have left, that have failed themselves or that the finding is about know it.
         """
-        deadline = time.monotonic() + _BROKEN_BEATS * self._interval_s
+        deadline = time.monotonic() + _BROKEN_BEATS * self.interval_s
 
         def knows() -> bool:
             blamed = self._finding.about if self._finding else -1
@@ -268,7 +268,7 @@ class LinkWatch:
             )
 
         while not knows() and time.monotonic() < deadline:
-            time.sleep(self._interval_s / _BEATS / 2)
+            time.sleep(self.interval_s / _BEATS / 2)
 
     def _leave(self, threads: list[threading.Thread]) -> None:
         """Says that this process has ended in order, or knows how another one did."""
@@ -279,7 +279,7 @@ class LinkWatch:
         self._done.set()
         self._wake.set()
         for thread in threads:
-            thread.join(self._interval_s)
+            thread.join(self.interval_s)
 
     def _end(self, finding: Word) -> None:
         """Ends the process at once, and says why, unless another one of this host does."""
@@ -301,7 +301,7 @@ class LinkWatch:
         at, deadline = self._identities[finding.about], time.monotonic() + _FIRST_S
         is_here = finding.about != self._world.rank and at.place == self._identities[self._world.rank].place
         while finding.state == _FAILED and is_here and not _has_ended(at) and time.monotonic() < deadline:
-            time.sleep(self._interval_s / _BEATS / 2)
+            time.sleep(self.interval_s / _BEATS / 2)
 
     def _speaks(self, finding: Word) -> bool:
         """Returns whether this process prints a finding: the first one of each host, if the host hasn't seen it."""
