@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ijepa_scale.terminal import at_most
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SAME_S = 2.0  # a terminal and a launcher both pass a signal on: within this time it is one
 _ORPHAN_S = 8.0  # seconds that a process has to stop after its launcher has ended
 _LOOK_S = 1.0  # between looks at the launcher
+_SAYING_S = 2.0  # that the last line may take
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the state is saved
@@ -117,18 +120,29 @@ def listening() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def passing_on(processes: Callable[[], Iterable[int | None]]) -> Iterator[None]:
-    """Passes signals on to the processes that this one waits for."""
+def passing_on(processes: Callable[[], Iterable[int | None]]) -> Iterator[Callable[[], None]]:
+    """Passes signals on to the processes that this one waits for.
+
+    `processes` returns the ids of those that haven't ended: the number of one that has may be another program's.
+    Yields a function to call once they have started, for the signals that came before.
+    """
+    early: list[int] = []
 
     def send(number: int, _: Any) -> None:
-        for process in processes():
-            if process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, number)
+        found = [process for process in processes() if process is not None]
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+        if not found:
+            early.append(number)
+
+    def send_early() -> None:
+        for number in early:
+            send(number, None)
 
     before = {number: signal.signal(number, send) for number in SIGNALS}
     try:
-        yield
+        yield send_early
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -165,5 +179,8 @@ def _ask(why: str) -> None:
 
 
 def _end_at_once(why: str, code: int) -> None:
-    print(f"process {os.getpid()} ends at once: {why}", file=sys.stderr, flush=True)
-    os._exit(code)
+    """Ends the process, and says why unless nobody reads standard error: a pipe may be closed, or full for ever."""
+    try:
+        at_most(_SAYING_S, lambda: print(f"process {os.getpid()} ends at once: {why}", file=sys.stderr, flush=True))
+    finally:
+        os._exit(code)

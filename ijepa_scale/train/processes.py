@@ -55,13 +55,14 @@ def run(main: Main, options: Any, engine: EngineConfig, *, devices: list[str] | 
     port = environment.free_port()
     environment.default_threads(count)
     named: list[str | None] = [*devices] if devices else [None] * count
-    children: list[int | None] = []
+    children: list[Any] = []
     try:
-        with stopping.passing_on(lambda: children):
+        with stopping.passing_on(lambda: [child.pid for child in children if child.is_alive()]) as pass_early:
             started = multiprocessing.spawn(
                 _child, (PLUGINS, main, options, engine, named, port), nprocs=count, join=False
             )
-            children += started.pids()
+            children += started.processes
+            pass_early()
             while not started.join():
                 pass
     except multiprocessing.ProcessExitedException as error:

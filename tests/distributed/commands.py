@@ -37,6 +37,9 @@ health: {{every: 4, images: 16}}
 ZERO3 = ("engine.strategy=deepspeed", f"engine.ds_config={ROOT}/ds_configs/zero3_small.json")
 
 
+STARTED: list[subprocess.Popen] = []  # by the test that runs now
+
+
 def write_data(folder: Path) -> Path:
     """Writes 50 JPEG images of varying sizes in 2 classes into 3 shards."""
     generator = np.random.default_rng(0)
@@ -74,7 +77,7 @@ def start(
     """Starts a launch in its own process group, with its output in a log file next to the config."""
     command = [*(launcher or (sys.executable,)), str(script), "--config", str(config)]
     log = config.with_suffix(".log").open("a")
-    return subprocess.Popen(
+    run = subprocess.Popen(
         [*command, *arguments],
         cwd=config.parent,
         env=clean_environment(**variables),
@@ -82,6 +85,8 @@ def start(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    STARTED.append(run)
+    return run
 
 
 def clean_environment(**variables: str) -> dict[str, str]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -34,29 +36,47 @@ def run(
     if device == "cpu":
         context.set_forkserver_preload(["tests.distributed.preload"])
     port = environment.free_port()
-    results: multiprocessing.Queue = context.Queue()
-    workers = [
-        context.Process(
-            target=_work, args=(results, function, rank, processes, port, (alone, device), args), daemon=True
+    workers, links = [], []
+    for rank in range(processes):
+        link, their_end = context.Pipe(duplex=False)
+        worker = context.Process(
+            target=_work, args=(their_end, function, rank, processes, port, (alone, device), args), daemon=True
         )
-        for rank in range(processes)
-    ]
-    for worker in workers:
         worker.start()
+        their_end.close()  # so that a process that dies ends the wait for its answer
+        workers.append(worker)
+        links.append(link)
     try:
-        answers = [results.get(timeout=TIMEOUT_S) for _ in workers]
+        answers = _answers(workers, links)
     finally:
-        for worker in workers:
-            worker.kill()  # all have answered, or the case has failed; a clean shutdown of DeepSpeed takes seconds
+        for worker, link in zip(workers, links, strict=True):
+            link.close()
+            if worker.is_alive():
+                worker.kill()  # all have answered, or the case has failed; a clean shutdown of DeepSpeed takes seconds
             worker.join()
-    failed = [text for _, text, _ in answers if text]
+    failed = [text for text, _ in answers if text]
     if failed:
         raise ProcessFailed("\n".join(failed))
-    return [pickle.loads(value) for _, _, value in sorted(answers, key=lambda a: a[0])]
+    return [pickle.loads(value) for _, value in answers]
+
+
+def _answers(workers: list[Any], links: list[Any]) -> list[tuple[str, bytes]]:
+    """Returns the error and the value of each process."""
+    found = {link: (f"process {rank} hasn't answered within {TIMEOUT_S} s", b"") for rank, link in enumerate(links)}
+    pending, deadline = dict(zip(links, range(len(links)), strict=True)), time.monotonic() + TIMEOUT_S
+    while pending and (ready := connection.wait([*pending], max(0.0, deadline - time.monotonic()))):
+        for link in ready:
+            rank = pending.pop(link)
+            try:
+                found[link] = link.recv()  # type: ignore[union-attr]
+            except EOFError:
+                workers[rank].join(10)
+                found[link] = (f"process {rank} ended with code {workers[rank].exitcode} and without an answer", b"")
+    return [found[link] for link in links]
 
 
 def _work(
-    results: Any,
+    answer: Any,
     function: Callable[..., Any],
     rank: int,
     processes: int,
@@ -73,7 +93,7 @@ def _work(
         )
         world: World = start_world(launch, chosen, alone=alone)
         value = function(world, *args)
-        results.put((rank, "", pickle.dumps(value)))  # pickled here, since this process ends before the value is read
+        answer.send(("", pickle.dumps(value)))  # pickled here, so that an error of pickling is told
         stop_world()
     except BaseException:
-        results.put((rank, f"process {rank}:\n{traceback.format_exc()}", None))
+        answer.send((f"process {rank}:\n{traceback.format_exc()}", b""))

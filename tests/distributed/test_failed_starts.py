@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ijepa_scale import environment
-from tests.distributed.commands import PRETRAIN, ROOT, clean_environment, losses, write_config, write_data
+from tests.distributed.commands import PRETRAIN, ROOT, STARTED, clean_environment, losses, write_config, write_data
 
 
 def start(
@@ -23,10 +23,12 @@ def start(
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environ = clean_environment(**{**{name: str(value) for name, value in place.items()}, **variables})
     with (folder / f"{rank}.log").open("w") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(script), "--config", str(folder / "run.yaml"), *settings],
             env=environ, cwd=folder, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
+    STARTED.append(process)
+    return process
 
 
 def ended(folder: Path, *processes: subprocess.Popen) -> list[str]:

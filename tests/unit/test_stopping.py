@@ -65,12 +65,36 @@ def test_a_repeated_signal_is_one_and_a_later_one_ends_the_process() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):  # from a terminal and a launcher
         process.send_signal(number)
         time.sleep(0.05)
-    time.sleep(2.2)
+    time.sleep(4)  # surely 2 s after it has noted the last one
     assert process.poll() is None
     process.send_signal(signal.SIGHUP)
-    _, said = process.communicate(timeout=5)
+    _, said = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGHUP
     assert "ends at once: a second signal, SIGHUP" in said
+
+
+FULL = """
+os.set_blocking(2, False)
+for size in (1000, 1):
+    try:
+        while True:
+            os.write(2, b"?" * size)
+    except BlockingIOError:
+        pass
+os.set_blocking(2, True)
+"""
+
+
+@pytest.mark.parametrize("errors", ["closed", "full"])
+def test_it_ends_though_nobody_reads_why(errors: str) -> None:
+    process = started(FULL * (errors == "full") + IDLE)
+    assert process.stderr is not None
+    if errors == "closed":
+        process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    time.sleep(4)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
 
 
 def test_the_end_of_the_launcher_is_noted_and_ends_the_process() -> None:
@@ -102,16 +126,28 @@ def test_the_end_of_the_launcher_is_noted_and_ends_the_process() -> None:
 def test_signals_are_passed_on_to_processes() -> None:
     process = started(
         """
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         child = os.fork()
         if child == 0:
             signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))
-            print("ready", flush=True)
+            os.kill(os.getppid(), signal.SIGUSR2)
             time.sleep(60)
+        signal.sigwait({signal.SIGUSR2})
         with stopping.passing_on(lambda: [child, None]):
+            print("ready", flush=True)
             _, status = os.waitpid(child, 0)
         sys.exit(os.waitstatus_to_exitcode(status))
         """
     )
-    time.sleep(0.3)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=10) == 7
+    assert process.wait(timeout=20) == 7
+
+
+def test_signals_before_there_are_processes_are_passed_on_later() -> None:
+    children: list[int] = []
+    with stopping.passing_on(lambda: children) as pass_early:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with subprocess.Popen(["sleep", "60"]) as process:
+            children.append(process.pid)
+            pass_early()
+            assert process.wait(timeout=20) == -signal.SIGTERM

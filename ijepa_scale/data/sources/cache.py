@@ -91,6 +91,8 @@ class FileCache:
                     os.close(descriptor)
                     logger.warning("%s: other users can write to this cached file, so it is fetched again", path)
                     path.unlink(missing_ok=True)
+                # given back first: on NFS, two processes that raise a shared lock wait for each other for ever
+                fcntl.flock(lock, fcntl.LOCK_UN)
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():
                     self._fetch(file, path)

@@ -245,10 +245,13 @@ def _filesystem(url: str, retry: Retry) -> tuple[Any, str]:
 
     options: dict[str, Any] = {}
     scheme = scheme_of(url)
-    if scheme in ("https", "http"):
+    if scheme in ("https", "http", "gs", "gcs"):
         import aiohttp
 
         waits = aiohttp.ClientTimeout(total=None, sock_connect=retry.timeout_s, sock_read=retry.timeout_s)
+    if scheme in ("gs", "gcs"):
+        options = {"requests_timeout": waits}
+    elif scheme in ("https", "http"):
         options = {"client_kwargs": {"timeout": waits, "trace_configs": [_checked_redirects(retry.redirect_hosts)]}}
         if _TRUSTED is not None:
             options["ssl"] = _TRUSTED

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
+import struct
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from ijepa_scale.config.schema import AugmentConfig
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.data.order import SampleOrder
 from ijepa_scale.data.shards.write import Sample, write_shards
+from ijepa_scale.data.sources import fetch as fetch_module
 from ijepa_scale.data.sources.cache import FileCache, RemoteFile
 from ijepa_scale.data.sources.fetch import Retry, fetch, file_sha256, remote_size
 from ijepa_scale.data.sources.remote import RemoteShardSource, open_cache
@@ -140,6 +146,15 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         remote_size("s3://bucket/a.tar", QUICK)
 
 
+@pytest.mark.parametrize("url", ["https://a/b.tar", "s3://a/b.tar", "gs://a/b.tar"])
+def test_no_transfer_waits_for_ever(url, monkeypatch):
+    given = {}
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url, **options: (given.update(options), "")[::1])
+    fetch_module._filesystem(url, Retry(timeout_s=7.5))
+    found = json.dumps(given, default=lambda value: vars(value) if hasattr(value, "__dict__") else str(value))
+    assert found.count("7.5") == 2  # to connect, and to read
+
+
 class Answered(Exception):
     """An error as requests, aiohttp and botocore raise it: each stores the status in another attribute."""
 
@@ -190,8 +205,9 @@ def test_processes_share_one_transfer(shards, tmp_path):
         files = [RemoteFile(f"{address}/{name}") for name in names]
         pipes = [FORK.Pipe() for _ in range(3)]
         runs = [FORK.Process(target=read_all, args=(a_cache(tmp_path / "c"), files, pipe[1])) for pipe in pipes]
-        for run in runs:
+        for run, pipe in zip(runs, pipes, strict=True):
             run.start()
+            pipe[1].close()  # so that a run that fails ends the wait for what it found
         found = [pipe[0].recv() for pipe in pipes]
         for run in runs:
             run.join()
@@ -243,6 +259,7 @@ def test_a_killed_transfer_leaves_the_cache_sound(shards, tmp_path):
         run = FORK.Process(target=read_all, args=(cache, [file], None))
         run.start()
         while not list(cache.folder.glob("*.part")):
+            assert run.is_alive()
             time.sleep(0.01)
         os.kill(run.pid, signal.SIGKILL)
         run.join()
@@ -252,6 +269,44 @@ def test_a_killed_transfer_leaves_the_cache_sound(shards, tmp_path):
         for wanted in (other, file):  # the reservation of the killed process doesn't count any more
             cache.open(wanted).close()
     assert not [entry for entry in cache.folder.iterdir() if entry.suffix in (".part", ".new")]
+
+
+def nfs_flock(lock: int, operation: int) -> None:
+    """As NFS has it, by locks on bytes: raising a shared one keeps it while it waits."""
+    kind = {fcntl.LOCK_SH: fcntl.F_RDLCK, fcntl.LOCK_EX: fcntl.F_WRLCK, fcntl.LOCK_UN: fcntl.F_UNLCK}
+    command = _OFD_SETLK if operation & fcntl.LOCK_NB else _OFD_SETLKW
+    fcntl.fcntl(lock, command, struct.pack("hhqqi4x", kind[operation & ~fcntl.LOCK_NB], 0, 0, 0, 0))
+
+
+_OFD_SETLK, _OFD_SETLKW = 37, 38  # Linux; Python 3.10 has no names for them
+
+
+def opened_over_nfs(cache: FileCache, file: RemoteFile, both: Any) -> None:
+    def flock(lock: int, operation: int) -> None:
+        nfs_flock(lock, operation)
+        if operation == fcntl.LOCK_SH and not both.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(5)  # both look for the file while both have the shared lock
+
+    fcntl.flock = flock
+    cache.open(file).close()
+
+
+def test_processes_that_want_one_file_over_nfs_do_not_wait_for_each_other(shards, tmp_path):
+    server = FlakyServer(shards)
+    tar = sorted(shards.glob("*.tar"))[0]
+    both = FORK.Barrier(2)
+    with serving(server) as address:
+        arguments = (a_cache(tmp_path / "c"), RemoteFile(f"{address}/{tar.name}", tar.stat().st_size), both)
+        runs = [FORK.Process(target=opened_over_nfs, args=arguments, daemon=True) for _ in range(2)]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join(60)
+        codes = [run.exitcode for run in runs]
+        for run in runs:
+            run.kill()
+    assert codes == [0, 0] and dict(server.sent) == {f"/{tar.name}": 1}
 
 
 def test_equal_names_of_other_addresses_do_not_collide(tmp_path):

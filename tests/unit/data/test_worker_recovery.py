@@ -223,9 +223,11 @@ class HalfSent(Dataset):
         if item == 2:
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(f"{self.folder}/killed", os.O_CREAT | os.O_EXCL))
+                worker = os.getpid()
                 if not os.fork():  # a second process, since this one is about to send
                     time.sleep(1.5)
-                    os.kill(os.getppid(), signal.SIGKILL)
+                    if os.getppid() == worker:
+                        os.kill(worker, signal.SIGKILL)
                     os._exit(0)
         return bytes([item]) * (8 << 20)
 

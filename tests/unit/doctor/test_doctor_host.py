@@ -223,8 +223,8 @@ def test_a_check_that_fails_or_hangs_is_one_line() -> None:
     assert only(checked("a", fail, remedy="do b")) == Finding(check="a", found="cannot", verdict="wrong", remedy="do b")
     begin = time.monotonic()
     with pytest.raises(NoAnswer, match="no answer in 0.1 s"):
-        within(0.1, lambda: time.sleep(1.0))
-    assert time.monotonic() - begin < 0.9
+        within(0.1, lambda: time.sleep(60))
+    assert time.monotonic() - begin < 30
     assert within(5.0, lambda: 7) == 7
     with pytest.raises(KeyError):
         within(5.0, lambda: {}["x"])
