@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import psutil
@@ -17,6 +18,7 @@ def no_run_is_left() -> Iterator[None]:
     for run in STARTED:
         if run.poll() is None:
             for process in [*psutil.Process(run.pid).children(recursive=True), run]:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             run.wait()
     STARTED.clear()
