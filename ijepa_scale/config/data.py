@@ -49,7 +49,7 @@ class DataConfig(Section, at="data", registry=SOURCES, selector="reader"):
     worker_timeout: form.Seconds = Field(
         300.0,
         description="Longest wait for a worker; one that hangs is started again, if it is shorter than "
-        "engine.hang_timeout. 0: for ever.",
+        "engine.hang_timeout. 0: no limit.",
     )
     window_shards: form.Count = Field(8, description="Shards whose samples are shuffled together.")
     cache: form.PathText | None = Field(

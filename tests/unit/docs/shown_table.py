@@ -35,6 +35,7 @@ SHORT = ("schedule.stop_after=2", "data.workers=0", "logging.tensorboard=false")
 SMALL = ("model.width=24", "model.depth=1", "model.predictor_width=24", "model.predictor_depth=1")
 FEW = ("data.batch_size=4", "masks.group_size=4", "masks.min_keep=3")  # min_keep: blocks on 8 x 8 patches are small
 OWN = Run((*SMALL, *SHORT), without=("runs/mine",), says="done: 2 steps")
+MADE = Run(("--workers", "0"), without=("SHARDS",), says="24 images in 1 shard")
 HUGE = Run((*SMALL, *SHORT, *FEW, "model.heads=3", "model.image_size=112"))
 CONTINUED = Run((*SHORT, *FEW))
 FINETUNED = (
@@ -86,6 +87,13 @@ SHOWN: dict[str, Run | Never] = {
     # data, dense, doctor
     "python launch/shards.py stats PHOTOS --channels 1 --pixels uint16": Run(("--workers", "0"), {"1": "3", "uint16": "uint8"}),
     "python launch/shards.py stats DATA --channels 13 --pixels uint16": Run(("--workers", "0"),),
+    "python launch/shards.py make --from list --root photos.txt --to SHARDS": MADE._replace(form=FAST),
+    "python launch/shards.py make --from csv --root labels.csv --to SHARDS": MADE,
+    "python launch/shards.py make --from tar --root photos.tar --to SHARDS": MADE,
+    "python launch/shards.py make --from zip --root photos.zip --to SHARDS": MADE,
+    "python launch/shards.py make --from parquet --root photos.parquet --to SHARDS": MADE,
+    "python launch/shards.py make --from CIFAR10 --root CIFAR --download --to SHARDS": Never("downloads: tests/unit/data/shards/test_shards_sources.py reads such files"),
+    "python launch/shards.py verify SHARDS": Run(("--workers", "0")),
     "python launch/shards.py classes SHARDS": Run(swap={"SHARDS": "NAMED"}),
     "python launch/evaluate.py runs/mine --data shapes/train shapes/val --protocol segmentation patch-knn": Run(QUICK),
     "python launch/evaluate.py runs/mine --data rooms/train rooms/val --protocol depth --image-size 448": Run(QUICK, {"448": "48"}),
@@ -121,6 +129,8 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/completion.py bash": Run(says="complete"),
     "ijepa plan --config configs/in1k_vith14_ep300.yaml --gpus 8x h100": Run(says="it fits", form=FAST),
     "python launch/pretrain.py --config configs/own_images.yaml data.train=PHOTOS folder=runs/mine model.name=vit_small": OWN,
+    "python launch/shards.py stats 'PHOTOS/**' --channels 1 --pixels uint16": Run(("--workers", "0"), {"1": "3", "uint16": "uint8"}, says="PHOTOS/pixel_stats.json"),
+    "python launch/pretrain.py --config configs/own_images.yaml 'data.train=PHOTOS/**' folder=runs/mine": OWN,
     # migrating
     "python launch/pretrain.py --fname C.yaml --devices cuda:0 cuda:1": Run(swap={**CPUS, "C.yaml": "published.yaml"}),
     "python launch/slurm.py --fname C.yaml --folder LOGS --partition P --nodes 2 --tasks-per-node 8 --time 1000": Run(("--dry-run",), {"C.yaml": "published.yaml"}, says="--nodes=2"),

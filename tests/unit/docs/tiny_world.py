@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 import yaml
 from pages import DOCS, blocks_of, text_of
 from PIL import Image
+from pyarrow import parquet
 from started import TINY_PUBLISHED, Starter
 
 from ijepa_scale.checkpoint.published_files import FILES
@@ -89,6 +91,7 @@ def build(world: Path, starter: Starter) -> Path:
     (world / "DATA").mkdir()
     for number in range(4):
         np.save(world / "DATA" / f"{number}.npy", draw.integers(0, 60_000, (20, 20, 13), dtype=np.uint16))
+    packed(world)
     (world / "C.yaml").write_text(PRETRAIN)
     (world / "finetune.yaml").write_text(FINETUNE)
     for name in ("published.yaml", "YOUR_PUBLISHED_FILE.yaml"):
@@ -153,6 +156,19 @@ def photographs(folder: Path, draw: np.random.Generator) -> None:
             (folder / part / name).mkdir(parents=True)
             for number in range(count):
                 picture(draw).save(folder / part / name / f"{number}.jpg")
+
+
+def packed(world: Path) -> None:
+    """Writes the training photographs as a list, a CSV file, an archive of each kind, and Parquet."""
+    paths = sorted((world / "PHOTOS" / "train").rglob("*.jpg"))
+    (world / "photos.txt").write_text("".join(f"{path.relative_to(world)}\n" for path in paths))
+    rows = "".join(f"{path.relative_to(world)},{path.parent.name}\n" for path in paths)
+    (world / "labels.csv").write_text(f"path,label\n{rows}")
+    for kind in ("tar", "zip"):
+        shutil.make_archive(str(world / "photos"), kind, world / "PHOTOS" / "train")
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    labels = [CLASSES.index(path.parent.name) for path in paths]
+    parquet.write_table(pyarrow.table({"image": images, "label": labels}), world / "photos.parquet")
 
 
 def mapped(folder: Path, draw: np.random.Generator, kind: str, count: int) -> None:
