@@ -16,11 +16,11 @@ from ijepa_scale.config.data import DataConfig
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.config.pixels import PixelFormat
 from ijepa_scale.data.sources.fetch import scheme_of
+from ijepa_scale.data.sources.listing import STATISTICS
 from ijepa_scale.data.sources.tar_index import expand
 from ijepa_scale.errors import DataError
 from ijepa_scale.new_file import new_file
 
-STATISTICS = "pixel_stats.json"
 _VERSION = 1
 
 
@@ -65,7 +65,8 @@ def write_statistics(found: Statistics, path: Path) -> None:
             temporary.write_text(json.dumps({"version": _VERSION, **asdict(found)}, indent=1) + "\n")
     except OSError as error:
         raise DataError(
-            f"{path} can't be written ({error.strerror}); make room, or fix its folder's permissions"
+            f"{path} can't be written ({error.strerror}); make room, or fix its folder's permissions, or set "
+            "augment.mean and augment.std to what was measured"
         ) from None
 
 

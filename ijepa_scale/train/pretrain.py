@@ -314,8 +314,8 @@ def build_schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
 
 def _finetuning(config: PretrainConfig) -> str:
     """Returns the settings that finetuning on images of the same kind needs, each after a space."""
-    folders = " data.reader=imagefolder evaluate.reader=imagefolder"
-    return (folders if config.data.reader in ("imagefolder", "list") else "") + (
+    reader = config.data.reader
+    return (f" data.reader={reader} evaluate.reader={reader}" if reader in ("imagefolder", "list") else "") + (
         "" if PixelFormat(config.model.channels, config.data.pixels).is_rgb8 else " augment.rand_augment=null"
     )
 

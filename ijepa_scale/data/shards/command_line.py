@@ -341,9 +341,9 @@ def _stats(options: argparse.Namespace) -> int:
             source, pixels, workers=options.workers, max_bad_fraction=options.max_bad_fraction,
             progress=lambda done, bad: progress.show(done, f"{bad} left out"),
         )  # fmt: skip
-    write_statistics(found, path)
     for name, values in (("mean", found.mean), ("std", found.std)):
         terminal.say(f"{name:<5} {', '.join(f'{value:.6g}' for value in values)}")
+    write_statistics(found, path)
     counts = counted(found.images, "image")
     terminal.say(f"{path}: {counts} with {pixels}; augment.mean=null augment.std=null takes them")
     return 0

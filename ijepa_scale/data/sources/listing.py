@@ -21,6 +21,7 @@ from ijepa_scale.plurals import counted
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _LIKE_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing)[-_ ]?(\d+|set|split|data|images?)?")
 NO_CLASS = "isn't in a class folder; move it into one"
+STATISTICS = "pixel_stats.json"  # what launch/shards.py stats writes next to the images
 AS_CLASSES = "."  # ends a path whose folders are always the classes
 ALL_IMAGES = "**"  # ends a path below which all images are read, without labels
 
@@ -299,7 +300,7 @@ class FolderListing:
                         real.append(inner) if not entry.is_symlink() else heapq.heappush(self._links, inner)
                     elif is_data_image(name):
                         data_images.append(name)
-                    else:
+                    elif folder or name != STATISTICS:
                         self._problems.pass_over(name)
                         if not folder and entry.is_symlink() and not os.path.exists(entry.path):
                             self._dangling.append(name)
@@ -332,7 +333,7 @@ def _unlistable(path: str | Path, error: OSError) -> DataError:
 
 
 __all__ = [
-    "ALL_IMAGES", "AS_CLASSES", "NO_CLASS", "FolderListing", "asked_for", "check_lone", "chosen_split",
+    "ALL_IMAGES", "AS_CLASSES", "NO_CLASS", "STATISTICS", "FolderListing", "asked_for", "check_lone", "chosen_split",
     "describe_unlabelled", "doubt_archive", "doubt_classes", "doubt_link", "few", "folders_in", "has_no_classes",
     "images_below", "lost_link", "no_images", "refuse_nested", "root_of",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 from ijepa_scale.config.json_text import parse_json
 from ijepa_scale.errors import DataError
+from ijepa_scale.plurals import counted
 from ijepa_scale.regular_file import read_regular
 
 MANIFEST = "manifest.json"
@@ -125,8 +126,9 @@ def expected_shards(paths: list[Path], pattern: str | Path | None = None) -> Exp
         unnamed = sorted(here.keys() - rows.keys())
         if unnamed:
             found.doubts.append(
-                f"{folder}: {len(unnamed)} shards are there and not in {MANIFEST}, like {unnamed[0]}; they are read, "
-                "unchecked: move them away if they aren't meant, or make the set again"
+                f"{folder}: {MANIFEST} doesn't name {counted(len(unnamed), 'shard')}, like {unnamed[0]}, which "
+                f"{'is' if len(unnamed) == 1 else 'are'} read unchecked: move what isn't meant away, or make the set "
+                "again"
             )
     return found
 

@@ -149,7 +149,7 @@ def test_a_shard_that_the_manifest_does_not_name_is_told(shards, caplog):
     source = opened(shards[0].parent)
     with caplog.at_level(logging.WARNING):
         check_problems(source.problems(), source.num_samples, 0.0)
-    assert "1 shards are there and not in manifest.json, like extra.tar; they are read, unchecked" in caplog.text
+    assert "manifest.json doesn't name 1 shard, like extra.tar, which is read unchecked" in caplog.text
 
 
 def test_a_manifest_of_something_else_is_told_and_a_damaged_one_refused(shards, caplog):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
 import re
 import shlex
 from fractions import Fraction
@@ -160,3 +163,22 @@ def test_bad_images_are_left_out_up_to_a_share_and_constant_channels_refused(tmp
     ):
         assert shards.main(["stats", str(tmp_path / "a"), *arguments]) == 2
         assert text in capsys.readouterr().err
+
+
+def test_it_can_be_measured_again_and_without_a_place_to_write_to(tmp_path, monkeypatch, capsys, caplog):
+    root = folder_of(tmp_path, 1, "uint16")
+    command = ["stats", str(root), "--channels", "1", "--pixels", "uint16", "--workers", "0"]
+    with caplog.at_level(logging.INFO):
+        assert shards.main(command) == shards.main(command) == 0
+    first, second = capsys.readouterr().out.split(str(statistics_path(str(root))))[:2]
+    assert re.findall("(?:mean|std) .*", first) == re.findall("(?:mean|std) .*", second) != []
+    assert "not read" not in caplog.text
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ijepa_scale.data.statistics.new_file", full)
+    assert shards.main(command) == 2
+    said = capsys.readouterr()
+    assert re.findall("(?:mean|std) .*", said.out) == re.findall("(?:mean|std) .*", first)
+    assert "No space left on device" in said.err and "or set augment.mean and augment.std" in said.err
