@@ -38,7 +38,7 @@ class EncoderConfig(Section, at="model.encoder"):
     )
     width: form.Count | None = Field(None, description="Width of a token.")
     depth: form.Count | None = Field(None, description="Number of blocks.")
-    heads: form.Count | None = Field(None, description="Number of attention heads; the predictor has as many.")
+    heads: form.Count | None = Field(None, description="Number of attention heads; a predictor has as many.")
     mlp_ratio: float | None = Field(None, description="Width of an MLP divided by that of a token.")
     position_grid: tuple[form.Count, form.Count] | None = Field(
         None, description="Grid [rows, columns] that positions are computed for, then interpolated; null: the image's."
@@ -340,7 +340,7 @@ class RunConfig(Section):
     folder: form.PathText = Field(
         "runs/pretrain", description="Folder of logs, checkpoints and the resolved configuration."
     )
-    seed: int = Field(0, ge=0, description="Seed of weights, order, crops and masks.")
+    seed: int = Field(0, ge=0, description="Seed of everything random: weights, order, crops and so on.")
     resume: form.PathText = Field(
         "auto", description="The newest checkpoint of the folder (auto), none, or a checkpoint folder."
     )

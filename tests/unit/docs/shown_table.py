@@ -186,7 +186,7 @@ SHOWN: dict[str, Run | Never] = {
     "python launch/export.py SOURCE --to encoder.onnx": Run(),
     "python launch/export.py SOURCE --to encoder.pt2": Run(),
     "python launch/export.py published:in1k_vith14_ep300 --as transformers --to ijepa-vith14": Run(),
-    "python launch/finetune.py --config configs/finetune/base.yaml model.init=published:in1k_vith14_ep300": Run((*FINETUNED, *TWO_CLASSES)),
+    "python launch/finetune.py --config configs/finetune/base.yaml model.init=published:in1k_vith14_ep300 model.num_classes=N data.train=TRAIN evaluate.test=VAL": Run(FINETUNED, {"N": "2", "TRAIN": "SHARDS", "VAL": "VAL_SHARDS"}),
 }  # fmt: skip
 
 # What other programs than ours do, by the beginning of a line, and the test that runs it or why none does.
