@@ -26,6 +26,7 @@ EXPECTED_SKIPS = (  # reasons that say nothing about our code: what the machine 
     r"target_precision is fp8 but .*sharded weights are gathered in bf16",
     r"fp8 products need (\d+\.\d+ or higher|a CUDA device)",
 )
+KILLED_S = 30.0  # until a child that was killed, and all that hold its output, must have ended
 _SKIP = re.compile(rf"^{SKIPPED} (.+?): (.+)$", re.MULTILINE)
 
 
@@ -91,16 +92,28 @@ def run_item(item: Item, limit_s: float) -> Outcome:
     )
     try:
         output, _ = child.communicate(timeout=limit_s)
-        status, reason = judge(child.returncode, output)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        output, _ = child.communicate()
-        status, reason = "failed", f"not done after {limit_s:.0f} s"
+        output, ended = _killed(child)
+        status, reason = "failed", f"not done after {limit_s:.0f} s{ended}"
     except BaseException:  # such as Ctrl-C: no child outlives the suite
-        os.killpg(child.pid, signal.SIGKILL)
+        if child.returncode is None:  # else its number may be that of others
+            os.killpg(child.pid, signal.SIGKILL)
         raise
+    else:
+        status, reason = judge(child.returncode, output)
     seconds, skips = time.monotonic() - begin, tuple(_SKIP.findall(output))
     return Outcome(name=item.name, status=status, reason=reason, seconds=seconds, output=output.strip(), skips=skips)
+
+
+def _killed(child: subprocess.Popen[str]) -> tuple[str, str]:
+    """Kills a child and its children; returns its output, and what is to be said if it doesn't end even so."""
+    os.killpg(child.pid, signal.SIGKILL)
+    try:
+        return child.communicate(timeout=KILLED_S)[0], ""
+    except subprocess.TimeoutExpired as error:
+        output = error.output or b""
+        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        return text, f", and process {child.pid} or one of its hasn't ended {KILLED_S:.0f} s after it was killed"
 
 
 def expected(reason: str) -> bool:

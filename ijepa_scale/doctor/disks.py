@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.doctor.finding import Finding, NoAnswer, size_text
+from ijepa_scale.doctor.finding import Finding, size_text
+from ijepa_scale.no_answer import NoAnswer
 
 PROBE = Path(__file__).parent / "disk_probe.py"
 LIMIT_S = 20.0  # of each question

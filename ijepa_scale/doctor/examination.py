@@ -21,7 +21,7 @@ from ijepa_scale.data.sources.fetch import scheme_of
 from ijepa_scale.doctor import disks, limits, software
 from ijepa_scale.doctor.board import Board
 from ijepa_scale.doctor.decoding import Config, decoding, needed_rate
-from ijepa_scale.doctor.finding import Finding, NoAnswer, checked, within
+from ijepa_scale.doctor.finding import Finding, checked
 from ijepa_scale.doctor.gpu_health import gpu_health
 from ijepa_scale.doctor.links import WAIT_S, Links
 from ijepa_scale.doctor.table import PROCESS, table, table_json, wrong_of
@@ -30,6 +30,7 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.new_file import new_file
+from ijepa_scale.no_answer import NoAnswer, within
 from ijepa_scale.planning.memory import state_bytes
 
 WRONG_CODE = 1
@@ -94,11 +95,18 @@ def examine_here(options: DoctorOptions, launch: Launch, device: torch.device) -
         if world is not None:
             _together(patient, *world)
         code = _told(patient, None if world is None else world[1])
-    except RuntimeError as error:  # of the store
-        if not launch.rank:
+    except (NoAnswer, RuntimeError) as error:  # of the store
+        patient.hung = True
+        if launch.rank:
+            said = "doesn't answer" if isinstance(error, NoAnswer) else "has ended"
+            terminal.report(f"process 0 {said}: {_first_line(error)}", f"wrong (process {launch.rank})")
+            code = WRONG_CODE
+        elif isinstance(error, NoAnswer):  # the launcher serves it
+            said = f"the launcher's store at {launch.address}:{launch.port} doesn't answer"
+            patient.add([Finding(check="processes", found=said, verdict="wrong", remedy=_HUNG)], "")
+            code = _report(patient)
+        else:
             raise
-        code, patient.hung = WRONG_CODE, True
-        terminal.report(f"process 0 has ended: {_first_line(error)}", f"wrong (process {launch.rank})")
     sys.stdout.flush()
     if not patient.hung and world is not None:
         world[0].barrier()
@@ -275,7 +283,10 @@ def _told(patient: _Patient, board: Board | None) -> int:
         patient.add(checked("same folder", lambda: _remove(near, name), remedy="remove it"))
     code = _report(patient)
     if board is not None:
-        board.tell_last("verdict", "" if patient.hung else _ALL_ANSWER, absent)
+        try:
+            board.tell_last("verdict", "" if patient.hung else _ALL_ANSWER, absent)
+        except NoAnswer:
+            patient.hung = True
     return code
 
 

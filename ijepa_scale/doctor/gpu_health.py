@@ -6,7 +6,8 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 
-from ijepa_scale.doctor.finding import Finding, NoAnswer, size_text
+from ijepa_scale.doctor.finding import Finding, size_text
+from ijepa_scale.no_answer import NoAnswer
 
 LIMIT_S = 15.0  # nvidia-smi hangs where a GPU has been lost
 _FIELDS = (

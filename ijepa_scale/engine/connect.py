@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import resource
 import socket
-import threading
 import time
+from functools import partial
 
 import psutil
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from torch.distributed import Store
 
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.launchers import Launch
+from ijepa_scale.no_answer import NoAnswer, within
 
 logger = logging.getLogger(__name__)
 
@@ -36,22 +36,19 @@ def connect(launch: Launch, deadline: float) -> tuple[Store, str | None]:
     if launch.rank == 0 and not launch.store_is_there:
         return _serve(launch), None
     address = _reach(launch, deadline)
-    found: list[Store] = []
-    # in a thread, since torch 2.11 waits without end for what accepts a connection and says nothing
-    thread = threading.Thread(target=_join, args=(launch, found), name="connect", daemon=True)
-    thread.start()
-    thread.join(max(_TRY_S, deadline - time.monotonic()))
-    if not found:
+    try:
+        # torch 2.11 waits without end for what accepts a connection and says nothing
+        return within(max(_TRY_S, deadline - time.monotonic()), partial(_join, launch)), address
+    except (NoAnswer, dist.DistError) as error:
         raise ConfigError(
             f"process {launch.rank} on {socket.gethostname()} finds something at {launch.address}:{launch.port} that "
-            "isn't process 0 of a run; set MASTER_PORT to a port that is free on process 0's host"
-        )
-    return found[0], address
+            "doesn't answer as process 0 of a run does; set MASTER_PORT to a port that is free on process 0's host, "
+            "and check that process 0 isn't stopped"
+        ) from error
 
 
-def _join(launch: Launch, found: list[Store]) -> None:
-    with contextlib.suppress(dist.DistError):
-        found.append(dist.TCPStore(launch.address or "", launch.port or 0, is_master=False, wait_for_workers=False))
+def _join(launch: Launch) -> Store:
+    return dist.TCPStore(launch.address or "", launch.port or 0, is_master=False, wait_for_workers=False)
 
 
 def _serve(launch: Launch) -> Store:

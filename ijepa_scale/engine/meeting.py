@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _LOOK_S = (0.01, 0.5)  # between two looks, first and at most
 _AGAIN_S = 1.0  # between looks for a second process of the same rank
 _GRACE_S = 10.0  # that process 0 has to say who is missing, after the time is over
-_LINGER_S = 3.0  # that process 0 serves the store to the others after an error
+LINGER_S = 3.0  # that process 0 serves the store to the others after an error
 _ENDED = "ended"  # counts the processes that know that the run ends
 _SHOWN = 8  # processes that a message names
 
@@ -177,7 +177,7 @@ def ends(part: Store) -> None:
 
 def linger(part: Store, own: Member, expected: int) -> None:
     """Lets process 0, which may serve the store, wait a little until so many processes know that the run ends."""
-    deadline = time.monotonic() + _LINGER_S
+    deadline = time.monotonic() + LINGER_S
     while own.rank == 0 and part.add(_ENDED, 0) < expected and time.monotonic() < deadline:
         time.sleep(_LOOK_S[0])
 

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -23,10 +24,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from ijepa_scale import environment
 from ijepa_scale.engine.agreement import agree, check_alike
 from ijepa_scale.engine.connect import connect
-from ijepa_scale.engine.meeting import Member, ends, linger, meet, refuse
+from ijepa_scale.engine.meeting import LINGER_S, Member, ends, linger, meet, refuse
 from ijepa_scale.engine.world import TIMEOUT, World
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.launchers import Launch
+from ijepa_scale.no_answer import NoAnswer, within
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ START_TIMEOUT_S = 300.0
 _AFTER_S = 0.3  # that the others leave to process 0 to tell what it knows too
 _EARLY_S = 3.0  # that those with the same error before they have met wait for one another
 _LEAST_S = 30.0  # to connect all with all, once they have met
+_OVERTIME_S = 15.0  # after its deadline, that a meeting may take until all know who is missing
+_SPARE_S = 5.0  # for what ends by itself in time, unless the store doesn't answer
 _made: list[Any] = []  # the process group, if `start_world` has made it
 
 
@@ -64,27 +68,7 @@ def start_world(
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             _made.append(dist.group.WORLD)
         else:
-            deadline = time.monotonic() + timeout_s
-            whole, address = connect(launch, deadline)
-            own = Member.own(launch.rank, launch.world_size, address, _gpu(device))
-            try:
-                store, members = meet(whole, own, deadline)
-                _agree(store, members, own, {"the kind of device": device.type, **(facts or {})}, deadline)
-                _choose_interface(own, members)
-                whole.set_timeout(TIMEOUT)
-                group = PrefixStore("group", store)
-                soon = datetime.timedelta(seconds=max(_LEAST_S, deadline - time.monotonic()))
-                dist.init_process_group(backend, store=group, rank=own.rank, world_size=own.size, timeout=soon)
-                _set_pg_timeout(TIMEOUT)
-                _made.append(dist.group.WORLD)
-            except RuntimeError as error:  # of the store, or of gloo
-                if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
-                    raise
-                said = str(error).partition("\n")[0]
-                raise ConfigError(
-                    f"{own} has lost the others while they started ({said}); read their output, and check "
-                    "that all hosts reach one another on all ports, through the interface that GLOO_SOCKET_IFNAME names"
-                ) from error
+            store, members = _start_with_others(launch, device, backend, timeout_s, facts or {})
     world = World(
         rank=launch.rank,
         size=launch.world_size,
@@ -96,6 +80,59 @@ def start_world(
         launcher=launch.launcher,
     )
     return world if store is not None or launch.world_size == 1 else _among_others(world, facts or {})
+
+
+def _start_with_others(
+    launch: Launch, device: torch.device, backend: str, timeout_s: float, facts: Mapping[str, str]
+) -> tuple[Store, list[Member]]:
+    """Makes the process group, and returns the part of the store that only these processes use, and who they are."""
+    began = time.monotonic()
+    deadline = began + timeout_s
+    whole, address = connect(launch, deadline)
+    own = Member.own(launch.rank, launch.world_size, address, _gpu(device))
+
+    def meeting() -> tuple[Store, list[Member]]:
+        part, members = meet(whole, own, deadline)
+        _agree(part, members, own, {"the kind of device": device.type, **facts}, deadline)
+        return part, members
+
+    try:
+        # in threads, since torch 2.11 waits without end for a store that stops answering, whatever its timeout
+        store, members = within(deadline - time.monotonic() + _OVERTIME_S, meeting)
+    except NoAnswer as error:
+        who = "the launcher's store" if launch.store_is_there else "process 0"
+        raise ConfigError(
+            f"{who} at {launch.address}:{launch.port} doesn't answer {own}, {time.monotonic() - began:.0f} s after it "
+            "began to start; check that it isn't stopped (state T in ps) and that its host isn't frozen, then start "
+            "all processes again"
+        ) from error
+    except dist.DistError as error:
+        raise _lost(own, error) from error
+    _choose_interface(own, members)
+    whole.set_timeout(TIMEOUT)
+    soon_s = max(_LEAST_S, deadline - time.monotonic())
+
+    def grouping() -> None:
+        group, soon = PrefixStore("group", store), datetime.timedelta(seconds=soon_s)
+        dist.init_process_group(backend, store=group, rank=own.rank, world_size=own.size, timeout=soon)
+
+    try:
+        within(soon_s + _SPARE_S, grouping)
+    except (NoAnswer, RuntimeError) as error:  # RuntimeError: of the store, or of gloo
+        if not isinstance(error, (NoAnswer, dist.DistError)) and "gloo" not in str(error).lower():
+            raise
+        raise _lost(own, error) from error
+    _set_pg_timeout(TIMEOUT)
+    _made.append(dist.group.WORLD)
+    return store, members
+
+
+def _lost(own: Member, error: Exception) -> ConfigError:
+    said = str(error).partition("\n")[0]
+    return ConfigError(
+        f"{own} has lost the others while they started ({said}); read their output, and check that all hosts reach one "
+        "another on all ports, through the interface that GLOO_SOCKET_IFNAME names"
+    )
 
 
 def _among_others(world: World, facts: Mapping[str, str]) -> World:
@@ -135,13 +172,17 @@ def tells_first(world: World, error: BaseException) -> bool:
         return True
     if not world.is_main:
         time.sleep(_AFTER_S)
-    try:
+
+    def ask() -> bool:
         first = world.store.add(f"told/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1
         ends(world.store)
         linger(world.store, world.members[world.rank], world.size)
-    except dist.DistError:  # the store has ended, with process 0 or the launcher
+        return bool(first)
+
+    try:
+        return within(LINGER_S + _SPARE_S, ask)
+    except (NoAnswer, dist.DistError):  # the store doesn't answer, or has ended with process 0 or the launcher
         return True
-    return first
 
 
 def tells_early(launch: Launch, error: BaseException) -> bool:
@@ -152,13 +193,18 @@ def tells_early(launch: Launch, error: BaseException) -> bool:
     if launch.world_size == 1:
         return True
     deadline = time.monotonic() + _EARLY_S
-    try:
-        store, _ = connect(launch, deadline)
-        key, size = f"early/{hashlib.sha256(str(error).encode()).hexdigest()}", launch.world_size
+    key, size = f"early/{hashlib.sha256(str(error).encode()).hexdigest()}", launch.world_size
+
+    def ask(store: Store) -> int:
         number = store.add(key, 1)
         while launch.rank == 0 and store.add(key, 0) < size and time.monotonic() < deadline:
             time.sleep(0.05)
-    except (ConfigError, dist.DistError):  # the others have no such error, or have ended
+        return number
+
+    try:
+        store, _ = connect(launch, deadline)
+        number = within(deadline - time.monotonic() + _SPARE_S, partial(ask, store))
+    except (ConfigError, NoAnswer, dist.DistError):  # the others have no such error, or have ended
         return True
     return number % size == 1
 

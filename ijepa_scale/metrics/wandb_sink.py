@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ijepa_scale.config import form
 from ijepa_scale.config.schema import SinkConfig
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.metrics.sinks import kept_id
 from ijepa_scale.metrics.stored_rows import is_number
+from ijepa_scale.no_answer import NoAnswer, within
+
+logger = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id.txt"
+_SPARE_S = 10.0  # for W&B's own limit, which older versions don't have
 
 
 class WandbConfig(SinkConfig):
@@ -26,6 +32,9 @@ class WandbConfig(SinkConfig):
     name: str | None = Field(None, description="Name of the run; null means the name of its folder.")
     mode: Literal["online", "offline"] = Field(
         "online", description="Offline writes into the run's folder; `wandb sync` uploads it later."
+    )
+    finish_timeout: form.Seconds = Field(
+        300.0, gt=0, description="Longest upload at the end of the run; `wandb sync` uploads what is left."
     )
 
 
@@ -53,7 +62,9 @@ class WandbSink:
             mode=config.mode,
             dir=str(folder),
             config=dict(run),
+            settings=_limits(wandb, config.finish_timeout),
         )
+        self._finish_timeout = config.finish_timeout
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -62,5 +73,21 @@ class WandbSink:
         self._run.log({name: value for name, value in row.items() if is_number(value)})
 
     def close(self) -> None:
-        """Uploads or writes buffered rows."""
-        self._run.finish()
+        """Uploads or writes buffered rows, for at most `finish_timeout` seconds."""
+        try:
+            within(self._finish_timeout + _SPARE_S, self._run.finish)
+        except (TimeoutError, NoAnswer):
+            place = Path(self._run.dir).parent
+            logger.warning(
+                "W&B hasn't taken all rows within %g s (logging.sinks.wandb.finish_timeout); they are on disk, and "
+                "`wandb sync %s` uploads them once the network is back",
+                self._finish_timeout,
+                place,
+            )
+
+
+def _limits(wandb: Any, seconds: float) -> dict[str, Any]:
+    """Returns the settings that bound the end of a run, and of the process, where this version of W&B has them."""
+    limits = {"finish_timeout": seconds, "finish_timeout_raises": True}
+    known = getattr(wandb.Settings, "model_fields", {})
+    return {name: value for name, value in limits.items() if name in known}

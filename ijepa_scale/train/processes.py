@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from ijepa_scale.engine.start import START_TIMEOUT_S, start_world, stop_world, t
 from ijepa_scale.engine.world import World, choose_device
 from ijepa_scale.environment import Launch
 from ijepa_scale.errors import ConfigError, UserError
+from ijepa_scale.no_answer import NoAnswer
 from ijepa_scale.provenance import code_facts
 from ijepa_scale.registry import PLUGINS, load_plugin
 from ijepa_scale.stopping import Stopped
@@ -142,6 +144,9 @@ def user_errors(rank: int, launch: Launch | None = None) -> Iterator[None]:
             error.is_told = not tells_early(launch, error)
         if not error.is_told:
             terminal.report(error, f"error (process {rank})")
+        if isinstance(error.__cause__, NoAnswer):  # Python aborts at its end if the thread that waits wakes up then
+            sys.stdout.flush()
+            os._exit(terminal.code_of(error))
         sys.exit(terminal.code_of(error))
     except OSError as error:
         if (problem := terminal.file_problem(error)) is None:

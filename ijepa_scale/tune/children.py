@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import errno
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -31,7 +32,10 @@ from ijepa_scale.environment import Launch
 from ijepa_scale.errors import UserError
 from ijepa_scale.registry import PLUGINS, load_plugin
 
+logger = logging.getLogger(__name__)
+
 GRACE_S = 3.0  # after one process has failed, the time for the others to report their reasons
+KILLED_S = 10.0  # until a child that was killed must have ended
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
 
 
@@ -101,7 +105,8 @@ class Children:
         self._started += 1
         folder = tempfile.mkdtemp(prefix="ijepa-tune-")
         port, begin = environment.free_port(), time.monotonic()
-        children = []
+        children: list[Any] = []
+        ended: set[Any] = set()
         try:
             for rank in range(processes):
                 process = ProcessInfo(rank=rank, size=processes, port=port, folder=folder)
@@ -109,21 +114,23 @@ class Children:
                 child = self._context.Process(target=_child, args=(PLUGINS, function, argument, process, log))
                 children.append(child)
                 child.start()
-            in_time = _wait(children, begin + limit_s)
+            in_time = _wait(children, ended, begin + limit_s)
             seconds = time.monotonic() - begin
             codes = [child.exitcode for child in children]
             notes = [_read(Path(folder) / f"{rank}.json") for rank in range(processes)]
         finally:
             for child in children:
-                _end(child)
+                if child not in ended:
+                    _end(child)
             shutil.rmtree(folder, ignore_errors=True)
         return _outcome(codes, notes, in_time=in_time, limit_s=limit_s, seconds=seconds)
 
 
-def _wait(children: list[Any], deadline: float) -> bool:
+def _wait(children: list[Any], ended: set[Any], deadline: float) -> bool:
     """Waits until all children have ended or the deadline has passed; returns whether all have ended.
 
-    After one child has failed, waits at most `GRACE_S` for the others.
+    Ends at once what those have started that have ended, and adds them to `ended`: the system may give their number to
+    other processes afterwards. After one child has failed, waits at most `GRACE_S` for the others.
     """
     running = {child.sentinel: child for child in children}
     while running:
@@ -132,22 +139,33 @@ def _wait(children: list[Any], deadline: float) -> bool:
             return False
         for sentinel in ready:
             child = running.pop(sentinel)
-            child.join()
+            _end(child)
+            ended.add(child)
             if child.exitcode != 0:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     return True
 
 
 def _end(child: Any) -> None:
-    """Kills a child and all processes that it has started."""
+    """Kills a child and all processes that it has started. Call it once."""
     if child.pid is None:
         return
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # it has ended, or doesn't lead a session yet
+    # the number of one that has been waited for stays its group's while a helper lives: a process of that number is new
+    if child.exitcode is None or not Path(f"/proc/{child.pid}").exists():
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # it has ended, or doesn't lead a session yet
     child.kill()
-    child.join()
+    child.join(KILLED_S)
+    if child.exitcode is None:
+        multiprocessing.process._children.discard(child)  # type: ignore[attr-defined]  # else Python's end waits for it
+        logger.warning(
+            "process %d hasn't ended %.0f s after it was killed, and may hold memory: it waits for a driver or a disk "
+            "(state D in ps; dmesg says more)",
+            child.pid,
+            KILLED_S,
+        )
 
 
 def _outcome(

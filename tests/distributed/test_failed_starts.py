@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -120,6 +122,21 @@ def test_a_start_that_cannot_succeed_ends_in_time(kind: str, folder: Path) -> No
         second = start(folder, 0, 2, port, f"folder={folder}/second")
         assert second.wait(timeout=100) == 2
         assert f"error (process 0): process 0 can't listen on port {port}" in (folder / "0.log").read_text()
+        first.kill()
+
+
+@pytest.mark.long
+def test_a_process_0_that_is_stopped_ends_the_others(folder: Path) -> None:
+    port, in_time = environment.free_port(), "engine.start_timeout=20"
+    first, second = (start(folder, rank, 3, port, in_time) for rank in (0, 1))
+    try:
+        while "waiting for process 2 of 3" not in (folder / "0.log").read_text():
+            assert first.poll() is None
+            time.sleep(0.1)
+        first.send_signal(signal.SIGSTOP)
+        (line,) = ended(folder, second)
+        assert f"error (process 1): process 0 at 127.0.0.1:{port} doesn't answer process 1 ({second.pid} on" in line
+    finally:
         first.kill()
 
 

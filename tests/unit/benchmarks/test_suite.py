@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, gpu_suite, smoke
+from benchmarks import ceilings, gpu_suite, smoke, suite
 from benchmarks.common import read_rows, record
 from benchmarks.suite import Item, Outcome, exit_code, expected, judge, plan, run_item, run_items, summary
 from benchmarks.synthetic import configured
@@ -53,6 +54,34 @@ def test_suite_names_what_failed_and_what_was_skipped(monkeypatch):
     assert all(exit_code([each]) == (each.name != "fine") for each in outcomes)
     assert all(name in summary(outcomes) for name in found)
     assert "| all | 4004 | 1000 |  |" in plan(items[:4] + items[5:], 1000.0)
+
+
+HELD = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"], start_new_session=True)
+print("begun")
+time.sleep(60)
+"""
+
+
+def test_a_child_whose_output_stays_open_does_not_hold_the_suite(monkeypatch):
+    """As one does that waits for a driver (state D): no signal ends it."""
+    monkeypatch.setattr(suite, "KILLED_S", 0.5)
+    outcome = run_item(item("held", HELD), 3.0)
+    assert outcome.status == "failed" and outcome.output == "begun" and outcome.seconds < 15
+    assert re.search(r"not done after 3 s, and process \d+ or one of its hasn't ended 0 s after", outcome.reason)
+
+
+def test_an_output_that_cannot_be_judged_kills_nobody(monkeypatch):
+    def judge(code, output):
+        raise KeyError("a fault")
+
+    killed = []
+    monkeypatch.setattr(suite, "judge", judge)
+    monkeypatch.setattr(os, "killpg", lambda *given: killed.append(given))
+    with pytest.raises(KeyError):
+        run_item(item("fine", "print(1)"), 60.0)
+    assert not killed, "the number may be that of others"
 
 
 def test_expected_skips_pass_and_others_do_not():

@@ -16,10 +16,11 @@ from PIL import Image
 
 from ijepa_scale import environment
 from ijepa_scale.doctor import decoding, disk_probe, disks, limits, software
-from ijepa_scale.doctor.finding import Finding, NoAnswer, checked
+from ijepa_scale.doctor.finding import Finding, checked
 from ijepa_scale.doctor.links import Pair, chosen_pairs, hosts_of, pair_findings, reduce_finding
 from ijepa_scale.doctor.table import merged, table, table_json, wrong_of
 from ijepa_scale.engine import world
+from ijepa_scale.no_answer import NoAnswer
 from ijepa_scale.planning.devices import device_with_title, devices
 from launch.doctor import main
 

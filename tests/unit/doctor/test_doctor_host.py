@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ijepa_scale.doctor import gpu_health, limits, software
-from ijepa_scale.doctor.finding import Finding, NoAnswer, checked, size_text, within
+from ijepa_scale.doctor.finding import Finding, checked, size_text
+from ijepa_scale.no_answer import NoAnswer, within
 
 GIB, CPU = 2**30, torch.device("cpu")
 

@@ -99,7 +99,7 @@ def silent_server() -> Iterator[int]:
 
 def test_another_program_at_the_port_of_process_0(silent_server: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connecting, "_TRY_S", 0.5)
-    with pytest.raises(ConfigError, match="finds something at .* that isn't process 0 of a run; set MASTER_PORT"):
+    with pytest.raises(ConfigError, match="finds something at .* that doesn't answer as process 0 of a run does; set"):
         connect(launch(1, silent_server), soon())
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import tracking
@@ -14,6 +15,7 @@ from wandb.proto import wandb_internal_pb2
 
 from ijepa_scale.config import LoggingConfig
 from ijepa_scale.errors import ConfigError
+from ijepa_scale.metrics import wandb_sink
 from ijepa_scale.metrics.mlflow_sink import MlflowConfig
 from ijepa_scale.metrics.sinks import open_sinks
 from ijepa_scale.metrics.wandb_sink import WandbConfig
@@ -93,3 +95,34 @@ def test_a_missing_package_is_named(name, config, module, tmp_path, monkeypatch)
         ConfigError, match=f"logging.sinks names {name}, which can't be imported .*; pip install {name}"
     ):
         write(tmp_path / "run", name, config, [])
+
+
+@pytest.mark.parametrize("bounded", [True, False], ids=["W&B ends in time", "an older version doesn't"])
+def test_a_run_ends_though_wandb_takes_no_rows(bounded: bool, tmp_path, monkeypatch, caplog) -> None:
+    given: list[dict] = []
+
+    def finish() -> None:
+        if bounded and given[0] == {"finish_timeout": 0.2, "finish_timeout_raises": True}:
+            raise TimeoutError("Timed out finishing run.")
+        time.sleep(20)
+
+    def init(*, settings: dict, **_: object) -> SimpleNamespace:
+        given.append(settings)
+        nothing = lambda *args, **named: None  # noqa: E731
+        return SimpleNamespace(define_metric=nothing, log=nothing, finish=finish, dir=str(tmp_path / "data" / "files"))
+
+    fields = {"finish_timeout": 0, "finish_timeout_raises": 0} if bounded else {}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=SimpleNamespace(model_fields=fields)))
+    monkeypatch.setattr(wandb_sink, "_SPARE_S", 0.2)
+    begin = time.monotonic()
+    write(tmp_path / "run", "wandb", WandbConfig(finish_timeout=0.2), ROWS)
+    assert time.monotonic() - begin < 10
+    assert "W&B hasn't taken all rows within 0.2 s" in caplog.text and f"`wandb sync {tmp_path}/data`" in caplog.text
+
+
+def test_wandb_knows_the_limit_of_the_end(tmp_path) -> None:
+    sink = wandb_sink.WandbSink(WandbConfig(mode="offline", finish_timeout=7), tmp_path, drop_from=0, run=RUN)
+    try:
+        assert sink._run.settings.finish_timeout == 7 and sink._run.settings.finish_timeout_raises
+    finally:
+        sink.close()

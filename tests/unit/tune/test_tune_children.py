@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import tune_children as what
 
 from ijepa_scale import environment
+from ijepa_scale.tune import children as children_module
 from ijepa_scale.tune.children import Children
 
 LIMIT_S = 120  # enough for a busy machine
@@ -69,6 +71,43 @@ def test_a_child_that_takes_too_long_is_killed_with_its_children(children: Child
     assert (outcome.kind, outcome.reason) == ("time", "took longer than 4 s")
     if (tmp_path / "pids").exists():  # else the machine was too busy to start it
         assert gone(tmp_path / "pids")
+
+
+def test_what_a_child_leaves_behind_ends_with_it(children: Children, tmp_path: Path) -> None:
+    outcome = children.run(what.leave_a_child, str(tmp_path), processes=2, limit_s=60)
+    assert outcome.kind == "done", outcome.reason  # process 1 waits for the end of what process 0 has left
+
+
+class Child:
+    """A child in the eyes of its parent."""
+
+    def __init__(self, pid: int, exitcode: int | None) -> None:
+        self.pid, self.exitcode = pid, exitcode
+        self.joined: list[float | None] = []
+
+    def kill(self) -> None:
+        pass
+
+    def join(self, timeout: float | None = None) -> None:
+        self.joined.append(timeout)
+
+
+def test_a_number_that_now_belongs_to_others_is_left_alone() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as other:
+        what_ended = Child(other.pid, exitcode=0)
+        children_module._end(what_ended)
+        other.communicate(b"\n", timeout=60)
+        assert other.returncode == 0, "it wasn't killed"
+
+
+def test_a_child_that_does_not_end_is_reported(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as sleeping:
+        stuck = Child(sleeping.pid, exitcode=None)
+        known = {stuck}
+        monkeypatch.setattr(multiprocessing.process, "_children", known)
+        children_module._end(stuck)
+    assert stuck.joined == [10.0] and not known, "Python would wait for it at its end"
+    assert f"process {sleeping.pid} hasn't ended 10 s after it was killed" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)

@@ -63,5 +63,21 @@ def sleep_with_a_child(pids: str, process: ProcessInfo) -> dict[str, Any]:
     return {}
 
 
+def leave_a_child(folder: str, process: ProcessInfo) -> dict[str, Any]:
+    """Process 0 ends, and leaves a process behind; process 1 ends once that one has, or hangs."""
+    pids = Path(folder) / "pids"
+    if process.rank == 0:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        new = pids.with_suffix(".tmp")
+        new.write_text(f"{os.getpid()} {child.pid}")
+        new.rename(pids)
+        return {}
+    while not pids.exists():
+        time.sleep(0.05)
+    while Path(f"/proc/{pids.read_text().split()[1]}").exists():
+        time.sleep(0.05)
+    return {}
+
+
 if __name__ == "__main__":  # the parent process, which the test kills or interrupts
     Children().run(sleep_with_a_child, sys.argv[1], limit_s=600)
