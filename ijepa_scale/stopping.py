@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SAME_S = 2.0  # a terminal and a launcher both pass a signal on: within this time it is one
 _ORPHAN_S = 8.0  # seconds that a process has to stop after its launcher has ended
-_LOOK_S = 1.0  # between looks at the launcher
+_LOOK_S = 1.0  # between looks at the launcher, whose end is noticed at once where the system can tell
 _SAYING_S = 2.0  # that the last line may take
 
 
@@ -153,15 +153,31 @@ def _ignore(_: int, __: Any) -> None:
 
 
 def _watch(reading: int, done: threading.Event) -> None:
-    while not done.is_set():
-        ready, _, _ = select.select([reading], [], [], _LOOK_S)
-        for number in os.read(reading, 64) if ready else b"":
-            if number in SIGNALS:
-                _note(number)
-        if _orphaned():
-            _ask("its launcher has ended")
-            if time.monotonic() - _process.at > _ORPHAN_S:
-                _end_at_once("its launcher has ended, and it couldn't stop in time", 1)
+    with contextlib.ExitStack() as opened:
+        events = select.poll()
+        events.register(reading, select.POLLIN)
+        for launcher in _process.launchers:
+            with contextlib.suppress(OSError, AttributeError):  # Linux before 5.3, a container's rules, Python's build
+                descriptor = os.pidfd_open(launcher)  # ready once the process has ended
+                opened.callback(os.close, descriptor)
+                events.register(descriptor, select.POLLIN)
+        while not done.is_set():
+            ready = [descriptor for descriptor, _ in events.poll(1e3 * _LOOK_S)]
+            _look(os.read(reading, 64) if reading in ready else b"")
+            for descriptor in ready:
+                if descriptor != reading:
+                    events.unregister(descriptor)  # it stays ready
+
+
+def _look(numbers: bytes) -> None:
+    """Notes signals, and whether a launcher has ended."""
+    for number in numbers:
+        if number in SIGNALS:
+            _note(number)
+    if _orphaned():
+        _ask("its launcher has ended")
+        if time.monotonic() - _process.at > _ORPHAN_S:
+            _end_at_once("its launcher has ended, and it couldn't stop in time", 1)
 
 
 def _note(number: int) -> None:

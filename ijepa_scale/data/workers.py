@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.forkserver import ensure_running
 from typing import Any, cast
 
@@ -224,6 +225,8 @@ def _start_server() -> None:
 
     A terminal or a scheduler sends them to all processes, and the run needs its workers until it has stopped by itself.
     """
+    # first, since this unblocks SIGTERM and SIGINT once it has started its process (Python 3.10 to 3.13)
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         ensure_running()

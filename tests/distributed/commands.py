@@ -7,10 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from ijepa_scale import environment
@@ -87,6 +90,23 @@ def start(
     )
     STARTED.append(run)
     return run
+
+
+def have_ended(processes: Iterable[psutil.Process], seconds: float) -> bool:
+    """Returns whether all processes end in time. One that nobody has waited for yet has ended too."""
+    deadline = time.monotonic() + seconds
+    while not all(_has_ended(each) for each in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def clean_environment(**variables: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from ijepa_scale.config import load_config
 from ijepa_scale.data.loader import TrainLoader
 from ijepa_scale.engine.world import World
 from ijepa_scale.train.pretrain import PretrainTask, pretrain
-from tests.distributed.commands import ZERO3, final_hashes, finish, losses, rows, start, write_config
+from tests.distributed.commands import ZERO3, final_hashes, finish, have_ended, losses, rows, start, write_config
 from tests.distributed.harness import run
 from tests.distributed.test_stopping import LAUNCHES, data, wait_for_step, wait_until_gone, whole, workers
 
@@ -76,7 +76,7 @@ def test_a_stopped_process_ends_the_run_and_is_named(
     if whom == "loader":
         assert ": waiting for the data of step " in log and named in log, log
         assert f"; its child {victim.pid} is stopped; the stacks are in {folder}/stacks/" in log, log
-        wait_until(lambda: not victim.is_running())
+        assert have_ended([victim], 60)
     else:
         assert f"no answer from {named}" in log and "); it is stopped; the stacks are in " in log, log
     answered = [number for number in range(len(found)) if whom == "loader" or number != rank]

@@ -123,6 +123,30 @@ def test_the_end_of_the_launcher_is_noted_and_ends_the_process() -> None:
     assert time.monotonic() - begin < 20
 
 
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this Python has no descriptors of processes")
+def test_the_end_of_the_launcher_is_noted_at_once() -> None:
+    """And not at the next look, which is hours away."""
+    process = started(
+        """
+        stopping._LOOK_S = 7200.0
+        child = os.fork()
+        if child == 0:
+            stopping.watch_launcher()
+            with stopping.listening():
+                print("ready", flush=True)
+                end = time.monotonic() + 60
+                while not stopping.reason() and time.monotonic() < end:
+                    time.sleep(0.01)
+                print(stopping.reason(), flush=True)
+            os._exit(0)
+        time.sleep(60)
+        """
+    )
+    process.kill()
+    process.wait()
+    assert process.stdout is not None and process.stdout.readline() == "its launcher has ended\n"
+
+
 def test_signals_are_passed_on_to_processes() -> None:
     process = started(
         """

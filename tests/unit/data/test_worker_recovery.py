@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import forkserver, synchronize
 from pathlib import Path
@@ -27,6 +29,7 @@ from ijepa_scale.data.sources.stream import StreamOrder, StreamSource
 from ijepa_scale.data.work_signs import show_work
 from ijepa_scale.data.workers import Recovery, ordered_loader, set_recovery
 from ijepa_scale.errors import DataError
+from ijepa_scale.stopping import SIGNALS
 from tests.unit.data.test_data_loader import a_loader, a_source, batches_of
 
 
@@ -152,6 +155,19 @@ def test_the_fork_server_may_be_killed(tmp_path, caplog):
         assert digests(a_loader(source, stop_step=40, workers=2), kill) == expected
     assert "the process that starts data workers was ended; starting the 2 workers again" in caplog.text
     wait_until_gone(orphans)
+
+
+def test_the_fork_server_leaves_signals_to_the_run():
+    """Launchers send them to all processes of a run, and so does a terminal."""
+    code = (
+        "import signal\nfrom multiprocessing import forkserver\nfrom ijepa_scale.data import workers\n"
+        "workers._start_server()\nprint(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))\n"
+        "print(open(f'/proc/{forkserver._forkserver._forkserver_pid}/status').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("[]\n"), "this process itself takes them"
+    blocked = int(re.search(r"SigBlk:\s*(\w+)", done.stdout)[1], 16)
+    assert [number.name for number in SIGNALS if not blocked >> (number - 1) & 1] == []
 
 
 class Deadly(Dataset):
