@@ -12,6 +12,9 @@ from tests.lowering.recorded import AGAIN, CAPABILITIES, FILE, differences, meas
 EXPECTED: dict[str, Any] = json.loads(FILE.read_text())
 
 
+pytestmark = pytest.mark.long  # compiling all programs takes a minute
+
+
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Any]:
     return measured()

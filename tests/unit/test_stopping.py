@@ -85,7 +85,7 @@ os.set_blocking(2, True)
 """
 
 
-@pytest.mark.parametrize("errors", ["closed", "full"])
+@pytest.mark.parametrize("errors", ["full", pytest.param("closed", marks=pytest.mark.long)])
 def test_it_ends_though_nobody_reads_why(errors: str) -> None:
     process = started(FULL * (errors == "full") + IDLE)
     assert process.stderr is not None

@@ -88,6 +88,7 @@ print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_
 """
 
 
+@pytest.mark.long
 def test_a_second_process_reads_the_cache_of_the_first(tmp_path):
     counts = []
     for _ in range(2):

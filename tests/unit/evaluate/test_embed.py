@@ -227,6 +227,7 @@ def start(images: Path, model: str, to: Path, *more: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.long
 def test_several_processes_killed_or_not_write_the_same_file(model: str, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()

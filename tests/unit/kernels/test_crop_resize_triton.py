@@ -22,6 +22,7 @@ def a_batch(count):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_kernel_equals_the_reference_under_the_interpreter():
     found = json.loads(run("-m", "tests.unit.kernels.interpret_crop_resize", TRITON_INTERPRET="1").splitlines()[-1])
     assert len(found) == 12

@@ -70,6 +70,7 @@ def test_the_kernels_compile_without_spills(tmp_path):
     assert found == json.loads(FILE.read_text())["own kernels"], AGAIN
 
 
+@pytest.mark.long
 def test_a_spilling_tile_is_noticed(tmp_path):
     shown = run("-m", "tests.unit.kernels.compile_kernels", "too_large", TRITON_CACHE_DIR=str(tmp_path)).splitlines()[
         -1

@@ -186,7 +186,7 @@ def test_a_process_that_does_not_answer_ends_an_evaluation_too(tmp_path: Path, m
     assert said.startswith("no answer") and named(said, 3) == [1]
 
 
-@pytest.mark.parametrize("phase", ["step", "evaluating"])
+@pytest.mark.parametrize("phase", ["step", pytest.param("evaluating", marks=pytest.mark.long)])
 def test_a_process_that_stops_after_its_answer_is_named(phase: str, tmp_path: Path, monkeypatch) -> None:
     """Its report stays where it is, and would excuse it for ever."""
     processes = Processes(tmp_path, 3, monkeypatch)
