@@ -1,11 +1,15 @@
 """What all tests share: one thread, GPU tests skipped by name, and the real photos where they are."""
 
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+# Engines whose cases are long forms: DDP, FSDP2 and ZeRO-3 stand for all of them in `make test`
+SPARED = re.compile("hsdp|zero1|zero2|offload|reshard")
+SPARED_IN = ("tests/distributed/", "tests/golden/")
 CLOTHING = Path(__file__).parents[2] / "shared" / "data" / "clothing-small.tar"
 
 
@@ -16,7 +20,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder, _, case = item.nodeid.partition("[")
+        if folder.startswith(SPARED_IN) and SPARED.search(case):
+            item.add_marker(pytest.mark.long)
     if torch.cuda.is_available():
         return
     for item in items:

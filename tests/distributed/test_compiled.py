@@ -72,7 +72,7 @@ def count_graphs(world: World, engine: dict, cases: list[tuple[str, str]]) -> li
     return results
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n == "zero3" else n for n in ENGINES])
 def test_two_graphs_per_role_whatever_the_lengths(name: str) -> None:
     """Target and predictor need one graph for most blocks and one for the last, which computes only some tokens."""
     processes, engine = ENGINES[name]

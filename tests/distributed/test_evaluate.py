@@ -59,7 +59,8 @@ def words(source: Path, images: Path, to: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("counts", ["12", pytest.param("123", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("counts", ["123"])
 def test_the_table_is_the_same_on_any_number_of_processes(
     counts: str, encoder: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -45,8 +45,9 @@ LAUNCHES = {
 }
 
 
-# "devices" starts the same children
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n == "processes" else n for n in LAUNCHES])
+@pytest.mark.parametrize(
+    "name", [n if n == "deepspeed zero3" else pytest.param(n, marks=pytest.mark.long) for n in LAUNCHES]
+)
 def test_launchers_train_the_same(name: str, data: Path, expected: dict, tmp_path: Path) -> None:
     launcher, arguments = LAUNCHES[name]
     config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
@@ -83,9 +84,10 @@ BAD = {
     "no steps": (("schedule.stop_after=0",), "the run has 0 steps"),
     "plain on two": (("--processes", "2", "engine.strategy=plain"), "engine.strategy is plain but 2 processes"),
 }
+FAST = ("masks", "no such GPU", "plain on two")
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.long) for n in BAD])
 def test_bad_input_gives_one_message_and_code_2(name: str, data: Path, tmp_path: Path) -> None:
     arguments, text = BAD[name]
     config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
@@ -93,6 +95,7 @@ def test_bad_input_gives_one_message_and_code_2(name: str, data: Path, tmp_path:
     assert text in log and "Traceback" not in log
 
 
+@pytest.mark.long
 def test_resume_none_and_another_run_are_refused(data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", data, tmp_path / "run")
     finish(start(config, *FEW), config)

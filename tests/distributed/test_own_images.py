@@ -33,6 +33,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_run_begun_on_two_processes_goes_on_with_its_choices_on_one(photos: Path, tmp_path: Path) -> None:
     config = tmp_path / "own.yaml"
     shutil.copy(ROOT / "configs" / "own_images.yaml", config)

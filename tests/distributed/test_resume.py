@@ -32,7 +32,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    ["plain", "photos", pytest.param("list", marks=pytest.mark.long), pytest.param("zero3 x2", marks=pytest.mark.long)],
+    ["plain", *(pytest.param(case, marks=pytest.mark.long) for case in ("photos", "list", "zero3 x2"))],
 )
 def test_resume_after_kill_equals_an_uninterrupted_run(case: str, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")

@@ -23,9 +23,8 @@ logging: {{tensorboard: false, progress: none}}
 QUICK = ("schedule.stop_after=1", "evaluate.every=0", "health.every=0", "logging.progress=none", "data.workers=0")
 
 
-@pytest.mark.parametrize(
-    ("kind", "images"), [("pretrain", 1), *(pytest.param("finetune", n, marks=pytest.mark.long) for n in (3, 5))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "images"), [("pretrain", 1), ("finetune", 3), ("finetune", 5)])
 def test_the_settings_of_the_refusal_start_the_run(kind: str, images: int, tmp_path: Path) -> None:
     for number in range(images):
         path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"

@@ -36,7 +36,7 @@ ACTIONS = {  # what is asked for, spikes (factor and process) by step, and steps
     "rollback": (("spikes.action=rollback",), {27: (FACTOR, 1), 28: (FACTOR, None), 33: (FACTOR, 0)}, 7),
     "nan": (("spikes.skip_nonfinite=2",), {3: (NAN, 1), 22: (NAN, 0), 23: (NAN, None)}, 3),
 }
-SHORT = {("fsdp2", "nan"), ("zero3", "rollback")}
+SHORT = {("zero3", "rollback")}
 CASES = [
     pytest.param(engine, action, marks=() if (engine, action) in SHORT else pytest.mark.long)
     for engine in ENGINES

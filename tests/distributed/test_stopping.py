@@ -32,12 +32,13 @@ LAUNCHES = {
     "torchrun fsdp2": (TORCHRUN, ("engine.strategy=fsdp2",)),
     "deepspeed zero3": (DEEPSPEED, ZERO3),
 }
-SHORT = [("alone", "SIGTERM", "all"), ("torchrun fsdp2", "SIGTERM", "launcher")]
+SHORT = [("alone", "SIGTERM", "all")]
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 PLACES = [
     (launch, to) for launch in LAUNCHES for to in ("launcher", "worker", "all") if (launch, to) != ("alone", "worker")
 ]
 LONG = [(launch, NAMES[number % 4], to) for number, (launch, to) in enumerate(PLACES)]
+LONG.append(("torchrun fsdp2", "SIGTERM", "launcher"))
 CASES = [*SHORT, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG if case not in SHORT)]
 
 
@@ -133,6 +134,7 @@ def test_no_process_outlives_a_killed_launcher(launch: str, data: Path, whole: d
     assert sorted((folder / "checkpoints").glob("step-*"))[-1].name == f"step-{max(losses(folder)):08d}"
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_at_once(data: Path, tmp_path: Path) -> None:
     """Even where the main thread never comes to a step's end, as in a collective that another process doesn't join."""
     folder = tmp_path / "run"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.lowering.recorded import result, start
 
 
+@pytest.mark.long
 def test_two_graphs_per_role() -> None:
     cases = result(start("graphs"))
     assert len(cases) == 6
