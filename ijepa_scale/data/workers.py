@@ -221,14 +221,15 @@ class _Undelivered:
 
 
 def _start_server() -> None:
-    """Starts the fork server with these signals blocked, which its workers inherit.
+    """Starts the fork server and Python's resource tracker with these signals blocked, which workers inherit.
 
     A terminal or a scheduler sends them to all processes, and the run needs its workers until it has stopped by itself.
     """
-    # first, since this unblocks SIGTERM and SIGINT once it has started its process (Python 3.10 to 3.13)
-    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        # the tracker needs them blocked too, and has SIGTERM and SIGINT unblocked here afterwards (Python 3.10 to 3.13)
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

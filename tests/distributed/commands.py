@@ -78,6 +78,8 @@ def start(
     config: Path, *arguments: str, launcher: tuple[str, ...] = (), script: Path = PRETRAIN, **variables: str
 ) -> subprocess.Popen:
     """Starts a launch in its own process group, with its output in a log file next to the config."""
+    if launcher and launcher[0].endswith("deepspeed") and not {"--master_port", "--hostfile"} & {*launcher}:
+        launcher = (*launcher, "--master_port", str(environment.free_port()))  # its own is the same for all tests
     command = [*(launcher or (sys.executable,)), str(script), "--config", str(config)]
     log = config.with_suffix(".log").open("a")
     run = subprocess.Popen(
