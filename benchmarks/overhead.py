@@ -84,15 +84,21 @@ def threads(world: World, timeout_s: float) -> dict[str, float]:
     world = dataclasses.replace(world, rank=0, size=1)  # otherwise the processes would look for each other
     with tempfile.TemporaryDirectory() as folder:
         seldom, often = Watchdog(Path(folder), world, timeout_s), Watchdog(Path(folder), world, 1.0)
-        begin = time.process_time()
-        time.sleep(_TICKS_S)
-        idle_s = time.process_time() - begin
-        with often.watching():
-            begin = time.process_time()
-            time.sleep(_TICKS_S)
-            busy_s = time.process_time() - begin
+        seconds = _seconds_of(often, _TICKS_S)
     looks = _TICKS_S / often.tick_s
-    return dict.fromkeys(("p20", "p50", "p80"), 1e3 * max(0.0, busy_s - idle_s) / looks / seldom.tick_s)
+    return dict.fromkeys(("p20", "p50", "p80"), 1e3 * seconds / looks / seldom.tick_s)
+
+
+def _seconds_of(watch: Watchdog | LinkWatch, duration_s: float) -> float:
+    """Returns the CPU seconds that the threads of a watch take in this time."""
+    begin = time.process_time()
+    time.sleep(duration_s)
+    idle_s = time.process_time() - begin
+    with watch.watching():
+        begin = time.process_time()
+        time.sleep(duration_s)
+        busy_s = time.process_time() - begin
+    return max(0.0, busy_s - idle_s)
 
 
 def links(world: World, timeout_s: float) -> dict[str, float]:
@@ -102,14 +108,7 @@ def links(world: World, timeout_s: float) -> dict[str, float]:
     """
     watch, often = LinkWatch(world, timeout_s), LinkWatch(world, 5.0)
     world.barrier()
-    begin = time.process_time()
-    time.sleep(_BEATS_S)
-    idle_s = time.process_time() - begin
-    with often.watching():
-        begin = time.process_time()
-        time.sleep(_BEATS_S)
-        busy_s = time.process_time() - begin
-    most_s = max(map(float, world.gather_objects(max(0.0, busy_s - idle_s))))
+    most_s = max(map(float, world.gather_objects(_seconds_of(often, _BEATS_S))))
     return dict.fromkeys(("p20", "p50", "p80"), 1e3 * most_s / _BEATS_S * often.interval_s / watch.interval_s)
 
 

@@ -137,7 +137,8 @@ def passing_on(processes: Callable[[], Iterable[int | None]]) -> Iterator[Callab
             early.append(number)
 
     def send_early() -> None:
-        for number in early:
+        numbers, early[:] = early[:], []  # `send` keeps them again if all have ended by now
+        for number in numbers:
             send(number, None)
 
     before = {number: signal.signal(number, send) for number in SIGNALS}

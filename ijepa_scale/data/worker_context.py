@@ -13,7 +13,7 @@ class WorkerContext(ForkServerContext):
 
     The DataLoader asks its event whether the work is done in the main process and, after each item, in the workers.
     One of `multiprocessing` takes a lock for that. A worker that was killed in that moment, as when memory runs out,
-    kept it, and the main process waited for it for ever (seen in a test with items of 1 ms).
+    kept it, and the main process waited for it for ever.
     """
 
     def Event(self) -> Any:  # noqa: N802

@@ -175,3 +175,7 @@ def test_signals_before_there_are_processes_are_passed_on_later() -> None:
             children.append(process.pid)
             pass_early()
             assert process.wait(timeout=20) == -signal.SIGTERM
+    children.clear()
+    with stopping.passing_on(lambda: children) as pass_early:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pass_early()  # all have ended by now: nothing is sent, and it returns

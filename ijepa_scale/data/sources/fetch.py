@@ -245,11 +245,11 @@ def _filesystem(url: str, retry: Retry) -> tuple[Any, str]:
 
     options: dict[str, Any] = {}
     scheme = scheme_of(url)
-    if scheme in ("https", "http", "gs", "gcs"):
+    if scheme in ("https", "http", "gs"):
         import aiohttp
 
         waits = aiohttp.ClientTimeout(total=None, sock_connect=retry.timeout_s, sock_read=retry.timeout_s)
-    if scheme in ("gs", "gcs"):
+    if scheme == "gs":
         options = {"requests_timeout": waits}
     elif scheme in ("https", "http"):
         options = {"client_kwargs": {"timeout": waits, "trace_configs": [_checked_redirects(retry.redirect_hosts)]}}
