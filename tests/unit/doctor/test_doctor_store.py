@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,13 +16,8 @@ from ijepa_scale.doctor.board import Board
 from ijepa_scale.engine.world import World
 from ijepa_scale.environment import Launch
 from ijepa_scale.no_answer import NoAnswer, within
+from tests.unit.served_store import served_store
 
-SERVE = """
-import time, torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-print(store.port, flush=True)
-time.sleep(120)
-"""
 LONG_S = 20.0  # a wait without an end
 
 
@@ -35,12 +29,8 @@ class Left(Exception):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[subprocess.Popen, int]]:
     """Returns a process that serves a store, and its port."""
     monkeypatch.setattr(boards, "_ANSWER_S", 0.3)
-    with subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True) as serving:
-        try:
-            assert serving.stdout is not None
-            yield serving, int(serving.stdout.readline())
-        finally:
-            serving.kill()
+    with served_store() as served:
+        yield served
 
 
 def world(rank: int, port: int) -> World:

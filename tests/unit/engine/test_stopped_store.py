@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,25 +20,16 @@ from ijepa_scale.engine.world import World
 from ijepa_scale.errors import ConfigError
 from ijepa_scale.launchers import Launch
 from ijepa_scale.no_answer import within
+from tests.unit.served_store import served_store
 
-SERVE = """
-import time, torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-print(store.port, flush=True)
-time.sleep(120)
-"""
 LONG_S = 30.0  # a wait without an end
 
 
 @pytest.fixture
 def server() -> Iterator[tuple[subprocess.Popen, int]]:
     """Returns a process that serves a store, and its port; what still waits for it ends with the test."""
-    with subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True) as serving:
-        try:
-            assert serving.stdout is not None
-            yield serving, int(serving.stdout.readline())
-        finally:
-            serving.kill()
+    with served_store() as served:
+        yield served
 
 
 @pytest.fixture(autouse=True)
